@@ -1,0 +1,77 @@
+"""Low-rank K-FAC as pure functions: natural gradient for functional PyTorch."""
+
+from lrkfac.chains import kfac, low_rank_kfac
+from lrkfac.core.factors import dense, diagonal
+from lrkfac.core.find import find_layers
+from lrkfac.core.fisher import fisher
+from lrkfac.core.likelihoods import Likelihood, bernoulli, categorical, gaussian
+from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
+from lrkfac.core.module import from_module
+from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
+from lrkfac.core.power_iteration import power_iteration, subspace_iteration
+from lrkfac.core.sherman_morrison import inverse, sherman_morrison, woodbury
+from lrkfac.core.structures import kronecker
+from lrkfac.core.types import Evaluation, Layer, Layers, Statistics
+from lrkfac.transforms.adam import scale_by_adam
+from lrkfac.transforms.base import GradientTransformation, apply_updates, chain, identity
+from lrkfac.transforms.clip import clip_by_global_norm, clip_by_kl
+from lrkfac.transforms.decay import add_decayed_weights
+from lrkfac.transforms.momentum import trace
+from lrkfac.transforms.precondition import precondition_by_fisher
+from lrkfac.transforms.schedule import (
+    constant_schedule,
+    exponential_schedule,
+    piecewise_constant_schedule,
+    scale,
+    scale_by_learning_rate,
+    warmup_cosine_schedule,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Dense",
+    "Diagonal",
+    "Evaluation",
+    "GradientTransformation",
+    "Kronecker",
+    "Layer",
+    "Layers",
+    "Likelihood",
+    "LowRankPlusDiagonal",
+    "Statistics",
+    "add_decayed_weights",
+    "apply_updates",
+    "bernoulli",
+    "categorical",
+    "chain",
+    "clip_by_global_norm",
+    "clip_by_kl",
+    "constant_schedule",
+    "dense",
+    "diagonal",
+    "exponential_schedule",
+    "find_layers",
+    "fisher",
+    "from_module",
+    "gaussian",
+    "identity",
+    "inverse",
+    "kfac",
+    "kronecker",
+    "low_rank",
+    "low_rank_kfac",
+    "low_rank_plus_diagonal",
+    "piecewise_constant_schedule",
+    "power_iteration",
+    "precondition_by_fisher",
+    "scale",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+    "sherman_morrison",
+    "subspace_iteration",
+    "to_dense",
+    "trace",
+    "warmup_cosine_schedule",
+    "woodbury",
+]

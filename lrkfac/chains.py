@@ -1,0 +1,77 @@
+"""Ready-made optimisers: each one ``chain(...)``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lrkfac.core.factors import dense
+from lrkfac.core.structures import KroneckerStructure, kronecker
+from lrkfac.core.types import Layers
+from lrkfac.transforms.base import GradientTransformation, chain
+from lrkfac.transforms.clip import clip_by_kl
+from lrkfac.transforms.decay import add_decayed_weights
+from lrkfac.transforms.momentum import trace
+from lrkfac.transforms.precondition import precondition_by_fisher
+from lrkfac.transforms.schedule import Schedule, scale_by_learning_rate
+
+
+def low_rank_kfac(
+    layers: Layers,
+    learning_rate: float | Tensor | Schedule,
+    rank: int = 32,
+    damping: float | Tensor = 1e-2,
+    decay: float | Tensor = 0.95,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    kl_clip: float = 1e-3,
+) -> GradientTransformation:
+    """Natural gradient with low-rank factors, clipping, momentum and decoupled weight decay.
+
+    Args:
+        layers: From ``find_layers``.
+        learning_rate: A number, a tensor ``[]`` or a schedule.
+        rank: Rank of the factors; at ``rank ≥ d`` this is ``kfac``.
+        damping: Tikhonov damping, see ``precondition_by_fisher``.
+        decay: Decay of the factors' running averages.
+        momentum: See ``trace``.
+        weight_decay: See ``add_decayed_weights``.
+        kl_clip: Bound on the squared length of a step in the Fisher metric, see ``clip_by_kl``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    return _kfac(layers, None, learning_rate, rank, damping, decay, momentum, weight_decay, kl_clip)
+
+
+def kfac(
+    layers: Layers,
+    learning_rate: float | Tensor | Schedule,
+    damping: float | Tensor = 1e-2,
+    decay: float | Tensor = 0.95,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    kl_clip: float = 1e-3,
+) -> GradientTransformation:
+    """K-FAC with dense factors, otherwise as ``low_rank_kfac`` (Martens & Grosse 2015, arXiv 1503.05671)."""
+    both = kronecker(dense(), dense())
+    return _kfac(layers, both, learning_rate, 1, damping, decay, momentum, weight_decay, kl_clip)
+
+
+def _kfac(
+    layers: Layers,
+    structure: KroneckerStructure | None,
+    learning_rate: float | Tensor | Schedule,
+    rank: int,
+    damping: float | Tensor,
+    decay: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    kl_clip: float,
+) -> GradientTransformation:
+    return chain(
+        precondition_by_fisher(layers, structure, rank=rank, damping=damping, decay=decay),
+        clip_by_kl(kl_clip, learning_rate),
+        trace(momentum),
+        add_decayed_weights(weight_decay),
+        scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,227 @@
+"""Loss, gradients and statistics of a batch in one pass; products with its Fisher matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, jvp, vjp, vmap
+
+from lrkfac.core.capture import OutputSpec, output_specs, run_captured, zero_probes
+from lrkfac.core.covariances import from_matrix, gradient_matrix
+from lrkfac.core.likelihoods import Likelihood
+from lrkfac.core.tree import check_like, wide
+from lrkfac.core.types import Evaluation, Layers, Statistics, Tree
+
+ESTIMATORS = ("mc", "exact", "empirical")
+COLUMNS = 16
+"""Columns of the output Hessian's square root that the exact estimator takes back at once."""
+
+
+def fisher(
+    model: Callable[[Tree, Tree], Any],
+    likelihood: Likelihood,
+    layers: Layers,
+    estimator: Literal["mc", "exact", "empirical"] = "mc",
+    samples: int = 1,
+    has_aux: bool = False,
+) -> Callable[..., Evaluation]:
+    """Makes the function that evaluates a batch: loss, gradients and what K-FAC needs.
+
+    The output gradients ``g`` that enter ``B`` are, term by term,
+
+    * ``"mc"``: those at targets drawn from the model, ``samples`` times: an unbiased estimate of the Fisher;
+    * ``"exact"``: the columns of the square root of the output Hessian: the expectation itself;
+    * ``"empirical"``: those at the true targets, at no extra cost, but not the Fisher (Kunstner, Balles &
+      Hennig 2019, arXiv 1905.12558).
+
+    Args:
+        model: Pure function ``model(params, inputs)``.
+        likelihood: What its outputs mean.
+        layers: From ``find_layers``.
+        estimator: As above.
+        samples: Draws per term for ``"mc"``.
+        has_aux: Whether the model returns ``(outputs, aux)``.
+
+    Returns:
+        ``evaluate(params, inputs, targets, statistics=True, noise=None) -> Evaluation``. With
+        ``statistics=False`` it costs a gradient and nothing more. ``noise`` is uniform on [0, 1), of shape
+        ``[samples, *outputs.shape]``, for ``"mc"``; without it, it is drawn from torch's default generator
+        (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
+
+    Raises:
+        ValueError: If an option is unknown or out of range; at evaluation, if parameters, targets or noise do
+            not fit, or the batch is empty.
+        TypeError: At evaluation, if the model returns no tensor, or targets have the wrong dtype.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples: expected an integer >= 1, got {samples!r}")
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(f"likelihood: expected a Likelihood such as categorical(), got {likelihood!r}")
+    covered = layers.covered
+    specs: dict[Any, dict[str, list[OutputSpec]]] = {}
+
+    def split(result: Any) -> tuple[Tensor, Any]:
+        outputs, aux = result if has_aux else (result, ())  # torch.func takes no None
+        if not isinstance(outputs, Tensor):
+            hint = "" if has_aux else "; pass has_aux=True if the model returns (outputs, aux)"
+            raise TypeError(f"model: expected outputs as a tensor, got {type(outputs).__name__}{hint}")
+        return outputs, aux
+
+    def total_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        check_batch(likelihood, outputs, targets)
+        return likelihood.negative_log_likelihood(outputs, targets).mean()
+
+    def specs_for(params: Tree, inputs: Tree) -> dict[str, list[OutputSpec]]:
+        if torch.compiler.is_compiling():
+            return output_specs(model, layers, params, inputs)
+        signature = [(tuple(x.shape), x.dtype, x.device) for x in _tensors((params, inputs))]
+        key = (tuple(signature), optree.tree_structure(inputs))
+        if key not in specs:
+            specs[key] = output_specs(model, layers, params, inputs)
+        return specs[key]
+
+    def evaluate(
+        params: Tree, inputs: Tree, targets: Tensor, statistics: bool = True, noise: Tensor | None = None
+    ) -> Evaluation:
+        check_like(layers.tree, params, "params")
+
+        def loss_of(params: Tree) -> tuple[Tensor, tuple[Tensor, Any]]:
+            outputs, aux = split(model(params, inputs))
+            return total_loss(outputs, targets), (outputs, aux)
+
+        if statistics:
+            loss, grads, outputs, aux, found = with_statistics(params, inputs, targets, noise)
+        else:
+            grads, (loss, (outputs, aux)) = grad_and_value(loss_of, has_aux=True)(params)
+            found = None
+
+        def outputs_of(params: Tree) -> Tensor:
+            return split(model(params, inputs))[0]
+
+        def product(tangent: Tree) -> Tree:
+            outputs, changed = jvp(outputs_of, (params,), (tangent,))
+            _, transpose = vjp(outputs_of, params)
+            return transpose(likelihood.hessian_product(outputs, changed) / likelihood.terms(outputs))[0]
+
+        def quadratic(u: Tree, v: Tree) -> Tensor:
+            outputs, changed = jvp(outputs_of, (params,), (u,))
+            other = changed if v is u else jvp(outputs_of, (params,), (v,))[1]
+            return (other * likelihood.hessian_product(outputs, changed)).sum() / likelihood.terms(outputs)
+
+        return Evaluation(
+            loss,
+            grads,
+            outputs,
+            aux if has_aux else None,
+            found,
+            product,
+            quadratic,
+            lambda params: loss_of(params)[0],
+        )
+
+    def with_statistics(
+        params: Tree, inputs: Tree, targets: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tree, Tensor, Any, Statistics]:
+        leaves, structure = optree.tree_flatten(params)
+        free = {i: leaf for i, leaf in enumerate(leaves) if i not in covered}
+
+        def run(
+            free: dict[int, Tensor], probes: dict[str, list[Tensor]]
+        ) -> tuple[Tensor, tuple[Any, dict[str, tuple[Tensor, ...]]]]:
+            merged = [free.get(i, leaf) for i, leaf in enumerate(leaves)]
+            result, records = run_captured(
+                model, layers, optree.tree_unflatten(structure, merged), inputs, probes
+            )
+            outputs, aux = split(result)
+            return outputs, (aux, {k: tuple(use.input for use in uses) for k, uses in records.items()})
+
+        probes = zero_probes(specs_for(params, inputs))
+        outputs, transpose, (aux, recorded) = vjp(run, free, probes, has_aux=True)
+        cotangent, loss = grad_and_value(total_loss)(outputs, targets)
+        free_grads, at_outputs = transpose(cotangent)
+        # Weights take no part in the backward pass: their gradients follow from its rows, once.
+        found = dict(free_grads)
+        for layer in layers:
+            uses = tuple(at_outputs[layer.source])
+            weight, bias = from_matrix(layer, gradient_matrix(layer, recorded[layer.source], uses))
+            found[layer.weight.index] = weight
+            if layer.bias is not None and bias is not None:
+                found[layer.bias.index] = bias
+        grads = optree.tree_unflatten(structure, [found[i] for i in range(len(leaves))])
+
+        terms = likelihood.terms(outputs)
+        if estimator == "empirical":
+            gradients = {k: tuple(terms * g[None] for g in uses) for k, uses in at_outputs.items()}
+        else:
+            if estimator == "mc":
+                cotangents = sampled_cotangents(likelihood, outputs, noise, samples)
+            else:
+                cotangents = exact_cotangents(likelihood, outputs)
+            gradients = take_back(lambda c: transpose(c)[1], cotangents, COLUMNS if estimator == "exact" else 1)
+        weight_of_row = 1 / (terms * (samples if estimator == "mc" else 1))
+        scale = torch.full((), weight_of_row, dtype=wide(outputs).dtype, device=outputs.device)
+        return loss, grads, outputs, aux, Statistics(recorded, gradients, scale)
+
+    return evaluate
+
+
+def check_batch(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:
+    """Refuses outputs and targets that the likelihood cannot compare, and empty batches."""
+    if outputs.ndim == 0 or not outputs.is_floating_point():
+        raise ValueError(
+            f"model: expected floating-point outputs with a batch axis, got {tuple(outputs.shape)} {outputs.dtype}"
+        )
+    if outputs.numel() == 0:
+        raise ValueError(f"inputs: the batch is empty: outputs have the shape {tuple(outputs.shape)}")
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets: expected a tensor, got {type(targets).__name__}")
+    if likelihood.check is not None:
+        likelihood.check(outputs, targets)
+
+
+def sampled_cotangents(
+    likelihood: Likelihood, outputs: Tensor, noise: Tensor | None, samples: int
+) -> Tensor:
+    """Gradients of the terms at targets drawn from the model, ``[samples, *outputs.shape]``."""
+    shape = (samples, *outputs.shape)
+    if noise is None:
+        noise = torch.rand(shape, dtype=wide(outputs).dtype, device=outputs.device)
+    elif tuple(noise.shape) != shape:
+        raise ValueError(f"noise: expected uniform numbers of shape {shape}, got {tuple(noise.shape)}")
+
+    def total(outputs: Tensor, targets: Tensor) -> Tensor:
+        return likelihood.negative_log_likelihood(outputs, targets).sum()
+
+    return torch.stack([grad(total)(outputs, likelihood.sample(outputs, u)) for u in noise.unbind()])
+
+
+def exact_cotangents(likelihood: Likelihood, outputs: Tensor) -> Tensor:
+    """The columns of the square root of every term's Hessian, ``[columns, *outputs.shape]``."""
+    shape = likelihood.event_shape(outputs)
+    columns = math.prod(shape)
+    basis = torch.eye(columns, dtype=outputs.dtype, device=outputs.device).reshape(columns, *shape)
+    units = basis.expand(columns, *outputs.shape)
+    return vmap(lambda unit: likelihood.square_root(outputs, unit))(units)
+
+
+def take_back(
+    transpose: Callable[[Tensor], dict[str, list[Tensor]]], cotangents: Tensor, at_once: int
+) -> dict[str, tuple[Tensor, ...]]:
+    """The cotangents at every probe, ``[k, ...]``, by ``at_once`` of them in one backward pass."""
+    if at_once == 1:
+        parts = [optree.tree_map(lambda g: g[None], transpose(c)) for c in cotangents.unbind()]
+    else:
+        parts = [vmap(transpose)(chunk) for chunk in cotangents.split(at_once)]
+    joined = parts[0] if len(parts) == 1 else optree.tree_map(lambda *g: torch.cat(g), *parts)
+    return {source: tuple(uses) for source, uses in joined.items()}
+
+
+def _tensors(tree: Tree) -> list[Tensor]:
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]

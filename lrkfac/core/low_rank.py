@@ -1,0 +1,245 @@
+"""Factors held by a few eigenpairs, found from the last batch's without forming a ``d × d`` matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from lrkfac.core.factors import FactorStructure, dense, kept_weight, no_steps
+from lrkfac.core.operators import LowRankPlusDiagonal, Operator
+from lrkfac.core.power_iteration import orthonormal, power_iteration, pseudo_random, subspace_iteration
+from lrkfac.core.sherman_morrison import inverse
+from lrkfac.core.tree import wide
+from lrkfac.core.types import Covariance
+
+Residual = Literal["isotropic", "none"]
+Fit = Literal["alternating", "off_diagonal"]
+Method = Literal["subspace", "power"]
+
+OVERSAMPLING = 4
+"""Fresh start columns per update, so that a warm basis does not miss a new direction."""
+
+
+class LowRankState(NamedTuple):
+    """``V diag(values) Vᵀ + residual (I - V Vᵀ)``: orthonormal ``vectors`` ``[d, r]``, ``values`` ``[r]``,
+    ``residual`` ``[]``; ``steps`` int64 ``[]``."""
+
+    vectors: Tensor
+    values: Tensor
+    residual: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """See ``low_rank``."""
+
+    rank: int
+    residual: Residual = "isotropic"
+    iterations: int = 1
+    method: Method = "subspace"
+
+    def fitted(self, dimension: int) -> FactorStructure:
+        return dense() if dimension <= self.rank + 2 else self
+
+    def init(self, dimension: int, like: Tensor) -> LowRankState:
+        vectors = _start(dimension, min(self.rank, dimension), like)
+        return LowRankState(
+            vectors, vectors.new_zeros(vectors.shape[1]), vectors.new_zeros(()), no_steps(like)
+        )
+
+    def update(self, state: LowRankState, covariance: Covariance, decay: float | Tensor) -> LowRankState:
+        d, r = state.vectors.shape
+        kept = kept_weight(state.steps, state.vectors, decay)
+        average = _Average(kept, self.operator(state), covariance)
+        vectors = state.vectors
+        for i in range(self.iterations):
+            vectors, values = _largest(self.method, average.matvec, vectors, state.steps + i)
+        missed = (average.trace() - values.sum()).clamp(min=0)
+        isotropic = self.residual == "isotropic" and r < d
+        residual = missed / (d - r) if isotropic else torch.zeros_like(missed)
+        return LowRankState(vectors, values, residual, state.steps + 1)
+
+    def operator(self, state: LowRankState) -> LowRankPlusDiagonal:
+        diagonal = state.residual.expand(state.vectors.shape[0])
+        return LowRankPlusDiagonal(state.vectors, state.values - state.residual, diagonal)
+
+    def inverse(self, state: LowRankState, damping: float | Tensor) -> LowRankPlusDiagonal:
+        # Orthonormal vectors and a multiple of the identity: the inverse has the same vectors.
+        rest = state.residual + damping
+        shrinkage = (state.values - state.residual) / (state.values + damping)
+        margin = 32 * torch.finfo(state.vectors.dtype).eps
+        values = -shrinkage.clamp(max=1 - margin) / rest
+        return LowRankPlusDiagonal(state.vectors, values, (1 / rest).expand(state.vectors.shape[0]))
+
+
+class LowRankPlusDiagonalState(NamedTuple):
+    """``V diag(values) Vᵀ + diag(diagonal)``: ``vectors`` ``[d, r]``, orthonormal but for rows shortened to
+    keep the diagonal, ``values`` ``[r]``, ``diagonal`` ``[d]``, both ``≥ 0``; ``steps`` int64 ``[]``."""
+
+    vectors: Tensor
+    values: Tensor
+    diagonal: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class LowRankPlusDiagonalStructure:
+    """See ``low_rank_plus_diagonal``."""
+
+    rank: int
+    fit: Fit = "alternating"
+    iterations: int = 1
+    method: Method = "subspace"
+
+    def fitted(self, dimension: int) -> FactorStructure:
+        return dense() if dimension <= self.rank + 2 else self
+
+    def init(self, dimension: int, like: Tensor) -> LowRankPlusDiagonalState:
+        vectors = _start(dimension, min(self.rank, dimension), like)
+        return LowRankPlusDiagonalState(
+            vectors, vectors.new_zeros(vectors.shape[1]), vectors.new_zeros(dimension), no_steps(like)
+        )
+
+    def update(
+        self, state: LowRankPlusDiagonalState, covariance: Covariance, decay: float | Tensor
+    ) -> LowRankPlusDiagonalState:
+        kept = kept_weight(state.steps, state.vectors, decay)
+        average = _Average(kept, self.operator(state), covariance)
+        whole = average.diagonal()
+        vectors, values, rest = state.vectors, state.values, state.diagonal
+        # The last diagonal as a share of the whole one: the factor's scale may have changed since.
+        rest = whole * _ratio(rest, rest + vectors.square() @ values)
+        for i in range(self.iterations):
+            subtracted = whole if self.fit == "off_diagonal" else rest
+
+            def off_diagonal(v: Tensor, subtracted: Tensor = subtracted) -> Tensor:
+                return average.matvec(v) - subtracted[:, None] * v
+
+            vectors, values = _largest(self.method, off_diagonal, vectors, state.steps + i)
+            explained = vectors.square() @ values
+            rest = (whole - explained).clamp(min=0)
+        # Where the vectors explain more than the whole diagonal, rows are shortened: it is kept exactly.
+        shortened = _ratio(whole, explained).clamp(max=1).sqrt()
+        return LowRankPlusDiagonalState(shortened[:, None] * vectors, values, rest, state.steps + 1)
+
+    def operator(self, state: LowRankPlusDiagonalState) -> LowRankPlusDiagonal:
+        return LowRankPlusDiagonal(state.vectors, state.values, state.diagonal)
+
+    def inverse(self, state: LowRankPlusDiagonalState, damping: float | Tensor) -> Operator:
+        return inverse(self.operator(state), damping)
+
+
+class _Average(NamedTuple):
+    """``kept * previous + (1 - kept) * batch``, neither of them formed."""
+
+    kept: Tensor
+    previous: LowRankPlusDiagonal
+    batch: Covariance
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        return self._mixed(self.previous.matvec(vectors), self.batch.matvec(vectors))
+
+    def diagonal(self) -> Tensor:
+        vectors, values, diagonal = self.previous
+        return self._mixed(diagonal + vectors.square() @ values, self.batch.diagonal())
+
+    def trace(self) -> Tensor:
+        return self._mixed(self.previous.trace(), self.batch.trace())
+
+    def _mixed(self, previous: Tensor, batch: Tensor) -> Tensor:
+        return self.kept * previous + (1 - self.kept) * batch
+
+
+def _largest(
+    method: Method, matvec: Callable[[Tensor], Tensor], vectors: Tensor, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step towards the eigenpairs of largest value; negative values, which a positive semi-definite
+    operator cannot hold, become 0."""
+    d, r = vectors.shape
+    if method == "power":
+        vectors, values = power_iteration(matvec, vectors, max_iterations=1)
+    else:
+        fresh = pseudo_random(d, min(OVERSAMPLING, d - r), seed).to(vectors.dtype)
+        vectors, values = subspace_iteration(matvec, torch.cat([vectors, fresh], dim=1))
+    order = values.argsort(descending=True)[:r]
+    return vectors[:, order], values[order].clamp(min=0)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """``part / whole``, 0 where both are 0."""
+    return part / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+
+
+def _start(dimension: int, rank: int, like: Tensor) -> Tensor:
+    columns = pseudo_random(dimension, rank, no_steps(like))
+    return orthonormal(columns.to(wide(like).dtype))
+
+
+def low_rank(
+    rank: int, residual: Residual = "isotropic", iterations: int = 1, method: Method = "subspace"
+) -> LowRank:
+    """``rank`` eigenpairs, and the trace that they miss spread evenly over the other directions.
+
+    The running average is never formed: its dominant eigenpairs are found from the last ones by
+    ``iterations`` steps per batch. The trace is kept exactly. A factor of dimension ``d ≤ rank + 2`` is held
+    densely instead, which needs no more memory and is exact.
+
+    Args:
+        rank: Number of eigenpairs; for ``rank ≥ d`` all of them.
+        residual: ``"isotropic"``, or ``"none"`` to drop what the eigenpairs miss: the damping alone
+            then acts on it, and a small damping makes the preconditioned step too long.
+        iterations: Steps per batch; one is enough from a warm basis.
+        method: ``"subspace"`` (all vectors at once) or ``"power"`` (one after another, by deflation).
+
+    Raises:
+        ValueError: If ``rank`` or ``iterations`` is below 1, or an option is unknown.
+        TypeError: If ``rank`` or ``iterations`` is not an integer.
+    """
+    _check_integers(rank=rank, iterations=iterations)
+    _check_choices(residual=(residual, Residual), method=(method, Method))
+    return LowRank(rank, residual, iterations, method)
+
+
+def low_rank_plus_diagonal(
+    rank: int, fit: Fit = "alternating", iterations: int = 1, method: Method = "subspace"
+) -> LowRankPlusDiagonalStructure:
+    """``rank`` eigenpairs and a diagonal such that the whole diagonal of the factor is kept exactly.
+
+    ``fit="alternating"`` is principal factor analysis: eigenpairs of ``B - diag(rest)`` and ``rest =
+    diag(B) - diag(V Λ Vᵀ)`` take turns, one turn per iteration, starting from the last batch's.
+    Negative eigenvalues are dropped and the rest is clipped at 0, so that the result is positive
+    semi-definite. A factor of dimension ``d ≤ rank + 2`` is held densely instead.
+
+    Args:
+        rank: Number of eigenpairs; for ``rank ≥ d`` all of them.
+        fit: ``"alternating"``, or ``"off_diagonal"``, which subtracts the whole diagonal before the
+            eigenpairs are sought, as low-rank ASDL does, but keeps only positive ones.
+        iterations: Turns per batch; one is enough from a warm basis.
+        method: ``"subspace"`` (all vectors at once) or ``"power"`` (one after another, by deflation).
+
+    Raises:
+        ValueError: If ``rank`` or ``iterations`` is below 1, or an option is unknown.
+        TypeError: If ``rank`` or ``iterations`` is not an integer.
+    """
+    _check_integers(rank=rank, iterations=iterations)
+    _check_choices(fit=(fit, Fit), method=(method, Method))
+    return LowRankPlusDiagonalStructure(rank, fit, iterations, method)
+
+
+def _check_integers(**values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an integer >= 1, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value}")
+
+
+def _check_choices(**values: tuple[str, Any]) -> None:
+    for name, (value, choices) in values.items():
+        if value not in get_args(choices):
+            raise ValueError(f"{name}: expected one of {get_args(choices)}, got {value!r}")

@@ -1,0 +1,147 @@
+"""Dominant eigenvectors of a symmetric matrix known only by its action: stateless iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def power_iteration(
+    matvec: Callable[[Tensor], Tensor],
+    start: Float[Tensor, "d k"],
+    rank: int | None = None,
+    max_iterations: int = 100,
+    tolerance: float = 1e-6,
+) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
+    """Dominant eigenpairs, one vector after another: ``v ← M v / ‖M v‖`` orthogonal to those found.
+
+    A vector stands still once a step turns it by less than ``tolerance``; the number of steps does not
+    depend on values, so that the function can be compiled and mapped over batches. At the end the
+    basis is rotated to the Ritz vectors, which also separates eigenvalues of equal magnitude.
+
+    Args:
+        matvec: ``V ↦ M V`` for ``V`` of shape ``[d, j]``, with ``M`` symmetric, definite or not.
+        start: First guess of each vector, ``[d, k]`` with ``k ≥ rank``; any columns, zeros included.
+        rank: Number of eigenpairs ``r``, at most ``d``; by default the columns of ``start``.
+        max_iterations: Steps for each vector.
+        tolerance: Sine of the angle between a vector and its image below which it has converged.
+
+    Returns:
+        Orthonormal vectors ``[d, r]`` (to rounding, whatever ended the iteration) and the Ritz
+        values ``[r]``, largest magnitude first.
+
+    Raises:
+        ValueError: If ``rank`` or ``max_iterations`` is below 1 or ``start`` has too few rows or columns.
+    """
+    rank = _check(start, rank, max_iterations)
+    found = start[:, :0]
+    for i in range(rank):
+        vector = orthonormal(torch.cat([found, start[:, i : i + 1]], dim=1))[:, i:]
+        converged = torch.zeros((), dtype=torch.bool, device=start.device)
+        for _ in range(max_iterations):
+            image = matvec(vector)
+            rest = _deflate(_deflate(image, found), found)
+            norm = torch.linalg.vector_norm(rest)
+            # Where the image lies within the vectors found, only rounding is left of it: stand still.
+            lost = norm <= 8 * torch.finfo(start.dtype).eps * torch.linalg.vector_norm(image)
+            candidate = rest / torch.where(lost, 1.0, norm)
+            cosine = (candidate * vector).sum()
+            turned = torch.linalg.vector_norm(candidate - cosine * vector)
+            vector = torch.where(converged | lost, vector, candidate)
+            converged = converged | lost | (turned <= tolerance)
+        found = torch.cat([found, vector], dim=1)
+    return rayleigh_ritz(matvec, orthonormal(found), rank)
+
+
+def subspace_iteration(
+    matvec: Callable[[Tensor], Tensor],
+    start: Float[Tensor, "d k"],
+    rank: int | None = None,
+    iterations: int = 1,
+) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
+    """Dominant eigenpairs, all vectors at once: ``Q ← orthonormal(M Q)``, then a Rayleigh–Ritz step.
+
+    Columns of ``start`` beyond ``rank`` speed up convergence (Halko, Martinsson & Tropp 2011, arXiv
+    0909.4061, algorithm 4.4). ``start`` may be the last result, which one iteration then renews.
+
+    Args:
+        matvec: ``V ↦ M V`` for ``V`` of shape ``[d, j]``, with ``M`` symmetric, definite or not.
+        start: First guess of the space, ``[d, k]`` with ``rank ≤ k ≤ d``.
+        rank: Number of eigenpairs ``r``; by default the columns of ``start``.
+        iterations: Products with ``M`` before the Rayleigh–Ritz step, which needs one more.
+
+    Returns:
+        Orthonormal vectors ``[d, r]`` and the Ritz values ``[r]``, largest magnitude first.
+
+    Raises:
+        ValueError: If ``rank`` or ``iterations`` is below 1 or ``start`` has too few rows or columns.
+    """
+    rank = _check(start, rank, iterations)
+    basis = start
+    for _ in range(iterations):
+        basis = orthonormal(matvec(basis))
+    return rayleigh_ritz(matvec, basis, rank)
+
+
+def rayleigh_ritz(
+    matvec: Callable[[Tensor], Tensor], basis: Float[Tensor, "d k"], rank: int
+) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
+    """The best eigenpairs within the span of an orthonormal basis: those of ``Qᵀ M Q``.
+
+    Returns:
+        The ``rank`` Ritz pairs of largest magnitude, in that order.
+    """
+    projected = basis.mT @ matvec(basis)
+    values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
+    order = values.abs().argsort(descending=True)[:rank]
+    return basis @ rotation[:, order], values[order]
+
+
+def orthonormal(columns: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+    """An orthonormal basis whose first ``j`` vectors span the first ``j`` columns, for every ``j``.
+
+    Householder reflections: orthonormal to rounding even where columns are zero or dependent, which
+    then get an arbitrary direction orthogonal to the others.
+    """
+    return torch.linalg.qr(columns).Q
+
+
+def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "d k"]:
+    """Numbers in [-1, 1) that depend on their place and on ``seed`` alone, float32.
+
+    Start vectors need no quality beyond generic position, but must be pure and equal on every device,
+    in eager and compiled code and under ``vmap``; hence an integer hash (the finaliser of
+    MurmurHash3) and not a random generator.
+
+    Args:
+        rows: Number of rows.
+        columns: Number of columns.
+        seed: int64, ``[]``.
+    """
+    mask = 0xFFFFFFFF
+    place = torch.arange(rows * columns, dtype=torch.int64, device=seed.device).reshape(rows, columns)
+    x = (place + seed * 0x9E3779B9 + 1) & mask
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
+    x = x ^ (x >> 16)
+    return x.to(torch.float32) / 2**31 - 1
+
+
+def _deflate(x: Tensor, found: Tensor) -> Tensor:
+    return x - found @ (found.mT @ x)
+
+
+def _check(start: Tensor, rank: int | None, iterations: int) -> int:
+    d, k = start.shape
+    rank = k if rank is None else rank
+    if not 1 <= rank <= min(d, k):
+        raise ValueError(
+            f"rank: expected 1 <= rank <= {min(d, k)} for a start of shape {(d, k)}, got {rank}; "
+            "give as many start columns as vectors are wanted, and no more vectors than rows"
+        )
+    if iterations < 1:
+        raise ValueError(f"iterations: expected at least 1, got {iterations}")
+    return rank

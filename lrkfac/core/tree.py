@@ -1,0 +1,83 @@
+"""The few tree operations that ``optree`` lacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from lrkfac.core.types import Tree
+
+
+def vdot(x: Tree, y: Tree) -> Tensor:
+    """Inner product of two trees: the sum over all leaves of ``sum(x * y)``, ``[]``.
+
+    Half-precision leaves are summed in float32.
+    """
+    products = optree.tree_map(lambda a, b: (wide(a) * wide(b)).sum(), x, y)
+    return torch.stack(optree.tree_leaves(products)).sum()
+
+
+def add_scaled(x: Tree, scale: float | Tensor, y: Tree) -> Tree:
+    """``x + scale * y`` leaf by leaf, in the dtype of ``x``."""
+    return optree.tree_map(lambda a, b: (a + scale * b).to(a.dtype), x, y)
+
+
+def scaled(scale: float | Tensor, x: Tree) -> Tree:
+    """``scale * x`` leaf by leaf, in the dtype of ``x``."""
+    return optree.tree_map(lambda a: (scale * a).to(a.dtype), x)
+
+
+def zeros_like(x: Tree) -> Tree:
+    """A tree of zeros with the shapes, dtypes and devices of ``x``."""
+    return optree.tree_map(torch.zeros_like, x)
+
+
+def counter(x: Tree) -> Tensor:
+    """A zero to count steps with: int64, ``[]``, on the device of the first leaf of ``x``."""
+    leaves = optree.tree_leaves(x)
+    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in at least float32, the least precision in which sums and factors are kept."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def paths(x: Tree) -> tuple[str, ...]:
+    """The dotted path of every leaf, in the order of ``optree.tree_leaves``."""
+    return tuple(".".join(str(_key(entry)) for entry in accessor) for accessor in optree.tree_accessors(x))
+
+
+def _key(entry: optree.PyTreeEntry) -> Any:
+    return entry.field if isinstance(entry, optree.NamedTupleEntry) else entry.entry
+
+
+def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
+    """The leaves of a tree, which is refused unless it has the structure and shapes of another.
+
+    Raises:
+        ValueError: Names the leaf that is missing, unexpected or of another shape.
+    """
+    leaves, found = optree.tree_flatten(got)
+    # The compiler cannot compare structures; paths, which it can, take too long for every eager step.
+    compiling = torch.compiler.is_compiling()
+    if paths(got) != paths(expected) if compiling else found != optree.tree_structure(expected):
+        wanted, there = paths(expected), paths(got)
+        missing = [path for path in wanted if path not in there]
+        unexpected = [path for path in there if path not in wanted]
+        difference = f"missing {missing}, unexpected {unexpected}" if missing or unexpected else f"{found}"
+        raise ValueError(
+            f"{what}: the tree differs from the one at the start: {difference}; pass a tree like the parameters, "
+            "or call find_layers() and init() again for others"
+        )
+    for i, (leaf, like) in enumerate(zip(leaves, optree.tree_leaves(expected), strict=True)):
+        if not isinstance(leaf, Tensor) or leaf.shape != like.shape:
+            there_is = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(
+                f"{what}: expected {paths(expected)[i]!r} of shape {tuple(like.shape)}, got {there_is}; pass a "
+                "tree like the parameters, or call find_layers() and init() again for others"
+            )
+    return leaves

@@ -1,0 +1,171 @@
+"""The vocabulary of the package: what flows between its parts. No logic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Tree = Any
+"""Any tree that ``optree`` traverses; the leaves are tensors."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Where a parameter lies in the parameter tree.
+
+    ``path`` is its dotted path, ``index`` its place among ``optree.tree_leaves(params)``.
+    """
+
+    path: str
+    index: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operation with a weight, as static data.
+
+    Attributes:
+        name: The weight's path without its last part (the whole path where that is not unique).
+        kind: The name of the entry in ``lrkfac.core.layers`` that knows the operation.
+        weight: The weight, or, for the kind ``"bias"``, the bias itself.
+        bias: The bias where it is joint with the weight, else ``None``.
+        d_in: Length of one input row ``a`` of one group, with the trailing 1 of a joint bias.
+        d_out: Length of one output row ``s`` of one group.
+        groups: Number of independent blocks (grouped convolutions); 1 elsewhere.
+        options: For each use of the weight in one forward pass, the operation's settings.
+        source: Path of the weight at whose uses the layer is captured; its own but for the kind ``"bias"``.
+    """
+
+    name: str
+    kind: str
+    weight: Parameter
+    bias: Parameter | None
+    d_in: int
+    d_out: int
+    groups: int
+    options: tuple[tuple[Any, ...], ...]
+    source: str
+
+    @property
+    def uses(self) -> int:
+        """How often the weight is used in one forward pass."""
+        return len(self.options)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a model, as ``find_layers`` describes them. ``print`` shows them as a table.
+
+    Attributes:
+        layers: One entry for each weight that is covered, in the order of their first use.
+        uncovered: Each other parameter with the reason.
+        parameters: All parameters, in the order of ``optree.tree_leaves(params)``.
+        tree: The parameter tree with each parameter's ``Parameter`` as its leaf.
+    """
+
+    layers: tuple[Layer, ...]
+    uncovered: tuple[tuple[Parameter, str], ...]
+    parameters: tuple[Parameter, ...]
+    tree: Tree
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> Layer:
+        return {layer.name: layer for layer in self.layers}[name]
+
+    @property
+    def covered(self) -> frozenset[int]:
+        """The indices of the parameters that belong to a layer."""
+        both = [p for layer in self.layers for p in (layer.weight, layer.bias)]
+        return frozenset(p.index for p in both if p is not None)
+
+    @property
+    def sources(self) -> tuple[Parameter, ...]:
+        """The weights at whose uses something is captured."""
+        return tuple(layer.weight for layer in self.layers if layer.weight.path == layer.source)
+
+    def __str__(self) -> str:
+        rows = [("name", "kind", "parameters", "shape", "factors", "uses")]
+        for layer in self.layers:
+            paths = layer.weight.path if layer.bias is None else f"{layer.weight.path}, {layer.bias.path}"
+            blocks = f"{layer.groups} x " if layer.groups > 1 else ""
+            factors = f"{blocks}A {layer.d_in}, B {layer.d_out}"
+            shape = " x ".join(map(str, layer.weight.shape))
+            rows.append((layer.name, layer.kind, paths, shape, factors, str(layer.uses)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        if self.uncovered:
+            lines += ["", "not covered (plain gradient):"]
+            lines += [f"  {p.path} {tuple(p.shape)}: {reason}" for p, reason in self.uncovered]
+        else:
+            lines += ["", "every parameter is covered"]
+        return "\n".join(lines)
+
+
+class Statistics(NamedTuple):
+    """What a batch tells about every layer, before any linear algebra.
+
+    Both dictionaries have the layers' sources as keys. ``inputs[source][use]`` is the tensor that the
+    operation received; ``output_gradients[source][use]`` has the shape ``[k, *shape of the output]``,
+    ``k`` being the number of samples, or of columns of the output Hessian's square root.
+    ``B = scale * sum of g gᵀ`` over all rows and ``k``.
+    """
+
+    inputs: dict[str, tuple[Tensor, ...]]
+    output_gradients: dict[str, tuple[Tensor, ...]]
+    scale: Tensor
+
+
+class Evaluation(NamedTuple):
+    """Everything that a batch says at one point in parameter space.
+
+    Attributes:
+        loss: Mean negative log-likelihood, ``[]``.
+        grads: Its gradient, a tree like the parameters.
+        outputs: The model's outputs, ``[N, ...]``.
+        aux: What else the model returned (``has_aux=True``), else ``None``.
+        statistics: For ``precondition_by_fisher``; ``None`` where they were not asked for.
+        product: ``product(tangent)`` is ``F tangent`` with the exact Fisher ``F`` of this batch.
+        quadratic: ``quadratic(u, v)`` is ``uᵀ F v``, ``[]``.
+        loss_at: ``loss_at(params)`` is the loss of this batch at other parameters, ``[]``.
+    """
+
+    loss: Tensor
+    grads: Tree
+    outputs: Tensor
+    aux: Any
+    statistics: Statistics | None
+    product: Callable[[Tree], Tree]
+    quadratic: Callable[[Tree, Tree], Tensor]
+    loss_at: Callable[[Tree], Tensor]
+
+
+@runtime_checkable
+class Covariance(Protocol):
+    """A symmetric positive semi-definite ``[d, d]`` matrix known by its action: the seam between
+    layers and structures."""
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``C V`` for ``V`` of shape ``[d, k]``."""
+        ...
+
+    def diagonal(self) -> Tensor:
+        """The diagonal, ``[d]``."""
+        ...
+
+    def trace(self) -> Tensor:
+        """The trace, ``[]``."""
+        ...
+
+    def dense(self) -> Tensor:
+        """The matrix itself, ``[d, d]``."""
+        ...

@@ -1,0 +1,56 @@
+"""Adam."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from lrkfac.core.tree import check_like, counter, zeros_like
+from lrkfac.core.types import Tree
+from lrkfac.transforms.base import GradientTransformation, need_number
+
+
+class AdamState(NamedTuple):
+    """``mean`` and ``square``: trees like the parameters; ``steps`` int64 ``[]``."""
+
+    mean: Tree
+    square: Tree
+    steps: Tensor
+
+
+def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> GradientTransformation:
+    """``m̂ / (√v̂ + eps)`` with bias-corrected averages of ``u`` and ``u²`` (Kingma & Ba 2015, arXiv 1412.6980).
+
+    Args:
+        b1: Decay of the mean, in [0, 1).
+        b2: Decay of the mean square, in [0, 1).
+        eps: Added to the root.
+
+    Raises:
+        ValueError: If an argument is out of range; in ``update``, if the tree is not that of ``init``.
+    """
+    need_number(b1, "b1", 0, 1)
+    need_number(b2, "b2", 0, 1)
+    need_number(eps, "eps", 0)
+
+    def init(params: Tree) -> AdamState:
+        return AdamState(zeros_like(params), zeros_like(params), counter(params))
+
+    def update(
+        updates: Tree, state: AdamState, params: Tree = None, **extra: Any
+    ) -> tuple[Tree, AdamState]:
+        check_like(state.mean, updates, "scale_by_adam")
+        steps = state.steps + 1
+        mean = optree.tree_map(lambda m, u: b1 * m + (1 - b1) * u, state.mean, updates)
+        square = optree.tree_map(lambda v, u: b2 * v + (1 - b2) * u.square(), state.square, updates)
+
+        def scaled(m: Tensor, v: Tensor) -> Tensor:
+            t = steps.to(torch.promote_types(m.dtype, torch.float32))
+            return (m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps)).to(m.dtype)
+
+        return optree.tree_map(scaled, mean, square), AdamState(mean, square, steps)
+
+    return GradientTransformation(init, update)

@@ -1,0 +1,84 @@
+"""Clipping: by the length of a step in parameters, or in what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrkfac.core.tree import counter, scaled, vdot
+from lrkfac.core.types import Evaluation, Tree
+from lrkfac.transforms.base import GradientTransformation, need_number, stateless
+
+
+class ClipByKLState(NamedTuple):
+    """``steps``: number of updates so far, int64 ``[]``."""
+
+    steps: Tensor
+
+
+def clip_by_global_norm(max_norm: float) -> GradientTransformation:
+    """Scales the updates such that the Euclidean norm over all leaves is at most ``max_norm``.
+
+    Raises:
+        ValueError: If ``max_norm`` is not a positive finite number.
+    """
+    need_number(max_norm, "max_norm", 0, includes_low=False)
+
+    def change(updates: Tree, params: Tree, **extra: Any) -> Tree:
+        norm = vdot(updates, updates).sqrt()
+        return scaled(_at_most_one(max_norm, norm), updates)
+
+    return stateless(change)
+
+
+def clip_by_kl(
+    max_kl: float, learning_rate: float | Tensor | Callable[[Tensor], float | Tensor] = 1.0
+) -> GradientTransformation:
+    """Scales natural gradients ``u`` such that the step ``learning_rate * u`` changes the model little.
+
+    For ``u = F⁻¹ ∇L`` the squared length of the step in the Fisher metric is ``learning_rate² uᵀF u =
+    learning_rate² uᵀ∇L``, twice the Kullback–Leibler divergence to second order. The factor is
+    ``min(1, √(max_kl / (learning_rate² uᵀ∇L)))`` (Ba, Grosse & Martens 2017, section 5).
+
+    Stands right after ``precondition_by_fisher``.
+
+    Args:
+        max_kl: Bound on the squared length.
+        learning_rate: What the chain multiplies by later on: a number, a tensor ``[]`` or a schedule.
+
+    Raises:
+        ValueError: If ``max_kl`` is not a positive finite number, ``learning_rate`` a negative one.
+        TypeError: In ``update``, if ``evaluation`` is missing.
+    """
+    need_number(max_kl, "max_kl", 0, includes_low=False)
+    if not callable(learning_rate):
+        need_number(learning_rate, "learning_rate", 0)
+
+    def init(params: Tree) -> ClipByKLState:
+        return ClipByKLState(counter(params))
+
+    def update(
+        updates: Tree,
+        state: ClipByKLState,
+        params: Tree = None,
+        *,
+        evaluation: Evaluation | None = None,
+        **extra: Any,
+    ) -> tuple[Tree, ClipByKLState]:
+        if evaluation is None:
+            raise TypeError(
+                "clip_by_kl: evaluation is missing; call update(..., evaluation=fisher(params, inputs, targets))"
+            )
+        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
+        squared_length = rate**2 * vdot(updates, evaluation.grads).clamp(min=0)
+        return scaled(_at_most_one(max_kl, squared_length).sqrt(), updates), ClipByKLState(state.steps + 1)
+
+    return GradientTransformation(init, update)
+
+
+def _at_most_one(bound: float, size: Tensor) -> Tensor:
+    """``min(1, bound / size)``, 1 where ``size`` is 0."""
+    return bound / torch.clamp(size, min=bound)

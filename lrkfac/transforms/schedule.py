@@ -1,0 +1,140 @@
+"""Step sizes: constant, or a function of the number of steps taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrkfac.core.tree import counter, scaled
+from lrkfac.core.types import Tree
+from lrkfac.transforms.base import GradientTransformation, need_number, stateless
+
+Schedule = Callable[[Tensor], float | Tensor]
+"""From the number of steps taken so far (int64, ``[]``) to a value."""
+
+
+class ScheduleState(NamedTuple):
+    """``steps``: number of updates so far, int64 ``[]``."""
+
+    steps: Tensor
+
+
+def scale(factor: float | Tensor) -> GradientTransformation:
+    """``factor * u``.
+
+    Raises:
+        ValueError: If ``factor`` is a non-finite number.
+    """
+    need_number(factor, "factor", -math.inf)
+    return stateless(lambda updates, params, **extra: scaled(factor, updates))
+
+
+def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> GradientTransformation:
+    """``-learning_rate * u``: turns a direction of ascent into an update to add.
+
+    Args:
+        learning_rate: A number ≥ 0, a tensor ``[]`` or a schedule.
+
+    Raises:
+        ValueError: If it is a negative or non-finite number.
+    """
+    if not callable(learning_rate):
+        need_number(learning_rate, "learning_rate", 0)
+        return stateless(lambda updates, params, **extra: scaled(-learning_rate, updates))
+
+    def init(params: Tree) -> ScheduleState:
+        return ScheduleState(counter(params))
+
+    def update(
+        updates: Tree, state: ScheduleState, params: Tree = None, **extra: Any
+    ) -> tuple[Tree, ScheduleState]:
+        return scaled(-learning_rate(state.steps), updates), ScheduleState(state.steps + 1)
+
+    return GradientTransformation(init, update)
+
+
+def constant_schedule(value: float) -> Schedule:
+    """Always ``value``."""
+    need_number(value, "value", -math.inf)
+    return lambda step: value
+
+
+def warmup_cosine_schedule(
+    peak_value: float, warmup_steps: int, total_steps: int, initial_value: float = 0.0, final_value: float = 0.0
+) -> Schedule:
+    """Linear from ``initial_value`` to ``peak_value``, then half a cosine down to ``final_value``.
+
+    Args:
+        peak_value: Reached at step ``warmup_steps``.
+        warmup_steps: Length of the rise, ≥ 0.
+        total_steps: Step at which ``final_value`` is reached and kept, > ``warmup_steps``.
+        initial_value: Value at step 0.
+        final_value: Value from step ``total_steps`` on.
+
+    Raises:
+        ValueError: If a value is not finite or the steps are out of order.
+    """
+    for name, value in {"peak": peak_value, "initial": initial_value, "final": final_value}.items():
+        need_number(value, f"{name}_value", -math.inf)
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"warmup_steps: expected 0 <= warmup_steps < total_steps = {total_steps}, got {warmup_steps}"
+        )
+
+    def schedule(step: Tensor) -> Tensor:
+        t = _real(step)
+        rising = initial_value + (peak_value - initial_value) * t / max(warmup_steps, 1)
+        progress = ((t - warmup_steps) / (total_steps - warmup_steps)).clamp(0, 1)
+        falling = final_value + (peak_value - final_value) * (1 + torch.cos(math.pi * progress)) / 2
+        return torch.where(t < warmup_steps, rising, falling)
+
+    return schedule
+
+
+def exponential_schedule(initial_value: float, decay_rate: float, steps: int = 1) -> Schedule:
+    """``initial_value * decay_rate^(step / steps)``.
+
+    Args:
+        initial_value: Value at step 0.
+        decay_rate: Factor per ``steps``, > 0.
+        steps: Number of steps in which the value changes by ``decay_rate``, ≥ 1.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    need_number(initial_value, "initial_value", -math.inf)
+    need_number(decay_rate, "decay_rate", 0, includes_low=False)
+    need_number(steps, "steps", 1)
+    return lambda step: initial_value * decay_rate ** (_real(step) / steps)
+
+
+def piecewise_constant_schedule(initial_value: float, scales: Mapping[int, float]) -> Schedule:
+    """``initial_value`` times the scales of all boundaries reached: ``{100: 0.1}`` divides by 10 at step 100.
+
+    Args:
+        initial_value: Value at step 0.
+        scales: From a step to the factor that holds from this step on.
+
+    Raises:
+        ValueError: If a value is not finite or a boundary is negative.
+    """
+    need_number(initial_value, "initial_value", -math.inf)
+    for boundary, factor in scales.items():
+        need_number(boundary, "boundary", 0)
+        need_number(factor, "scale", -math.inf)
+
+    def schedule(step: Tensor) -> Tensor:
+        value = torch.full_like(_real(step), initial_value)
+        for boundary, factor in scales.items():
+            value = torch.where(step >= boundary, value * factor, value)
+        return value
+
+    return schedule
+
+
+def _real(step: Tensor) -> Tensor:
+    return step.to(torch.float64 if step.device.type != "mps" else torch.float32)
