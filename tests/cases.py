@@ -1,0 +1,284 @@
+"""Small float64 networks, drawn from seeds, for the tests: pure functions of flat parameter dictionaries.
+
+A network is a tuple of stages, run one after another like ``nn.Sequential``: a ``LayerSpec`` (a layer with
+weight ``"<position>.weight"`` and, unless ``bias=False``, ``"<position>.bias"``), a ``Shift`` (adds the
+parameter ``"<position>.shift"``, which belongs to no layer) or a plain function of the activations. A layer's
+name is its position.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class LayerSpec(NamedTuple):
+    """A ``linear`` or ``conv2d`` call; ``options`` are the keywords of ``conv2d`` (stride, padding, ...)."""
+
+    kind: str
+    weight_shape: tuple[int, ...]
+    bias: bool = True
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of a convolution, 1 for a linear layer."""
+        return self.options.get("groups", 1)
+
+
+class Shift(NamedTuple):
+    """Adds a parameter of the given shape: a parameter that no layer covers."""
+
+    shape: tuple[int, ...]
+
+
+Stage = LayerSpec | Shift | Callable[[Tensor], Tensor]
+Params = dict[str, Tensor]
+
+
+class Case(NamedTuple):
+    """One network, its batch and its likelihood; ``case._replace(params=...)`` is the same case further on.
+
+    ``likelihood`` is "categorical", "gaussian" or "bernoulli"; ``likelihood_options`` holds ``variance`` for
+    the second. The loss is the mean over the likelihood terms: classes are the last axis of the outputs, the
+    other axes count terms; "gaussian" and "bernoulli" sum over all axes but the first.
+    """
+
+    name: str
+    model: Callable[[Params, Tensor], Tensor]
+    params: Params
+    inputs: Tensor
+    targets: Tensor
+    likelihood: str
+    likelihood_options: dict[str, float]
+    stages: tuple[Stage, ...]
+
+    @property
+    def layers(self) -> dict[str, LayerSpec]:
+        """The layers by name, in the order in which they are called."""
+        return {str(i): stage for i, stage in enumerate(self.stages) if isinstance(stage, LayerSpec)}
+
+
+def apply_stage(stage: Stage, name: str, params: Params, x: Tensor) -> Tensor:
+    """The activations after one stage."""
+    if isinstance(stage, Shift):
+        return x + params[f"{name}.shift"]
+    if not isinstance(stage, LayerSpec):
+        return stage(x)
+    operation = {"linear": functional.linear, "conv2d": functional.conv2d}[stage.kind]
+    return operation(x, params[f"{name}.weight"], params.get(f"{name}.bias"), **stage.options)
+
+
+def apply_stages(stages: tuple[Stage, ...], params: Params, inputs: Tensor) -> Tensor:
+    """The outputs of the network; with ``stages`` bound it is the pure function ``model(params, inputs)``."""
+    x = inputs
+    for position, stage in enumerate(stages):
+        x = apply_stage(stage, str(position), params, x)
+    return x
+
+
+def make_case(
+    name: str,
+    stages: tuple[Stage, ...],
+    input_shape: tuple[int, ...],
+    likelihood: str = "categorical",
+    seed: int = 0,
+    **likelihood_options: float,
+) -> Case:
+    """Draws parameters (normal, variance 1 / fan-in), inputs (normal) and targets that fit the likelihood."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = partial(torch.randn, generator=generator, dtype=torch.float64)
+    params = {}
+    for position, stage in enumerate(stages):
+        if isinstance(stage, LayerSpec):
+            shape = stage.weight_shape
+            params[f"{position}.weight"] = normal(shape) / torch.Size(shape[1:]).numel() ** 0.5
+            if stage.bias:
+                params[f"{position}.bias"] = 0.5 * normal(shape[:1])
+        elif isinstance(stage, Shift):
+            params[f"{position}.shift"] = normal(stage.shape)
+    model, inputs = partial(apply_stages, stages), normal(input_shape)
+    # torch warns, once in a process, that padding "same" of an even kernel may copy
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
+        outputs = model(params, inputs)
+    if likelihood == "categorical":
+        targets = torch.randint(outputs.shape[-1], outputs.shape[:-1], generator=generator)
+    elif likelihood == "bernoulli":
+        targets = torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
+    else:
+        targets = normal(outputs.shape)
+    return Case(name, model, params, inputs, targets, likelihood, likelihood_options, stages)
+
+
+def linear(d_in: int, d_out: int, bias: bool = True) -> LayerSpec:
+    """A linear layer on the last axis, whatever the leading ones."""
+    return LayerSpec("linear", (d_out, d_in), bias)
+
+
+def conv2d(
+    channels_in: int, channels_out: int, kernel: tuple[int, int], bias: bool = True, **options
+) -> LayerSpec:
+    """A two-dimensional convolution; ``options`` as in ``torch.nn.functional.conv2d``."""
+    return LayerSpec(
+        "conv2d", (channels_out, channels_in // options.get("groups", 1), *kernel), bias, options
+    )
+
+
+def flatten(x: Tensor) -> Tensor:
+    """[N, ...] to [N, features]."""
+    return x.flatten(1)
+
+
+def scalar(x: Tensor) -> Tensor:
+    """[N, 1] to [N]."""
+    return x.squeeze(-1)
+
+
+def global_average(x: Tensor) -> Tensor:
+    """[N, C, H, W] to [N, C]."""
+    return x.mean((2, 3))
+
+
+def position_average(x: Tensor) -> Tensor:
+    """[N, T, F] to [N, F]."""
+    return x.mean(1)
+
+
+def causal_sum(x: Tensor) -> Tensor:
+    """[N, T, F] to itself: position t holds the sum up to t, so that terms of one example share positions."""
+    return x.cumsum(1)
+
+
+tanh = torch.tanh
+
+# K-FAC (exact estimator) equals the block of the Gauss-Newton matrix: linear networks with squared loss (the
+# Jacobians of the outputs are the same for all rows), and networks without weight sharing on one example.
+EXACT = (
+    # linear 4 -> 5 -> 3 -> 2, inputs [6, 4]
+    make_case("deep_linear", (linear(4, 5), linear(5, 3), linear(3, 2)), (6, 4), "gaussian", 1, variance=1.0),
+    # the same without the middle bias and with variance 0.25
+    make_case(
+        "deep_linear_partly_biased",
+        (linear(4, 5), linear(5, 3, bias=False), linear(3, 2)),
+        (6, 4),
+        "gaussian",
+        seed=2,
+        variance=0.25,
+    ),
+    # linear 3 -> 4 -> 2 on sequences [4, 3, 3], outputs [4, 3, 2]: four likelihood terms of three rows each
+    make_case("deep_linear_sequence", (linear(3, 4), linear(4, 2)), (4, 3, 3), "gaussian", 3, variance=1.0),
+    # inputs [1, 4], with tanh
+    make_case("single_datum_categorical", (linear(4, 5), tanh, linear(5, 3)), (1, 4), "categorical", 4),
+    make_case("single_datum_bernoulli", (linear(4, 5), tanh, linear(5, 3)), (1, 4), "bernoulli", 5),
+)
+
+LINEAR = (
+    # inputs [7, 5]
+    make_case(
+        "tanh_categorical", (linear(5, 6), tanh, linear(6, 4), tanh, linear(4, 3)), (7, 5), "categorical", 10
+    ),
+    make_case("tanh_gaussian", (linear(5, 6), tanh, linear(6, 3)), (7, 5), "gaussian", 11, variance=0.25),
+    make_case("tanh_bernoulli", (linear(5, 6), tanh, linear(6, 3)), (7, 5), "bernoulli", 12),
+    # no bias anywhere
+    make_case("no_bias", (linear(5, 6, bias=False), tanh, linear(6, 3, bias=False)), (7, 5), seed=13),
+    # a hidden layer of width one
+    make_case("width_one", (linear(3, 1), tanh, linear(1, 2)), (5, 3), seed=14),
+    # outputs [5]
+    make_case(
+        "scalar_output", (linear(3, 4), tanh, linear(4, 1), scalar), (5, 3), "gaussian", 16, variance=1.0
+    ),
+    # the parameter "1.shift" belongs to no layer
+    make_case("uncovered_shift", (linear(4, 5), Shift((5,)), tanh, linear(5, 3)), (6, 4), seed=15),
+)
+
+SEQUENCE = (
+    # inputs [4, 3, 5]; averaged over the three positions: one likelihood term an example, three rows each
+    make_case(
+        "sequence_averaged",
+        (linear(5, 6), tanh, linear(6, 4), position_average, linear(4, 3)),
+        (4, 3, 5),
+        seed=20,
+    ),
+    # outputs [4, 3, 3]: one term a position, depending on that position alone
+    make_case("sequence_of_terms", (linear(5, 6), tanh, linear(6, 3)), (4, 3, 5), seed=21),
+    # outputs [4, 3, 3]: one term a position, depending on that position and all earlier ones
+    make_case(
+        "sequence_of_coupled_terms", (linear(5, 4), tanh, causal_sum, linear(4, 3)), (4, 3, 5), seed=22
+    ),
+)
+
+CONVOLUTION = (
+    # 3x3, stride 2, padding 1: [5, 2, 6, 6] -> [5, 3, 3, 3]; then a linear layer on the flattened image
+    make_case(
+        "conv_stride",
+        (conv2d(2, 3, (3, 3), stride=2, padding=1), tanh, flatten, linear(27, 3)),
+        (5, 2, 6, 6),
+        seed=30,
+    ),
+    # padding "same" with kernels 2x4 and 3x2 (one more zero after than before), then "valid" 3x3
+    make_case(
+        "conv_same_even",
+        (
+            conv2d(2, 3, (2, 4), padding="same"),
+            tanh,
+            conv2d(3, 2, (3, 2), bias=False, padding="same", dilation=(1, 2)),
+            tanh,
+            conv2d(2, 3, (3, 3), padding="valid"),
+            tanh,
+            global_average,
+        ),
+        (3, 2, 5, 4),
+        seed=31,
+    ),
+    # every option a pair: kernel 2x3, stride (2, 1), padding (1, 2), dilation (1, 2), to [3, 3, 3, 6]
+    make_case(
+        "conv_dilation",
+        (
+            conv2d(2, 3, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+            tanh,
+            conv2d(3, 2, (2, 2), dilation=2),
+            tanh,
+            flatten,
+        ),
+        (3, 2, 5, 6),
+        "gaussian",
+        seed=32,
+        variance=0.5,
+    ),
+    # two groups: weights [6, 2, 3, 3] and [2, 3, 2, 2]
+    make_case(
+        "conv_groups",
+        (
+            conv2d(4, 6, (3, 3), padding=1, groups=2),
+            tanh,
+            conv2d(6, 2, (2, 2), bias=False, stride=2, groups=2),
+            tanh,
+            flatten,
+            linear(8, 2),
+        ),
+        (4, 4, 4, 4),
+        "bernoulli",
+        seed=33,
+    ),
+    # depthwise with channel multiplier 2 (weight [6, 1, 3, 3]), then pointwise 1x1
+    make_case(
+        "conv_depthwise",
+        (
+            conv2d(3, 6, (3, 3), padding="same", groups=3),
+            tanh,
+            conv2d(6, 3, (1, 1)),
+            tanh,
+            global_average,
+        ),
+        (4, 3, 4, 4),
+        seed=34,
+    ),
+)
+
+ALL = EXACT + LINEAR + SEQUENCE + CONVOLUTION

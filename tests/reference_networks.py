@@ -1,0 +1,282 @@
+"""Float64 dense references for whole networks of ``tests/cases.py``: loss, gradients, factors, the explicit
+Gauss-Newton matrix and a K-FAC step. Conventions as in ``tests/reference.py``; never imports lrkfac.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.cases import Case, LayerSpec, Params, apply_stage
+from tests.reference import (
+    kronecker_preconditioned,
+    label_distribution,
+    layer_input_rows,
+    layer_output_rows,
+    negative_log_likelihood,
+    output_hessian,
+    output_hessian_root,
+    second_moment,
+    terms,
+)
+
+
+class Factors(NamedTuple):
+    """The Kronecker factors of one layer: A [groups, d_in (+ 1), d_in (+ 1)] and B [groups, d_out, d_out]."""
+
+    A: Tensor
+    B: Tensor
+
+
+def forward(case: Case, probes: Params | None = None) -> tuple[Tensor, Params]:
+    """The outputs, and the input of each layer by name; probes[name] is added to that layer's output."""
+    x, inputs = case.inputs, {}
+    for position, stage in enumerate(case.stages):
+        name = str(position)
+        if name in case.layers:
+            inputs[name] = x
+        x = apply_stage(stage, name, case.params, x)
+        if probes is not None and name in case.layers:
+            x = x + probes[name]
+    return x, inputs
+
+
+def number_of_terms(case: Case) -> int:
+    """M, the number of likelihood terms in the batch."""
+    return len(terms(case.likelihood, case.model(case.params, case.inputs)))
+
+
+def loss(case: Case, params: Params | None = None) -> Tensor:
+    """(1/M) Σ_m -log p(y_m | f_m), a scalar."""
+    outputs = case.model(case.params if params is None else params, case.inputs)
+    return negative_log_likelihood(case.likelihood, outputs, case.targets, **case.likelihood_options).mean()
+
+
+def gradients(case: Case) -> Params:
+    """∇ loss with respect to each parameter, in its shape."""
+    return torch.func.grad(lambda params: loss(case, params))(case.params)
+
+
+def output_gradients(case: Case, cotangents: Tensor | None = None) -> Params:
+    """g of each layer: the derivative of Σ cotangents * outputs in the layer's output (its shape).
+
+    Without cotangents (shape of the outputs): of Σ_m -log p(y_m | f_m) at the true targets (empirical).
+    """
+    probes = {name: probe.requires_grad_() for name, probe in _zero_probes(case).items()}
+    outputs, _ = forward(case, probes)
+    if cotangents is None:
+        nll = negative_log_likelihood(case.likelihood, outputs, case.targets, **case.likelihood_options)
+        total = nll.sum()
+    else:
+        total = (cotangents * outputs).sum()
+    return dict(zip(probes, torch.autograd.grad(total, list(probes.values())), strict=True))
+
+
+def output_jacobians(case: Case) -> Params:
+    """The Jacobian of each output of each term with respect to each layer's output s: [M, K, *s.shape]."""
+
+    return torch.func.jacrev(lambda probes: terms(case.likelihood, forward(case, probes)[0]))(
+        _zero_probes(case)
+    )
+
+
+def input_factors(case: Case) -> Params:
+    """A of each layer, [groups, d_in (+ 1), d_in (+ 1)]."""
+    _, inputs = forward(case)
+    return {name: second_moment(layer_input_rows(layer, inputs[name])) for name, layer in case.layers.items()}
+
+
+def empirical_output_factors(case: Case) -> Params:
+    """B of each layer from the gradients at the true targets, [groups, d_out, d_out]."""
+    return {
+        name: _factor_of_all(case.layers[name], [g], number_of_terms(case))
+        for name, g in output_gradients(case).items()
+    }
+
+
+def exact_output_factors(case: Case) -> Params:
+    """B = (1/M) Σ_m Σ_c Σ_rows g gᵀ with g = J_mᵀ S_m[:, c] and S Sᵀ the output Hessian (type 2)."""
+    outputs = case.model(case.params, case.inputs)
+    roots = output_hessian_root(case.likelihood, outputs, **case.likelihood_options)
+    return _expected_factors(case, roots)
+
+
+def expected_monte_carlo_output_factors(case: Case) -> Params:
+    """E[B] of the Monte-Carlo estimator: every label of every term enumerated, weighted by its probability.
+
+    g is linear in the derivatives of the terms, which are independent with mean 0, so cross terms vanish.
+    """
+    outputs = case.model(case.params, case.inputs)
+    f = terms(case.likelihood, outputs)
+    labels, probabilities = label_distribution(case.likelihood, outputs)
+    columns = []
+    for label, p in zip(labels, probabilities.unbind(-1), strict=True):
+        targets = label.expand(len(f), *label.shape)
+        derivative = torch.func.grad(
+            lambda f, y=targets: negative_log_likelihood(
+                case.likelihood, f, y, **case.likelihood_options
+            ).sum()
+        )(f)
+        columns.append(derivative * p.sqrt().unsqueeze(-1))
+    return _expected_factors(case, torch.stack(columns, -1))
+
+
+def factors(case: Case, estimator: str) -> dict[str, Factors]:
+    """(A, B) of each layer; estimator "exact", "empirical" or "expected_mc"."""
+    output = {
+        "exact": exact_output_factors,
+        "empirical": empirical_output_factors,
+        "expected_mc": expected_monte_carlo_output_factors,
+    }[estimator](case)
+    return {name: Factors(A, output[name]) for name, A in input_factors(case).items()}
+
+
+def _zero_probes(case: Case) -> Params:
+    x, probes = case.inputs, {}
+    for position, stage in enumerate(case.stages):
+        x = apply_stage(stage, str(position), case.params, x)
+        if str(position) in case.layers:
+            probes[str(position)] = torch.zeros_like(x)
+    return probes
+
+
+def _expected_factors(case: Case, columns: Tensor) -> Params:
+    result = {}
+    for name, jacobian in output_jacobians(case).items():
+        vectors = torch.einsum("mkc,mk...->mc...", columns, jacobian).flatten(0, 1)
+        result[name] = _factor_of_all(case.layers[name], vectors, len(jacobian))
+    return result
+
+
+def _factor_of_all(layer: LayerSpec, all_gradients, number_of_terms: int) -> Tensor:
+    total = 0.0
+    for gradient in all_gradients:
+        rows = layer_output_rows(layer, gradient)
+        total = total + torch.einsum("gri,grj->gij", rows, rows)
+    return total / number_of_terms
+
+
+# --------------------------------------------------------------------------- gradients and blocks as matrices
+
+
+def flatten(tree: Params) -> Tensor:
+    """All entries of a flat dictionary in its order, as one vector [P]."""
+    return torch.cat([leaf.reshape(-1) for leaf in tree.values()])
+
+
+def gradient_matrix(case: Case, name: str, tree: Params) -> Tensor:
+    """The entries of a layer as [W b]: [groups, d_out / groups, d_in (+ 1)], d_in = C / groups * kh * kw."""
+    layer = case.layers[name]
+    weight = tree[f"{name}.weight"]
+    matrix = weight.reshape(layer.groups, len(weight) // layer.groups, -1)
+    if not layer.bias:
+        return matrix
+    return torch.cat([matrix, tree[f"{name}.bias"].reshape(layer.groups, -1, 1)], -1)
+
+
+def layer_gradients(case: Case, name: str, matrix: Tensor) -> Params:
+    """The inverse of ``gradient_matrix``: the layer's weight and bias in their shapes, by parameter name."""
+    layer = case.layers[name]
+    if not layer.bias:
+        return {f"{name}.weight": matrix.reshape(layer.weight_shape)}
+    weight = matrix[..., :-1].reshape(layer.weight_shape)
+    return {f"{name}.weight": weight, f"{name}.bias": matrix[..., -1].reshape(-1)}
+
+
+def parameter_jacobians(case: Case) -> Params:
+    """The Jacobian of each output of each term with respect to each parameter: [M, K, *parameter.shape]."""
+
+    return torch.func.jacrev(lambda p: terms(case.likelihood, case.model(p, case.inputs)))(case.params)
+
+
+def gauss_newton_matrix(case: Case) -> Tensor:
+    """(1/M) Σ_m J_mᵀ H_m J_m over all parameters in the order of ``flatten``: the exact Fisher of this batch.
+
+    Returns [P, P]; the product with a tangent is this matrix times ``flatten(tangent)``.
+    """
+    jacobian = torch.cat([j.flatten(2) for j in parameter_jacobians(case).values()], -1)
+    return _gauss_newton(case, jacobian)
+
+
+def gauss_newton_blocks(case: Case, name: str) -> Tensor:
+    """The block of the Gauss-Newton matrix for [W b] of each group of a layer, in row-major order.
+
+    Returns [groups, D, D] with D = d_out / groups * (d_in (+ 1)): what B ⊗ A approximates.
+    """
+    jacobians = parameter_jacobians(case)
+    matrices = torch.func.vmap(torch.func.vmap(lambda j: gradient_matrix(case, name, j)))(jacobians)
+    return torch.stack([_gauss_newton(case, matrix.flatten(2)) for matrix in matrices.unbind(2)])
+
+
+def _gauss_newton(case: Case, jacobian: Tensor) -> Tensor:
+    outputs = case.model(case.params, case.inputs)
+    hessian = output_hessian(case.likelihood, outputs, **case.likelihood_options)
+    return torch.einsum("mki,mkl,mlj->ij", jacobian, hessian, jacobian) / len(jacobian)
+
+
+# ----------------------------------------------------------------------------------------- a whole K-FAC step
+
+
+class DenseState(NamedTuple):
+    """What one dense K-FAC step leaves for the next: refreshes so far, averaged factors, momentum trace."""
+
+    refreshes: int
+    averages: dict[str, Factors]
+    velocity: Params
+
+
+class DenseStep(NamedTuple):
+    """The results of one step, each on its way: from the loss at the old parameters to the new parameters."""
+
+    loss: Tensor
+    gradients: Params
+    factors: dict[str, Factors]
+    preconditioned: Params
+    updates: Params
+    params: Params
+    state: DenseState
+
+
+def preconditioned_gradients(
+    case: Case, grads: Params, averages: dict[str, Factors], damping: float
+) -> Params:
+    """(B + δ_B I)⁻¹ G (A + δ_A I)⁻¹ for each layer; the other parameters keep their plain gradients."""
+    result = dict(grads)
+    for name, (A, B) in averages.items():
+        matrix = kronecker_preconditioned(gradient_matrix(case, name, grads), A, B, damping)
+        result.update(layer_gradients(case, name, matrix))
+    return result
+
+
+def dense_kfac_step(
+    case: Case,
+    state: DenseState | None = None,
+    *,
+    estimator: str = "exact",
+    learning_rate: float = 0.1,
+    damping: float = 1e-2,
+    decay: float = 0.95,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> DenseStep:
+    """K-FAC with joint bias: average the factors, precondition, trace, add decayed weights, descend.
+
+    u = preconditioned + momentum * velocity; params - learning_rate * (u + weight_decay * params). The next
+    step is ``dense_kfac_step(case._replace(params=step.params), step.state, ...)``.
+    """
+    value, grads, batch = loss(case), gradients(case), factors(case, estimator)
+    if state is None:
+        zeros = {name: torch.zeros_like(p) for name, p in case.params.items()}
+        nothing = {name: Factors(0 * A, 0 * B) for name, (A, B) in batch.items()}
+        state = DenseState(0, nothing, zeros)
+    t = state.refreshes + 1
+    rho = (decay - decay**t) / (1 - decay**t)
+    averages = {}
+    for name, (A, B) in batch.items():
+        old = state.averages[name]
+        averages[name] = Factors(rho * old.A + (1 - rho) * A, rho * old.B + (1 - rho) * B)
+    preconditioned = preconditioned_gradients(case, grads, averages, damping)
+    velocity = {name: u + momentum * state.velocity[name] for name, u in preconditioned.items()}
+    updates = {name: -learning_rate * (velocity[name] + weight_decay * p) for name, p in case.params.items()}
+    params = {name: p + updates[name] for name, p in case.params.items()}
+    return DenseStep(value, grads, batch, preconditioned, updates, params, DenseState(t, averages, velocity))

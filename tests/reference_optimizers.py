@@ -1,0 +1,98 @@
+"""Plain-loop references for the transformations of gradients and the schedules; never imports lrkfac.
+
+Gradients, parameters and updates are flat dictionaries of tensors. A function of a list returns the list of
+what comes out after each step. Updates point along the gradient: the minus sign comes with the learning rate.
+"""
+
+import math
+
+import torch
+
+from tests.cases import Params
+
+
+def momentum_trace(gradients: list[Params], decay: float, nesterov: bool = False) -> list[Params]:
+    """t = g + decay * t from t = 0; the update is t, or g + decay * t (the new t) with Nesterov.
+
+    One dictionary in, one out, per step.
+    """
+    trace = {name: torch.zeros_like(g) for name, g in gradients[0].items()}
+    updates = []
+    for step in gradients:
+        trace = {name: g + decay * trace[name] for name, g in step.items()}
+        updates.append(
+            {name: g + decay * trace[name] if nesterov else trace[name] for name, g in step.items()}
+        )
+    return updates
+
+
+def adam(gradients: list[Params], b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> list[Params]:
+    """m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g²; update (m / (1 - b1^t)) / (√(v / (1 - b2^t)) + eps).
+
+    One dictionary in, one out, per step t = 1, 2, ...; without a learning rate.
+    """
+    first = {name: torch.zeros_like(g) for name, g in gradients[0].items()}
+    second = {name: torch.zeros_like(g) for name, g in gradients[0].items()}
+    updates = []
+    for t, step in enumerate(gradients, start=1):
+        update = {}
+        for name, g in step.items():
+            first[name] = b1 * first[name] + (1 - b1) * g
+            second[name] = b2 * second[name] + (1 - b2) * g**2
+            mean, variance = first[name] / (1 - b1**t), second[name] / (1 - b2**t)
+            update[name] = mean / (variance.sqrt() + eps)
+        updates.append(update)
+    return updates
+
+
+def decayed_weights_added(updates: Params, params: Params, weight_decay: float) -> Params:
+    """u + weight_decay * w for every parameter w (decoupled: after preconditioning)."""
+    return {name: u + weight_decay * params[name] for name, u in updates.items()}
+
+
+def clipped_by_global_norm(updates: Params, max_norm: float) -> Params:
+    """u * min(1, max_norm / ‖u‖), ‖u‖ the Euclidean norm over all entries of all parameters."""
+    norm = math.sqrt(sum(float((u**2).sum()) for u in updates.values()))
+    factor = min(1.0, max_norm / norm) if norm > 0 else 1.0
+    return {name: factor * u for name, u in updates.items()}
+
+
+def kl_clip_factor(updates: Params, gradients: Params, learning_rate: float, max_kl: float) -> float:
+    """min(1, √(max_kl / (lr² Σ u·g))), where u = F⁻¹ g makes lr² Σ u·g twice the divergence of the step.
+
+    1 where Σ u·g is not positive.
+    """
+    inner = sum(float((u * gradients[name]).sum()) for name, u in updates.items())
+    return min(1.0, math.sqrt(max_kl / (learning_rate**2 * inner))) if inner > 0 else 1.0
+
+
+def clipped_by_kl(updates: Params, gradients: Params, learning_rate: float, max_kl: float) -> Params:
+    """u * min(1, √(max_kl / (lr² Σ u·g))), the sum over all entries of all parameters."""
+    factor = kl_clip_factor(updates, gradients, learning_rate, max_kl)
+    return {name: factor * u for name, u in updates.items()}
+
+
+def warmup_cosine_schedule(
+    step: int, peak: float, warmup_steps: int, total_steps: int, initial: float = 0.0, final: float = 0.0
+) -> float:
+    """Linear from initial (step 0) to peak (warmup_steps), then half a cosine to final (total_steps).
+
+    Constant after total_steps; total_steps includes the warm-up.
+    """
+    if step < warmup_steps:
+        return initial + (peak - initial) * step / warmup_steps
+    fraction = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+    return final + (peak - final) * (1 + math.cos(math.pi * fraction)) / 2
+
+
+def exponential_schedule(step: int, initial: float, rate: float, interval: int = 1) -> float:
+    """initial * rate^(step / interval)."""
+    return initial * rate ** (step / interval)
+
+
+def piecewise_constant_schedule(step: int, boundaries: list[int], values: list[float]) -> float:
+    """values[i] with i the number of boundaries that are ≤ step (boundaries ascending).
+
+    One value more than there are boundaries.
+    """
+    return values[sum(boundary <= step for boundary in boundaries)]
