@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -203,10 +202,14 @@ def sampled_cotangents(
 
 
 def exact_cotangents(likelihood: Likelihood, outputs: Tensor) -> Tensor:
-    """The columns of the square root of every term's Hessian, ``[columns, *outputs.shape]``."""
-    shape = likelihood.event_shape(outputs)
-    columns = math.prod(shape)
-    basis = torch.eye(columns, dtype=outputs.dtype, device=outputs.device).reshape(columns, *shape)
+    """The columns of the square root of every example's Hessian, ``[columns, *outputs.shape]``.
+
+    One column for each entry of all axes but the first: several terms of one example, such as the
+    positions of a sequence, depend on the same weights, and one pass for all of them would mix them.
+    """
+    shape = outputs.shape[1:]
+    columns = shape.numel()
+    basis = torch.eye(columns, dtype=outputs.dtype, device=outputs.device).reshape(columns, 1, *shape)
     units = basis.expand(columns, *outputs.shape)
     return vmap(lambda unit: likelihood.square_root(outputs, unit))(units)
 

@@ -47,15 +47,11 @@ class Likelihood:
     product: Callable[[Tensor, Tensor], Tensor] | None = None
     event_axes: tuple[int, ...] | None = None
 
-    def event_shape(self, outputs: Tensor) -> tuple[int, ...]:
-        """The shape of ``outputs`` with 1 for each axis that counts terms."""
-        ndim = outputs.ndim
-        axes = range(1, ndim) if self.event_axes is None else [axis % ndim for axis in self.event_axes]
-        return tuple(size if axis in axes else 1 for axis, size in enumerate(outputs.shape))
-
     def terms(self, outputs: Tensor) -> int:
         """Number of terms of which the loss is the mean."""
-        return outputs.numel() // max(math.prod(self.event_shape(outputs)), 1)
+        if self.event_axes is None:
+            return outputs.shape[0]
+        return outputs.numel() // max(math.prod(outputs.shape[axis] for axis in self.event_axes), 1)
 
     def hessian_product(self, outputs: Tensor, tangent: Tensor) -> Tensor:
         """``H tangent``, term by term, of the shape of ``outputs``."""
