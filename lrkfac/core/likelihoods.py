@@ -51,7 +51,7 @@ class Likelihood:
         """Number of terms of which the loss is the mean."""
         if self.event_axes is None:
             return outputs.shape[0]
-        return outputs.numel() // max(math.prod(outputs.shape[axis] for axis in self.event_axes), 1)
+        return outputs.numel() // max(math.prod([outputs.shape[axis] for axis in self.event_axes]), 1)
 
     def hessian_product(self, outputs: Tensor, tangent: Tensor) -> Tensor:
         """``H tangent``, term by term, of the shape of ``outputs``."""
