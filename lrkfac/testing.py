@@ -128,12 +128,14 @@ def gradients(like: Tree, seed: int = 0) -> Tree:
 def check_inverse(operator: Operator, damping: float | Tensor) -> None:
     """Laws of ``inverse``: same class, symmetric, positive definite, ``M⁻¹ M = I``, ``matvec`` and ``to_dense``
     agree, and inverting twice returns the start; with tolerances that grow with the condition number."""
-    shifted, result = operator.shifted(damping), inverse(operator, damping)
-    _law(type(result) is type(operator), f"class: {type(operator).__name__} became {type(result).__name__}")
-    matrix, found = _float64(shifted).to_dense(), _float64(result).to_dense()
+    shifted = operator.shifted(damping)
+    matrix = _float64(shifted).to_dense()
     d, eps = matrix.shape[0], torch.finfo(optree.tree_leaves(operator)[0].dtype).eps
     smallest, largest = torch.linalg.eigvalsh(matrix)[[0, -1]]
     _law(smallest > 0, f"operator + damping is not positive definite: smallest eigenvalue {smallest:.2e}")
+    result = inverse(operator, damping)
+    _law(type(result) is type(operator), f"class: {type(operator).__name__} became {type(result).__name__}")
+    found = _float64(result).to_dense()
     tolerance = 200 * eps * (largest / smallest) + 100 * d * eps
     _close(found, found.mT, 1e-12 if eps < 1e-10 else 1e-5, "symmetry of the inverse")
     least = torch.linalg.eigvalsh((found + found.mT) / 2)[0]
@@ -207,11 +209,13 @@ def check_transformation(
         tx: The transformation.
         params: Where to start.
         evaluate: ``params -> (gradient, extras of update)``, such as ``lambda p: (e.grads, {"evaluation": e})``
-            with ``e = fisher(p, ...)``; by default a fixed gradient and no extras.
+            with ``e = fisher(p, ...)``; by default the gradient of a quadratic and no extras.
         steps: Number of steps.
     """
     eps = max(torch.finfo(leaf.dtype).eps for leaf in optree.tree_leaves(params))
-    evaluate = evaluate or (lambda p: (gradients(params), {}))
+    if evaluate is None:
+        fixed = gradients(params)
+        evaluate = lambda p: (optree.tree_map(torch.add, fixed, p), {})  # noqa: E731
 
     def step(tx: GradientTransformation, params: Tree, state: Any) -> tuple[Tree, Any]:
         grads, extra = evaluate(params)

@@ -1,0 +1,128 @@
+"""Inverses: one rank-one update after another, in matrix form, and dense, are one and the same."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch.func import vmap
+
+from lrkfac import Dense, Kronecker, LowRankPlusDiagonal, inverse, sherman_morrison, to_dense, woodbury
+from lrkfac.testing import check_inverse, low_rank_plus_diagonals, operators
+from tests.dispatch import LargestTensor
+
+BOTH = pytest.mark.parametrize("invert", [woodbury, sherman_morrison])
+
+
+def drawn(d, r, ratio, dtype, seed=0, orthonormal=False):
+    """Largest eigenvalue about 1, diagonal between 1 / ratio and 10 / ratio; a zero and a repeated column."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(d, r, generator=generator, dtype=torch.float64)
+    vectors = torch.linalg.qr(vectors).Q if orthonormal else vectors / vectors.norm(dim=0)
+    values = (1 / ratio) ** torch.rand(r, generator=generator, dtype=torch.float64)
+    values[0] = 1
+    if r > 4:
+        vectors[:, 2] = 0
+        vectors[:, 3], values[3] = vectors[:, 4], values[4]
+    diagonal = (1 + 9 * torch.rand(d, generator=generator, dtype=torch.float64)) / ratio
+    return LowRankPlusDiagonal(vectors.to(dtype), values.to(dtype), diagonal.to(dtype))
+
+
+def float64(operator):
+    return LowRankPlusDiagonal(*(x.double() for x in operator))
+
+
+@given(operators(max_condition=1e6), st.floats(1e-6, 10))
+def test_laws_of_the_inverse(operator, damping):
+    check_inverse(operator, damping)
+
+
+@given(low_rank_plus_diagonals(dtype=torch.float64, max_condition=1e6))
+@example(drawn(512, 512, 1e6, torch.float64))
+@example(drawn(512, 64, 1e6, torch.float64, orthonormal=True))
+@example(drawn(300, 1, 1e6, torch.float64))
+def test_rank_one_updates_matrix_form_and_dense_inverse_agree(operator):
+    dense = torch.linalg.inv(to_dense(operator))
+    for found in (sherman_morrison(operator), woodbury(operator)):
+        assert (to_dense(found) - dense).norm() <= 1e-9 * dense.norm()
+        assert torch.equal(found.diagonal, operator.diagonal.rsqrt().square())
+
+
+@BOTH
+@given(low_rank_plus_diagonals(dtype=torch.float32, max_condition=1e8))
+@example(drawn(512, 512, 1e8, torch.float32))
+@example(drawn(512, 32, 1e8, torch.float32, orthonormal=True))
+def test_float32_inverse_stays_positive_definite(invert, operator):
+    found = to_dense(float64(invert(operator)))
+    assert torch.linalg.eigvalsh((found + found.mT) / 2)[0] > 0
+
+
+@pytest.mark.parametrize("d, rank, ratio", [(512, 1, 1e8), (512, 512, 1e8), (64, 20, 1e6), (2, 1, 1e8)])
+def test_dense_float32_inverse_stays_positive_definite(d, rank, ratio):
+    vectors = torch.linalg.qr(torch.randn(d, rank)).Q
+    found = inverse(Dense(vectors @ vectors.mT), 1 / ratio).matrix.double()
+    assert torch.linalg.eigvalsh((found + found.mT) / 2)[0] > 0
+
+
+@given(low_rank_plus_diagonals(dtype=torch.float64), st.randoms(use_true_random=False))
+def test_the_order_of_updates_does_not_matter(operator, random):
+    order = list(range(operator.values.shape[0]))
+    random.shuffle(order)
+    permuted = LowRankPlusDiagonal(operator.vectors[:, order], operator.values[order], operator.diagonal)
+    for invert in (sherman_morrison, woodbury):
+        torch.testing.assert_close(to_dense(invert(permuted)), to_dense(invert(operator)), rtol=1e-8, atol=1e-8)
+
+
+@BOTH
+@given(low_rank_plus_diagonals(dtype=torch.float64, max_condition=1e3))
+def test_negative_values_are_closed_under_inversion(invert, operator):
+    once = invert(operator)
+    assert (once.values <= 1e-12).all()
+    twice = to_dense(invert(once))
+    assert (twice - to_dense(operator)).norm() <= 1e-8 * to_dense(operator).norm()
+
+
+@BOTH
+def test_values_of_both_signs(invert):
+    operator = LowRankPlusDiagonal(
+        torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64)).Q,
+        torch.tensor([2.0, -0.5, 3.0, -0.9], dtype=torch.float64),
+        torch.ones(9, dtype=torch.float64),
+    )
+    torch.testing.assert_close(to_dense(invert(operator)), torch.linalg.inv(to_dense(operator)))
+
+
+@BOTH
+def test_batches_under_vmap(invert):
+    operators = [drawn(7, 3, 1e3, torch.float64, seed) for seed in range(3)]
+    stacked = LowRankPlusDiagonal(*(torch.stack(parts) for parts in zip(*operators, strict=True)))
+    found = vmap(lambda op: to_dense(invert(op)))(stacked)
+    torch.testing.assert_close(found, torch.stack([to_dense(invert(op)) for op in operators]))
+
+
+@BOTH
+def test_no_square_matrix_is_made(invert):
+    d, r = 2048, 8
+    operator = drawn(d, r, 1e4, torch.float32)
+    largest = LargestTensor()
+    with largest:
+        found = invert(operator)
+    assert largest.numel <= 2 * d * r
+    assert sum(x.numel() for x in found) == d * r + d + r
+
+
+def test_kronecker_inverse_takes_damping_by_factors():
+    a, b = torch.rand(4, 4, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64)
+    operator = Kronecker(Dense(b @ b.mT), Dense(a @ a.mT))
+    found = to_dense(inverse(operator, 0.1)) @ to_dense(operator.shifted(0.1))
+    torch.testing.assert_close(found, torch.eye(12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
+def test_bad_damping_is_refused(damping):
+    with pytest.raises(ValueError, match="damping: expected a finite number >= 0"):
+        inverse(Dense(torch.eye(2)), damping)
+
+
+def test_other_objects_are_refused():
+    with pytest.raises(TypeError, match="expected one of lrkfac's operators, got Tensor"):
+        inverse(torch.eye(2), 0.1)

@@ -1,0 +1,130 @@
+"""The public checkers: they pass what is right (everywhere else in the tests) and name what is broken."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrkfac import Dense, GradientTransformation, LowRankPlusDiagonal, dense, low_rank, scale, trace
+from lrkfac.core.factors import DenseStructure
+from lrkfac.core.low_rank import LowRank
+from lrkfac.testing import (
+    check_inverse,
+    check_structure,
+    check_transformation,
+    covariances,
+    gradients,
+    layers,
+    low_rank_plus_diagonals,
+)
+
+PARAMS = {"w": torch.ones(3, 2, dtype=torch.float64), "b": [torch.zeros(2, dtype=torch.float64)]}
+
+
+def test_a_wrong_inverse_is_named(monkeypatch):
+    operator = LowRankPlusDiagonal(torch.eye(3)[:, :1], torch.ones(1), torch.ones(3))
+    check_inverse(operator, 0.1)
+    broken = lambda op, damping=0.0: LowRankPlusDiagonal(op.vectors, -op.values / 3, 1 / op.diagonal)  # noqa: E731
+    monkeypatch.setattr("lrkfac.testing.inverse", broken)
+    with pytest.raises(AssertionError, match="law broken: inverse = dense inverse: error .*, allowed"):
+        check_inverse(operator, 0.1)
+    monkeypatch.setattr("lrkfac.testing.inverse", lambda op, damping=0.0: Dense(torch.eye(3)))
+    with pytest.raises(AssertionError, match="law broken: class: LowRankPlusDiagonal became Dense"):
+        check_inverse(operator, 0.1)
+
+
+def test_an_indefinite_operator_is_named():
+    with pytest.raises(AssertionError, match="not positive definite: smallest eigenvalue -9.00e-01"):
+        check_inverse(Dense(-torch.eye(2)), 0.1)
+
+
+class InPlace(DenseStructure):
+    def update(self, state, covariance, decay):
+        state.matrix.add_(covariance.dense())
+        return state._replace(steps=state.steps + 1)
+
+
+class Indefinite(LowRank):
+    def operator(self, state):
+        return super().operator(state).shifted(-1.0)
+
+
+class WrongScale(DenseStructure):
+    def operator(self, state):
+        return Dense(state.matrix.square())
+
+
+class WrongInverse(DenseStructure):
+    def inverse(self, state, damping):
+        return super().inverse(state, 2 * damping)
+
+
+@pytest.mark.parametrize(
+    "structure, law",
+    [
+        (InPlace(), "update leaves its arguments unchanged"),
+        (Indefinite(2), "the average is positive semi-definite"),
+        (WrongScale(), "batches 16 times as large"),
+        (WrongInverse(), "inverse = inverse of the average plus damping"),
+    ],
+)
+def test_a_broken_structure_is_named(structure, law):
+    check_structure(low_rank(2))
+    check_structure(dense())
+    with pytest.raises(AssertionError, match=f"law broken: {law}"):
+        check_structure(structure)
+
+
+def changed(update):
+    return GradientTransformation(scale(1.0).init, update)
+
+
+def adds_to_its_argument(updates, state, params=None, **extra):
+    updates["w"].add_(1)
+    return updates, state
+
+
+def forgets_a_leaf(updates, state, params=None, **extra):
+    return {"w": updates["w"]}, state
+
+
+def grows_its_state(updates, state, params=None, **extra):
+    return updates, (*state, torch.zeros(()))
+
+
+def draws_random_numbers(updates, state, params=None, **extra):
+    return {**updates, "w": torch.rand_like(updates["w"])}, state
+
+
+@pytest.mark.parametrize(
+    "update, law",
+    [
+        (adds_to_its_argument, "update leaves the updates that it is given unchanged"),
+        (forgets_a_leaf, "updates have the form of the parameters"),
+        (grows_its_state, "update keeps the form of the state"),
+        (draws_random_numbers, "equal calls give equal results"),
+    ],
+)
+def test_a_broken_transformation_is_named(update, law):
+    check_transformation(trace(0.9), PARAMS)
+    with pytest.raises(AssertionError, match=f"law broken: {law}"):
+        check_transformation(changed(update), PARAMS)
+
+
+@given(st.data())
+def test_strategies_keep_their_promises(data):
+    covariance = data.draw(covariances(max_dimension=5, dtype=torch.float32))
+    assert covariance.rows.shape[1] <= 5 and covariance.rows.dtype == torch.float32
+    operator = data.draw(low_rank_plus_diagonals(max_dimension=5, max_condition=1e3))
+    assert (operator.diagonal >= 0.99e-3).all() and (operator.values >= 0).all()
+    case = data.draw(layers())
+    assert case.inputs.shape[0] == case.output_gradients.shape[0]
+    assert dataclasses.is_dataclass(case.layer) and case.layer.d_out >= 1
+
+
+def test_gradients_are_like_the_tree_and_depend_on_the_seed():
+    first, second = gradients(PARAMS, 0), gradients(PARAMS, 1)
+    assert first["b"][0].shape == (2,) and first["w"].dtype == torch.float64
+    assert not torch.equal(first["w"], second["w"])
