@@ -112,9 +112,10 @@ def diagonal() -> DiagonalStructure:
 
 def kept_weight(steps: Tensor, like: Tensor, decay: float | Tensor) -> Tensor:
     """The weight of the previous, bias-corrected average in the next one; 0 at the first step."""
-    power = torch.as_tensor(decay, dtype=like.dtype, device=like.device) ** (steps + 1)
+    power = torch.pow(decay, (steps + 1).to(like.dtype))
     return (decay - power) / (1 - power)
 
 
 def no_steps(like: Tensor) -> Tensor:
+    """The number of batches at the start: int64, ``[]``."""
     return torch.zeros((), dtype=torch.int64, device=like.device)

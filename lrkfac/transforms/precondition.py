@@ -62,7 +62,8 @@ def precondition_by_fisher(
     need_number(damping, "damping", 0, includes_low=False)
     need_number(decay, "decay", 0, 1)
     structures = _structures(layers, structure, rank)
-    free = [p.index for p in layers.parameters if p.index not in layers.covered]
+    covered = layers.covered
+    free = [p.index for p in layers.parameters if p.index not in covered]
 
     def leaves_of(tree: Tree, what: str) -> list[Tensor]:
         return check_like(layers.tree, tree, what)
