@@ -1,0 +1,109 @@
+"""Dense factors against independent libraries: curvlinops' K-FAC and ASDL's Kronecker factors.
+
+Differences in convention, converted here and not tolerated: curvlinops orders a block's parameters as the
+weight and then the bias, where a joint bias is a column of the matrix here; its loss is torch's ``MSELoss``, the
+mean over examples and ``K`` outputs of the squared error, twice the Gaussian one with variance 1: hence
+``2 / K`` for the Hessian and ``2² / K`` for products of gradients. ASDL puts the mean over positions of a
+convolution into ``B`` and the sum into ``A``, the other way round, has no dilation, and leaves the bias out of
+``A``.
+"""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lrkfac
+from lrkfac.core.covariances import InputCovariance, output_covariance, to_matrix
+
+pytestmark = pytest.mark.peers
+
+NETS = {
+    "linear": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 4)),
+    "convolution": lambda: nn.Sequential(
+        nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 4, (2, 3), dilation=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(24, 4),
+    ),
+    "undilated": lambda: nn.Sequential(
+        nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 4, (2, 3)), nn.ReLU(), nn.Flatten(),
+        nn.Linear(64, 4),
+    ),
+}  # fmt: skip
+INPUTS = {"linear": (9, 6), "convolution": (5, 2, 9, 12), "undilated": (5, 2, 9, 12)}
+LOSSES = {
+    "categorical": (lrkfac.categorical(), nn.CrossEntropyLoss(), lambda n: torch.randint(0, 4, (n,)), (1.0, 1.0)),
+    "gaussian": (lrkfac.gaussian(), nn.MSELoss(), lambda n: torch.randn(n, 4).double(), (2 / 4, 4 / 4)),
+}
+
+
+def make(name, likelihood):
+    torch.manual_seed(0)
+    net, inputs = NETS[name]().double(), torch.randn(INPUTS[name], dtype=torch.float64)
+    return net, inputs, LOSSES[likelihood][2](inputs.shape[0])
+
+
+def our_factors(net, inputs, targets, likelihood, estimator):
+    """``{layer name: (A, B)}``."""
+    model, params = lrkfac.from_module(net)
+    layers = lrkfac.find_layers(model, params, inputs, strict=True)
+    evaluation = lrkfac.fisher(model, likelihood, layers, estimator)(params, inputs, targets)
+    statistics = evaluation.statistics
+    return layers, {
+        layer.name: (
+            InputCovariance(layer, statistics.inputs[layer.source]).dense(),
+            output_covariance(layer, statistics.output_gradients[layer.source], statistics.scale).dense(),
+        )
+        for layer in layers
+    }
+
+
+@pytest.mark.parametrize("net_name", NETS)
+@pytest.mark.parametrize("loss_name", LOSSES)
+@pytest.mark.parametrize("estimator, theirs", [("exact", "type-2"), ("empirical", "empirical")])
+def test_blocks_equal_those_of_curvlinops(net_name, loss_name, estimator, theirs):
+    curvlinops = pytest.importorskip("curvlinops", reason="the extra 'peers' is not installed")
+    net, inputs, targets = make(net_name, loss_name)
+    likelihood, loss, _, (of_hessian, of_gradients) = LOSSES[loss_name]
+    layers, factors = our_factors(net, inputs, targets, likelihood, estimator)
+    names = [name for name, _ in net.named_parameters()]
+    numbers, start = {}, 0
+    for name, parameter in net.named_parameters():
+        numbers[name] = torch.arange(start, start + parameter.numel()).reshape(parameter.shape)
+        start += parameter.numel()
+    expected = torch.zeros(start, start, dtype=torch.float64)
+    for layer in layers:
+        bias = None if layer.bias is None else numbers[layer.bias.path]
+        place = to_matrix(layer, numbers[layer.weight.path], bias).flatten()
+        a, b = factors[layer.name]
+        scale = of_gradients if estimator == "empirical" else of_hessian
+        expected[place[:, None], place[None]] = scale * torch.kron(b, a)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        operator = curvlinops.KFACLinearOperator(
+            net, loss, [dict(net.named_parameters())[name] for name in names], [(inputs, targets)],
+            fisher_type=theirs, kfac_approx="expand", separate_weight_and_bias=False, check_deterministic=False,
+        )  # fmt: skip
+        found = operator @ torch.eye(start, dtype=torch.float64)
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("net_name", ["linear", "undilated"])
+@pytest.mark.parametrize("estimator, theirs", [("exact", "fisher_exact"), ("empirical", "fisher_emp")])
+def test_factors_equal_those_of_asdl(net_name, estimator, theirs):
+    asdl = pytest.importorskip("asdl", reason="the extra 'peers' is not installed")
+    net, inputs, targets = make(net_name, "categorical")
+    layers, factors = our_factors(net, inputs, targets, lrkfac.categorical(), estimator)
+    config = asdl.FisherConfig(theirs, [asdl.SHAPE_KRON], loss_type=asdl.LOSS_CROSS_ENTROPY, data_size=inputs.shape[0])
+    maker = asdl.get_fisher_maker(net, config)
+    outputs = maker.setup_model_call(net, inputs)
+    maker.setup_loss_call(nn.functional.cross_entropy, outputs, targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        maker.forward_and_backward()
+    for layer in layers:
+        kron = net[int(layer.name)].fisher.kron
+        a, b = factors[layer.name]
+        a = a[:-1, :-1] if layer.bias is not None else a
+        product = torch.kron(kron.B, kron.A)
+        assert (product - torch.kron(b, a)).norm() <= 1e-6 * product.norm()
