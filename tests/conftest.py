@@ -1,0 +1,46 @@
+"""What holds for all tests: hypothesis profiles, seeds, checked shapes."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, register_random, settings
+
+from tests.shape_checking import check_shapes
+
+# No deadline and no complaint about slowness: the first call of an operation in torch takes far longer than
+# the others.
+_slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", max_examples=20, **_slow)
+settings.register_profile("ci", max_examples=200, derandomize=True, **_slow)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+class _TorchRandom:
+    """torch's global generator in the terms of ``random.Random``."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+# Each example of hypothesis starts from the same seed; else one that fails need not fail again. Hypothesis
+# holds the object weakly.
+_torch_random = _TorchRandom()
+register_random(_torch_random)
+
+check_shapes("lrkfac", checked_within="lrkfac.core")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Random numbers of a test depend neither on the tests before it nor on the machine's state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
