@@ -42,7 +42,8 @@ def covariances(
     draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
 ) -> RowCovariance:
     """Second moments of ``n`` rows whose scales spread over the square root of a condition number; some have
-    fewer rows than columns, dead columns, or nothing but zeros."""
+    fewer rows than columns, dead columns, or nothing but zeros.
+    """
     d, n = draw(st.integers(1, max_dimension)), draw(st.integers(1, 2 * max_dimension))
     generator, dtype = _generator(draw(seeds)), dtype or draw(dtypes)
     log_condition = draw(st.floats(0, torch.tensor(max_condition).log10().item()))
@@ -76,7 +77,8 @@ def low_rank_plus_diagonals(
     draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
 ) -> LowRankPlusDiagonal:
     """``V Λ Vᵀ + D`` with ``Λ ≥ 0`` up to 1, ``D > 0`` and the given bound on the ratio of the largest eigenvalue
-    to the smallest entry of ``D``; repeated values, zero and repeated columns among them."""
+    to the smallest entry of ``D``; repeated values, zero and repeated columns among them.
+    """
     d = draw(st.integers(1, max_dimension))
     r = draw(st.integers(1, d))
     generator, dtype = _generator(draw(seeds)), dtype or draw(dtypes)
@@ -109,7 +111,8 @@ def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> LayerCase:
         return LayerCase(layer, normal(n, *positions, d_in), normal(n, *positions, d_out))
     kernel = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
     pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
-    padding = tuple(draw(st.lists(st.integers(0, 2), min_size=4, max_size=4)))
+    side = st.integers(0, 2)
+    padding = draw(st.tuples(side, side, side, side))
     options = ConvolutionOptions(kernel, draw(pair), padding, draw(pair), groups)
     layer = _layer(CONV2D.name, (groups * d_out, d_in, *kernel), bias, groups, tuple(options))
     inputs = normal(n, groups * d_in, 6, 7)
@@ -127,7 +130,8 @@ def gradients(like: Tree, seed: int = 0) -> Tree:
 
 def check_inverse(operator: Operator, damping: float | Tensor) -> None:
     """Laws of ``inverse``: same class, symmetric, positive definite, ``M⁻¹ M = I``, ``matvec`` and ``to_dense``
-    agree, and inverting twice returns the start; with tolerances that grow with the condition number."""
+    agree, and inverting twice returns the start; with tolerances that grow with the condition number.
+    """
     shifted = operator.shifted(damping)
     matrix = _float64(shifted).to_dense()
     d, eps = matrix.shape[0], torch.finfo(optree.tree_leaves(operator)[0].dtype).eps
@@ -161,7 +165,8 @@ def check_structure(
 ) -> None:
     """Laws of a structure over a few batches: arguments unchanged, the form of the state constant, the average
     symmetric, positive semi-definite and of the scale of the batches, its inverse positive definite and the
-    inverse, and ``vmap`` over two factors equal to one after the other."""
+    inverse, and ``vmap`` over two factors equal to one after the other.
+    """
     if isinstance(structure, KroneckerStructure):
         check_structure(structure.input, dimension, damping, decay, dtype, seed)
         check_structure(structure.output, dimension, damping, decay, dtype, seed + 1)

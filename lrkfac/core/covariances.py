@@ -125,9 +125,7 @@ def gradient_matrix(layer: Layer, inputs: tuple[Tensor, ...], gradients: tuple[T
 
     def one_group(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Tensor:
         uses = zip(inputs, gradients, layer.options, strict=True)
-        parts = [
-            _joined(KINDS[layer.kind], a, g, layer.d_in - joint, options, joint) for a, g, options in uses
-        ]
+        parts = [_joined(KINDS[layer.kind], a, g, layer.d_in - joint, options, joint) for a, g, options in uses]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
     inputs, gradients = split_groups(layer, inputs), split_groups(layer, gradients)

@@ -151,7 +151,7 @@ def _refuse_hidden_changes(func: Callable[..., Any], args: Any, kwargs: dict[str
     if func in DROPOUTS:
         bound = inspect.signature(func).bind(*args, **kwargs)
         bound.apply_defaults()
-        probability = bound.arguments.get("p", bound.arguments.get("dropout_p"))
+        probability: float = bound.arguments.get("p", bound.arguments.get("dropout_p", 0.0))
         if bound.arguments["training"] and probability > 0:
             raise ValueError(
                 f"model: {resolve_name(func)} draws hidden random numbers; call eval() on the module, set the "
@@ -159,9 +159,7 @@ def _refuse_hidden_changes(func: Callable[..., Any], args: Any, kwargs: dict[str
             )
 
 
-def _describe(
-    watch: _Watch, parameters: tuple[Parameter, ...], structure: optree.PyTreeSpec, bias: str
-) -> Layers:
+def _describe(watch: _Watch, parameters: tuple[Parameter, ...], structure: optree.PyTreeSpec, bias: str) -> Layers:
     layers: list[Layer] = []
     reasons: dict[int, str] = {i: f"used by {', '.join(dict.fromkeys(n))}" for i, n in watch.others.items()}
     weights_of = {
@@ -213,9 +211,7 @@ def _describe(
             if bias == "separate":
                 channels = tuple((KINDS[kind.name].channel(o),) for o in options)
                 path = parameters[joint].path
-                layers.append(
-                    Layer(path, BIAS.name, parameters[joint], None, 1, rows, 1, channels, weight.path)
-                )
+                layers.append(Layer(path, BIAS.name, parameters[joint], None, 1, rows, 1, channels, weight.path))
     for i in range(len(parameters)):
         if i not in covered:
             shared = "the bias of an operation whose weight is not covered, or of several weights"
@@ -228,6 +224,4 @@ def _names(parameters: tuple[Parameter, ...], indices: list[int]) -> dict[int, s
     """Paths without their last part, where that is neither empty nor shared by two weights."""
     short = {i: parameters[i].path.rpartition(".")[0] for i in indices}
     often = Counter(short.values())
-    return {
-        i: name if name and often[name] == 1 else parameters[i].path for i, name in short.items()
-    }
+    return {i: name if name and often[name] == 1 else parameters[i].path for i, name in short.items()}

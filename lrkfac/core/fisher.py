@@ -135,9 +135,7 @@ def fisher(
             free: dict[int, Tensor], probes: dict[str, list[Tensor]]
         ) -> tuple[Tensor, tuple[Any, dict[str, tuple[Tensor, ...]]]]:
             merged = [free.get(i, leaf) for i, leaf in enumerate(leaves)]
-            result, records = run_captured(
-                model, layers, optree.tree_unflatten(structure, merged), inputs, probes
-            )
+            result, records = run_captured(model, layers, optree.tree_unflatten(structure, merged), inputs, probes)
             outputs, aux = split(result)
             return outputs, (aux, {k: tuple(use.input for use in uses) for k, uses in records.items()})
 
@@ -185,9 +183,7 @@ def check_batch(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Non
         likelihood.check(outputs, targets)
 
 
-def sampled_cotangents(
-    likelihood: Likelihood, outputs: Tensor, noise: Tensor | None, samples: int
-) -> Tensor:
+def sampled_cotangents(likelihood: Likelihood, outputs: Tensor, noise: Tensor | None, samples: int) -> Tensor:
     """Gradients of the terms at targets drawn from the model, ``[samples, *outputs.shape]``."""
     shape = (samples, *outputs.shape)
     if noise is None:

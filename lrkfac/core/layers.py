@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 Options = tuple[Any, ...]
 
@@ -122,7 +122,7 @@ def _conv2d_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Tensor:
     a, padding = _padded(a, o)
     a, g = a.reshape(-1, *a.shape[-3:]), g.reshape(-1, *g.shape[-3:])
     shape = (g.shape[1], d // (o.kernel[0] * o.kernel[1]), *o.kernel)
-    return torch.nn.grad.conv2d_weight(a, shape, g, o.stride, padding, o.dilation).reshape(-1, d)
+    return conv2d_weight(a, shape, g, o.stride, padding, o.dilation).reshape(-1, d)
 
 
 def _padded(a: Tensor, o: ConvolutionOptions) -> tuple[Tensor, tuple[int, int]]:

@@ -26,7 +26,8 @@ OVERSAMPLING = 4
 
 class LowRankState(NamedTuple):
     """``V diag(values) Vᵀ + residual (I - V Vᵀ)``: orthonormal ``vectors`` ``[d, r]``, ``values`` ``[r]``,
-    ``residual`` ``[]``; ``steps`` int64 ``[]``."""
+    ``residual`` ``[]``; ``steps`` int64 ``[]``.
+    """
 
     vectors: Tensor
     values: Tensor
@@ -48,9 +49,7 @@ class LowRank:
 
     def init(self, dimension: int, like: Tensor) -> LowRankState:
         vectors = _start(dimension, min(self.rank, dimension), like)
-        return LowRankState(
-            vectors, vectors.new_zeros(vectors.shape[1]), vectors.new_zeros(()), no_steps(like)
-        )
+        return LowRankState(vectors, vectors.new_zeros(vectors.shape[1]), vectors.new_zeros(()), no_steps(like))
 
     def update(self, state: LowRankState, covariance: Covariance, decay: float | Tensor) -> LowRankState:
         d, r = state.vectors.shape
@@ -79,7 +78,8 @@ class LowRank:
 
 class LowRankPlusDiagonalState(NamedTuple):
     """``V diag(values) Vᵀ + diag(diagonal)``: ``vectors`` ``[d, r]``, orthonormal but for rows shortened to
-    keep the diagonal, ``values`` ``[r]``, ``diagonal`` ``[d]``, both ``≥ 0``; ``steps`` int64 ``[]``."""
+    keep the diagonal, ``values`` ``[r]``, ``diagonal`` ``[d]``, both ``≥ 0``; ``steps`` int64 ``[]``.
+    """
 
     vectors: Tensor
     values: Tensor
@@ -159,7 +159,8 @@ def _largest(
     method: Method, matvec: Callable[[Tensor], Tensor], vectors: Tensor, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step towards the eigenpairs of largest value; negative values, which a positive semi-definite
-    operator cannot hold, become 0."""
+    operator cannot hold, become 0.
+    """
     d, r = vectors.shape
     if method == "power":
         vectors, values = power_iteration(matvec, vectors, max_iterations=1)
@@ -180,9 +181,7 @@ def _start(dimension: int, rank: int, like: Tensor) -> Tensor:
     return orthonormal(columns.to(wide(like).dtype))
 
 
-def low_rank(
-    rank: int, residual: Residual = "isotropic", iterations: int = 1, method: Method = "subspace"
-) -> LowRank:
+def low_rank(rank: int, residual: Residual = "isotropic", iterations: int = 1, method: Method = "subspace") -> LowRank:
     """``rank`` eigenpairs, and the trace that they miss spread evenly over the other directions.
 
     The running average is never formed: its dominant eigenpairs are found from the last ones by

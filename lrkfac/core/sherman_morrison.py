@@ -116,5 +116,6 @@ def _widest(x: Tensor) -> torch.dtype:
 
 def _margin(x: Tensor) -> float:
     """How far below 1 an eigenvalue of ``W Wᵀ`` must stay for ``I - W Wᵀ`` to be positive definite
-    after rounding to the dtype of ``x``."""
+    after rounding to the dtype of ``x``.
+    """
     return 32 * torch.finfo(x.dtype).eps

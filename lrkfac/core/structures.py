@@ -72,7 +72,5 @@ def kronecker(input: FactorStructure, output: FactorStructure) -> KroneckerStruc
     for name, value in {"input": input, "output": output}.items():
         methods = ("fitted", "init", "update", "operator", "inverse")
         if isinstance(value, KroneckerStructure) or not all(hasattr(value, method) for method in methods):
-            raise TypeError(
-                f"{name}: expected a factor structure such as dense() or low_rank(32), got {value!r}"
-            )
+            raise TypeError(f"{name}: expected a factor structure such as dense() or low_rank(32), got {value!r}")
     return KroneckerStructure(input, output)

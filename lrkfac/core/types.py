@@ -152,7 +152,8 @@ class Evaluation(NamedTuple):
 @runtime_checkable
 class Covariance(Protocol):
     """A symmetric positive semi-definite ``[d, d]`` matrix known by its action: the seam between
-    layers and structures."""
+    layers and structures.
+    """
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """``C V`` for ``V`` of shape ``[d, k]``."""

@@ -39,9 +39,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
     def init(params: Tree) -> AdamState:
         return AdamState(zeros_like(params), zeros_like(params), counter(params))
 
-    def update(
-        updates: Tree, state: AdamState, params: Tree = None, **extra: Any
-    ) -> tuple[Tree, AdamState]:
+    def update(updates: Tree, state: AdamState, params: Tree = None, **extra: Any) -> tuple[Tree, AdamState]:
         check_like(state.mean, updates, "scale_by_adam")
         steps = state.steps + 1
         mean = optree.tree_map(lambda m, u: b1 * m + (1 - b1) * u, state.mean, updates)

@@ -30,9 +30,7 @@ def trace(decay: float, nesterov: bool = False) -> GradientTransformation:
     def init(params: Tree) -> TraceState:
         return TraceState(zeros_like(params))
 
-    def update(
-        updates: Tree, state: TraceState, params: Tree = None, **extra: Any
-    ) -> tuple[Tree, TraceState]:
+    def update(updates: Tree, state: TraceState, params: Tree = None, **extra: Any) -> tuple[Tree, TraceState]:
         check_like(state.trace, updates, "trace")
         new = add_scaled(updates, decay, state.trace)
         return (add_scaled(updates, decay, new) if nesterov else new), TraceState(new)

@@ -21,7 +21,8 @@ from lrkfac.transforms.base import GradientTransformation, need_number
 
 class PreconditionState(NamedTuple):
     """``factors``: the running averages, and ``inverses``: their damped inverses as of the last statistics,
-    both by layer name; ``fallback``: the state of the transformation of all other parameters."""
+    both by layer name; ``fallback``: the state of the transformation of all other parameters.
+    """
 
     factors: dict[str, Any]
     inverses: dict[str, Kronecker]
@@ -108,9 +109,7 @@ def precondition_by_fisher(
         other = state.fallback
         if fallback:
             known = None if params is None else [leaves_of(params, "params")[i] for i in free]
-            changed, other = fallback.update(
-                [leaves[i] for i in free], other, known, evaluation=evaluation, **extra
-            )
+            changed, other = fallback.update([leaves[i] for i in free], other, known, evaluation=evaluation, **extra)
             for i, leaf in zip(free, changed, strict=True):
                 leaves[i] = leaf
         new_updates = optree.tree_unflatten(optree.tree_structure(updates), leaves)
@@ -171,9 +170,7 @@ def _refresh(
             "same layers"
         )
 
-    def one_group(
-        state: Any, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
-    ) -> tuple[Any, Kronecker]:
+    def one_group(state: Any, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Any, Kronecker]:
         output = output_covariance(layer, gradients, statistics.scale)
         new = structure.update(state, output, InputCovariance(layer, inputs), decay)
         return new, structure.inverse(new, damping)

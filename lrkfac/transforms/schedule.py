@@ -49,9 +49,7 @@ def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> Gradient
     def init(params: Tree) -> ScheduleState:
         return ScheduleState(counter(params))
 
-    def update(
-        updates: Tree, state: ScheduleState, params: Tree = None, **extra: Any
-    ) -> tuple[Tree, ScheduleState]:
+    def update(updates: Tree, state: ScheduleState, params: Tree = None, **extra: Any) -> tuple[Tree, ScheduleState]:
         return scaled(-learning_rate(state.steps), updates), ScheduleState(state.steps + 1)
 
     return GradientTransformation(init, update)
@@ -81,9 +79,7 @@ def warmup_cosine_schedule(
     for name, value in {"peak": peak_value, "initial": initial_value, "final": final_value}.items():
         need_number(value, f"{name}_value", -math.inf)
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(
-            f"warmup_steps: expected 0 <= warmup_steps < total_steps = {total_steps}, got {warmup_steps}"
-        )
+        raise ValueError(f"warmup_steps: expected 0 <= warmup_steps < total_steps = {total_steps}, got {warmup_steps}")
 
     def schedule(step: Tensor) -> Tensor:
         t = _real(step)

@@ -1,0 +1,286 @@
+"""``find_layers``: what it describes, and what it refuses."""
+
+from math import prod
+from typing import NamedTuple
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+
+from lrkfac import find_layers
+from tests import cases
+
+each_case = pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
+
+
+def draw(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def square(**more):
+    """A square weight and a bias that fits it, so that any of them may be shared."""
+    return {"weight": draw(4, 4), "bias": draw(4), **more}
+
+
+X = draw(5, 4)
+
+
+def linear(p, x):
+    return F.linear(x, p["weight"], p["bias"])
+
+
+class Affine(NamedTuple):
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+class Network(NamedTuple):
+    first: Affine
+    last: Affine
+
+
+@each_case
+def test_every_layer_of_a_network_is_described(case):
+    layers = find_layers(case.model, case.params, case.inputs)
+    assert [layer.name for layer in layers] == list(case.layers)
+    for layer, (name, spec) in zip(layers, case.layers.items(), strict=True):
+        assert layers[name] is layer
+        assert (layer.kind, layer.groups, layer.uses) == (spec.kind, spec.groups, 1)
+        assert (layer.weight.path, layer.weight.shape) == (f"{name}.weight", spec.weight_shape)
+        assert (layer.bias and layer.bias.path) == (f"{name}.bias" if spec.bias else None)
+        assert layer.d_in == prod(spec.weight_shape[1:]) + spec.bias
+        assert layer.d_out == spec.weight_shape[0] // spec.groups
+        for parameter in filter(None, (layer.weight, layer.bias)):
+            leaf = optree.tree_leaves(case.params)[parameter.index]
+            assert leaf is case.params[parameter.path] and tuple(leaf.shape) == parameter.shape
+    shifts = [name for name in case.params if name.endswith("shift")]
+    assert [p.path for p, _ in layers.uncovered] == shifts
+
+
+@each_case
+def test_batch_size_and_dtype_are_not_part_of_it(case):
+    layers = find_layers(case.model, case.params, case.inputs)
+    assert find_layers(case.model, case.params, case.inputs[:1]) == layers
+    single = {name: p.float() for name, p in case.params.items()}
+    assert find_layers(case.model, single, case.inputs.float()) == layers
+
+
+def test_table():
+    def model(p, x):
+        x = F.linear(x, p["twice"], p["bias"])
+        x = F.linear(x, p["twice"], p["bias"]).unflatten(1, (4, 1, 1))
+        return F.conv2d(x, p["conv.weight"], groups=2) * p["scale"]
+
+    params = {"conv.weight": draw(6, 2, 1, 1), "scale": draw(6, 1, 1), "bias": draw(4), "twice": draw(4, 4)}
+    expected = """\
+name   kind    parameters   shape          factors       uses
+-----  ------  -----------  -------------  ------------  ----
+twice  linear  twice, bias  4 x 4          A 5, B 4      2
+conv   conv2d  conv.weight  6 x 2 x 1 x 1  2 x A 2, B 3  1
+
+not covered (plain gradient):
+  scale (6, 1, 1): used by torch.Tensor.mul"""
+    assert str(find_layers(model, params, X)) == expected
+    del params["scale"]
+    layers = find_layers(lambda p, x: model({**p, "scale": 1}, x), params, X)
+    assert str(layers).endswith("every parameter is covered")
+
+
+W, V, B = draw(4, 4), draw(4, 4) + 1, draw(4)
+TREES = {
+    "flat": ({"w": W, "v": V}, lambda p: (p["w"], None, p["v"], None), ("w", "v")),
+    "dotted": ({"a.weight": W, "b.weight": V},
+               lambda p: (p["b.weight"], None, p["a.weight"], None), ("b", "a")),
+    "nested": ({"net": {"z": {"w": W, "b": B}, "a": [V]}},
+               lambda p: (*map(p["net"]["z"].get, "wb"), p["net"]["a"][0], None), ("net.z", "net.a")),
+    "list": ([W, V], lambda p: (p[0], None, p[1], None), ("0", "1")),
+    "pairs": ([(W, B), (V, B + 1)], lambda p: (*p[0], *p[1]), ("0", "1")),
+    "siblings": ({"block": {"up": W, "down": V}},
+                 lambda p: (p["block"]["up"], None, p["block"]["down"], None), ("block.up", "block.down")),
+    "NamedTuple": (Network(Affine(W, B), Affine(V, B + 1)), lambda p: (*p.first, *p.last), ("first", "last")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("params", "parts", "names"), TREES.values(), ids=TREES.keys())
+def test_names_in_the_order_of_first_use(params, parts, names):
+    def model(p, x):
+        first, first_bias, last, last_bias = parts(p)
+        return F.linear(F.linear(x, first, first_bias), last, last_bias)
+
+    layers = find_layers(model, params, X)
+    assert tuple(layer.name for layer in layers) == names and not layers.uncovered
+    assert layers.covered == set(range(len(optree.tree_leaves(params))))
+    assert optree.tree_leaves(layers.tree) == list(layers.parameters)
+    for layer, weight in zip(layers, parts(params)[::2], strict=True):
+        assert optree.tree_leaves(params)[layer.weight.index] is weight
+
+
+def test_bias_is_a_layer_of_its_own_when_separate():
+    layers = find_layers(linear, square(), X, bias="separate")
+    weight, bias = layers
+    assert (weight.name, weight.kind, weight.bias, weight.d_in) == ("weight", "linear", None, 4)
+    assert (bias.name, bias.kind, bias.weight.path, bias.d_in, bias.d_out) == ("bias", "bias", "bias", 1, 4)
+    assert bias.source == weight.source == "weight" and [s.path for s in layers.sources] == ["weight"]
+    assert not layers.uncovered
+    with pytest.raises(ValueError, match="bias: expected 'joint' or 'separate', got 'none'"):
+        find_layers(linear, square(), X, bias="none")
+
+
+def test_shared_weight_is_one_layer_with_all_its_settings():
+    def model(p, x):
+        for stride in (1, 2):
+            x = F.conv2d(x, p["w"], p["b"], stride=stride)
+        return x
+
+    (layer,) = find_layers(model, {"w": draw(3, 3, 2, 2), "b": draw(3)}, draw(2, 3, 7, 7))
+    assert layer.uses == 2 and layer.bias.path == "b"
+    assert [options[1] for options in layer.options] == [(1, 1), (2, 2)]
+
+
+NOT_COVERED = {
+    "never used": (linear, {"v": V}, {"v": "not used by the model"}),
+    "weight used elsewhere": (
+        lambda p, x: F.linear(linear(p, x), p["v"]) + p["v"].square().sum(), {"v": V},
+        {"v": "used by torch.Tensor.square"},
+    ),
+    "weight and bias used elsewhere": (
+        lambda p, x: linear(p, F.linear(x, p["v"], p["c"]).mul(p["v"][0])), {"v": V, "c": B},
+        {"v": "used by torch.Tensor.__getitem__", "c": "bias of an operation whose weight is not covered"},
+    ),
+    "bias used elsewhere": (
+        lambda p, x: linear(p, x) * p["bias"], {}, {"bias": "used by torch.Tensor.mul"},
+    ),
+    "bias of two weights": (
+        lambda p, x: F.linear(linear(p, x), p["v"], p["bias"]), {"v": V}, {"bias": "several weights"},
+    ),
+    "bias in one use of two": (lambda p, x: F.linear(linear(p, x), p["weight"]), {}, {"bias": "the bias of"}),
+    "bias that is also in a weight": (
+        lambda p, x: F.linear(linear(p, x), p["bias"][None]), {}, {"bias": "torch.Tensor.__getitem__"},
+    ),
+    "another operation": (
+        lambda p, x: linear(p, torch.einsum("nd,cd->nc", x, p["v"])), {"v": V},
+        {"v": "used by torch.functional.einsum"},
+    ),
+    "different groups": (
+        lambda p, x: linear(p, sum(F.conv2d(draw(5, g, 1, 1), p["k"], groups=g) for g in (2, 4))[..., 0, 0]),
+        {"k": draw(4, 1, 1, 1)}, {"k": "used by conv2d with different numbers of groups"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "more", "reasons"), NOT_COVERED.values(), ids=NOT_COVERED.keys())
+def test_what_is_not_covered_is_listed_with_the_reason(model, more, reasons):
+    params = square(**more)
+    layers = find_layers(model, params, X)
+    assert {p.path for p, _ in layers.uncovered} == set(reasons)
+    assert {p.path for p in layers.parameters if p.index in layers.covered} == set(params) - set(reasons)
+    for parameter, reason in layers.uncovered:
+        assert reasons[parameter.path] in reason
+        assert f"{parameter.path} {parameter.shape}: {reason}" in str(layers)
+    with pytest.raises(ValueError, match="strict=True") as error:
+        find_layers(model, params, X, strict=True)
+    assert all(f"{p.path!r}: {reason}" in str(error.value) for p, reason in layers.uncovered)
+
+
+BUFFER, NORM = torch.zeros(4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+
+def adds_to_a_buffer(p, x):
+    buffer = BUFFER
+    buffer += 1
+    return linear(p, x + buffer)
+
+
+def writes_into_a_buffer(p, x):
+    BUFFER[0] = 1
+    return linear(p, x + BUFFER)
+
+
+REFUSED = {
+    "batch norm": (lambda p, x: linear(p, functional_call(NORM, {}, (x,))), "add_.*use from_module"),
+    "functional batch norm": (
+        lambda p, x: F.batch_norm(linear(p, x), BUFFER, BUFFER, training=True), "batch_norm changes a tensor",
+    ),
+    "buffer += 1": (adds_to_a_buffer, r"add_ changes a tensor of shape \(4,\)"),
+    "buffer[0] = 1": (writes_into_a_buffer, "__setitem__ changes a tensor"),
+    "dropout": (lambda p, x: F.dropout(linear(p, x), 0.1), "functional.dropout draws hidden random numbers"),
+    "dropout1d": (lambda p, x: F.dropout1d(linear(p, x)), "dropout1d draws hidden random numbers"),
+    "input changed": (
+        lambda p, x: linear(p, h := x + 1) + h.relu_(), "layer 'weight': its input is changed in place",
+    ),
+    "view of the input changed": (
+        lambda p, x: linear(p, h := x + 1) + h[0].relu_(), "'weight': its input is changed in place",
+    ),
+    "control flow": (lambda p, x: linear(p, x) if x.sum() > 0 else x, "depend on the values of tensors"),
+    "shape by values": (lambda p, x: linear(p, x[x[:, 0] > 0]), "depend on the values of tensors"),
+    "no layer": (lambda p, x: x @ p["weight"].mT + p["bias"], r"(?s)no layer found.*weight.*used by"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_before_anything_changes(model, message):
+    with pytest.raises(ValueError, match=message):
+        find_layers(model, square(), X)
+    assert not BUFFER.any() and NORM[1].num_batches_tracked == 0 and not NORM[1].running_mean.any()
+
+
+@pytest.mark.parametrize("wrap", [lambda y: {"y": y}, lambda y: None, lambda y: ("y", y), lambda y: ()])
+def test_a_model_returns_a_tensor(wrap):
+    with pytest.raises(TypeError, match="model: expected outputs as a tensor.*got (dict|NoneType|str|tuple)"):
+        find_layers(lambda p, x: wrap(linear(p, x)), square(), X)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [({"a": {"weight": W, "slope": 0.1}}, "params: expected tensors, got float at 'a.slope'"),
+     ([W, "relu"], "params: expected tensors, got str at '1'")],
+)  # fmt: skip
+def test_parameters_are_tensors(params, message):
+    with pytest.raises(TypeError, match=message):
+        find_layers(linear, params, X)
+
+
+ACCEPTED = {
+    "in-place activation": lambda p, x: F.relu(linear(p, x), inplace=True).add_(1),
+    "new tensor changed": lambda p, x: linear(p, torch.zeros_like(x).add_(x)),
+    "dropout switched off": lambda p, x: F.dropout(F.dropout(linear(p, x), training=False), 0.0),
+    "batch norm with fixed statistics": lambda p, x: F.batch_norm(linear(p, x), BUFFER, BUFFER + 1),
+    "own constants": lambda p, x: linear(p, x * B),
+    "an auxiliary result": lambda p, x: (linear(p, x), {"anything": 1}),
+}
+
+
+@pytest.mark.parametrize("model", ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_accepted(model):
+    params, inputs = square(), X.clone()
+    assert not find_layers(model, params, inputs).uncovered
+    assert torch.equal(inputs, X) and torch.equal(params["weight"], square()["weight"])
+
+
+def test_nothing_is_computed():
+    """Inputs and outputs of 2^40 numbers, which no machine holds."""
+    large, params = torch.zeros(()).expand(2**30, 2**10), {"w": torch.zeros(()).expand(2**10, 2**10)}
+    assert find_layers(lambda p, x: F.linear(x, p["w"]), params, large)["w"].d_out == 2**10
+
+
+def test_trees_as_inputs():
+    inputs = {"x": X, "masks": [torch.ones(5, 4, dtype=torch.bool)]}
+    layers = find_layers(lambda p, i: linear(p, torch.where(i["masks"][0], i["x"], 0)), square(), inputs)
+    assert not layers.uncovered
+
+
+TRANSFORMED = {
+    "vmap": lambda p, x: vmap(lambda row: linear(p, row))(x),
+    "grad": lambda p, x: grad(lambda x: linear(p, x).square().sum())(x),
+    "jvp": lambda p, x: jvp(lambda x: linear(p, x).square(), (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("model", TRANSFORMED.values(), ids=TRANSFORMED.keys())
+def test_uses_inside_a_transformation_cannot_be_captured(model):
+    """There the records are wrapped, and the derivative has ways to the weight that no probe sees."""
+    with pytest.raises(ValueError, match="transform"):
+        find_layers(model, square(), X)
