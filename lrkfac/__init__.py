@@ -10,7 +10,7 @@ from lrkfac.core.module import from_module
 from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
 from lrkfac.core.power_iteration import power_iteration, subspace_iteration
 from lrkfac.core.sherman_morrison import inverse, sherman_morrison, woodbury
-from lrkfac.core.structures import kronecker
+from lrkfac.core.structures import full, kronecker, layer_wise, unit_wise
 from lrkfac.core.types import Evaluation, Layer, Layers, Statistics
 from lrkfac.transforms.adam import scale_by_adam
 from lrkfac.transforms.base import GradientTransformation, apply_updates, chain, identity
@@ -54,11 +54,13 @@ __all__ = [
     "find_layers",
     "fisher",
     "from_module",
+    "full",
     "gaussian",
     "identity",
     "inverse",
     "kfac",
     "kronecker",
+    "layer_wise",
     "low_rank",
     "low_rank_kfac",
     "low_rank_plus_diagonal",
@@ -72,6 +74,7 @@ __all__ = [
     "subspace_iteration",
     "to_dense",
     "trace",
+    "unit_wise",
     "warmup_cosine_schedule",
     "woodbury",
 ]

@@ -1,14 +1,14 @@
-"""Finds the layers of a pure function and records what passes through them.
+"""Follows parameters through a pure function and records what passes through its layers.
 
-A ``TorchFunctionMode`` sees every call of a known operation and knows a weight by identity. It records
-the operation's input and adds a *probe* to its output: a broadcast zero, the derivative with respect to
-which is the gradient at the output. So the statistics of all layers are the ``vjp`` of one pure function
-``(parameters, probes) -> outputs``, without hooks and whatever the model does after the operation.
+A ``TorchFunctionMode`` sees every call of a known operation and knows a weight, or a view of one, by identity.
+It records the operation's input and adds a *probe* to its output: a broadcast zero, the derivative with
+respect to which is the gradient at the output. So the statistics of all layers are the ``vjp`` of one pure
+function ``(parameters, probes) -> outputs``, without hooks and whatever the model does after the operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optree
@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lrkfac.core.layers import KIND_OF
+from lrkfac.core.calls import OPENED, PARSERS, Call
 from lrkfac.core.types import Layers, Tree
+from lrkfac.core.views import View, is_view, steps_of
+
+Tracked = list[tuple[str, View, Tensor]]
+"""``(path of the parameter, view, tensor)``: what is followed."""
 
 
 class Recorded(NamedTuple):
@@ -35,41 +39,95 @@ class OutputSpec(NamedTuple):
     device: torch.device
 
 
-class Capture(TorchFunctionMode):
-    """Records the uses of ``weights`` in ``records`` and adds ``probes`` to the outputs.
+class Follow(TorchFunctionMode):
+    """Follows parameters through their views and shows each use to ``used``.
 
-    Args:
-        weights: ``(source, tensor)`` for each weight to watch.
-        records: Filled with the uses of each source, in order. Passed in from outside: the compiler
-            follows changes of such a dictionary, but not of an attribute of the mode.
-        probes: For each source, one probe per use; none at all to record only.
+    ``tracked`` grows as views are taken. It is passed in from outside, as are the records of ``Capture``: the
+    compiler follows changes of such a list or dictionary, but not of an attribute of the mode.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[tuple[str, Tensor]],
-        records: dict[str, list[Recorded]],
-        probes: dict[str, list[Tensor]] | None = None,
-    ) -> None:
+    def __init__(self, tracked: Tracked) -> None:
         super().__init__()
-        self.weights, self.records, self.probes = weights, records, probes
+        self.tracked = tracked
+
+    def place(self, x: Any) -> tuple[str, View] | None:
+        """Path and view of a tensor that is followed."""
+        for path, view, tensor in self.tracked:
+            if tensor is x:
+                return path, view
+        return None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        kind = KIND_OF.get(func)
-        if kind is None:
-            return output
-        call = kind.parse(*args, **kwargs)
-        for source, weight in self.weights:
-            if weight is call.weight:
-                uses = self.records.setdefault(source, [])
-                uses.append(Recorded(call.input, output))
-                if self.probes is not None and len(uses) <= len(self.probes[source]):
-                    output = output + self.probes[source][len(uses) - 1]
-        return output
+        opened = OPENED.get(func)
+        if opened is not None:
+            with self:
+                return opened(*args, **kwargs)
+        self.refuse(func, args, kwargs)
+        result = func(*args, **kwargs)
+        name = is_view(func)
+        if name is not None:
+            place = self.place(args[0]) if args else None
+            if place is not None:
+                for step, part in steps_of(name, args, kwargs, result):
+                    self.tracked.append((place[0], (*place[1], step), part))
+            return result
+        parser = PARSERS.get(func)
+        call = None if parser is None else parser(lambda x: self.place(x) is not None, *args, **kwargs)
+        return self.used(func, args, kwargs, call, result)
+
+    def refuse(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
+        """Called before a function runs, which it may refuse."""
+
+    def used(
+        self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any
+    ) -> Any:
+        """Called after a function has run; returns its result, changed or not."""
+        return result
+
+
+class Capture(Follow):
+    """Records the uses of some weights in ``records`` and adds ``probes`` to the outputs.
+
+    Args:
+        tracked: All parameters with their paths.
+        sources: The labels of the weights to watch, see ``label``.
+        records: Filled with the uses of each source, in order.
+        probes: For each source, one probe per use; none at all to record only.
+    """
+
+    def __init__(
+        self,
+        tracked: Tracked,
+        sources: frozenset[str],
+        records: dict[str, list[Recorded]],
+        probes: dict[str, list[Tensor]] | None = None,
+    ) -> None:
+        super().__init__(tracked)
+        self.sources, self.records, self.probes = sources, records, probes
+
+    def used(
+        self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any
+    ) -> Any:
+        """Records and adds a probe."""
+        place = None if call is None else self.place(call.weight)
+        if call is None or place is None:
+            return result
+        source = label(*place)
+        if source not in self.sources:
+            return result
+        uses = self.records.setdefault(source, [])
+        uses.append(Recorded(call.input, result))
+        if self.probes is not None and len(uses) <= len(self.probes[source]):
+            return result + self.probes[source][len(uses) - 1]
+        return result
+
+
+def label(path: str, view: View) -> str:
+    """The name of a parameter or of a view of it, as in ``in_proj_weight.chunk(3)[0]``."""
+    return path + "".join([str(step) for step in view])
 
 
 def run_captured(
@@ -86,15 +144,17 @@ def run_captured(
     """
     leaves = optree.tree_leaves(params)
     records: dict[str, list[Recorded]] = {}
-    with Capture([(s.path, leaves[s.index]) for s in layers.sources], records, probes):
+    tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
+    with Capture(tracked, layers.sources, records, probes):
         result = model(params, inputs)
     for layer in layers:
-        used = len(records.get(layer.source, ()))
-        if used != layer.uses:
-            raise ValueError(
-                f"layer {layer.name!r}: expected {layer.uses} uses of {layer.source!r}, saw {used}; the model "
-                "takes another path than in find_layers(): describe the layers again for these inputs"
-            )
+        for site in {site for site, _ in layer.sites}:
+            expected, used = sum(name == site for name, _ in layer.sites), len(records.get(site, ()))
+            if used != expected:
+                raise ValueError(
+                    f"layer {layer.name!r}: expected {expected} uses of {site!r}, saw {used}; the model takes "
+                    "another path than in find_layers(): describe the layers again for these inputs"
+                )
     return result, records
 
 
@@ -104,17 +164,27 @@ def output_specs(
     """Shape, dtype and device of every layer's output, by one forward pass without computation.
 
     In eager mode the pass sees fake tensors; under the compiler the true ones, whose computation is then
-    removed as dead code.
+    removed as dead code. What a layer returns once for all examples (positions) is repeated for each, so that
+    their gradients stay apart.
     """
     if torch.compiler.is_compiling():
-        records = run_captured(model, layers, params, inputs)[1]
+        result, records = run_captured(model, layers, params, inputs)
     else:
         with fake_mode():
-            records = run_captured(model, layers, like_fake(params), like_fake(inputs))[1]
+            result, records = run_captured(model, layers, like_fake(params), like_fake(inputs))
+    outputs = result[0] if isinstance(result, tuple) else result
+    n = outputs.shape[0] if isinstance(outputs, Tensor) and outputs.ndim else 1
     return {
-        source: [OutputSpec(tuple(r.output.shape), r.output.dtype, r.output.device) for r in uses]
+        source: [
+            OutputSpec(repeated(tuple(r.output.shape), n), r.output.dtype, r.output.device) for r in uses
+        ]
         for source, uses in records.items()
     }
+
+
+def repeated(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """The shape with ``n`` examples where it has one for all of them."""
+    return (n, *shape[1:]) if shape and shape[0] == 1 else shape
 
 
 def zero_probes(specs: dict[str, list[OutputSpec]]) -> dict[str, list[Tensor]]:

@@ -1,17 +1,24 @@
-"""What structures see of a layer: its factors by their action, its gradient as a matrix."""
+"""What structures see of a layer: its factors by their action, its examples' gradients, its gradient as a matrix."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.layers import KINDS, Kind, Options
+from lrkfac.core.layers import KINDS, Kind, Options, counts
+from lrkfac.core.rows import RowCovariance
 from lrkfac.core.tree import wide
-from lrkfac.core.types import Layer
+from lrkfac.core.types import Covariance, Layer
+from lrkfac.core.views import put, taken
+
+Uses = tuple[Tensor, ...]
+"""One tensor for each use of a layer's weight, in the standard form of ``lrkfac.core.layers``."""
 
 
 @dataclass(frozen=True)
@@ -21,38 +28,43 @@ class InputCovariance:
     Half-precision inputs are treated in float32.
 
     Attributes:
-        layer: The layer's description.
+        kind: The kind of the uses.
         inputs: What the operation received, one tensor for each use.
+        options: The settings of each use.
+        dimension: ``d``, with the trailing 1 of a joint bias.
+        joint: Whether there is a joint bias.
     """
 
-    layer: Layer
-    inputs: tuple[Tensor, ...]
+    kind: Kind
+    inputs: Uses
+    options: tuple[Options, ...]
+    dimension: int
+    joint: bool
 
     def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
         """``A V`` by the operation with ``V`` in place of its weights, and its transpose."""
-        weights, constants = (vectors[:-1], vectors[-1]) if self.layer.bias else (vectors, None)
+        assert self.kind.operation is not None
+        weights, constants = (vectors[:-1], vectors[-1]) if self.joint else (vectors, None)
         total, rows = torch.zeros_like(vectors), 0
-        for a, options in zip(self.inputs, self.layer.options, strict=True):
-            kind, a = self._kind, wide(a)
-            s = kind.operation(a, weights.mT, options)
-            trailing = [1] * (-kind.channel(options) - 1)
+        for a, options in zip(self.inputs, self.options, strict=True):
+            a = wide(a)
+            s = self.kind.operation(a, weights.mT, options)
+            trailing = [1] * (-self.kind.channel(options) - 1)
             s = s if constants is None else s + constants.reshape(-1, *trailing)
-            total = total + _joined(kind, a, s, weights.shape[0], options, self.layer.bias is not None).mT
+            total = total + _joined(self.kind, a, s, weights.shape[0], options, self.joint).mT
             rows += s.numel() // vectors.shape[1]
         return total / rows
 
     def diagonal(self) -> Float[Tensor, "d"]:
         """The mean of the squared rows, by the operation's transpose on the squared input."""
-        joint = self.layer.bias is not None
-        d = self.layer.d_in - joint
-        total, rows = None, 0
-        for a, options in zip(self.inputs, self.layer.options, strict=True):
+        assert self.kind.operation is not None
+        d = self.dimension - self.joint
+        total, rows = torch.zeros((), dtype=wide(self.inputs[0]).dtype, device=self.inputs[0].device), 0
+        for a, options in zip(self.inputs, self.options, strict=True):
             a = wide(a)
-            one = torch.ones_like(self._kind.operation(a, a.new_zeros(1, d), options))
-            squares = _joined(self._kind, a.square(), one, d, options, joint)[0]
-            total = squares if total is None else total + squares
+            one = torch.ones_like(self.kind.operation(a, a.new_zeros(1, d), options))
+            total = total + _joined(self.kind, a.square(), one, d, options, self.joint)[0]
             rows += one.numel()
-        assert total is not None
         return total / rows
 
     def trace(self) -> Float[Tensor, ""]:
@@ -61,89 +73,193 @@ class InputCovariance:
 
     def dense(self) -> Float[Tensor, "d d"]:
         """The matrix: from the rows where they are at hand, else column by column by ``matvec``."""
-        kind, joint = self._kind, self.layer.bias is not None
-        if kind.rows is None:
+        if self.kind.rows is None:
             like = wide(self.inputs[0])
-            return self.matvec(torch.eye(self.layer.d_in, dtype=like.dtype, device=like.device))
-        rows = torch.cat([kind.rows(wide(a), self.layer.d_in - joint) for a in self.inputs])
-        if joint:
+            return self.matvec(torch.eye(self.dimension, dtype=like.dtype, device=like.device))
+        rows = torch.cat([self.kind.rows(wide(a), self.dimension - self.joint) for a in self.inputs])
+        if self.joint:
             rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
         return rows.mT @ rows / rows.shape[0]
 
-    @property
-    def _kind(self) -> Kind:
-        return KINDS[self.layer.kind]
-
 
 @dataclass(frozen=True)
-class RowCovariance:
-    """``scale * rowsᵀ rows`` with ``rows`` ``[n, d]``."""
+class DiagonalCovariance:
+    """A diagonal matrix, such as that of one-hot rows: how often each number occurs."""
 
-    rows: Tensor
-    scale: Tensor
+    entries: Tensor
 
     def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
         """``C V``."""
-        return self.scale * (self.rows.mT @ (self.rows @ vectors))
+        return self.entries[:, None] * vectors
 
     def diagonal(self) -> Float[Tensor, "d"]:
         """The diagonal."""
-        return self.scale * self.rows.square().sum(dim=0)
+        return self.entries
 
     def trace(self) -> Float[Tensor, ""]:
         """The trace."""
-        return self.scale * self.rows.square().sum()
+        return self.entries.sum()
 
     def dense(self) -> Float[Tensor, "d d"]:
         """The matrix."""
-        return self.scale * (self.rows.mT @ self.rows)
+        return torch.diag(self.entries)
 
 
-def output_covariance(layer: Layer, gradients: tuple[Tensor, ...], scale: Tensor) -> RowCovariance:
-    """``B = scale * sum of g gᵀ`` of one group over uses, samples, examples and positions."""
-    rows = []
-    for g, options in zip(gradients, layer.options, strict=True):
-        channels_last = wide(g).movedim(KINDS[layer.kind].channel(options), -1)
-        rows.append(channels_last.reshape(-1, layer.d_out))
-    return RowCovariance(rows[0] if len(rows) == 1 else torch.cat(rows), scale.to(rows[0].dtype))
+@dataclass(frozen=True)
+class SumCovariance:
+    """``Σ weights[i] * parts[i]``."""
+
+    parts: tuple[Covariance, ...]
+    weights: tuple[Tensor, ...]
+
+    def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+        """``C V``."""
+        return self._sum(lambda part: part.matvec(vectors))
+
+    def diagonal(self) -> Float[Tensor, "d"]:
+        """The diagonal."""
+        return self._sum(lambda part: part.diagonal())
+
+    def trace(self) -> Float[Tensor, ""]:
+        """The trace."""
+        return self._sum(lambda part: part.trace())
+
+    def dense(self) -> Float[Tensor, "d d"]:
+        """The matrix."""
+        return self._sum(lambda part: part.dense())
+
+    def _sum(self, of: Callable[[Covariance], Tensor]) -> Tensor:
+        terms = [weight * of(part) for part, weight in zip(self.parts, self.weights, strict=True)]
+        return torch.stack(terms).sum(dim=0)
 
 
-def split_groups(layer: Layer, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+class Factors(NamedTuple):
+    """The output factor ``B`` and the input factor ``A`` of one group of a layer."""
+
+    output: Covariance
+    input: Covariance
+
+
+def factors(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor) -> Factors:
+    """``B = scale * sum of g gᵀ`` and ``A = mean of a aᵀ`` over all rows of one group (K-FAC *expand*).
+
+    Where a weight is used in two ways (an embedding tied to the output layer), its block is a sum of Kronecker
+    products ``Σ Bₖ ⊗ Aₖ``, held as the product of its partial traces ``(Σ tr(Aₖ) Bₖ) ⊗ (Σ tr(Bₖ) Aₖ) / Σ tr(Aₖ) tr(Bₖ)``.
+    """
+    by_kind = []
+    for name in dict.fromkeys(layer.kinds):
+        chosen = [i for i, kind in enumerate(layer.kinds) if kind == name]
+        options = tuple(layer.options[i] for i in chosen)
+        a, g = tuple(inputs[i] for i in chosen), tuple(gradients[i] for i in chosen)
+        by_kind.append(_factors_of_kind(layer, KINDS[name], options, a, g, scale))
+    if len(by_kind) == 1:
+        return by_kind[0]
+    output_traces = tuple(f.output.trace() for f in by_kind)
+    input_traces = tuple(f.input.trace() for f in by_kind)
+    total = torch.stack([a * b for a, b in zip(output_traces, input_traces, strict=True)]).sum()
+    total = total.clamp(min=torch.finfo(total.dtype).tiny)
+    return Factors(
+        SumCovariance(tuple(f.output for f in by_kind), tuple(t / total.sqrt() for t in input_traces)),
+        SumCovariance(tuple(f.input for f in by_kind), tuple(t / total.sqrt() for t in output_traces)),
+    )
+
+
+def _factors_of_kind(
+    layer: Layer, kind: Kind, options: tuple[Options, ...], inputs: Uses, gradients: Uses, scale: Tensor
+) -> Factors:
+    rows = [
+        wide(g).movedim(kind.channel(o), -1).reshape(-1, layer.d_in if kind.one_hot else layer.d_out)
+        for g, o in zip(gradients, options, strict=True)
+    ]
+    joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+    moment = RowCovariance(joined, scale.to(joined.dtype))
+    if kind.one_hot:
+        number = sum(a.numel() for a in inputs)
+        found = torch.stack([counts(a, *o) for a, o in zip(inputs, options, strict=True)]).sum(dim=0)
+        return Factors(DiagonalCovariance(found.to(joined.dtype) / number), moment)
+    return Factors(moment, InputCovariance(kind, inputs, options, layer.d_in, layer.bias is not None))
+
+
+def example_gradients(layer: Layer, inputs: Uses, gradients: Uses) -> Float[Tensor, "k n o i"]:
+    """``Σ g aᵀ`` over uses and positions of each example of one group, for each sample or column."""
+    joint = layer.bias is not None
+
+    def one(a: Uses, g: Uses) -> Tensor:
+        return _gradient(layer, a, g, joint)
+
+    a, g = tuple(wide(x) for x in inputs), tuple(wide(x) for x in gradients)
+    return vmap(vmap(one), in_dims=(None, 0))(a, g)
+
+
+def split_groups(layer: Layer, tensors: Uses) -> Uses:
     """Inputs or output gradients as ``[groups, ...]``; unchanged for a layer of one group."""
     if layer.groups == 1:
         return tensors
     split = []
-    for x, options in zip(tensors, layer.options, strict=True):
-        channel = KINDS[layer.kind].channel(options)
+    for x, kind, options in zip(tensors, layer.kinds, layer.options, strict=True):
+        channel = KINDS[kind].channel(options)
         split.append(x.unflatten(channel, (layer.groups, -1)).movedim(channel - 1, 0))
     return tuple(split)
 
 
-def gradient_matrix(layer: Layer, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Tensor:
+def gradient_matrix(layer: Layer, inputs: Uses, gradients: Uses) -> Tensor:
     """``sum of g aᵀ`` over uses, examples and positions: ``[d_out, d_in]``, or ``[groups, d_out, d_in]``."""
     joint = layer.bias is not None
 
-    def one_group(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Tensor:
-        uses = zip(inputs, gradients, layer.options, strict=True)
-        parts = [_joined(KINDS[layer.kind], a, g, layer.d_in - joint, options, joint) for a, g, options in uses]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+    def one_group(inputs: Uses, gradients: Uses) -> Tensor:
+        return _gradient(layer, inputs, gradients, joint)
 
     inputs, gradients = split_groups(layer, inputs), split_groups(layer, gradients)
     return one_group(inputs, gradients) if layer.groups == 1 else vmap(one_group)(inputs, gradients)
 
 
-def to_matrix(layer: Layer, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Weight and joint bias as ``[d_out, d_in]``, or ``[groups, d_out, d_in]``."""
+def prepared(layer: Layer, inputs: Uses, gradients: Uses, examples: int) -> tuple[Uses, Uses]:
+    """What was captured, ``gradients`` with a leading axis, in the standard form of the layer's kinds."""
+    pairs = [
+        KINDS[kind].prepare(a, g, examples, options)
+        for a, g, kind, options in zip(inputs, gradients, layer.kinds, layer.options, strict=True)
+    ]
+    return tuple(a for a, _ in pairs), tuple(g for _, g in pairs)
+
+
+def to_matrix(layer: Layer, leaves: list[Tensor]) -> Tensor:
+    """The layer's part of a parameter tree as ``[d_out, d_in]``, or ``[groups, d_out, d_in]``."""
     shape = (layer.groups, layer.d_out, -1) if layer.groups > 1 else (layer.d_out, -1)
-    matrix = weight.reshape(shape)
-    return matrix if bias is None else torch.cat([matrix, bias.reshape(*shape[:-1], 1)], dim=-1)
-
-
-def from_matrix(layer: Layer, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The inverse of ``to_matrix``."""
+    matrix = taken(layer.weight.view, leaves[layer.weight.index]).reshape(shape)
     if layer.bias is None:
-        return matrix.reshape(layer.weight.shape), None
-    return matrix[..., :-1].reshape(layer.weight.shape), matrix[..., -1].reshape(layer.bias.shape)
+        return matrix
+    bias = taken(layer.bias.view, leaves[layer.bias.index])
+    return torch.cat([matrix, bias.reshape(*shape[:-1], 1)], dim=-1)
+
+
+def from_matrices(layers: list[Layer], matrices: list[Tensor]) -> dict[int, Tensor]:
+    """The inverse of ``to_matrix``: from a parameter's index to the tensor that the layers' matrices make up."""
+    found: dict[int, Tensor] = {}
+    for layer, matrix in zip(layers, matrices, strict=True):
+        joint = layer.bias is not None
+        flat = matrix.reshape(layer.groups * layer.d_out, layer.d_in)
+        parts = [(layer.weight, flat[:, :-1] if joint else flat)]
+        if layer.bias is not None:
+            parts.append((layer.bias, flat[:, -1]))
+        for parameter, part in parts:
+            view = parameter.view
+            shaped = part.reshape(_shape_of(view, parameter.shape))
+            whole = put(view, parameter.shape, shaped)
+            found[parameter.index] = found[parameter.index] + whole if parameter.index in found else whole
+    return found
+
+
+def _shape_of(view: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(taken(view, torch.empty(shape, device="meta")).shape) if view else shape
+
+
+def _gradient(layer: Layer, inputs: Uses, gradients: Uses, joint: bool) -> Tensor:
+    d = layer.d_in - joint
+    parts = [
+        _joined(KINDS[kind], a, g, d, options, joint)
+        for a, g, kind, options in zip(inputs, gradients, layer.kinds, layer.options, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
 
 def _joined(kind: Kind, a: Tensor, g: Tensor, d: int, options: Options, joint: bool) -> Tensor:

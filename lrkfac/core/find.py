@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,16 +10,19 @@ import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 
-from lrkfac.core.capture import fake_mode, like_fake
-from lrkfac.core.layers import BIAS, KIND_OF, KINDS, Call, Kind
+from lrkfac.core.calls import Call
+from lrkfac.core.capture import Follow, fake_mode, label, like_fake
+from lrkfac.core.describe import Use
+from lrkfac.core.describe import describe
+from lrkfac.core.layers import LINEAR, SHIFT, LinearOptions
 from lrkfac.core.tree import paths
-from lrkfac.core.types import Layer, Layers, Parameter, Tree
+from lrkfac.core.types import Layers, Parameter, Tree
+from lrkfac.core.views import View
 
 DROPOUTS = (
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-    F.multi_head_attention_forward,
 )  # fmt: skip
 
 
@@ -56,17 +58,18 @@ def find_layers(
     if bias not in ("joint", "separate"):
         raise ValueError(f"bias: expected 'joint' or 'separate', got {bias!r}")
     parameters, structure = _parameters(params), optree.tree_structure(params)
-    watch = _Watch(parameters)
     with fake_mode():
-        watch.leaves = [like_fake(leaf) for leaf in optree.tree_leaves(params)]
-        with watch:
-            result = _run(model, optree.tree_unflatten(structure, watch.leaves), inputs)
+        leaves = [like_fake(leaf) for leaf in optree.tree_leaves(params)]
+        discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)])
+        with discovery:
+            result = _run(model, optree.tree_unflatten(structure, leaves), inputs)
     outputs = result[0] if isinstance(result, tuple) and result else result
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"model: expected outputs as a tensor, or a tuple that starts with one, got {type(outputs).__name__}"
         )
-    layers = _describe(watch, parameters, structure, bias)
+    examples = outputs.shape[0] if outputs.ndim else 1
+    layers = describe(discovery.uses, discovery.others, parameters, structure, examples, bias == "joint")
     if not layers.layers:
         raise ValueError(f"no layer found; none of the parameters is covered:\n{layers}")
     if strict and layers.uncovered:
@@ -96,38 +99,46 @@ def _run(model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree) -> Any:
         ) from error
 
 
-class _Watch(TorchFunctionMode):
+class _Discovery(Follow):
     """Notes each use of a parameter: as the weight or bias of a known operation, or by anything else."""
 
-    def __init__(self, parameters: tuple[Parameter, ...]) -> None:
-        super().__init__()
-        self.parameters = parameters
-        self.leaves: list[Tensor] = []
-        self.calls: dict[int, list[tuple[Kind, Call, int | None, int]]] = {}
-        self.others: dict[int, list[str]] = {}
+    def __init__(self, tracked: Any) -> None:
+        super().__init__(tracked)
+        self.uses: dict[str, list[Use]] = {}
+        self.others: dict[str, list[str]] = {}
 
-    def index(self, value: Any) -> int | None:
-        return next((i for i, leaf in enumerate(self.leaves) if leaf is value), None)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def refuse(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
         _refuse_hidden_changes(func, args, kwargs)
-        result = func(*args, **kwargs)
-        used = {i for x in optree.tree_leaves((args, kwargs)) if (i := self.index(x)) is not None}
-        if not used or not any(isinstance(x, Tensor) for x in optree.tree_leaves(result)):
+
+    def used(
+        self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any
+    ) -> Any:
+        places = [place for x in optree.tree_leaves((args, kwargs)) if (place := self.place(x)) is not None]
+        if not places or not any(isinstance(x, Tensor) for x in optree.tree_leaves(result)):
             return result
-        kind = KIND_OF.get(func)
-        if kind is not None:
-            call = kind.parse(*args, **kwargs)
-            weight, bias = self.index(call.weight), self.index(call.bias)
+        if call is not None:
+            weight = self.place(call.weight)
+            if call.kind is SHIFT and weight is not None and self._completes(args, call.weight, weight, result):
+                return result
+            bias = self.place(call.bias)
             if weight is not None:
-                self.calls.setdefault(weight, []).append((kind, call, bias, call.input._version))
-                used -= {weight, bias}
-        for i in used:
-            self.others.setdefault(i, []).append(resolve_name(func) or str(func))
+                use = Use(call, *weight, bias, result, call.input._version)
+                self.uses.setdefault(label(*weight), []).append(use)
+                places = [place for place in places if place not in (weight, bias)]
+        for path, _ in places:
+            self.others.setdefault(path, []).append(resolve_name(func) or str(func))
         return result
+
+    def _completes(self, args: Any, bias: Tensor, place: tuple[str, View], result: Tensor) -> bool:
+        """Whether this addition is the bias of a product that was just made, as in ``x @ w + b``."""
+        for uses in self.uses.values():
+            for i, use in enumerate(uses):
+                plain = use.call.kind is LINEAR and use.call.options == LinearOptions() and use.call.bias is None
+                if plain and use.bias is None and any(use.output is x for x in args):
+                    if tuple(bias.shape) == tuple(use.output.shape[-1:]) and result.shape == use.output.shape:
+                        uses[i] = use._replace(bias=place, output=result)
+                        return True
+        return False
 
 
 def _refuse_hidden_changes(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
@@ -157,71 +168,3 @@ def _refuse_hidden_changes(func: Callable[..., Any], args: Any, kwargs: dict[str
                 f"model: {resolve_name(func)} draws hidden random numbers; call eval() on the module, set the "
                 "probability to 0, or multiply by a mask that is passed in the inputs"
             )
-
-
-def _describe(watch: _Watch, parameters: tuple[Parameter, ...], structure: optree.PyTreeSpec, bias: str) -> Layers:
-    layers: list[Layer] = []
-    reasons: dict[int, str] = {i: f"used by {', '.join(dict.fromkeys(n))}" for i, n in watch.others.items()}
-    weights_of = {
-        i: {w for w, calls in watch.calls.items() if any(b == i for _, _, b, _ in calls)}
-        for i in range(len(parameters))
-    }
-    names = _names(parameters, [i for i in watch.calls if i not in reasons])
-    covered: set[int] = set()
-    for index, calls in watch.calls.items():
-        for _, call, _, version in calls:
-            if call.input._version != version:
-                raise ValueError(
-                    f"layer {parameters[index].path!r}: its input is changed in place after the layer has used "
-                    "it; use the operation that returns a new tensor"
-                )
-        if index in reasons:
-            continue
-        kind, first, joint, _ = calls[0]
-        options = tuple(tuple(call.options) for _, call, _, _ in calls)
-        groups = {kind.groups(o) for o in options}
-        if len(groups) > 1:
-            reasons[index] = f"used by {kind.name} with different numbers of groups"
-            continue
-        if not first.weight.is_floating_point():
-            reasons[index] = f"has the dtype {first.weight.dtype}"
-            continue
-        same_bias = all(b == joint for _, _, b, _ in calls)
-        if joint is not None and (not same_bias or joint in reasons or weights_of[joint] != {index}):
-            joint = None
-        weight, layer_groups = parameters[index], groups.pop()
-        rows, with_bias = weight.shape[0], joint is not None and bias == "joint"
-        columns = int(torch.Size(weight.shape[1:]).numel()) + with_bias
-        layers.append(
-            Layer(
-                name=names[index],
-                kind=kind.name,
-                weight=weight,
-                bias=parameters[joint] if joint is not None and with_bias else None,
-                d_in=columns,
-                d_out=rows // layer_groups,
-                groups=layer_groups,
-                options=options,
-                source=weight.path,
-            )
-        )
-        covered.add(index)
-        if joint is not None:
-            covered.add(joint)
-            if bias == "separate":
-                channels = tuple((KINDS[kind.name].channel(o),) for o in options)
-                path = parameters[joint].path
-                layers.append(Layer(path, BIAS.name, parameters[joint], None, 1, rows, 1, channels, weight.path))
-    for i in range(len(parameters)):
-        if i not in covered:
-            shared = "the bias of an operation whose weight is not covered, or of several weights"
-            reasons.setdefault(i, shared if weights_of[i] else "not used by the model")
-    uncovered = tuple((parameters[i], reasons[i]) for i in sorted(reasons))
-    return Layers(tuple(layers), uncovered, parameters, optree.tree_unflatten(structure, parameters))
-
-
-def _names(parameters: tuple[Parameter, ...], indices: list[int]) -> dict[int, str]:
-    """Paths without their last part, where that is neither empty nor shared by two weights."""
-    short = {i: parameters[i].path.rpartition(".")[0] for i in indices}
-    often = Counter(short.values())
-    return {i: name if name and often[name] == 1 else parameters[i].path for i, name in short.items()}

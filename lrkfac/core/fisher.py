@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from lrkfac.core.capture import OutputSpec, output_specs, run_captured, zero_probes
-from lrkfac.core.covariances import from_matrix, gradient_matrix
+from lrkfac.core.covariances import from_matrices, gradient_matrix, prepared
 from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.tree import check_like, wide
 from lrkfac.core.types import Evaluation, Layers, Statistics, Tree
@@ -144,27 +144,37 @@ def fisher(
         cotangent, loss = grad_and_value(total_loss)(outputs, targets)
         free_grads, at_outputs = transpose(cotangent)
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
-        found = dict(free_grads)
+        examples = outputs.shape[0]
+        standard = {}
         for layer in layers:
-            uses = tuple(at_outputs[layer.source])
-            weight, bias = from_matrix(layer, gradient_matrix(layer, recorded[layer.source], uses))
-            found[layer.weight.index] = weight
-            if layer.bias is not None and bias is not None:
-                found[layer.bias.index] = bias
+            once = tuple(recorded[site][use] for site, use in layer.sites)
+            at_layer = tuple(at_outputs[site][use][None] for site, use in layer.sites)
+            standard[layer.name] = prepared(layer, once, at_layer, examples)
+        matrices = [
+            gradient_matrix(layer, standard[layer.name][0], tuple(g[0] for g in standard[layer.name][1]))
+            for layer in layers
+        ]
+        found = {**free_grads, **from_matrices(list(layers), matrices)}
         grads = optree.tree_unflatten(structure, [found[i] for i in range(len(leaves))])
 
         terms = likelihood.terms(outputs)
         if estimator == "empirical":
-            gradients = {k: tuple(terms * g[None] for g in uses) for k, uses in at_outputs.items()}
+            gradients = {name: tuple(terms * g for g in uses) for name, (_, uses) in standard.items()}
         else:
             if estimator == "mc":
                 cotangents = sampled_cotangents(likelihood, outputs, noise, samples)
             else:
                 cotangents = exact_cotangents(likelihood, outputs)
-            gradients = take_back(lambda c: transpose(c)[1], cotangents, COLUMNS if estimator == "exact" else 1)
+            at_probes = take_back(lambda c: transpose(c)[1], cotangents, COLUMNS if estimator == "exact" else 1)
+            gradients = {}
+            for layer in layers:
+                once = tuple(recorded[site][use] for site, use in layer.sites)
+                at_layer = tuple(at_probes[site][use] for site, use in layer.sites)
+                gradients[layer.name] = prepared(layer, once, at_layer, examples)[1]
         weight_of_row = 1 / (terms * (samples if estimator == "mc" else 1))
         scale = torch.full((), weight_of_row, dtype=wide(outputs).dtype, device=outputs.device)
-        return loss, grads, outputs, aux, Statistics(recorded, gradients, scale)
+        inputs_of = {name: inputs for name, (inputs, _) in standard.items()}
+        return loss, grads, outputs, aux, Statistics(inputs_of, gradients, scale)
 
     return evaluate
 

@@ -1,33 +1,37 @@
-"""One entry per kind of layer: its operation, its rows, its gradient as a matrix.
+"""One entry per kind of layer: its rows, its own operation, its gradient as a matrix.
 
-Everything that K-FAC needs of a layer follows from its own operation ``s = op(a, W)``, linear in ``W``,
-and from that operation's transpose ``G = opᵀ(a, g)``, the gradient with respect to ``W``. The input
-factor is ``A V = opᵀ(a, op(a, Vᵀ))ᵀ / n``: ``V`` takes the place of the weights, nothing is unfolded.
+Everything that K-FAC needs of a layer follows from its own operation ``s = op(a, W)``, linear in the matrix
+``W`` ``[d_out, d_in]``, and from that operation's transpose ``G = opᵀ(a, g)``, the gradient with respect to
+``W``. The input factor is ``A V = opᵀ(a, op(a, Vᵀ))ᵀ / n``: ``V`` takes the place of the weights, nothing is
+unfolded.
 
-A grouped operation is ``groups`` operations side by side: an entry describes one of them, and everything
-made from it is mapped over groups (``lrkfac.core.covariances``).
+An entry sees inputs ``[N, ...]`` and output gradients ``[k, N, ...]`` in a standard form, made by ``prepare``: the
+batch in front, channels at the axis that ``channel`` says. A grouped operation is ``groups`` operations side by
+side: an entry describes one of them, and everything made from it is mapped over groups.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
+
+from lrkfac.core.tree import wide
 
 Options = tuple[Any, ...]
 
 
-class Call(NamedTuple):
-    """One call of a layer's operation: tensors and the settings that stay the same."""
+def _no_groups(options: Options) -> int:
+    return 1
 
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    options: Options
+
+def _last(options: Options) -> int:
+    return -1
 
 
 @dataclass(frozen=True)
@@ -36,29 +40,68 @@ class Kind:
 
     Attributes:
         name: As shown in the table of layers.
-        functions: The functions of torch that carry the operation out.
-        parse: The arguments of such a call, as a ``Call``.
+        prepare: ``(a, g, N, options) -> (a, g)``: the standard form of what the operation received and of the
+            gradients at what it returned, ``g`` with a leading axis ``k``.
+        transpose: ``(a, g, d, options) -> [k, d]`` for one group: the gradient of ``sum(g * s)`` with respect to ``W``.
         operation: ``(a, W, options) -> s`` for one group, without bias; ``W`` is ``[k, d]`` and ``s`` has ``k``
-            channels.
-        transpose: ``(a, g, d, options) -> [k, d]``: the gradient of ``sum(g * s)`` with respect to ``W``;
-            further leading axes of ``a`` and ``g`` are summed over.
+            channels. ``None`` for kinds whose blocks are no Kronecker products.
         groups: ``options -> `` number of groups.
-        channel: ``options -> `` axis of the channels in ``s`` (and in ``a``, where ``groups > 1``), from the end.
+        channel: ``options -> `` axis of the channels in ``g`` (and in ``a``, where ``groups > 1``), from the end.
         rows: ``(a, d) -> [n, d]`` where the rows need no unfolding, else ``None``.
+        one_hot: Whether the rows of the weight are picked by number (``a`` holds integers): then the *output* side
+            of ``W`` is one-hot and the gradients are the rows of its input side.
+        unit_wise: Whether each output has a small block of its own (scales and shifts), no product.
     """
 
     name: str
-    functions: tuple[Callable[..., Any], ...]
-    parse: Callable[..., Call]
-    operation: Callable[[Tensor, Tensor, Options], Tensor]
+    prepare: Callable[[Tensor, Tensor, int, Options], tuple[Tensor, Tensor]]
     transpose: Callable[[Tensor, Tensor, int, Options], Tensor]
-    groups: Callable[[Options], int]
-    channel: Callable[[Options], int]
+    operation: Callable[[Tensor, Tensor, Options], Tensor] | None = None
+    groups: Callable[[Options], int] = _no_groups
+    channel: Callable[[Options], int] = _last
     rows: Callable[[Tensor, int], Tensor] | None = None
+    one_hot: bool = False
+    unit_wise: bool = False
 
 
-def _parse_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
-    return Call(input, weight, bias, ())
+# Linear -----------------------------------------------------------------------------------------------
+
+
+class LinearOptions(NamedTuple):
+    """How the operands of a product are arranged as rows.
+
+    Attributes:
+        input: Permutation of the input's axes that brings the contracted ones to the end; empty for none.
+        contracted: Number of contracted axes.
+        output: Permutation of the output's axes that brings those of the weight to the end; empty for none.
+        kept: Number of the weight's axes in the output.
+    """
+
+    input: tuple[int, ...] = ()
+    contracted: int = 1
+    output: tuple[int, ...] = ()
+    kept: int = 1
+
+
+def _arranged(x: Tensor, permutation: tuple[int, ...], trailing: int) -> Tensor:
+    if permutation:
+        leading = x.ndim - len(permutation)
+        x = x.permute(*range(leading), *(leading + axis for axis in permutation))
+    return x if trailing == 1 else x.flatten(x.ndim - trailing) if trailing else x[..., None]
+
+
+def _prepare_linear(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
+    o = LinearOptions(*options)
+    a, g = _arranged(a, o.input, o.contracted), _arranged(g, o.output, o.kept)
+    return _batched(a, n), _batched(g, n, leading=1)
+
+
+def _batched(x: Tensor, n: int, leading: int = 0) -> Tensor:
+    """The batch in front, also where it was flattened together with the positions of a sequence."""
+    sizes = x.shape[leading:]
+    if len(sizes) > 1 and sizes[0] != n and sizes[0] % n == 0:
+        return x.unflatten(leading, (n, -1))
+    return x
 
 
 def _linear_rows(a: Tensor, d: int) -> Tensor:
@@ -67,107 +110,153 @@ def _linear_rows(a: Tensor, d: int) -> Tensor:
 
 LINEAR = Kind(
     name="linear",
-    functions=(F.linear,),
-    parse=_parse_linear,
-    operation=lambda a, w, options: a @ w.mT,
+    prepare=_prepare_linear,
     transpose=lambda a, g, d, options: g.reshape(-1, g.shape[-1]).mT @ _linear_rows(a, d),
-    groups=lambda options: 1,
-    channel=lambda options: -1,
+    operation=lambda a, w, options: a @ w.mT,
     rows=_linear_rows,
 )
 
 
+# Convolutions -----------------------------------------------------------------------------------------
+
+
 class ConvolutionOptions(NamedTuple):
-    """Settings of a two-dimensional convolution; ``padding`` is ``(left, right, top, bottom)``."""
+    """Settings of a convolution over ``len(kernel)`` axes; ``padding`` has ``(before, after)`` for each."""
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
     groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
 
 
-def _parse_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | tuple[int, ...] = 1,
-    padding: int | str | tuple[int, ...] = 0,
-    dilation: int | tuple[int, ...] = 1,
-    groups: int = 1,
-) -> Call:
-    kernel = (weight.shape[2], weight.shape[3])
-    dilation = _pair(dilation)
-    if padding == "valid":
-        padding = 0
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        sides = [(t // 2, t - t // 2) for t in total]
-    else:
-        assert not isinstance(padding, str)
-        sides = [(p, p) for p in _pair(padding)]
-    (top, bottom), (left, right) = sides
-    options = ConvolutionOptions(kernel, _pair(stride), (left, right, top, bottom), dilation, groups)
-    return Call(input, weight, bias, options)
-
-
-def _conv2d(a: Tensor, w: Tensor, options: Options) -> Tensor:
+def _prepare_convolution(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
     o = ConvolutionOptions(*options)
-    a, padding = _padded(a, o)
-    return F.conv2d(a, w.reshape(w.shape[0], -1, *o.kernel), None, o.stride, padding, o.dilation)
+    axes = len(o.kernel) + 1
+    a, g = a.reshape(-1, *a.shape[-axes:]), g.reshape(g.shape[0], -1, *g.shape[-axes:])
+    if any(before != after for before, after in o.padding):
+        sides = [side for pair in reversed(o.padding) for side in pair]
+        a = F.pad(a, sides)
+    return a, g
 
 
-def _conv2d_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Tensor:
+def _symmetric_padding(o: ConvolutionOptions) -> list[int]:
+    """The padding left to do: ``"same"`` with an even kernel pads unevenly, and was done by ``prepare``."""
+    uneven = any(before != after for before, after in o.padding)
+    return [0 if uneven else before for before, _ in o.padding]
+
+
+def _kernel(w: Tensor, o: ConvolutionOptions) -> Tensor:
+    kernel = w.reshape(w.shape[0], -1, *o.kernel)
+    return kernel.transpose(0, 1) if o.transposed else kernel
+
+
+def _convolution(a: Tensor, w: Tensor, options: Options) -> Tensor:
     o = ConvolutionOptions(*options)
-    a, padding = _padded(a, o)
-    a, g = a.reshape(-1, *a.shape[-3:]), g.reshape(-1, *g.shape[-3:])
-    shape = (g.shape[1], d // (o.kernel[0] * o.kernel[1]), *o.kernel)
-    return conv2d_weight(a, shape, g, o.stride, padding, o.dilation).reshape(-1, d)
+    padding, zeros = _symmetric_padding(o), list(o.output_padding) or [0] * len(o.kernel)
+    return torch.convolution(
+        a, _kernel(w, o), None, list(o.stride), padding, list(o.dilation), o.transposed, zeros, 1
+    )
 
 
-def _padded(a: Tensor, o: ConvolutionOptions) -> tuple[Tensor, tuple[int, int]]:
-    """The input and the symmetric padding left to do: ``"same"`` with an even kernel pads unevenly."""
-    left, right, top, bottom = o.padding
-    if (left, top) == (right, bottom):
-        return a, (top, left)
-    return F.pad(a, o.padding), (0, 0)
+def _convolution_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Tensor:
+    o = ConvolutionOptions(*options)
+    axes = len(o.kernel) + 1
+    a, g = a.reshape(-1, *a.shape[-axes:]), g.reshape(-1, *g.shape[-axes:])
+    padding, zeros = _symmetric_padding(o), list(o.output_padding) or [0] * len(o.kernel)
+    weight = _kernel(g.new_empty(1).expand(g.shape[1], d), o)
+    stride, dilation = list(o.stride), list(o.dilation)
+    gradient = torch.ops.aten.convolution_backward(
+        g, a, weight, None, stride, padding, dilation, o.transposed, zeros, 1, (False, True, False)
+    )[1]
+    return (gradient.transpose(0, 1) if o.transposed else gradient).reshape(-1, d)
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    values = (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
-    return values[0], values[1]
-
-
-CONV2D = Kind(
-    name="conv2d",
-    functions=(F.conv2d,),
-    parse=_parse_conv2d,
-    operation=_conv2d,
-    transpose=_conv2d_transpose,
+CONVOLUTION = Kind(
+    name="convolution",
+    prepare=_prepare_convolution,
+    transpose=_convolution_transpose,
+    operation=_convolution,
     groups=lambda options: ConvolutionOptions(*options).groups,
-    channel=lambda options: -3,
+    channel=lambda options: -len(ConvolutionOptions(*options).kernel) - 1,
 )
 
 
-def _bias_operation(a: Tensor, w: Tensor, options: Options) -> Tensor:
-    return w.mT.movedim(-1, 0).reshape(-1, *[1] * (-options[0] - 1))
+# Embedding --------------------------------------------------------------------------------------------
 
 
-def _bias_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Tensor:
-    rows = g.movedim(options[0], -1)
-    return rows.reshape(-1, rows.shape[-1]).sum(dim=0)[:, None]
+def _prepare_embedding(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
+    if a.shape[0] != n and a.shape[0] == 1:  # positions, the same for every example
+        a = a.expand(n, *a.shape[1:])
+        g = g.expand(g.shape[0], n, *g.shape[2:]) / n if g.shape[1] == 1 else g
+    return a, g
+
+
+def counts(numbers: Tensor, size: int, padding: int | None) -> Tensor:
+    """How often each number occurs, ``[size]`` in float32, the padding's left out."""
+    flat = numbers.reshape(-1)
+    weight = torch.ones(flat.shape, dtype=torch.float32, device=flat.device)
+    weight = weight if padding is None else torch.where(flat == padding, 0.0, weight)
+    return torch.zeros(size, dtype=weight.dtype, device=flat.device).index_add(0, flat, weight)
+
+
+def _embedding_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Tensor:
+    size, padding = options
+    numbers, rows = a.reshape(-1), g.reshape(-1, d)
+    rows = rows if padding is None else torch.where((numbers == padding)[:, None], 0.0, rows).to(rows.dtype)
+    return torch.zeros(size, d, dtype=g.dtype, device=g.device).index_add(0, numbers, rows)
+
+
+EMBEDDING = Kind(
+    name="embedding", prepare=_prepare_embedding, transpose=_embedding_transpose, rows=_linear_rows, one_hot=True
+)
+
+
+# Biases, scales and shifts ----------------------------------------------------------------------------
+
+
+def _bias_prepare(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
+    kind, inner = options
+    _, g = KINDS[kind].prepare(a, g, n, inner)
+    return g.new_ones(g.shape[1], 1), g.movedim(KINDS[kind].channel(inner), -1)
 
 
 BIAS = Kind(
     name="bias",
-    functions=(),
-    parse=Call,
-    operation=_bias_operation,
-    transpose=_bias_transpose,
-    groups=lambda options: 1,
-    channel=lambda options: options[0],
+    prepare=_bias_prepare,
+    transpose=lambda a, g, d, options: g.reshape(-1, g.shape[-1]).sum(dim=0)[:, None],
+    operation=lambda a, w, options: a @ w.mT,
+    rows=_linear_rows,
 )
-"""A bias on its own: its input is the constant 1, its option the channel axis of the layer it belongs to."""
+"""A bias apart from its weight: its input is the constant 1; its options are its layer's kind and options."""
 
-KINDS = {kind.name: kind for kind in (LINEAR, CONV2D, BIAS)}
-KIND_OF = {function: kind for kind in KINDS.values() for function in kind.functions}
+
+def _affine_prepare(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
+    """Input and output gradients as ``[N, positions, units]``; ``options`` is the parameter's shape, aligned
+    with the last axes of the output by broadcasting."""
+    (shape,) = options
+    aligned = (1,) * (g.ndim - 1 - len(shape)) + tuple(shape)
+    a = a.broadcast_to(g.shape[1:])
+    repeated = [axis for axis, size in enumerate(aligned) if size == 1 and axis > 0]
+    own = [axis for axis, size in enumerate(aligned) if size != 1 and axis > 0]
+    order = [0, *repeated, *own]
+    split = 1 + len(repeated)
+    a = a.permute(order).reshape(a.shape[0], math.prod([a.shape[i] for i in repeated]), -1)
+    g = g.permute(0, *(i + 1 for i in order))
+    assert split >= 1
+    return a, g.reshape(*g.shape[:2], a.shape[1], a.shape[2])
+
+
+def _affine_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Tensor:
+    return (g * a).reshape(-1, g.shape[-1]).sum(dim=0)[:, None]
+
+
+SCALE = Kind(name="scale", prepare=_affine_prepare, transpose=_affine_transpose, unit_wise=True)
+"""``s = scale * a`` unit by unit, with or without a shift: a normalisation's, or a parameter that is multiplied."""
+
+SHIFT = Kind(name="shift", prepare=_affine_prepare, transpose=_affine_transpose, unit_wise=True)
+"""``s = a + shift``: a parameter that is added or repeated for every example; its input is the constant 1."""
+
+KINDS = {kind.name: kind for kind in (LINEAR, CONVOLUTION, EMBEDDING, BIAS, SCALE, SHIFT)}

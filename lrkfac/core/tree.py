@@ -43,7 +43,7 @@ def counter(x: Tree) -> Tensor:
 
 def wide(x: Tensor) -> Tensor:
     """``x`` in at least float32, the least precision in which sums and factors are kept."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
 def paths(x: Tree) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from lrkfac.core.views import View
+
 Tree = Any
 """Any tree that ``optree`` traverses; the leaves are tensors."""
 
@@ -16,12 +18,14 @@ Tree = Any
 class Parameter:
     """Where a parameter lies in the parameter tree.
 
-    ``path`` is its dotted path, ``index`` its place among ``optree.tree_leaves(params)``.
+    ``path`` is its dotted path, ``index`` its place among ``optree.tree_leaves(params)``; ``view`` are the steps
+    from the parameter to the part of it, in the arrangement, that a layer uses.
     """
 
     path: str
     index: int
     shape: tuple[int, ...]
+    view: View = ()
 
 
 @dataclass(frozen=True)
@@ -30,25 +34,32 @@ class Layer:
 
     Attributes:
         name: The weight's path without its last part (the whole path where that is not unique).
-        kind: The name of the entry in ``lrkfac.core.layers`` that knows the operation.
+        kinds: For each use of the weight in one forward pass, the name of the entry in ``lrkfac.core.layers``
+            that knows the operation.
         weight: The weight, or, for the kind ``"bias"``, the bias itself.
         bias: The bias where it is joint with the weight, else ``None``.
         d_in: Length of one input row ``a`` of one group, with the trailing 1 of a joint bias.
         d_out: Length of one output row ``s`` of one group.
         groups: Number of independent blocks (grouped convolutions); 1 elsewhere.
-        options: For each use of the weight in one forward pass, the operation's settings.
-        source: Path of the weight at whose uses the layer is captured; its own but for the kind ``"bias"``.
+        options: For each use, the operation's settings.
+        sites: For each use, the label of the weight or of the view of it that the operation received (for the
+            kind ``"bias"`` its weight's), and the number of the call among those with this label.
     """
 
     name: str
-    kind: str
+    kinds: tuple[str, ...]
     weight: Parameter
     bias: Parameter | None
     d_in: int
     d_out: int
     groups: int
     options: tuple[tuple[Any, ...], ...]
-    source: str
+    sites: tuple[tuple[str, int], ...]
+
+    @property
+    def kind(self) -> str:
+        """The kinds, each named once."""
+        return " + ".join(dict.fromkeys(self.kinds))
 
     @property
     def uses(self) -> int:
@@ -88,9 +99,9 @@ class Layers:
         return frozenset(p.index for p in both if p is not None)
 
     @property
-    def sources(self) -> tuple[Parameter, ...]:
-        """The weights at whose uses something is captured."""
-        return tuple(layer.weight for layer in self.layers if layer.weight.path == layer.source)
+    def sources(self) -> frozenset[str]:
+        """The labels of the weights and views at whose uses something is captured."""
+        return frozenset(label for layer in self.layers for label, _ in layer.sites)
 
     def __str__(self) -> str:
         rows = [("name", "kind", "parameters", "shape", "factors", "uses")]
@@ -99,6 +110,8 @@ class Layers:
             blocks = f"{layer.groups} x " if layer.groups > 1 else ""
             factors = f"{blocks}A {layer.d_in}, B {layer.d_out}"
             shape = " x ".join(map(str, layer.weight.shape))
+            if layer.name != layer.weight.path and layer.name.startswith(layer.weight.path):
+                paths = layer.name
             rows.append((layer.name, layer.kind, paths, shape, factors, str(layer.uses)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -114,10 +127,10 @@ class Layers:
 class Statistics(NamedTuple):
     """What a batch tells about every layer, before any linear algebra.
 
-    Both dictionaries have the layers' sources as keys. ``inputs[source][use]`` is the tensor that the
-    operation received; ``output_gradients[source][use]`` has the shape ``[k, *shape of the output]``,
-    ``k`` being the number of samples, or of columns of the output Hessian's square root.
-    ``B = scale * sum of g gᵀ`` over all rows and ``k``.
+    ``inputs[name][use]`` is what the operation of the layer ``name`` received, ``[N, ...]``;
+    ``output_gradients[name][use]`` are the gradients at what it returned, ``[k, N, ...]``, both in the standard form
+    of ``lrkfac.core.layers``; ``k`` is the number of samples, or of columns of the output Hessian's square
+    root. ``B = scale * sum of g gᵀ`` over all rows and ``k``.
     """
 
     inputs: dict[str, tuple[Tensor, ...]]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import optree
 from torch import Tensor
-from torch.func import vmap
 
-from lrkfac.core.covariances import InputCovariance, from_matrix, output_covariance, split_groups, to_matrix
-from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
-from lrkfac.core.operators import Kronecker
-from lrkfac.core.structures import KroneckerStructure, kronecker
-from lrkfac.core.tree import check_like, wide
-from lrkfac.core.types import Evaluation, Layer, Layers, Statistics, Tree
+from lrkfac.core.blocks import Chosen, apply, blocks, identity, init, refresh
+from lrkfac.core.covariances import from_matrices, to_matrix
+from lrkfac.core.tree import check_like
+from lrkfac.core.types import Evaluation, Layers, Tree
 from lrkfac.transforms.base import GradientTransformation, need_number
 
 
@@ -25,13 +20,13 @@ class PreconditionState(NamedTuple):
     """
 
     factors: dict[str, Any]
-    inverses: dict[str, Kronecker]
+    inverses: dict[str, Any]
     fallback: Any
 
 
 def precondition_by_fisher(
     layers: Layers,
-    structure: KroneckerStructure | Mapping[str, KroneckerStructure] | None = None,
+    structure: Chosen = None,
     *,
     rank: int = 32,
     damping: float | Tensor = 1e-2,
@@ -62,17 +57,17 @@ def precondition_by_fisher(
     """
     need_number(damping, "damping", 0, includes_low=False)
     need_number(decay, "decay", 0, 1)
-    structures = _structures(layers, structure, rank)
+    held = blocks(layers, structure, rank)
     covered = layers.covered
     free = [p.index for p in layers.parameters if p.index not in covered]
 
     def leaves_of(tree: Tree, what: str) -> list[Tensor]:
         return check_like(layers.tree, tree, what)
 
-    def init(params: Tree) -> PreconditionState:
+    def init_state(params: Tree) -> PreconditionState:
         leaves = leaves_of(params, "params")
-        factors = {layer.name: _init(layer, structures[layer.name], leaves) for layer in layers}
-        inverses = {layer.name: _identity(layer, structures[layer.name], factors[layer.name]) for layer in layers}
+        factors = {block.name: init(block, leaves) for block in held}
+        inverses = {block.name: identity(block, factors[block.name]) for block in held}
         return PreconditionState(factors, inverses, fallback.init([leaves[i] for i in free]) if fallback else ())
 
     def update(
@@ -92,20 +87,17 @@ def precondition_by_fisher(
         factors, inverses = state.factors, state.inverses
         if evaluation.statistics is not None:
             refreshed = {
-                layer.name: _refresh(
-                    layer, structures[layer.name], factors[layer.name], evaluation.statistics, damping, decay
-                )
-                for layer in layers
+                block.name: refresh(block, factors[block.name], evaluation.statistics, damping, decay) for block in held
             }
             factors = {name: factor for name, (factor, _) in refreshed.items()}
             inverses = {name: inverse for name, (_, inverse) in refreshed.items()}
-        for layer in layers:
-            bias = None if layer.bias is None else leaves[layer.bias.index]
-            gradient = to_matrix(layer, leaves[layer.weight.index], bias)
-            natural = _apply(layer, inverses[layer.name], gradient)
-            leaves[layer.weight.index], new_bias = from_matrix(layer, natural)
-            if layer.bias is not None and new_bias is not None:
-                leaves[layer.bias.index] = new_bias
+        owners, natural = [], []
+        for block in held:
+            matrices = [to_matrix(layer, leaves) for layer in block.layers]
+            owners += block.layers
+            natural += apply(block, inverses[block.name], matrices)
+        for i, leaf in from_matrices(owners, natural).items():
+            leaves[i] = leaf
         other = state.fallback
         if fallback:
             known = None if params is None else [leaves_of(params, "params")[i] for i in free]
@@ -115,77 +107,4 @@ def precondition_by_fisher(
         new_updates = optree.tree_unflatten(optree.tree_structure(updates), leaves)
         return new_updates, PreconditionState(factors, inverses, other)
 
-    return GradientTransformation(init, update)
-
-
-def _structures(
-    layers: Layers, structure: KroneckerStructure | Mapping[str, KroneckerStructure] | None, rank: int
-) -> dict[str, KroneckerStructure]:
-    default = kronecker(low_rank(rank), low_rank_plus_diagonal(rank))
-    patterns = structure if isinstance(structure, Mapping) else {"*": default if structure is None else structure}
-    names = [layer.name for layer in layers]
-    for pattern, value in patterns.items():
-        if not isinstance(value, KroneckerStructure):
-            raise TypeError(
-                f"structure: expected kronecker(input, output) for {pattern!r}, got {value!r}; a factor structure "
-                "such as dense() stands inside it: kronecker(dense(), dense())"
-            )
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"structure: the pattern {pattern!r} matches none of the layers {names}")
-    chosen = {}
-    for layer in layers:
-        matching = (value for pattern, value in patterns.items() if fnmatchcase(layer.name, pattern))
-        chosen[layer.name] = next(matching, default).fitted(layer.d_in, layer.d_out)
-    return chosen
-
-
-def _init(layer: Layer, structure: KroneckerStructure, leaves: list[Tensor]) -> Any:
-    state = structure.init(layer.d_in, layer.d_out, leaves[layer.weight.index])
-    if layer.groups == 1:
-        return state
-    return optree.tree_map(lambda x: x.expand(layer.groups, *x.shape).clone(), state)
-
-
-def _identity(layer: Layer, structure: KroneckerStructure, state: Any) -> Kronecker:
-    """The inverse before the first statistics: of factors that are zero, with damping 1."""
-
-    def one_group(state: Any) -> Kronecker:
-        return structure.inverse(state, 1.0)
-
-    return one_group(state) if layer.groups == 1 else vmap(one_group)(state)
-
-
-def _refresh(
-    layer: Layer,
-    structure: KroneckerStructure,
-    state: Any,
-    statistics: Statistics,
-    damping: float | Tensor,
-    decay: float | Tensor,
-) -> tuple[Any, Kronecker]:
-    """New averages and inverses of one layer, mapped over its groups."""
-    if layer.source not in statistics.inputs:
-        raise ValueError(
-            f"evaluation: no statistics of layer {layer.name!r}; make fisher() and the transformation from the "
-            "same layers"
-        )
-
-    def one_group(state: Any, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Any, Kronecker]:
-        output = output_covariance(layer, gradients, statistics.scale)
-        new = structure.update(state, output, InputCovariance(layer, inputs), decay)
-        return new, structure.inverse(new, damping)
-
-    inputs = split_groups(layer, statistics.inputs[layer.source])
-    gradients = split_groups(layer, statistics.output_gradients[layer.source])
-    if layer.groups == 1:
-        return one_group(state, inputs, gradients)
-    return vmap(one_group)(state, inputs, gradients)
-
-
-def _apply(layer: Layer, inverse: Kronecker, gradient: Tensor) -> Tensor:
-    def one_group(inverse: Kronecker, gradient: Tensor) -> Tensor:
-        return inverse.two_sided(gradient)
-
-    wide_gradient = wide(gradient)
-    natural = (one_group if layer.groups == 1 else vmap(one_group))(inverse, wide_gradient)
-    return natural.to(gradient.dtype)
+    return GradientTransformation(init_state, update)

@@ -1,0 +1,179 @@
+"""A block of the Fisher matrix: some layers and what holds them. Here the capture and the linear algebra meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from lrkfac.core.covariances import Uses, example_gradients, factors, split_groups
+from lrkfac.core.factors import DiagonalStructure, FactorStructure, diagonal
+from lrkfac.core.layers import KINDS
+from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
+from lrkfac.core.structures import BlockStructure, KroneckerStructure, Structure, kronecker, unit_wise
+from lrkfac.core.tree import wide
+from lrkfac.core.types import Layer, Layers, Statistics
+
+Choice = Structure | FactorStructure
+Chosen = Choice | Mapping[str, Choice] | Callable[[Layer], Choice | None] | None
+
+
+class Block(NamedTuple):
+    """Layers held together, by their one structure; one layer, but for ``full``."""
+
+    name: str
+    layers: tuple[Layer, ...]
+    structure: Structure
+
+
+def blocks(layers: Layers, structure: Chosen, rank: int) -> tuple[Block, ...]:
+    """Which structure holds which layer.
+
+    Args:
+        layers: From ``find_layers``.
+        structure: One for all, a mapping from patterns of names, or a function of the layer; see
+            ``precondition_by_fisher``.
+        rank: Of the default.
+
+    Raises:
+        ValueError: If a pattern matches no layer, or a structure makes no sense for a layer.
+        TypeError: If something is no structure.
+    """
+    default = kronecker(low_rank(rank), low_rank_plus_diagonal(rank))
+    names = [layer.name for layer in layers]
+    if isinstance(structure, BlockStructure) and structure.per == "model":
+        whole = sum(layer.groups * layer.d_out * layer.d_in for layer in layers)
+        return (Block("", tuple(layers), structure.fitted(1, whole)),)
+    if isinstance(structure, Mapping):
+        for pattern in structure:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"structure: the pattern {pattern!r} matches none of the layers {names}")
+    found = []
+    for layer in layers:
+        chosen = _chosen(layer, structure)
+        asked_for = chosen is not None and not (isinstance(structure, KroneckerStructure) and _unit_wise(layer))
+        held = _checked(layer, chosen) if asked_for else default
+        if not asked_for and _unit_wise(layer):
+            held = unit_wise()
+        if isinstance(held, KroneckerStructure) and layer.kind == "embedding":
+            held = KroneckerStructure(held.input, diagonal())  # the one-hot side is diagonal, exactly
+        found.append(Block(layer.name, (layer,), held.fitted(layer.d_in, layer.d_out)))
+    return tuple(found)
+
+
+def _chosen(layer: Layer, structure: Chosen) -> Any:
+    if isinstance(structure, Mapping):
+        return next((value for pattern, value in structure.items() if fnmatchcase(layer.name, pattern)), None)
+    if callable(structure):
+        return structure(layer)
+    return structure
+
+
+def _unit_wise(layer: Layer) -> bool:
+    return any(KINDS[kind].unit_wise for kind in layer.kinds)
+
+
+def _checked(layer: Layer, structure: Any) -> Structure:
+    if isinstance(structure, DiagonalStructure):
+        return BlockStructure(structure, "layer")
+    if isinstance(structure, KroneckerStructure) and _unit_wise(layer):
+        raise ValueError(
+            f"structure: layer {layer.name!r} is a {layer.kind}, whose block is no Kronecker product; use unit_wise(), "
+            "layer_wise() or diagonal()"
+        )
+    if isinstance(structure, BlockStructure) and structure.per == "model":
+        raise ValueError(f"structure: full() holds all layers together and cannot stand for {layer.name!r} alone")
+    if not isinstance(structure, KroneckerStructure | BlockStructure):
+        raise TypeError(
+            f"structure: expected kronecker(input, output), unit_wise(), layer_wise() or diagonal() for layer "
+            f"{layer.name!r}, got {structure!r}; a factor structure such as dense() stands inside: "
+            "kronecker(dense(), dense())"
+        )
+    return structure
+
+
+def init(block: Block, leaves: list[Tensor]) -> Any:
+    """The averages before the first statistics."""
+    layer = block.layers[0]
+    like = leaves[layer.weight.index]
+    if len(block.layers) > 1 or _per_model(block):
+        whole = sum(one.groups * one.d_out * one.d_in for one in block.layers)
+        return block.structure.init(1, whole, like)
+    state = block.structure.init(layer.d_in, layer.d_out, like)
+    if layer.groups == 1:
+        return state
+    return optree.tree_map(lambda x: x.expand(layer.groups, *x.shape).clone(), state)
+
+
+def identity(block: Block, state: Any) -> Any:
+    """The inverse before the first statistics: of averages that are zero, with damping 1."""
+    return _by_group(block, lambda one: block.structure.inverse(one, 1.0))(state)
+
+
+def refresh(
+    block: Block, state: Any, statistics: Statistics, damping: float | Tensor, decay: float | Tensor
+) -> tuple[Any, Any]:
+    """New averages and their inverses.
+
+    Raises:
+        ValueError: If the statistics are those of other layers.
+    """
+    for layer in block.layers:
+        if layer.name not in statistics.inputs:
+            raise ValueError(
+                f"evaluation: no statistics of layer {layer.name!r}; make fisher() and the transformation from the "
+                "same layers"
+            )
+    structure, scale = block.structure, statistics.scale
+    if _per_model(block):
+        assert isinstance(structure, BlockStructure)
+        rows = [_example_rows(layer, statistics).flatten(1) for layer in block.layers]
+        new = structure.update(state, torch.cat(rows, dim=1)[:, :, None], scale, decay)
+        return new, structure.inverse(new, damping)
+    (layer,) = block.layers
+    inputs = split_groups(layer, statistics.inputs[layer.name])
+    gradients = split_groups(layer, statistics.output_gradients[layer.name])
+
+    def one_group(state: Any, inputs: Uses, gradients: Uses) -> tuple[Any, Any]:
+        if isinstance(structure, KroneckerStructure):
+            new = structure.update(state, *factors(layer, inputs, gradients, scale), decay)
+        else:
+            rows = example_gradients(layer, inputs, gradients).flatten(0, 1)
+            new = structure.update(state, rows, scale.to(rows.dtype), decay)
+        return new, structure.inverse(new, damping)
+
+    return _by_group(block, one_group)(state, inputs, gradients)
+
+
+def apply(block: Block, inverse: Any, matrices: list[Tensor]) -> list[Tensor]:
+    """The layers' natural gradients as matrices, from their gradients as matrices, in the dtype of these."""
+    if _per_model(block):
+        flat = torch.cat([wide(matrix).reshape(-1) for matrix in matrices])
+        parts = inverse.matvec(flat).split([matrix.numel() for matrix in matrices])
+        return [part.reshape(m.shape).to(m.dtype) for part, m in zip(parts, matrices, strict=True)]
+    (matrix,) = matrices
+    return [_by_group(block, block.structure.apply)(inverse, wide(matrix)).to(matrix.dtype)]
+
+
+def _per_model(block: Block) -> bool:
+    return isinstance(block.structure, BlockStructure) and block.structure.per == "model"
+
+
+def _by_group(block: Block, function: Callable[..., Any]) -> Callable[..., Any]:
+    grouped = not _per_model(block) and block.layers[0].groups > 1
+    return vmap(function) if grouped else function
+
+
+def _example_rows(layer: Layer, statistics: Statistics) -> Tensor:
+    """Examples' gradients ``[k n, groups d_out d_in]`` of all groups of a layer."""
+    inputs = split_groups(layer, statistics.inputs[layer.name])
+    gradients = split_groups(layer, statistics.output_gradients[layer.name])
+    if layer.groups == 1:
+        return example_gradients(layer, inputs, gradients).flatten(0, 1)
+    grouped = vmap(lambda a, g: example_gradients(layer, a, g))(inputs, gradients)
+    return grouped.permute(1, 2, 0, 3, 4).flatten(0, 1)
