@@ -84,10 +84,12 @@ def run_captured(
     Raises:
         ValueError: If a weight was used more or less often than ``find_layers`` saw.
     """
-    leaves = optree.tree_leaves(params)
+    leaves, structure = optree.tree_flatten(params)
+    # Views, so that one tensor at two places of the tree is two parameters.
+    leaves = [leaf.view_as(leaf) for leaf in leaves]
     records: dict[str, list[Recorded]] = {}
     with Capture([(s.path, leaves[s.index]) for s in layers.sources], records, probes):
-        result = model(params, inputs)
+        result = model(optree.tree_unflatten(structure, leaves), inputs)
     for layer in layers:
         used = len(records.get(layer.source, ()))
         if used != layer.uses:

@@ -148,7 +148,8 @@ def from_matrix(layer: Layer, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _joined(kind: Kind, a: Tensor, g: Tensor, d: int, options: Options, joint: bool) -> Tensor:
     """``sum of g aᵀ``, ``[k, d]`` or, with the column of a joint bias, ``[k, d + 1]``."""
-    matrix = kind.transpose(a, g, d, options)
+    dtype = torch.promote_types(a.dtype, g.dtype)  # they differ under autocast
+    matrix = kind.transpose(a.to(dtype), g.to(dtype), d, options)
     if not joint:
         return matrix
     rows = g.movedim(kind.channel(options), -1)

@@ -105,6 +105,7 @@ class _Watch(TorchFunctionMode):
         self.leaves: list[Tensor] = []
         self.calls: dict[int, list[tuple[Kind, Call, int | None, int]]] = {}
         self.others: dict[int, list[str]] = {}
+        self.level = torch._C._functorch.maybe_current_level()
 
     def index(self, value: Any) -> int | None:
         return next((i for i, leaf in enumerate(self.leaves) if leaf is value), None)
@@ -113,11 +114,19 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        _refuse_hidden_changes(func, args, kwargs)
+        inside = torch._C._functorch.maybe_current_level() != self.level
+        if not inside:
+            _refuse_hidden_changes(func, args, kwargs)
         result = func(*args, **kwargs)
         used = {i for x in optree.tree_leaves((args, kwargs)) if (i := self.index(x)) is not None}
         if not used or not any(isinstance(x, Tensor) for x in optree.tree_leaves(result)):
             return result
+        if inside:
+            path = self.parameters[used.pop()].path
+            raise ValueError(
+                f"model: {path!r} is used inside a transformation such as vmap, grad or jvp, where nothing can be "
+                "captured; apply the transformation outside, or write the batch as a leading axis"
+            )
         kind = KIND_OF.get(func)
         if kind is not None:
             call = kind.parse(*args, **kwargs)
