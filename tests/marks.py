@@ -21,9 +21,7 @@ def has_compiler() -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "main.cpp")
         source.write_text("#include <vector>\nint main() { return int(std::vector<int>(1).size()) - 1; }\n")
-        built = subprocess.run(
-            [command, source, "-o", Path(folder, "main")], capture_output=True, check=False
-        )
+        built = subprocess.run([command, source, "-o", Path(folder, "main")], capture_output=True, check=False)
     return built.returncode == 0
 
 

@@ -142,11 +142,13 @@ def run_captured(
     Raises:
         ValueError: If a weight was used more or less often than ``find_layers`` saw.
     """
-    leaves = optree.tree_leaves(params)
+    leaves, structure = optree.tree_flatten(params)
+    # Views, so that one tensor at two places of the tree is two parameters.
+    leaves = [leaf.view_as(leaf) for leaf in leaves]
     records: dict[str, list[Recorded]] = {}
     tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
     with Capture(tracked, layers.sources, records, probes):
-        result = model(params, inputs)
+        result = model(optree.tree_unflatten(structure, leaves), inputs)
     for layer in layers:
         for site in {site for site, _ in layer.sites}:
             expected, used = sum(name == site for name, _ in layer.sites), len(records.get(site, ()))

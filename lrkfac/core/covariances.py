@@ -264,6 +264,9 @@ def _gradient(layer: Layer, inputs: Uses, gradients: Uses, joint: bool) -> Tenso
 
 def _joined(kind: Kind, a: Tensor, g: Tensor, d: int, options: Options, joint: bool) -> Tensor:
     """``sum of g aᵀ``, ``[k, d]`` or, with the column of a joint bias, ``[k, d + 1]``."""
+    if a.is_floating_point() and a.dtype != g.dtype:  # under autocast
+        dtype = torch.promote_types(a.dtype, g.dtype)
+        a, g = a.to(dtype), g.to(dtype)
     matrix = kind.transpose(a, g, d, options)
     if not joint:
         return matrix

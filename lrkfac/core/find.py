@@ -106,9 +106,15 @@ class _Discovery(Follow):
         super().__init__(tracked)
         self.uses: dict[str, list[Use]] = {}
         self.others: dict[str, list[str]] = {}
+        self.level = torch._C._functorch.maybe_current_level()
 
     def refuse(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
-        _refuse_hidden_changes(func, args, kwargs)
+        if not self.inside():
+            _refuse_hidden_changes(func, args, kwargs)
+
+    def inside(self) -> bool:
+        """Whether the model is within a transformation of its own."""
+        return torch._C._functorch.maybe_current_level() != self.level
 
     def used(
         self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any
@@ -116,6 +122,11 @@ class _Discovery(Follow):
         places = [place for x in optree.tree_leaves((args, kwargs)) if (place := self.place(x)) is not None]
         if not places or not any(isinstance(x, Tensor) for x in optree.tree_leaves(result)):
             return result
+        if self.inside():
+            raise ValueError(
+                f"model: {places[0][0]!r} is used inside a transformation such as vmap, grad or jvp, where nothing can "
+                "be captured; apply the transformation outside, or write the batch as a leading axis"
+            )
         if call is not None:
             weight = self.place(call.weight)
             if call.kind is SHIFT and weight is not None and self._completes(args, call.weight, weight, result):

@@ -67,10 +67,14 @@ def fisher(
     specs: dict[Any, dict[str, list[OutputSpec]]] = {}
 
     def split(result: Any) -> tuple[Tensor, Any]:
-        outputs, aux = result if has_aux else (result, ())  # torch.func takes no None
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"model: expected (outputs, aux) with has_aux=True, got {type(result).__name__}")
+        outputs, aux = result if has_aux else (result, None)
         if not isinstance(outputs, Tensor):
-            hint = "" if has_aux else "; pass has_aux=True if the model returns (outputs, aux)"
-            raise TypeError(f"model: expected outputs as a tensor, got {type(outputs).__name__}{hint}")
+            raise TypeError(
+                f"model: expected outputs as a tensor, got {type(outputs).__name__}; "
+                "pass has_aux=True if, and only if, the model returns (outputs, aux)"
+            )
         return outputs, aux
 
     def total_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -80,8 +84,13 @@ def fisher(
     def specs_for(params: Tree, inputs: Tree) -> dict[str, list[OutputSpec]]:
         if torch.compiler.is_compiling():
             return output_specs(model, layers, params, inputs)
-        signature = [(tuple(x.shape), x.dtype, x.device) for x in _tensors((params, inputs))]
-        key = (tuple(signature), optree.tree_structure(inputs))
+        tensors = _tensors((params, inputs))
+        signature = tuple([(tuple(x.shape), x.dtype, x.device) for x in tensors])
+        autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in sorted({x.device.type for x in tensors})
+        ]
+        key = (signature, optree.tree_structure(inputs), tuple(autocast))
         if key not in specs:
             specs[key] = output_specs(model, layers, params, inputs)
         return specs[key]
@@ -91,15 +100,17 @@ def fisher(
     ) -> Evaluation:
         check_like(layers.tree, params, "params")
 
-        def loss_of(params: Tree) -> tuple[Tensor, tuple[Tensor, Any]]:
+        rest: list[Any] = []
+
+        def loss_of(params: Tree) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
             outputs, aux = split(model(params, inputs))
-            return total_loss(outputs, targets), (outputs, aux)
+            return total_loss(outputs, targets), (outputs, without_others(aux, rest))
 
         if statistics:
             loss, grads, outputs, aux, found = with_statistics(params, inputs, targets, noise)
         else:
-            grads, (loss, (outputs, aux)) = grad_and_value(loss_of, has_aux=True)(params)
-            found = None
+            grads, (loss, (outputs, tensors)) = grad_and_value(loss_of, has_aux=True)(params)
+            aux, found = with_others(tensors, rest), None
 
         def outputs_of(params: Tree) -> Tensor:
             return split(model(params, inputs))[0]
@@ -118,7 +129,7 @@ def fisher(
             loss,
             grads,
             outputs,
-            aux if has_aux else None,
+            aux,
             found,
             product,
             quadratic,
@@ -131,16 +142,19 @@ def fisher(
         leaves, structure = optree.tree_flatten(params)
         free = {i: leaf for i, leaf in enumerate(leaves) if i not in covered}
 
+        rest: list[Any] = []
+
         def run(
             free: dict[int, Tensor], probes: dict[str, list[Tensor]]
-        ) -> tuple[Tensor, tuple[Any, dict[str, tuple[Tensor, ...]]]]:
+        ) -> tuple[Tensor, tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]]:
             merged = [free.get(i, leaf) for i, leaf in enumerate(leaves)]
             result, records = run_captured(model, layers, optree.tree_unflatten(structure, merged), inputs, probes)
             outputs, aux = split(result)
-            return outputs, (aux, {k: tuple(use.input for use in uses) for k, uses in records.items()})
+            inputs_of = {k: tuple([use.input for use in uses]) for k, uses in records.items()}
+            return outputs, (without_others(aux, rest), inputs_of)
 
         probes = zero_probes(specs_for(params, inputs))
-        outputs, transpose, (aux, recorded) = vjp(run, free, probes, has_aux=True)
+        outputs, transpose, (tensors, recorded) = vjp(run, free, probes, has_aux=True)
         cotangent, loss = grad_and_value(total_loss)(outputs, targets)
         free_grads, at_outputs = transpose(cotangent)
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
@@ -155,7 +169,7 @@ def fisher(
             for layer in layers
         ]
         found = {**free_grads, **from_matrices(list(layers), matrices)}
-        grads = optree.tree_unflatten(structure, [found[i] for i in range(len(leaves))])
+        grads = optree.tree_unflatten(structure, [found[i].to(leaf.dtype) for i, leaf in enumerate(leaves)])
 
         terms = likelihood.terms(outputs)
         if estimator == "empirical":
@@ -174,7 +188,7 @@ def fisher(
         weight_of_row = 1 / (terms * (samples if estimator == "mc" else 1))
         scale = torch.full((), weight_of_row, dtype=wide(outputs).dtype, device=outputs.device)
         inputs_of = {name: inputs for name, (inputs, _) in standard.items()}
-        return loss, grads, outputs, aux, Statistics(inputs_of, gradients, scale)
+        return loss, grads, outputs, with_others(tensors, rest), Statistics(inputs_of, gradients, scale)
 
     return evaluate
 
@@ -230,6 +244,21 @@ def take_back(
         parts = [vmap(transpose)(chunk) for chunk in cotangents.split(at_once)]
     joined = parts[0] if len(parts) == 1 else optree.tree_map(lambda *g: torch.cat(g), *parts)
     return {source: tuple(uses) for source, uses in joined.items()}
+
+
+def without_others(aux: Any, rest: list[Any]) -> list[Tensor]:
+    """The tensors of ``aux``, which is all that torch.func takes; ``rest`` becomes what is left of it."""
+    leaves, structure = optree.tree_flatten(aux, none_is_leaf=True)
+    others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+    rest[:] = [others, structure]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def with_others(tensors: list[Tensor], rest: list[Any]) -> Any:
+    """The inverse of ``without_others``."""
+    others, structure = rest
+    remaining = iter(tensors)
+    return optree.tree_unflatten(structure, [next(remaining) if other is None else other[0] for other in others])
 
 
 def _tensors(tree: Tree) -> list[Tensor]:

@@ -65,6 +65,10 @@ def categorical() -> Likelihood:
     """Classes from logits: outputs ``[N, C]`` (or ``[N, ..., C]``), integer targets ``[N]`` (``[N, ...]``).
 
     The loss is cross-entropy. ``H = diag(p) - p pᵀ``, ``S = diag(√p) - p √pᵀ``.
+
+    Raises:
+        ValueError: At evaluation, if outputs have no axis of classes or targets another shape.
+        TypeError: At evaluation, if targets are no integers.
     """
 
     def negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def _start(dimension: int, rank: int, like: Tensor) -> Tensor:
-    columns = pseudo_random(dimension, rank, no_steps(like))
+    columns = pseudo_random(dimension, rank, no_steps(like) - 1)  # not the fresh columns of the first batch
     return orthonormal(columns.to(wide(like).dtype))
 
 

@@ -16,8 +16,8 @@ def vdot(x: Tree, y: Tree) -> Tensor:
 
     Half-precision leaves are summed in float32.
     """
-    products = optree.tree_map(lambda a, b: (wide(a) * wide(b)).sum(), x, y)
-    return torch.stack(optree.tree_leaves(products)).sum()
+    products = optree.tree_leaves(optree.tree_map(lambda a, b: (wide(a) * wide(b)).sum(), x, y))
+    return torch.stack(products).sum() if products else torch.zeros(())
 
 
 def add_scaled(x: Tree, scale: float | Tensor, y: Tree) -> Tree:

@@ -56,7 +56,11 @@ def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> Gradient
 
 
 def constant_schedule(value: float) -> Schedule:
-    """Always ``value``."""
+    """The same ``value`` at every step.
+
+    Raises:
+        ValueError: If it is not finite.
+    """
     need_number(value, "value", -math.inf)
     return lambda step: value
 

@@ -229,7 +229,7 @@ def test_refused_before_anything_changes(model, message):
 
 @pytest.mark.parametrize("wrap", [lambda y: {"y": y}, lambda y: None, lambda y: ("y", y), lambda y: ()])
 def test_a_model_returns_a_tensor(wrap):
-    with pytest.raises(TypeError, match="model: expected outputs as a tensor.*got (dict|NoneType|str|tuple)"):
+    with pytest.raises(TypeError, match=r"model: expected outputs as a tensor.*got (dict|NoneType|str|tuple)"):
         find_layers(lambda p, x: wrap(linear(p, x)), square(), X)
 
 

@@ -1,0 +1,245 @@
+"""``from_module``: an unmodified module as a pure function that does what the module does."""
+
+import copy
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lrkfac
+from lrkfac import find_layers, fisher, from_module
+
+X, IMAGES = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4), torch.arange(6 * 48).sin().double()
+IMAGES, CLASSES = IMAGES.reshape(6, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def network(*stages):
+    torch.manual_seed(0)
+    return nn.Sequential(*(stage() for stage in stages)).double()
+
+
+def residual():
+    """Convolutions, normalisation with buffers, activations in place, a shortcut."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+            self.last = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            h = self.last(self.act(self.norm(self.conv(x))))
+            h += x
+            return self.act(h)
+
+    return network(Block, Block, lambda: nn.AvgPool2d(2), nn.Flatten, lambda: nn.Linear(12, 3))
+
+
+def state_of(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def autograd(net, loss):
+    return dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True))
+
+
+def loss_and_gradients_are_the_modules(net, inputs, call):
+    """Those of ``fisher`` and those of autograd through the module itself; the module stays as it was."""
+    model, params = from_module(net)
+    kept = state_of(net)
+    layers = find_layers(model, params, inputs)
+    found = fisher(model, lrkfac.categorical(), layers)(params, inputs, CLASSES)
+    again = fisher(model, lrkfac.categorical(), layers)(params, inputs, CLASSES, statistics=False)
+    optree.tree_map(close, state_of(net), kept)
+    other = copy.deepcopy(net)
+    outputs = call(other)
+    loss = F.cross_entropy(outputs, CLASSES)
+    expected = autograd(other, loss)
+    for evaluation in (found, again):
+        close(evaluation.outputs, outputs.detach())
+        close(evaluation.loss, loss.detach())
+        optree.tree_map(close, evaluation.grads, expected)
+    return layers
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_residual_network(training):
+    layers = loss_and_gradients_are_the_modules(residual().train(training), IMAGES, lambda net: net(IMAGES))
+    assert [layer.name for layer in layers] == ["0.conv", "0.last", "1.conv", "1.last", "4"]
+    assert {p.path for p, _ in layers.uncovered} == {f"{i}.norm.{name}" for i in (0, 1) for name in ("weight", "bias")}
+    assert all("batch_norm" in reason for _, reason in layers.uncovered)
+
+
+class Several(nn.Module):
+    """Several arguments, one of them with a default; a weight that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x, y, scale=None):
+        h = torch.tanh(self.first(x)) + self.first(y)
+        return self.last(h if scale is None else h * scale)
+
+
+Y, SCALE = X.flip(0), X.exp()
+INPUTS = {
+    "tuple": ((X, Y), lambda net: net(X, Y)),
+    "longer tuple": ((X, Y, SCALE), lambda net: net(X, Y, SCALE)),
+    "dictionary": ({"y": Y, "x": X, "scale": SCALE}, lambda net: net(X, Y, SCALE)),
+    "dictionary without the default": ({"y": Y, "x": X}, lambda net: net(X, Y)),
+}
+
+
+@pytest.mark.parametrize(("inputs", "call"), INPUTS.values(), ids=INPUTS.keys())
+def test_several_arguments(inputs, call):
+    layers = loss_and_gradients_are_the_modules(network(Several)[0], inputs, call)
+    assert layers["first"].uses == 2 and not layers.uncovered
+
+
+def test_a_list_is_one_argument():
+    class Sum(nn.Linear):
+        def forward(self, parts):
+            return super().forward(parts[0] + parts[1])
+
+    net = network(lambda: Sum(4, 3))[0]
+    loss_and_gradients_are_the_modules(net, [X, Y], lambda net: net([X, Y]))
+
+
+def test_weights_that_are_one():
+    """A parameter under two names is one parameter, also after it has changed."""
+    net = network(Several)[0]
+    net.last = nn.Linear(4, 4).double()
+    net.last.weight = net.first.weight
+    model, params = from_module(net)
+    assert set(params) == {"first.weight", "first.bias", "last.bias"}
+    changed = optree.tree_map(lambda p: p + 0.1, params)
+    expected = copy.deepcopy(net)
+    with torch.no_grad():
+        optree.tree_map(lambda p, value: p.copy_(value), dict(expected.named_parameters()), changed)
+    close(model(changed, (X, Y)), expected(X, Y).detach())
+    assert find_layers(model, params, (X, Y))["first"].uses == 3
+
+
+def test_buffers_come_back_as_the_module_would_change_them():
+    """Step after step, and nothing that was given is changed."""
+    net = network(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3), nn.Tanh)
+    model, params, buffers = from_module(net, buffers=True)
+    expected, kept = copy.deepcopy(net), state_of(net)
+    layers = find_layers(model, params, (buffers, X))
+    evaluate = fisher(model, lrkfac.categorical(), layers, has_aux=True)
+    for x in (X, 2 * X, X + 1):
+        before = optree.tree_map(torch.clone, buffers)
+        found = evaluate(params, (buffers, x), CLASSES)
+        without = evaluate(params, (buffers, x), CLASSES, statistics=False)
+        optree.tree_map(close, buffers, before)
+        close(found.outputs, expected(x).detach())
+        for evaluation in (found, without):
+            optree.tree_map(close, evaluation.aux, dict(expected.named_buffers()))
+        buffers = found.aux
+    optree.tree_map(close, state_of(net), kept)
+    assert buffers["1.num_batches_tracked"] == 3 and not net[1].num_batches_tracked
+
+
+def test_what_later_happens_to_the_module_changes_nothing():
+    net = network(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3)).eval()
+    model, params = from_module(net)
+    expected = net(X).detach()
+    net.train()(X)
+    net[1].running_var.mul_(4)
+    net.register_forward_hook(lambda *_: X)
+    close(model(params, X), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_that_of_the_moment(training):
+    net = network(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3)).train(training)
+    model, params = from_module(net)
+    expected = model(params, X)
+    net.train(not training)
+    assert torch.equal(model(params, X), expected)
+    assert not torch.allclose(copy.deepcopy(net)(X), expected), "the modes differ"
+    close(expected, copy.deepcopy(net).train(training)(X).detach())
+
+
+class Recurrent(nn.Module):
+    """A part that keeps its probability in an attribute."""
+
+    def __init__(self, part, **more):
+        super().__init__()
+        self.part, self.last = part(4, 2, dropout=0.1, batch_first=True, **more), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = x[:, None]
+        h = self.part(x)[0] if isinstance(self.part, nn.RNN) else self.part(x, x, x)[0]
+        return self.last(F.pad(h[:, -1], (0, 4 - h.shape[-1])))
+
+
+DROPOUT = {
+    "module": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Dropout(0.2))), r"1\.0 \(Dropout\).*p=0\.2"),
+    "on its own": (lambda: nn.Dropout2d(0.5), r"Dropout2d \(Dropout2d\)"),
+    "alpha": (lambda: nn.Sequential(nn.Linear(4, 3), nn.AlphaDropout(0.2)), r"1 \(AlphaDropout\)"),
+    "attention": (lambda: Recurrent(nn.MultiheadAttention), r"part \(MultiheadAttention\).*p=0\.1"),
+    "recurrent": (lambda: Recurrent(nn.RNN, num_layers=2), r"part \(RNN\).*p=0\.1"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), DROPOUT.values(), ids=DROPOUT.keys())
+def test_dropout_is_refused_by_name_and_accepted_when_off(make, message):
+    net = network(make)[0]
+    with pytest.raises(ValueError, match=rf"module: {message}.*call eval\(\)"):
+        from_module(net)
+    net.eval()
+    if list(net.parameters()):
+        model, params = from_module(net)
+        close(model(params, X), net(X).detach())
+
+
+def test_dropout_with_probability_zero_is_accepted():
+    net = network(lambda: nn.Linear(4, 3), lambda: nn.Dropout(0.0), lambda: nn.Dropout(0.3).eval())
+    loss_and_gradients_are_the_modules(net, X, lambda net: net(X))
+
+
+def test_functional_dropout_is_refused_when_layers_are_found():
+    class Net(nn.Linear):
+        def forward(self, x):
+            return F.dropout(super().forward(x), 0.1, self.training)
+
+    net = network(lambda: Net(4, 3))[0]
+    with pytest.raises(ValueError, match="dropout draws hidden random numbers; call eval"):
+        find_layers(*from_module(net), X)
+    assert find_layers(*from_module(net.eval()), X)
+
+
+def test_parameters_that_differ_are_named():
+    model, params = from_module(network(lambda: nn.Linear(4, 3)))
+    with pytest.raises((RuntimeError, ValueError), match=r"0\.bias"):
+        model({"0.weight": params["0.weight"]}, X)
+    with pytest.raises((RuntimeError, ValueError), match=r"1\.weight"):
+        model({**params, "1.weight": torch.ones(3)}, X)
+    f = fisher(model, lrkfac.categorical(), find_layers(model, params, X))
+    with pytest.raises(ValueError, match=r"params: .*missing \['0\.bias'\]"):
+        f({"0.weight": params["0.weight"]}, X, CLASSES)
+
+
+def test_parameters_need_no_gradient_and_are_not_copied():
+    net = network(lambda: nn.Linear(4, 3))
+    _, params = from_module(net)
+    assert {name: p.data_ptr() for name, p in params.items()} == {n: p.data_ptr() for n, p in net.named_parameters()}
+    assert not any(p.requires_grad for p in params.values()) and all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "message"),
+    [(lambda p, x: x, TypeError, "module: expected an nn.Module, got function"),
+     (nn.Sequential(nn.ReLU(), nn.Flatten()), ValueError, "module: Sequential has no parameters")],
+)  # fmt: skip
+def test_refused(module, error, message):
+    with pytest.raises(error, match=message):
+        from_module(module)
