@@ -45,7 +45,9 @@ def compare(problem: Problem, methods: Mapping[str, Method], description: str, d
     arguments.output.mkdir(parents=True, exist_ok=True)
     picture, table = (arguments.output / f"{problem.name}.{suffix}" for suffix in ("png", "csv"))
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"median of seeds {seeds[0]} to {seeds[-1]}"
-    draw(picture, problem, f"batch {options.batch_size}, {which}", methods, best)
+    draw(
+        picture, problem, f"{len(problem.inputs)} digits, batch {options.batch_size}, {which}", methods, best
+    )
     write_csv(table, problem, best, arguments.seed)
     console.print(f"wrote {picture} and {table}", highlight=False, soft_wrap=True)
 
