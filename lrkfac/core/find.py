@@ -133,7 +133,8 @@ class _Watch(TorchFunctionMode):
             weight, bias = self.index(call.weight), self.index(call.bias)
             if weight is not None:
                 self.calls.setdefault(weight, []).append((kind, call, bias, call.input._version))
-                used -= {weight, bias}
+                # A parameter that is also the input has a second path, which no probe sees.
+                used -= {weight, bias} - {self.index(call.input)}
         for i in used:
             self.others.setdefault(i, []).append(resolve_name(func) or str(func))
         return result
@@ -223,7 +224,7 @@ def _describe(watch: _Watch, parameters: tuple[Parameter, ...], structure: optre
                 layers.append(Layer(path, BIAS.name, parameters[joint], None, 1, rows, 1, channels, weight.path))
     for i in range(len(parameters)):
         if i not in covered:
-            shared = "the bias of an operation whose weight is not covered, or of several weights"
+            shared = "the bias of an operation whose weight is not covered, of several weights, or not at every use"
             reasons.setdefault(i, shared if weights_of[i] else "not used by the model")
     uncovered = tuple((parameters[i], reasons[i]) for i in sorted(reasons))
     return Layers(tuple(layers), uncovered, parameters, optree.tree_unflatten(structure, parameters))
