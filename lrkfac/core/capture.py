@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lrkfac.core.hidden_effects import refuse_hidden_effects
 from lrkfac.core.layers import KIND_OF
 from lrkfac.core.types import Layers, Tree
 
@@ -43,6 +44,7 @@ class Capture(TorchFunctionMode):
         records: Filled with the uses of each source, in order. Passed in from outside: the compiler
             follows changes of such a dictionary, but not of an attribute of the mode.
         probes: For each source, one probe per use; none at all to record only.
+        guarded: Whether to refuse hidden effects; only where parameters and inputs are fake tensors.
     """
 
     def __init__(
@@ -50,14 +52,17 @@ class Capture(TorchFunctionMode):
         weights: Sequence[tuple[str, Tensor]],
         records: dict[str, list[Recorded]],
         probes: dict[str, list[Tensor]] | None = None,
+        guarded: bool = False,
     ) -> None:
         super().__init__()
-        self.weights, self.records, self.probes = weights, records, probes
+        self.weights, self.records, self.probes, self.guarded = weights, records, probes, guarded
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.guarded and torch._C._functorch.maybe_current_level() is None:
+            refuse_hidden_effects(func, args, kwargs)
         output = func(*args, **kwargs)
         kind = KIND_OF.get(func)
         if kind is None:
@@ -78,6 +83,7 @@ def run_captured(
     params: Tree,
     inputs: Tree,
     probes: dict[str, list[Tensor]] | None = None,
+    guarded: bool = False,
 ) -> tuple[Any, dict[str, list[Recorded]]]:
     """The model's result, and what passed through each layer, by the source of the layer.
 
@@ -88,7 +94,7 @@ def run_captured(
     # Views, so that one tensor at two places of the tree is two parameters.
     leaves = [leaf.view_as(leaf) for leaf in leaves]
     records: dict[str, list[Recorded]] = {}
-    with Capture([(s.path, leaves[s.index]) for s in layers.sources], records, probes):
+    with Capture([(s.path, leaves[s.index]) for s in layers.sources], records, probes, guarded):
         result = model(optree.tree_unflatten(structure, leaves), inputs)
     for layer in layers:
         used = len(records.get(layer.source, ()))
@@ -112,7 +118,7 @@ def output_specs(
         records = run_captured(model, layers, params, inputs)[1]
     else:
         with fake_mode():
-            records = run_captured(model, layers, like_fake(params), like_fake(inputs))[1]
+            records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)[1]
     return {
         source: [OutputSpec(tuple(r.output.shape), r.output.dtype, r.output.device) for r in uses]
         for source, uses in records.items()

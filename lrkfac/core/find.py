@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
 import optree
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from lrkfac.core.capture import fake_mode, like_fake
+from lrkfac.core.hidden_effects import refuse_hidden_effects
 from lrkfac.core.layers import BIAS, KIND_OF, KINDS, Call, Kind
 from lrkfac.core.tree import paths
 from lrkfac.core.types import Layer, Layers, Parameter, Tree
-
-DROPOUTS = (
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-    F.multi_head_attention_forward,
-)  # fmt: skip
 
 
 def find_layers(
@@ -116,7 +110,7 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         inside = torch._C._functorch.maybe_current_level() != self.level
         if not inside:
-            _refuse_hidden_changes(func, args, kwargs)
+            refuse_hidden_effects(func, args, kwargs)
         result = func(*args, **kwargs)
         used = {i for x in optree.tree_leaves((args, kwargs)) if (i := self.index(x)) is not None}
         if not used or not any(isinstance(x, Tensor) for x in optree.tree_leaves(result)):
@@ -138,35 +132,6 @@ class _Watch(TorchFunctionMode):
         for i in used:
             self.others.setdefault(i, []).append(resolve_name(func) or str(func))
         return result
-
-
-def _refuse_hidden_changes(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    name = getattr(func, "__name__", "")
-    in_place = (name.endswith("_") and not name.startswith("_")) or name == "__setitem__"
-    changed = args[:1] if in_place else ()
-    if func is F.batch_norm:
-        bound = inspect.signature(F.batch_norm).bind(*args, **kwargs)
-        bound.apply_defaults()
-        if bound.arguments["training"]:
-            changed = (bound.arguments["running_mean"],)
-    for x in changed:
-        if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
-            raise ValueError(
-                f"model: {resolve_name(func)} changes a tensor of shape {tuple(x.shape)} (a buffer?) that is "
-                "neither a parameter nor an input in place; use from_module(), which passes copies of buffers, "
-                "or pass the buffers in the inputs and return them"
-            )
-    if func in DROPOUTS:
-        bound = inspect.signature(func).bind(*args, **kwargs)
-        bound.apply_defaults()
-        probability: float = bound.arguments.get("p", bound.arguments.get("dropout_p", 0.0))
-        if bound.arguments["training"] and probability > 0:
-            raise ValueError(
-                f"model: {resolve_name(func)} draws hidden random numbers; call eval() on the module, set the "
-                "probability to 0, or multiply by a mask that is passed in the inputs"
-            )
 
 
 def _describe(watch: _Watch, parameters: tuple[Parameter, ...], structure: optree.PyTreeSpec, bias: str) -> Layers:
