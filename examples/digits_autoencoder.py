@@ -70,7 +70,7 @@ def main() -> None:
         f"training loss [nats per digit]\nlog scale above the data's entropy, {floor:.2f}",
         "{:.3f}",
         floor=floor,
-        ticks=(14.5, 15, 15.5, 16, 17, 18, 20, 23, 28),
+        ticks=(14.5, 15, 15.5, 16, 17, 18, 20, 23, 30, 45),
     )
     compare(
         Problem(
@@ -85,7 +85,7 @@ def main() -> None:
             metrics=(loss,),
         ),
         methods(LEARNING_RATES, damping=DAMPING, kl_clip=KL_CLIP),
-        __doc__ or "",
+        (__doc__ or "").splitlines()[0],
         Options(steps=1000, batch_size=256, refresh=REFRESH),
     )
 

@@ -35,9 +35,7 @@ def network(seed: int) -> nn.Module:
     """Three linear layers with tanh between them."""
     torch.manual_seed(seed)
     d, hidden, wide, classes = WIDTHS
-    return nn.Sequential(
-        nn.Linear(d, hidden), nn.Tanh(), nn.Linear(hidden, wide), nn.Tanh(), nn.Linear(wide, classes)
-    )
+    return nn.Sequential(nn.Linear(d, hidden), nn.Tanh(), nn.Linear(hidden, wide), nn.Tanh(), nn.Linear(wide, classes))
 
 
 def main() -> None:
@@ -68,7 +66,7 @@ def main() -> None:
             ),
         ),
         methods(LEARNING_RATES, damping=DAMPING, kl_clip=KL_CLIP),
-        __doc__ or "",
+        (__doc__ or "").splitlines()[0],
         Options(steps=200, batch_size=256, refresh=REFRESH),
     )
 

@@ -97,9 +97,7 @@ def grid_table(
     for name, method in methods.items():
         losses = {rate: median_loss(runs[name, rate]) for rate in method.learning_rates}
         best = min(losses, key=losses.__getitem__)
-        cells = [
-            f"{rate:g}\n{form.format(loss)}{' *' if rate == best else ''}" for rate, loss in losses.items()
-        ]
+        cells = [f"{rate:g}\n{form.format(loss)}{' *' if rate == best else ''}" for rate, loss in losses.items()]
         table.add_row(method.style.label, *cells, end_section=True)
     return table
 
