@@ -127,9 +127,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
 
 
-def methods(
-    learning_rates: Mapping[str, tuple[float, tuple[float, ...]]], **kfac: float
-) -> dict[str, Method]:
+def methods(learning_rates: Mapping[str, tuple[float, tuple[float, ...]]], **kfac: float) -> dict[str, Method]:
     """The six methods.
 
     Args:

@@ -16,7 +16,7 @@ from examples.report import draw, grid_table, median_loss, positive, progress_ba
 
 def compare(problem: Problem, methods: Mapping[str, Method], description: str, defaults: Options) -> None:
     """Runs the example with the options of the command line."""
-    arguments = _arguments(methods, description, defaults)
+    arguments = _arguments(problem.name, methods, description, defaults)
     torch.set_num_threads(arguments.threads)
     options = Options(arguments.steps, arguments.batch_size, arguments.refresh)
     methods = {name: methods[name] for name in methods if name in arguments.methods}
@@ -45,7 +45,7 @@ def compare(problem: Problem, methods: Mapping[str, Method], description: str, d
     arguments.output.mkdir(parents=True, exist_ok=True)
     picture, table = (arguments.output / f"{problem.name}.{suffix}" for suffix in ("png", "csv"))
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"median of seeds {seeds[0]} to {seeds[-1]}"
-    draw(picture, problem, f"batch {options.batch_size}, {which}", methods, best)
+    draw(picture, problem, f"{len(problem.inputs)} digits, batch {options.batch_size}, {which}", methods, best)
     write_csv(table, problem, best, arguments.seed)
     console.print(f"wrote {picture} and {table}", highlight=False, soft_wrap=True)
 
@@ -59,8 +59,8 @@ def _reporter(progress: Progress, bar: TaskID, done: int, problem: Problem) -> C
     return report
 
 
-def _arguments(methods: Mapping[str, Method], description: str, defaults: Options) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
+def _arguments(name: str, methods: Mapping[str, Method], description: str, defaults: Options) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m examples.{name}", description=description)
     add = parser.add_argument
     add(
         "--steps",

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatterSciNotation, LogLocator, NullLocator
 from rich.box import SIMPLE
 from rich.console import Console
@@ -96,9 +97,7 @@ def grid_table(
     for name, method in methods.items():
         losses = {rate: median_loss(runs[name, rate]) for rate in method.learning_rates}
         best = min(losses, key=losses.__getitem__)
-        cells = [
-            f"{rate:g}\n{form.format(loss)}{' *' if rate == best else ''}" for rate, loss in losses.items()
-        ]
+        cells = [f"{rate:g}\n{form.format(loss)}{' *' if rate == best else ''}" for rate, loss in losses.items()]
         table.add_row(method.style.label, *cells, end_section=True)
     return table
 
@@ -119,7 +118,7 @@ def draw(path: Path, problem: Problem, subtitle: str, methods: Mapping[str, Meth
     """One row of panels per metric: against steps on the left, against seconds on the right."""
     rows = len(problem.metrics)
     with matplotlib.rc_context({"font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10}):
-        figure = Figure(figsize=(10, 1.3 + 3.1 * rows), dpi=150, layout="constrained")
+        figure = Figure(figsize=(10, 1.3 + 3.1 * rows), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.06))
         axes = figure.subplots(rows, 2, sharey="row", sharex="col", squeeze=False)
         for metric_index, metric in enumerate(problem.metrics):
             for column, axis in enumerate(axes[metric_index]):

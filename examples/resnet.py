@@ -39,9 +39,7 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or d_in != d_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(d_in, d_out, 1, stride, bias=False), nn.BatchNorm2d(d_out)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(d_in, d_out, 1, stride, bias=False), nn.BatchNorm2d(d_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, d_in, H, W]`` to ``[N, d_out, H / stride, W / stride]``."""
@@ -99,9 +97,7 @@ def main() -> None:
     console.print(str(layers), highlight=False, soft_wrap=True)
 
     fisher = lrkfac.fisher(model, lrkfac.categorical(), layers, has_aux=True)
-    transformation = lrkfac.low_rank_kfac(
-        layers, LEARNING_RATE, rank=arguments.rank, damping=DAMPING, kl_clip=KL_CLIP
-    )
+    transformation = lrkfac.low_rank_kfac(layers, LEARNING_RATE, rank=arguments.rank, damping=DAMPING, kl_clip=KL_CLIP)
     state = transformation.init(params)
 
     table = Table(title=f"low-rank K-FAC, rank {arguments.rank}", title_justify="left", box=SIMPLE)
@@ -125,7 +121,9 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m examples.resnet",
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--steps", type=positive, default=10, metavar="N", help="training steps")

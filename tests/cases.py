@@ -121,13 +121,9 @@ def linear(d_in: int, d_out: int, bias: bool = True) -> LayerSpec:
     return LayerSpec("linear", (d_out, d_in), bias)
 
 
-def conv2d(
-    channels_in: int, channels_out: int, kernel: tuple[int, int], bias: bool = True, **options
-) -> LayerSpec:
+def conv2d(channels_in: int, channels_out: int, kernel: tuple[int, int], bias: bool = True, **options) -> LayerSpec:
     """A two-dimensional convolution; ``options`` as in ``torch.nn.functional.conv2d``."""
-    return LayerSpec(
-        "conv2d", (channels_out, channels_in // options.get("groups", 1), *kernel), bias, options
-    )
+    return LayerSpec("conv2d", (channels_out, channels_in // options.get("groups", 1), *kernel), bias, options)
 
 
 def flatten(x: Tensor) -> Tensor:
@@ -180,9 +176,7 @@ EXACT = (
 
 LINEAR = (
     # inputs [7, 5]
-    make_case(
-        "tanh_categorical", (linear(5, 6), tanh, linear(6, 4), tanh, linear(4, 3)), (7, 5), "categorical", 10
-    ),
+    make_case("tanh_categorical", (linear(5, 6), tanh, linear(6, 4), tanh, linear(4, 3)), (7, 5), "categorical", 10),
     make_case("tanh_gaussian", (linear(5, 6), tanh, linear(6, 3)), (7, 5), "gaussian", 11, variance=0.25),
     make_case("tanh_bernoulli", (linear(5, 6), tanh, linear(6, 3)), (7, 5), "bernoulli", 12),
     # no bias anywhere
@@ -190,9 +184,7 @@ LINEAR = (
     # a hidden layer of width one
     make_case("width_one", (linear(3, 1), tanh, linear(1, 2)), (5, 3), seed=14),
     # outputs [5]
-    make_case(
-        "scalar_output", (linear(3, 4), tanh, linear(4, 1), scalar), (5, 3), "gaussian", 16, variance=1.0
-    ),
+    make_case("scalar_output", (linear(3, 4), tanh, linear(4, 1), scalar), (5, 3), "gaussian", 16, variance=1.0),
     # the parameter "1.shift" belongs to no layer
     make_case("uncovered_shift", (linear(4, 5), Shift((5,)), tanh, linear(5, 3)), (6, 4), seed=15),
 )
@@ -208,9 +200,7 @@ SEQUENCE = (
     # outputs [4, 3, 3]: one term a position, depending on that position alone
     make_case("sequence_of_terms", (linear(5, 6), tanh, linear(6, 3)), (4, 3, 5), seed=21),
     # outputs [4, 3, 3]: one term a position, depending on that position and all earlier ones
-    make_case(
-        "sequence_of_coupled_terms", (linear(5, 4), tanh, causal_sum, linear(4, 3)), (4, 3, 5), seed=22
-    ),
+    make_case("sequence_of_coupled_terms", (linear(5, 4), tanh, causal_sum, linear(4, 3)), (4, 3, 5), seed=22),
 )
 
 CONVOLUTION = (

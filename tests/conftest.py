@@ -16,6 +16,9 @@ settings.register_profile("dev", max_examples=20, **_slow)
 settings.register_profile("ci", max_examples=200, derandomize=True, **_slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
+# The tensors of tests are too small to share among threads, which then only wait for each other.
+torch.set_num_threads(1)
+
 
 class _TorchRandom:
     """torch's global generator in the terms of ``random.Random``."""

@@ -139,9 +139,7 @@ def terms(likelihood: str, outputs: Tensor) -> Tensor:
     return outputs.reshape(-1, outputs.shape[-1] if likelihood == "categorical" else outputs[0].numel())
 
 
-def negative_log_likelihood(
-    likelihood: str, outputs: Tensor, targets: Tensor, variance: float = 1.0
-) -> Tensor:
+def negative_log_likelihood(likelihood: str, outputs: Tensor, targets: Tensor, variance: float = 1.0) -> Tensor:
     """-log p(target | output) of each term; for "gaussian" without the constant: ‖f - y‖² / (2 variance).
 
     Outputs are logits or means, targets are classes [*] or have the outputs' shape; returns [M].

@@ -75,9 +75,7 @@ def output_gradients(case: Case, cotangents: Tensor | None = None) -> Params:
 def output_jacobians(case: Case) -> Params:
     """The Jacobian of each output of each term with respect to each layer's output s: [M, K, *s.shape]."""
 
-    return torch.func.jacrev(lambda probes: terms(case.likelihood, forward(case, probes)[0]))(
-        _zero_probes(case)
-    )
+    return torch.func.jacrev(lambda probes: terms(case.likelihood, forward(case, probes)[0]))(_zero_probes(case))
 
 
 def input_factors(case: Case) -> Params:
@@ -113,9 +111,7 @@ def expected_monte_carlo_output_factors(case: Case) -> Params:
     for label, p in zip(labels, probabilities.unbind(-1), strict=True):
         targets = label.expand(len(f), *label.shape)
         derivative = torch.func.grad(
-            lambda f, y=targets: negative_log_likelihood(
-                case.likelihood, f, y, **case.likelihood_options
-            ).sum()
+            lambda f, y=targets: negative_log_likelihood(case.likelihood, f, y, **case.likelihood_options).sum()
         )(f)
         columns.append(derivative * p.sqrt().unsqueeze(-1))
     return _expected_factors(case, torch.stack(columns, -1))
@@ -237,9 +233,7 @@ class DenseStep(NamedTuple):
     state: DenseState
 
 
-def preconditioned_gradients(
-    case: Case, grads: Params, averages: dict[str, Factors], damping: float
-) -> Params:
+def preconditioned_gradients(case: Case, grads: Params, averages: dict[str, Factors], damping: float) -> Params:
     """(B + δ_B I)⁻¹ G (A + δ_A I)⁻¹ for each layer; the other parameters keep their plain gradients."""
     result = dict(grads)
     for name, (A, B) in averages.items():

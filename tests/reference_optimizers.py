@@ -20,9 +20,7 @@ def momentum_trace(gradients: list[Params], decay: float, nesterov: bool = False
     updates = []
     for step in gradients:
         trace = {name: g + decay * trace[name] for name, g in step.items()}
-        updates.append(
-            {name: g + decay * trace[name] if nesterov else trace[name] for name, g in step.items()}
-        )
+        updates.append({name: g + decay * trace[name] if nesterov else trace[name] for name, g in step.items()})
     return updates
 
 

@@ -201,9 +201,7 @@ def test_damping_split_and_preconditioning():
     expected = torch.linalg.solve(whole, G.flatten()).reshape(G.shape)
     assert_close(reference.kronecker_preconditioned(G, A, B, 0.1), expected)
     assert_close(reference.kronecker_preconditioned(G, 7 * A, B / 7, 0.1), expected)
-    assert_close(
-        reference.damped_inverse(A, 0.3) @ reference.damped(A, 0.3), torch.eye(4, dtype=torch.float64)
-    )
+    assert_close(reference.damped_inverse(A, 0.3) @ reference.damped(A, 0.3), torch.eye(4, dtype=torch.float64))
 
 
 def test_running_average_is_weighted_mean():

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrkfac.core.layers import (
-    CONVOLUTION,
+    CONVOLUTIONS,
     EMBEDDING,
     LINEAR,
     SCALE,
     SHIFT,
+    TRANSPOSED_CONVOLUTIONS,
     ConvolutionOptions,
     Kind,
     LinearOptions,
@@ -135,7 +136,7 @@ def _convolution(
     else:
         sides = tuple((p, p) for p in _many(0 if isinstance(padding, str) else padding, axes))
     options = ConvolutionOptions(kernel, _many(stride, axes), sides, dilation, groups)
-    return Call(CONVOLUTION, input, weight, bias, options, MATRIX)
+    return Call(CONVOLUTIONS[axes], input, weight, bias, options, MATRIX)
 
 
 def _transposed_convolution(
@@ -164,7 +165,7 @@ def _transposed_convolution(
         Step("flatten", (0, 1)),
         Step("flatten", (1,)),
     )
-    return Call(CONVOLUTION, input, weight, bias, options, turn)
+    return Call(TRANSPOSED_CONVOLUTIONS[axes], input, weight, bias, options, turn)
 
 
 def _embedding(
@@ -279,9 +280,7 @@ PARSERS: dict[Callable[..., Any], Parser] = {
 }  # fmt: skip
 
 
-def _projected_by_parts(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None
-) -> list[Tensor]:
+def _projected_by_parts(q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None) -> list[Tensor]:
     """The packed projection of ``multi_head_attention_forward`` as three layers."""
     biases = [None] * 3 if b is None else b.chunk(3)
     return [F.linear(x, wi, bi) for x, wi, bi in zip((q, k, v), w.chunk(3), biases, strict=True)]

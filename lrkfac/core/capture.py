@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lrkfac.core.calls import OPENED, PARSERS, Call
+from lrkfac.core.hidden_effects import refuse_hidden_effects
 from lrkfac.core.types import Layers, Tree
 from lrkfac.core.views import View, is_view, steps_of
 
@@ -44,11 +45,20 @@ class Follow(TorchFunctionMode):
 
     ``tracked`` grows as views are taken. It is passed in from outside, as are the records of ``Capture``: the
     compiler follows changes of such a list or dictionary, but not of an attribute of the mode.
+
+    Args:
+        tracked: All parameters with their paths.
+        guarded: Whether to refuse hidden effects; only where parameters and inputs are fake tensors.
     """
 
-    def __init__(self, tracked: Tracked) -> None:
+    def __init__(self, tracked: Tracked, guarded: bool = False) -> None:
         super().__init__()
-        self.tracked = tracked
+        self.tracked, self.guarded = tracked, guarded
+        self.level = torch._C._functorch.maybe_current_level() if guarded else None
+
+    def inside(self) -> bool:
+        """Whether the model is within a transformation of its own."""
+        return torch._C._functorch.maybe_current_level() != self.level
 
     def place(self, x: Any) -> tuple[str, View] | None:
         """Path and view of a tensor that is followed."""
@@ -61,11 +71,12 @@ class Follow(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.guarded and not self.inside():
+            refuse_hidden_effects(func, args, kwargs)
         opened = OPENED.get(func)
         if opened is not None:
             with self:
                 return opened(*args, **kwargs)
-        self.refuse(func, args, kwargs)
         result = func(*args, **kwargs)
         name = is_view(func)
         if name is not None:
@@ -78,12 +89,7 @@ class Follow(TorchFunctionMode):
         call = None if parser is None else parser(lambda x: self.place(x) is not None, *args, **kwargs)
         return self.used(func, args, kwargs, call, result)
 
-    def refuse(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
-        """Called before a function runs, which it may refuse."""
-
-    def used(
-        self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any
-    ) -> Any:
+    def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
         """Called after a function has run; returns its result, changed or not."""
         return result
 
@@ -96,6 +102,7 @@ class Capture(Follow):
         sources: The labels of the weights to watch, see ``label``.
         records: Filled with the uses of each source, in order.
         probes: For each source, one probe per use; none at all to record only.
+        guarded: See ``Follow``.
     """
 
     def __init__(
@@ -104,13 +111,12 @@ class Capture(Follow):
         sources: frozenset[str],
         records: dict[str, list[Recorded]],
         probes: dict[str, list[Tensor]] | None = None,
+        guarded: bool = False,
     ) -> None:
-        super().__init__(tracked)
+        super().__init__(tracked, guarded)
         self.sources, self.records, self.probes = sources, records, probes
 
-    def used(
-        self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any
-    ) -> Any:
+    def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
         """Records and adds a probe."""
         place = None if call is None else self.place(call.weight)
         if call is None or place is None:
@@ -136,6 +142,7 @@ def run_captured(
     params: Tree,
     inputs: Tree,
     probes: dict[str, list[Tensor]] | None = None,
+    guarded: bool = False,
 ) -> tuple[Any, dict[str, list[Recorded]]]:
     """The model's result, and what passed through each layer, by the source of the layer.
 
@@ -147,7 +154,7 @@ def run_captured(
     leaves = [leaf.view_as(leaf) for leaf in leaves]
     records: dict[str, list[Recorded]] = {}
     tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
-    with Capture(tracked, layers.sources, records, probes):
+    with Capture(tracked, layers.sources, records, probes, guarded):
         result = model(optree.tree_unflatten(structure, leaves), inputs)
     for layer in layers:
         for site in {site for site, _ in layer.sites}:
@@ -173,13 +180,11 @@ def output_specs(
         result, records = run_captured(model, layers, params, inputs)
     else:
         with fake_mode():
-            result, records = run_captured(model, layers, like_fake(params), like_fake(inputs))
+            result, records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)
     outputs = result[0] if isinstance(result, tuple) else result
     n = outputs.shape[0] if isinstance(outputs, Tensor) and outputs.ndim else 1
     return {
-        source: [
-            OutputSpec(repeated(tuple(r.output.shape), n), r.output.dtype, r.output.device) for r in uses
-        ]
+        source: [OutputSpec(repeated(tuple(r.output.shape), n), r.output.dtype, r.output.device) for r in uses]
         for source, uses in records.items()
     }
 

@@ -144,7 +144,8 @@ def factors(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor) -> Facto
     """``B = scale * sum of g gᵀ`` and ``A = mean of a aᵀ`` over all rows of one group (K-FAC *expand*).
 
     Where a weight is used in two ways (an embedding tied to the output layer), its block is a sum of Kronecker
-    products ``Σ Bₖ ⊗ Aₖ``, held as the product of its partial traces ``(Σ tr(Aₖ) Bₖ) ⊗ (Σ tr(Bₖ) Aₖ) / Σ tr(Aₖ) tr(Bₖ)``.
+    products ``Σ Bₖ ⊗ Aₖ``, held as the product of its partial traces
+    ``(Σ tr(Aₖ) Bₖ) ⊗ (Σ tr(Bₖ) Aₖ) / Σ tr(Aₖ) tr(Bₖ)``.
     """
     by_kind = []
     for name in dict.fromkeys(layer.kinds):

@@ -87,7 +87,7 @@ def describe(
     covered = {p.path for layer in layers for p in (layer.weight, layer.bias) if p is not None}
     for parameter in parameters:
         if parameter.path not in covered:
-            shared = "the bias of an operation whose weight is not covered, or of several weights"
+            shared = "the bias of an operation whose weight is not covered, of several weights, or not at every use"
             is_bias = any(key == parameter.path or key.startswith(parameter.path + ".") for key in owners)
             reasons.setdefault(parameter.path, shared if is_bias else "not used by the model")
     uncovered = tuple((p, reasons[p.path]) for p in parameters if p.path not in covered)
@@ -169,12 +169,8 @@ def _owners(seen: Mapping[str, list[Use]]) -> dict[str, set[str]]:
 def _names(groups: list[_Group]) -> list[str]:
     """Paths without their last part, where that is neither empty nor shared; with the view, where it is a part."""
     often = Counter(group.path for group in groups)
-    long = [
-        group.sites[0][0] if often[group.path] > 1 else group.path for group in groups
-    ]
-    short = [
-        group.path.rpartition(".")[0] if often[group.path] == 1 else group.sites[0][0] for group in groups
-    ]
+    long = [group.sites[0][0] if often[group.path] > 1 else group.path for group in groups]
+    short = [group.path.rpartition(".")[0] if often[group.path] == 1 else group.sites[0][0] for group in groups]
     shared = Counter(short)
     return [s if s and shared[s] == 1 else full for s, full in zip(short, long, strict=True)]
 
@@ -183,9 +179,7 @@ def _placed(parameter: Parameter, view: View) -> Parameter:
     return Parameter(parameter.path, parameter.index, parameter.shape, view)
 
 
-def _layer(
-    name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str, View] | None
-) -> Layer:
+def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str, View] | None) -> Layer:
     parameter, call = by_path[group.path], group.uses[0].call
     rows, columns = taken(group.view, torch.empty(parameter.shape, device="meta")).shape
     number = call.kind.groups(call.options)
@@ -202,13 +196,9 @@ def _layer(
     )
 
 
-def _bias_layer(
-    group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str, View], weight: Layer
-) -> Layer:
+def _bias_layer(group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str, View], weight: Layer) -> Layer:
     kinds: list[Kind] = [use.call.kind for use in group.uses]
-    options = tuple(
-        (kind.name, tuple(use.call.options)) for kind, use in zip(kinds, group.uses, strict=True)
-    )
+    options = tuple((kind.name, tuple(use.call.options)) for kind, use in zip(kinds, group.uses, strict=True))
     return Layer(
         name=label(*bias),
         kinds=(BIAS.name,) * len(kinds),

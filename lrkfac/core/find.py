@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
 import optree
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import resolve_name
 
 from lrkfac.core.calls import Call
 from lrkfac.core.capture import Follow, fake_mode, label, like_fake
-from lrkfac.core.describe import Use
-from lrkfac.core.describe import describe
+from lrkfac.core.describe import Use, describe
 from lrkfac.core.layers import LINEAR, SHIFT, LinearOptions
 from lrkfac.core.tree import paths
 from lrkfac.core.types import Layers, Parameter, Tree
 from lrkfac.core.views import View
-
-DROPOUTS = (
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-)  # fmt: skip
 
 
 def find_layers(
@@ -103,22 +95,11 @@ class _Discovery(Follow):
     """Notes each use of a parameter: as the weight or bias of a known operation, or by anything else."""
 
     def __init__(self, tracked: Any) -> None:
-        super().__init__(tracked)
+        super().__init__(tracked, guarded=True)
         self.uses: dict[str, list[Use]] = {}
         self.others: dict[str, list[str]] = {}
-        self.level = torch._C._functorch.maybe_current_level()
 
-    def refuse(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
-        if not self.inside():
-            _refuse_hidden_changes(func, args, kwargs)
-
-    def inside(self) -> bool:
-        """Whether the model is within a transformation of its own."""
-        return torch._C._functorch.maybe_current_level() != self.level
-
-    def used(
-        self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any
-    ) -> Any:
+    def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
         places = [place for x in optree.tree_leaves((args, kwargs)) if (place := self.place(x)) is not None]
         if not places or not any(isinstance(x, Tensor) for x in optree.tree_leaves(result)):
             return result
@@ -135,7 +116,9 @@ class _Discovery(Follow):
             if weight is not None:
                 use = Use(call, *weight, bias, result, call.input._version)
                 self.uses.setdefault(label(*weight), []).append(use)
-                places = [place for place in places if place not in (weight, bias)]
+                # A parameter that is also the input has a second path, which no probe sees.
+                known = {weight, bias} - {self.place(call.input)}
+                places = [place for place in places if place not in known]
         for path, _ in places:
             self.others.setdefault(path, []).append(resolve_name(func) or str(func))
         return result
@@ -150,32 +133,3 @@ class _Discovery(Follow):
                         uses[i] = use._replace(bias=place, output=result)
                         return True
         return False
-
-
-def _refuse_hidden_changes(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    name = getattr(func, "__name__", "")
-    in_place = (name.endswith("_") and not name.startswith("_")) or name == "__setitem__"
-    changed = args[:1] if in_place else ()
-    if func is F.batch_norm:
-        bound = inspect.signature(F.batch_norm).bind(*args, **kwargs)
-        bound.apply_defaults()
-        if bound.arguments["training"]:
-            changed = (bound.arguments["running_mean"],)
-    for x in changed:
-        if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
-            raise ValueError(
-                f"model: {resolve_name(func)} changes a tensor of shape {tuple(x.shape)} (a buffer?) that is "
-                "neither a parameter nor an input in place; use from_module(), which passes copies of buffers, "
-                "or pass the buffers in the inputs and return them"
-            )
-    if func in DROPOUTS:
-        bound = inspect.signature(func).bind(*args, **kwargs)
-        bound.apply_defaults()
-        probability: float = bound.arguments.get("p", bound.arguments.get("dropout_p", 0.0))
-        if bound.arguments["training"] and probability > 0:
-            raise ValueError(
-                f"model: {resolve_name(func)} draws hidden random numbers; call eval() on the module, set the "
-                "probability to 0, or multiply by a mask that is passed in the inputs"
-            )

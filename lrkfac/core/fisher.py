@@ -75,10 +75,17 @@ def fisher(
                 f"model: expected outputs as a tensor, got {type(outputs).__name__}; "
                 "pass has_aux=True if, and only if, the model returns (outputs, aux)"
             )
+        if outputs.ndim == 0 or not outputs.is_floating_point():
+            raise ValueError(
+                "model: expected floating-point outputs with a batch axis, got "
+                f"{outputs.dtype} of shape {tuple(outputs.shape)}"
+            )
+        if outputs.numel() == 0:
+            raise ValueError(f"inputs: the batch is empty: outputs have the shape {tuple(outputs.shape)}")
         return outputs, aux
 
     def total_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        check_batch(likelihood, outputs, targets)
+        check_targets(likelihood, outputs, targets)
         return likelihood.negative_log_likelihood(outputs, targets).mean()
 
     def specs_for(params: Tree, inputs: Tree) -> dict[str, list[OutputSpec]]:
@@ -100,6 +107,8 @@ def fisher(
     ) -> Evaluation:
         check_like(layers.tree, params, "params")
 
+        if not torch.compiler.is_compiling():
+            specs_for(params, inputs)  # refuses hidden effects, at the first batch of this shape
         rest: list[Any] = []
 
         def loss_of(params: Tree) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
@@ -193,14 +202,8 @@ def fisher(
     return evaluate
 
 
-def check_batch(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:
-    """Refuses outputs and targets that the likelihood cannot compare, and empty batches."""
-    if outputs.ndim == 0 or not outputs.is_floating_point():
-        raise ValueError(
-            f"model: expected floating-point outputs with a batch axis, got {tuple(outputs.shape)} {outputs.dtype}"
-        )
-    if outputs.numel() == 0:
-        raise ValueError(f"inputs: the batch is empty: outputs have the shape {tuple(outputs.shape)}")
+def check_targets(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:
+    """Refuses targets that do not fit the outputs."""
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets: expected a tensor, got {type(targets).__name__}")
     if likelihood.check is not None:

@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrkfac.core.tree import wide
-
 Options = tuple[Any, ...]
 
 
@@ -156,9 +154,7 @@ def _kernel(w: Tensor, o: ConvolutionOptions) -> Tensor:
 def _convolution(a: Tensor, w: Tensor, options: Options) -> Tensor:
     o = ConvolutionOptions(*options)
     padding, zeros = _symmetric_padding(o), list(o.output_padding) or [0] * len(o.kernel)
-    return torch.convolution(
-        a, _kernel(w, o), None, list(o.stride), padding, list(o.dilation), o.transposed, zeros, 1
-    )
+    return torch.convolution(a, _kernel(w, o), None, list(o.stride), padding, list(o.dilation), o.transposed, zeros, 1)
 
 
 def _convolution_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Tensor:
@@ -174,14 +170,19 @@ def _convolution_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Te
     return (gradient.transpose(0, 1) if o.transposed else gradient).reshape(-1, d)
 
 
-CONVOLUTION = Kind(
-    name="convolution",
-    prepare=_prepare_convolution,
-    transpose=_convolution_transpose,
-    operation=_convolution,
-    groups=lambda options: ConvolutionOptions(*options).groups,
-    channel=lambda options: -len(ConvolutionOptions(*options).kernel) - 1,
-)
+def _convolution_kind(name: str) -> Kind:
+    return Kind(
+        name=name,
+        prepare=_prepare_convolution,
+        transpose=_convolution_transpose,
+        operation=_convolution,
+        groups=lambda options: ConvolutionOptions(*options).groups,
+        channel=lambda options: -len(ConvolutionOptions(*options).kernel) - 1,
+    )
+
+
+CONVOLUTIONS = {axes: _convolution_kind(f"conv{axes}d") for axes in (1, 2, 3)}
+TRANSPOSED_CONVOLUTIONS = {axes: _convolution_kind(f"conv_transpose{axes}d") for axes in (1, 2, 3)}
 
 
 # Embedding --------------------------------------------------------------------------------------------
@@ -235,7 +236,8 @@ BIAS = Kind(
 
 def _affine_prepare(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
     """Input and output gradients as ``[N, positions, units]``; ``options`` is the parameter's shape, aligned
-    with the last axes of the output by broadcasting."""
+    with the last axes of the output by broadcasting.
+    """
     (shape,) = options
     aligned = (1,) * (g.ndim - 1 - len(shape)) + tuple(shape)
     a = a.broadcast_to(g.shape[1:])
@@ -259,4 +261,9 @@ SCALE = Kind(name="scale", prepare=_affine_prepare, transpose=_affine_transpose,
 SHIFT = Kind(name="shift", prepare=_affine_prepare, transpose=_affine_transpose, unit_wise=True)
 """``s = a + shift``: a parameter that is added or repeated for every example; its input is the constant 1."""
 
-KINDS = {kind.name: kind for kind in (LINEAR, CONVOLUTION, EMBEDDING, BIAS, SCALE, SHIFT)}
+KINDS = {
+    kind.name: kind
+    for kind in (
+        LINEAR, *CONVOLUTIONS.values(), *TRANSPOSED_CONVOLUTIONS.values(), EMBEDDING, BIAS, SCALE, SHIFT,
+    )
+}  # fmt: skip

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import vjp
 
 METHODS = (
-    "t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "reshape", "view", "flatten", "unflatten",
-    "squeeze", "unsqueeze", "contiguous", "chunk", "split", "narrow", "select", "unbind", "ravel",
+    "t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "reshape", "view", "flatten",
+    "unflatten", "squeeze", "unsqueeze", "contiguous", "chunk", "split", "narrow", "select", "unbind", "ravel",
 )  # fmt: skip
 ATTRIBUTES = ("T", "mT")
 

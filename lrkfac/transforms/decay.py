@@ -22,7 +22,7 @@ def add_decayed_weights(weight_decay: float) -> GradientTransformation:
     need_number(weight_decay, "weight_decay", 0)
 
     def change(updates: Tree, params: Tree, **extra: Any) -> Tree:
-        check_like(need_params(params, "add_decayed_weights"), updates, "add_decayed_weights")
+        check_like(updates, need_params(params, "add_decayed_weights"), "add_decayed_weights: params")
         return add_scaled(updates, weight_decay, params)
 
     return stateless(change)

@@ -84,6 +84,7 @@ def precondition_by_fisher(
                 "update(evaluation.grads, state, params, evaluation=fisher(params, inputs, targets))"
             )
         leaves = leaves_of(updates, "updates")
+        known = None if params is None else leaves_of(params, "params")
         factors, inverses = state.factors, state.inverses
         if evaluation.statistics is not None:
             refreshed = {
@@ -100,8 +101,8 @@ def precondition_by_fisher(
             leaves[i] = leaf
         other = state.fallback
         if fallback:
-            known = None if params is None else [leaves_of(params, "params")[i] for i in free]
-            changed, other = fallback.update([leaves[i] for i in free], other, known, evaluation=evaluation, **extra)
+            own = None if known is None else [known[i] for i in free]
+            changed, other = fallback.update([leaves[i] for i in free], other, own, evaluation=evaluation, **extra)
             for i, leaf in zip(free, changed, strict=True):
                 leaves[i] = leaf
         new_updates = optree.tree_unflatten(optree.tree_structure(updates), leaves)

@@ -70,6 +70,7 @@ def test_records_and_output_gradients_are_those_of_the_reference(case):
     assert torch.equal(outputs, expected)
     at_outputs = reference_networks.output_gradients(case, cotangent(outputs))
     assert set(received) == set(gradients) == {f"{name}.weight" for name in case.layers}
+    assert received["0.weight"][0].data_ptr() == case.inputs.data_ptr(), "no copy is made"
     for name in case.layers:
         assert torch.equal(received[f"{name}.weight"][0], inputs[name])
         close(gradients[f"{name}.weight"][0], at_outputs[name])

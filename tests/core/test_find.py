@@ -160,6 +160,12 @@ NOT_COVERED = {
     "bias that is also in a weight": (
         lambda p, x: F.linear(linear(p, x), p["bias"][None]), {}, {"bias": "torch.Tensor.__getitem__"},
     ),
+    "input of a layer": (
+        lambda p, x: linear(p, x) + linear(p, p["v"]), {"v": V[:1]}, {"v": "functional.linear"},
+    ),
+    "input of its own layer": (
+        lambda p, x: linear(p, x) + F.linear(p["v"], p["v"])[0], {"v": V}, {"v": "functional.linear"},
+    ),
     "another operation": (
         lambda p, x: linear(p, torch.einsum("nd,cd->nc", x, p["v"])), {"v": V},
         {"v": "used by torch.functional.einsum"},

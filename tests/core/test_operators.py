@@ -78,4 +78,3 @@ def test_low_rank_matvec_never_makes_a_square_matrix():
     with largest:
         operator.matvec(torch.ones(d, 2))
     assert 0 < largest.numel <= d * r
-

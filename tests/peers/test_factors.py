@@ -20,7 +20,9 @@ from lrkfac.core.covariances import InputCovariance, output_covariance, to_matri
 pytestmark = pytest.mark.peers
 
 NETS = {
-    "linear": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 4)),
+    "linear": lambda: nn.Sequential(
+        nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 4)
+    ),
     "convolution": lambda: nn.Sequential(
         nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 4, (2, 3), dilation=2), nn.ReLU(),
         nn.Flatten(), nn.Linear(24, 4),

@@ -1,0 +1,62 @@
+"""What a pure function must not do: change tensors of its own in place, or draw hidden random numbers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optree
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import resolve_name
+
+DROPOUTS = (
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    F.multi_head_attention_forward,
+)  # fmt: skip
+
+
+def refuse_hidden_effects(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses a call, seen by a function mode while all parameters and inputs are fake tensors.
+
+    Raises:
+        ValueError: If the call would change a tensor that is not fake, such as a buffer, or drop out.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    for x in _changed(func, args, kwargs):
+        if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
+            raise ValueError(
+                f"model: {resolve_name(func)} changes a tensor of shape {tuple(x.shape)} (a buffer?) that is "
+                "neither a parameter nor an input in place; use from_module(), which passes copies of buffers, "
+                "or pass the buffers in the inputs and return them"
+            )
+    if func in DROPOUTS:
+        arguments = _bound(func, args, kwargs)
+        if arguments["training"] and arguments.get("p", arguments.get("dropout_p", 0.0)) > 0:
+            raise ValueError(
+                f"model: {resolve_name(func)} draws hidden random numbers; call eval() on the module, set the "
+                "probability to 0, or multiply by a mask that is passed in the inputs"
+            )
+
+
+def _changed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Iterable[Any]:
+    """The tensors that a call changes, by torch's rules for names: a trailing underscore, ``out=``."""
+    if func is F.batch_norm:
+        arguments = _bound(func, args, kwargs)
+        return [arguments["running_mean"]] if arguments["training"] else []
+    name = getattr(func, "__name__", "")
+    out = optree.tree_leaves(kwargs.get("out", ()))
+    in_place = (name.endswith("_") and not name.startswith("__")) or name == "__setitem__" or _augmented(name)
+    return [*out, *optree.tree_leaves(args[:1])] if in_place else out
+
+
+def _augmented(name: str) -> bool:
+    return name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
+
+
+def _bound(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments

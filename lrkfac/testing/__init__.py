@@ -1,0 +1,32 @@
+"""The laws of the package as checkers, and hypothesis strategies to draw cases by.
+
+For tests of one's own structures, operators and transformations. Each checker raises ``AssertionError``
+with the law that broke and by how much. Strategies draw sizes, seeds, dtypes and conditions, never raw
+arrays; what they return is made from them by ``torch.Generator``.
+"""
+
+from lrkfac.testing.laws import check_inverse, check_structure, check_transformation
+from lrkfac.testing.strategies import (
+    LayerCase,
+    covariances,
+    dtypes,
+    gradients,
+    layers,
+    low_rank_plus_diagonals,
+    operators,
+    seeds,
+)
+
+__all__ = [
+    "LayerCase",
+    "check_inverse",
+    "check_structure",
+    "check_transformation",
+    "covariances",
+    "dtypes",
+    "gradients",
+    "layers",
+    "low_rank_plus_diagonals",
+    "operators",
+    "seeds",
+]

@@ -1,0 +1,129 @@
+"""Hypothesis strategies: operators, factors and layers by size, rank, seed, dtype and condition."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lrkfac.core.covariances import RowCovariance
+from lrkfac.core.layers import CONV2D, LINEAR, ConvolutionOptions
+from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
+from lrkfac.core.types import Layer, Parameter, Tree
+
+dtypes = st.sampled_from([torch.float64, torch.float32])
+seeds = st.integers(0, 2**31 - 1)
+
+
+class LayerCase(NamedTuple):
+    """A layer with what one use of it received (``inputs``) and the gradients at its output."""
+
+    layer: Layer
+    inputs: Tensor
+    output_gradients: Tensor
+
+
+@st.composite
+def covariances(
+    draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
+) -> RowCovariance:
+    """Second moments of ``n`` rows whose scales spread over the square root of a condition number; some have
+    fewer rows than columns, dead columns, or nothing but zeros.
+    """
+    d, n = draw(st.integers(1, max_dimension)), draw(st.integers(1, 2 * max_dimension))
+    generator, dtype = generator_of(draw(seeds)), dtype or draw(dtypes)
+    log_condition = draw(st.floats(0, torch.tensor(max_condition).log10().item()))
+    rows = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    rows = rows * torch.logspace(0, -log_condition / 2, d, dtype=torch.float64)
+    rows = rows * draw(st.sampled_from([1.0, 1.0, 1.0, 1e-3, 1e3, 0.0]))
+    if draw(st.booleans()):
+        rows = rows * (torch.rand(d, generator=generator) < 0.8)
+    return RowCovariance(rows.to(dtype), torch.tensor(1 / n, dtype=dtype))
+
+
+@st.composite
+def operators(
+    draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
+) -> Operator:
+    """Positive semi-definite operators of every class, with repeated values and zero columns among them."""
+    dtype = dtype or draw(dtypes)
+    kind = draw(st.sampled_from([Diagonal, Dense, LowRankPlusDiagonal, Kronecker]))
+    if kind is Kronecker:
+        small = max(int(max_dimension**0.5), 1)
+        factors = operators(small, dtype, max_condition**0.5).filter(lambda op: not isinstance(op, Kronecker))
+        return Kronecker(draw(factors), draw(factors))
+    if kind is LowRankPlusDiagonal:
+        return draw(low_rank_plus_diagonals(max_dimension, dtype, max_condition))
+    covariance = draw(covariances(max_dimension, dtype, max_condition))
+    return Diagonal(covariance.diagonal()) if kind is Diagonal else Dense(covariance.dense())
+
+
+@st.composite
+def low_rank_plus_diagonals(
+    draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
+) -> LowRankPlusDiagonal:
+    """``V Λ Vᵀ + D`` with ``Λ ≥ 0`` up to 1, ``D > 0`` and the given bound on the ratio of the largest eigenvalue
+    to the smallest entry of ``D``; repeated values, zero and repeated columns among them.
+    """
+    d = draw(st.integers(1, max_dimension))
+    r = draw(st.integers(1, d))
+    generator, dtype = generator_of(draw(seeds)), dtype or draw(dtypes)
+    smallest = 10 ** -draw(st.floats(0, torch.tensor(max_condition).log10().item()))
+    vectors = torch.randn(d, r, generator=generator, dtype=torch.float64)
+    orthonormal = draw(st.booleans())
+    vectors = torch.linalg.qr(vectors).Q if orthonormal else vectors / vectors.norm(dim=0)
+    values = smallest ** torch.rand(r, generator=generator, dtype=torch.float64)
+    values = values.round(decimals=1) if draw(st.booleans()) else values
+    if r > 1 and draw(st.booleans()):
+        vectors = torch.cat([vectors[:, 1:], vectors[:, -1:] * draw(st.sampled_from([0.0, 1.0]))], dim=1)
+    spread = 1 + 9 * torch.rand(d, generator=generator, dtype=torch.float64)
+    diagonal = smallest * (spread if draw(st.booleans()) else torch.ones_like(spread))
+    return LowRankPlusDiagonal(vectors.to(dtype), values.to(dtype), diagonal.to(dtype))
+
+
+@st.composite
+def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> LayerCase:
+    """Linear and convolution layers of random sizes and settings, with random inputs and gradients."""
+    generator = generator_of(draw(seeds))
+    groups, bias = draw(st.integers(1, 3)), draw(st.booleans())
+    n, d_in, d_out = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    if draw(st.booleans()):
+        positions = draw(st.sampled_from([(), (3,), (2, 3)]))
+        layer = _layer(LINEAR.name, (d_out, d_in), bias, 1, ())
+        return LayerCase(layer, normal(n, *positions, d_in), normal(n, *positions, d_out))
+    kernel = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
+    side = st.integers(0, 2)
+    padding = draw(st.tuples(side, side, side, side))
+    options = ConvolutionOptions(kernel, draw(pair), padding, draw(pair), groups)
+    layer = _layer(CONV2D.name, (groups * d_out, d_in, *kernel), bias, groups, tuple(options))
+    inputs = normal(n, groups * d_in, 6, 7)
+    one = CONV2D.operation(inputs[:, :d_in], normal(1, d_in * kernel[0] * kernel[1]), options)
+    return LayerCase(layer, inputs, normal(n, groups * d_out, *one.shape[2:]))
+
+
+def gradients(like: Tree, seed: int = 0) -> Tree:
+    """Normal numbers in the shapes, dtypes and devices of a tree."""
+    generator = generator_of(seed)
+    return optree.tree_map(
+        lambda x: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype), like
+    )
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """Torch's random generator with this seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def _layer(kind: str, shape: tuple[int, ...], bias: bool, groups: int, options: tuple[Any, ...]) -> Layer:
+    weight = Parameter("layer.weight", 1 if bias else 0, shape)
+    joint = Parameter("layer.bias", 0, shape[:1]) if bias else None
+    d_in = int(torch.Size(shape[1:]).numel()) + bias
+    return Layer("layer", kind, weight, joint, d_in, shape[0] // groups, groups, (options,), weight.path)

@@ -1,0 +1,111 @@
+"""The ready-made chains are the chains that their documentation says."""
+
+import inspect
+
+import optree
+import pytest
+import torch
+
+import lrkfac
+from lrkfac import kfac, kronecker, low_rank, low_rank_kfac, low_rank_plus_diagonal
+from lrkfac.testing import check_transformation
+from tests import cases, reference_networks, reference_optimizers
+from tests.transforms.test_precondition import DENSE, evaluator
+
+MLP, SHIFT, GROUPS = cases.LINEAR[0], cases.LINEAR[6], cases.CONVOLUTION[3]
+some_cases = pytest.mark.parametrize("case", [MLP, SHIFT, GROUPS], ids=lambda case: case.name)
+OPTIONS = {"damping": 0.05, "decay": 0.7, "momentum": 0.8, "weight_decay": 0.02, "kl_clip": 5e-3}
+RATES = {
+    "number": 0.2,
+    "tensor": torch.tensor(0.2, dtype=torch.float64),
+    "schedule": lrkfac.warmup_cosine_schedule(0.3, 2, 5, initial_value=0.1),
+}
+each_rate = pytest.mark.parametrize("rate", RATES.values(), ids=RATES.keys())
+
+
+def path(tx, case, steps=4):
+    """The parameters after each step, with statistics at every second."""
+    _, evaluate = evaluator(case)
+    params, state, found = case.params, tx.init(case.params), []
+    for i in range(steps):
+        e = evaluate(params, statistics=i % 2 == 0)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        params = lrkfac.apply_updates(params, updates)
+        found.append(params)
+    return found
+
+
+def by_hand(layers, structure, rate, damping, decay, momentum, weight_decay, kl_clip):
+    return lrkfac.chain(
+        lrkfac.precondition_by_fisher(layers, structure, damping=damping, decay=decay),
+        lrkfac.clip_by_kl(kl_clip, rate),
+        lrkfac.trace(momentum),
+        lrkfac.add_decayed_weights(weight_decay),
+        lrkfac.scale_by_learning_rate(rate),
+    )
+
+
+def same(found, expected):
+    assert optree.tree_all(optree.tree_map(torch.equal, found, expected))
+
+
+@some_cases
+@each_rate
+def test_each_argument_goes_where_it_belongs(case, rate):
+    layers, _ = evaluator(case)
+    two = kronecker(low_rank(2), low_rank_plus_diagonal(2))
+    expected = path(by_hand(layers, two, rate, **OPTIONS), case)
+    same(path(low_rank_kfac(layers, rate, rank=2, **OPTIONS), case), expected)
+    same(path(low_rank_kfac(layers, rate, 2, *OPTIONS.values()), case), expected)
+    expected = path(by_hand(layers, DENSE, rate, **OPTIONS), case)
+    same(path(kfac(layers, rate, **OPTIONS), case), expected)
+    same(path(kfac(layers, rate, *OPTIONS.values()), case), expected)
+
+
+@some_cases
+def test_defaults(case):
+    layers, _ = evaluator(case)
+    values = {"damping": 1e-2, "decay": 0.95, "momentum": 0.9, "weight_decay": 0.0, "kl_clip": 1e-3}
+    default = kronecker(low_rank(32), low_rank_plus_diagonal(32))
+    same(path(low_rank_kfac(layers, 0.1), case), path(by_hand(layers, default, 0.1, **values), case))
+    same(path(kfac(layers, 0.1), case), path(by_hand(layers, DENSE, 0.1, **values), case))
+
+
+def test_signatures_that_users_rely_on():
+    shared = "learning_rate damping decay momentum weight_decay kl_clip".split()
+    assert list(inspect.signature(kfac).parameters) == ["layers", *shared]
+    assert list(inspect.signature(low_rank_kfac).parameters) == ["layers", "learning_rate", "rank", *shared[1:]]
+
+
+@some_cases
+@pytest.mark.parametrize("make", [lambda layers, rate: low_rank_kfac(layers, rate, rank=1), kfac])
+@each_rate
+def test_laws(case, make, rate):
+    layers, evaluate = evaluator(case)
+    check_transformation(make(layers, rate), case.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e}))
+
+
+@pytest.mark.parametrize("case", [*cases.LINEAR, *cases.CONVOLUTION], ids=lambda case: case.name)
+def test_kfac_equals_the_reference_under_a_schedule(case):
+    """Learning rates, clipping, momentum and weight decay over several steps, by the references alone."""
+    layers, evaluate = evaluator(case, "empirical")
+    schedule = RATES["schedule"]
+    rates = [reference_optimizers.warmup_cosine_schedule(i, 0.3, 2, 5, 0.1) for i in range(5)]
+    tx, params, reached, clipped = kfac(layers, schedule, **OPTIONS), case.params, None, []
+    state = tx.init(params)
+    for rate in rates:
+        one = reference_networks.dense_kfac_step(
+            case, reached, estimator="empirical", damping=OPTIONS["damping"], decay=OPTIONS["decay"]
+        )
+        clipped.append(reference_optimizers.clipped_by_kl(one.preconditioned, one.gradients, rate, OPTIONS["kl_clip"]))
+        direction = reference_optimizers.decayed_weights_added(
+            reference_optimizers.momentum_trace(clipped, OPTIONS["momentum"])[-1],
+            case.params,
+            OPTIONS["weight_decay"],
+        )
+        expected = {k: p - rate * direction[k] for k, p in case.params.items()}
+        e = evaluate(params)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        params = lrkfac.apply_updates(params, updates)
+        torch.testing.assert_close(params, expected, rtol=1e-9, atol=1e-10)
+        case, reached = case._replace(params=expected), one.state

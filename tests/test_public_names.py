@@ -1,0 +1,103 @@
+"""What ``lrkfac`` offers: the names of the design, each documented; and what importing it does not do."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lrkfac
+import lrkfac.testing
+
+PROMISED = """
+    from_module find_layers Layer
+    categorical gaussian bernoulli Likelihood
+    fisher Evaluation
+    kronecker low_rank low_rank_plus_diagonal dense diagonal
+    LowRankPlusDiagonal Dense Diagonal Kronecker inverse to_dense
+    power_iteration subspace_iteration sherman_morrison woodbury
+    GradientTransformation chain identity precondition_by_fisher clip_by_kl clip_by_global_norm trace
+    add_decayed_weights scale scale_by_learning_rate scale_by_adam apply_updates
+    low_rank_kfac kfac
+""".split()
+CHECKERS = ["check_inverse", "check_structure", "check_transformation"]
+each_name = pytest.mark.parametrize("name", lrkfac.__all__)
+
+
+def test_names_are_sorted_and_unique():
+    assert lrkfac.__all__ == sorted(set(lrkfac.__all__))
+
+
+def test_names_of_the_design_exist():
+    assert set(PROMISED) <= set(lrkfac.__all__)
+
+
+def test_nothing_else_is_public():
+    """Whatever is in the package under a name without underscore is listed, or a module."""
+    others = {n for n, x in vars(lrkfac).items() if not n.startswith("_") and not inspect.ismodule(x)}
+    assert others == set(lrkfac.__all__)
+
+
+def described(thing):
+    text = inspect.getdoc(thing) or ""
+    automatic = f"{thing.__name__}("
+    return len(text) > 10 and not text.startswith(automatic)
+
+
+@each_name
+def test_documented(name):
+    assert described(getattr(lrkfac, name)), f"{name} has no docstring of its own"
+
+
+@each_name
+def test_methods_are_documented(name):
+    thing = getattr(lrkfac, name)
+    methods = {n: m for n, m in vars(thing).items() if not n.startswith("_") and inspect.isfunction(m)}
+    assert [n for n, m in methods.items() if not inspect.getdoc(m)] == []
+
+
+@pytest.mark.parametrize("name", CHECKERS)
+def test_checkers_are_documented(name):
+    assert described(getattr(lrkfac.testing, name))
+
+
+def test_package_is_typed_and_versioned():
+    assert Path(lrkfac.__file__).with_name("py.typed").exists()
+    assert lrkfac.__version__.count(".") == 2
+
+
+SIGNATURES = {
+    "find_layers": "model params inputs strict=False",
+    "fisher": "model likelihood layers estimator='mc' samples=1 has_aux=False",
+    "low_rank_kfac": "layers learning_rate rank=32 damping=0.01 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
+    "kfac": "layers learning_rate",
+    "LowRankPlusDiagonal": "vectors values diagonal",
+    "inverse": "operator damping",
+    "kronecker": "input output",
+    "apply_updates": "params updates",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_that_users_rely_on(name):
+    """The promised parameters come first, in this order and with these defaults."""
+    found = inspect.signature(getattr(lrkfac, name)).parameters.values()
+    promised = SIGNATURES[name].split()
+    for parameter, expected in zip(found, promised, strict=False):
+        default = "" if "=" not in expected else f"={parameter.default!r}"
+        assert f"{parameter.name}{default}" == expected
+    assert len(found) >= len(promised)
+
+
+def test_importing_the_package_does_not_import_what_only_tests_need():
+    code = "import sys, lrkfac; print([m for m in sys.argv[1:] if m in sys.modules])"
+    modules = ["hypothesis", "lrkfac.testing", "pytest", "torch._dynamo"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *modules],
+        cwd=Path(lrkfac.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"

@@ -1,0 +1,155 @@
+"""The protocol, ``chain`` and ``apply_updates``; and what the tests of the other transformations share."""
+
+from typing import NamedTuple
+
+import optree
+import pytest
+import torch
+
+import lrkfac
+from lrkfac import GradientTransformation, apply_updates, chain, identity
+from lrkfac.testing import check_transformation, gradients
+from lrkfac.transforms.base import need_number
+
+
+class Pair(NamedTuple):
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+
+def nested(dtype=torch.float64, seed=0):
+    """Parameters in a dictionary, a list, a tuple and a NamedTuple; a scalar and an empty one among them."""
+    shapes = {"w": (3, 2), "blocks": [(4,), ((2, 1, 2), Pair((), (5,)))], "a": (0, 3), "one": ((1, 1),)}
+    empty = optree.tree_map(lambda s: torch.empty(s, dtype=dtype), shapes, is_leaf=_is_shape)
+    return gradients(empty, seed)
+
+
+def _is_shape(x):
+    return type(x) is tuple and all(isinstance(n, int) for n in x)
+
+
+def flat(tree):
+    """The tree as the flat dictionary that the references take."""
+    return dict(enumerate(optree.tree_leaves(tree)))
+
+
+def close(found, expected, rtol=1e-12):
+    """A tree equals another one, or a reference's flat dictionary, leaf by leaf."""
+    expected = optree.tree_leaves(expected)
+    for a, b in zip(optree.tree_leaves(found), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+
+
+def replayed(tx, grads, params=None, **extra):
+    """The updates of each step from one gradient after another, at fixed parameters."""
+    state, found = tx.init(params if params is not None else grads[0]), []
+    for g in grads:
+        updates, state = tx.update(g, state, params, **extra)
+        found.append(updates)
+    return found
+
+
+def steps(number=4, dtype=torch.float64):
+    """Different gradients for nested parameters."""
+    return [nested(dtype, seed=10 + i) for i in range(number)]
+
+
+SEVERAL = (lrkfac.trace(0.9), lrkfac.add_decayed_weights(0.1), lrkfac.scale_by_adam(), lrkfac.scale(-0.1))
+
+
+@pytest.mark.parametrize("tx", [identity(), chain(), chain(*SEVERAL), chain(SEVERAL[0], chain(*SEVERAL[1:]))])
+def test_laws(tx):
+    check_transformation(tx, nested())
+
+
+def test_identity_returns_what_it_is_given():
+    grads = nested()
+    assert identity().update(grads, identity().init(grads)) == (grads, ())
+    assert chain().update(grads, ()) == (grads, ())
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_chain_equals_replay_by_hand(grouped):
+    params, hand = nested(), [t.init(nested()) for t in SEVERAL]
+    tx = chain(chain(*SEVERAL[:2]), chain(*SEVERAL[2:])) if grouped else chain(*SEVERAL)
+    state = tx.init(params)
+    for grads in steps():
+        updates, state = tx.update(grads, state, params)
+        expected = grads
+        for i, t in enumerate(SEVERAL):
+            expected, hand[i] = t.update(expected, hand[i], params)
+        assert optree.tree_all(optree.tree_map(torch.equal, updates, expected))
+        params = apply_updates(params, updates)
+    flat_state = (*state[0], *state[1]) if grouped else state
+    assert optree.tree_all(optree.tree_map(torch.equal, flat_state, tuple(hand)))
+
+
+def test_chain_hands_params_and_extras_to_each():
+    seen = []
+
+    def update(updates, state, params=None, *, extra, **others):
+        seen.append((params, extra, others))
+        return updates, state
+
+    spy = GradientTransformation(lambda params: (), update)
+    chain(spy, identity(), spy).update(1, ((), (), ()), 2, extra=3, other=4)
+    assert seen == [(2, 3, {"other": 4})] * 2
+
+
+@pytest.mark.parametrize("state", [(), ((), (), ()), [(), ()], None, {"a": ()}])
+def test_chain_refuses_the_state_of_another(state):
+    with pytest.raises(ValueError, match=r"state: expected a tuple of 2 states.*init\(\)"):
+        chain(identity(), identity()).update(nested(), state)
+
+
+@pytest.mark.parametrize("wrong", [lrkfac.trace, lambda g: g, (1, 2), None])
+def test_chain_refuses_what_is_no_transformation(wrong):
+    with pytest.raises(TypeError, match="chain: expected a GradientTransformation in place 1"):
+        chain(identity(), wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_updates", [torch.float64, torch.bfloat16])
+def test_apply_updates_adds_in_the_dtype_of_the_parameters(dtype, of_updates):
+    params, updates = nested(dtype), nested(of_updates, seed=1)
+    before = optree.tree_map(torch.clone, params)
+    found = apply_updates(params, updates)
+    assert optree.tree_structure(found) == optree.tree_structure(params)
+    for new, p, u, old in zip(*map(optree.tree_leaves, (found, params, updates, before)), strict=True):
+        assert new.dtype == dtype and torch.equal(p, old)
+        wider = torch.promote_types(dtype, of_updates)
+        assert torch.equal(new, (p.double() + u.double()).to(wider).to(dtype))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda u: {k: u[k] for k in u if k != "w"}, r"updates: .*missing \['w'\]"),
+        (lambda u: {**u, "z": u["w"]}, r"updates: .*unexpected \['z'\]"),
+        (lambda u: {**u, "w": u["w"].mT}, r"updates: expected 'w' of shape \(3, 2\), got \(2, 3\)"),
+        (lambda u: {**u, "w": 1.0}, "updates: expected 'w' .* got float"),
+        (lambda u: {**u, "blocks": tuple(u["blocks"])}, "updates: the tree differs"),
+    ],
+)
+def test_apply_updates_names_the_leaf_that_differs(change, words):
+    with pytest.raises(ValueError, match=words):
+        apply_updates(nested(), change(nested(seed=1)))
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), 1, 1.5, -1])
+def test_need_number_refuses_what_lies_outside(value):
+    with pytest.raises(ValueError, match=r"name: expected a finite number in \[0, 1\), got"):
+        need_number(value, "name", 0, 1)
+
+
+@pytest.mark.parametrize("value", ["0.1", True, None, 1j, [0.1]])
+def test_need_number_refuses_what_is_no_number(value):
+    with pytest.raises(TypeError, match="name: expected a number, got"):
+        need_number(value, "name", 0)
+
+
+def test_need_number_bounds():
+    need_number(0, "name", 0)
+    need_number(torch.tensor(-1.0), "name", 0)
+    with pytest.raises(ValueError, match=r"\(0, inf\), got 0"):
+        need_number(0, "name", 0, includes_low=False)

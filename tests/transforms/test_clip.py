@@ -1,0 +1,123 @@
+"""Clipping equals the formulas, changes nothing within the bound, and zeros stay zeros."""
+
+import math
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrkfac import Evaluation, clip_by_global_norm, clip_by_kl, exponential_schedule, warmup_cosine_schedule
+from lrkfac.testing import check_transformation, seeds
+from tests import reference_optimizers as reference
+from tests.transforms.test_base import close, flat, nested, replayed, steps
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+bounds = st.floats(-4, 4).map(lambda x: 10**x)
+
+
+def evaluated(grads):
+    """An evaluation that knows its gradients alone."""
+    return Evaluation(*[None] * 8)._replace(grads=grads)
+
+
+def norm(tree):
+    return math.sqrt(sum(leaf.double().square().sum().item() for leaf in optree.tree_leaves(tree)))
+
+
+@dtypes
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e6])
+@pytest.mark.parametrize(
+    "tx", [clip_by_global_norm(0.5), clip_by_kl(0.5, 0.1), clip_by_kl(0.5, lambda step: 0.1 + step)]
+)
+def test_laws(tx, size, dtype):
+    grads = optree.tree_map(lambda g: size * g, nested(dtype, seed=1))
+    check_transformation(tx, nested(dtype), lambda p: (grads, {"evaluation": evaluated(grads)}))
+
+
+@given(bounds, seeds)
+def test_global_norm_equals_the_reference(max_norm, seed):
+    grads = nested(seed=seed)
+    found, _ = clip_by_global_norm(max_norm).update(grads, ())
+    close(found, reference.clipped_by_global_norm(flat(grads), max_norm))
+    assert norm(found) <= max_norm * (1 + 1e-12)
+    if norm(grads) <= max_norm:
+        close(found, grads, rtol=1e-15)
+
+
+@given(bounds, st.floats(0.01, 10), seeds)
+def test_kl_equals_the_reference(max_kl, rate, seed):
+    """Also where ``u · g`` is negative, as it is for one seed in two."""
+    grads, updates = nested(seed=seed), nested(seed=seed + 1)
+    (found,) = replayed(clip_by_kl(max_kl, rate), [updates], evaluation=evaluated(grads))
+    close(found, reference.clipped_by_kl(flat(updates), flat(grads), rate, max_kl))
+
+
+@given(bounds, st.floats(0.01, 10), seeds)
+def test_kl_bounds_the_length_of_the_step_in_the_fisher_metric(max_kl, rate, seed):
+    updates, fisher = nested(seed=seed), optree.tree_map(torch.exp, nested(seed=seed + 1))
+    grads = optree.tree_map(torch.mul, fisher, updates)
+    (found,) = replayed(clip_by_kl(max_kl, rate), [updates], evaluation=evaluated(grads))
+
+    def squared_length(u):
+        products = optree.tree_map(lambda f, x: (f * (rate * x).square()).sum(), fisher, u)
+        return sum(optree.tree_leaves(products)).item()
+
+    assert squared_length(found) == pytest.approx(min(max_kl, squared_length(updates)))
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        (warmup_cosine_schedule(0.5, 2, 5), lambda s: reference.warmup_cosine_schedule(s, 0.5, 2, 5)),
+        (exponential_schedule(2.0, 0.5), lambda s: reference.exponential_schedule(s, 2.0, 0.5)),
+        (torch.tensor(0.3, dtype=torch.float64), lambda s: 0.3),
+    ],
+)
+def test_kl_takes_the_learning_rate_of_each_step(schedule, expected):
+    grads = nested()
+    updates = [optree.tree_map(torch.add, grads, g) for g in steps(6)]
+    for i, found in enumerate(replayed(clip_by_kl(0.01, schedule), updates, evaluation=evaluated(grads))):
+        rate = expected(i)
+        factor = reference.kl_clip_factor(flat(updates[i]), flat(grads), rate, 0.01) if rate else 1.0
+        assert factor < 1 or rate == 0
+        close(found, {k: factor * u for k, u in flat(updates[i]).items()})
+
+
+@dtypes
+@pytest.mark.parametrize("tx", [clip_by_global_norm(0.5), clip_by_kl(0.5)])
+def test_zero_gradients_stay_zero(tx, dtype):
+    zeros = optree.tree_map(torch.zeros_like, nested(dtype))
+    close(replayed(tx, [zeros], evaluation=evaluated(zeros))[0], zeros, rtol=0)
+
+
+@dtypes
+def test_half_precision_is_summed_in_float32(dtype):
+    """The sum of many small squares, which bfloat16 would lose, and of squares that overflow in float16."""
+    grads = {"w": torch.full((100, 100), 0.01, dtype=dtype), "b": torch.ones(1, dtype=dtype)}
+    (found,) = replayed(clip_by_global_norm(0.1), [grads])
+    assert found["w"].dtype == dtype
+    assert norm(found) == pytest.approx(0.1, rel=0.01)
+    large = {"w": torch.full((4,), 300.0, dtype=torch.float16)}
+    assert norm(replayed(clip_by_global_norm(1.0), [large])[0]) == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("inf"), float("nan")])
+def test_bounds_are_checked(bound):
+    with pytest.raises(ValueError, match=r"max_norm: expected a finite number in \(0"):
+        clip_by_global_norm(bound)
+    with pytest.raises(ValueError, match=r"max_kl: expected a finite number in \(0"):
+        clip_by_kl(bound)
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan")])
+def test_learning_rate_is_checked(rate):
+    with pytest.raises(ValueError, match="learning_rate: expected a finite number"):
+        clip_by_kl(1.0, rate)
+
+
+def test_evaluation_is_needed():
+    tx = clip_by_kl(1.0)
+    with pytest.raises(TypeError, match="clip_by_kl: evaluation is missing; call update"):
+        tx.update(nested(), tx.init(nested()))

@@ -1,0 +1,122 @@
+"""Schedules equal their formulas at every step, and are counted from 0."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrkfac import (
+    constant_schedule,
+    exponential_schedule,
+    piecewise_constant_schedule,
+    scale,
+    scale_by_learning_rate,
+    warmup_cosine_schedule,
+)
+from lrkfac.testing import check_transformation
+from tests import reference_optimizers as reference
+from tests.transforms.test_base import close, flat, nested, replayed, steps
+
+values = st.floats(-10, 10)
+
+
+def check_schedule(schedule, expected, number=25):
+    for step in range(number):
+        found = torch.as_tensor(schedule(torch.tensor(step)), dtype=torch.float64)
+        assert found.shape == ()
+        torch.testing.assert_close(found.item(), float(expected(step)), rtol=1e-12, atol=1e-12)
+
+
+@given(values)
+def test_constant(value):
+    check_schedule(constant_schedule(value), lambda step: value)
+
+
+@given(values, st.integers(0, 10), st.integers(1, 12), values, values)
+def test_warmup_cosine(peak, warmup, more, initial, final):
+    schedule = warmup_cosine_schedule(peak, warmup, warmup + more, initial, final)
+    check_schedule(
+        schedule,
+        lambda step: reference.warmup_cosine_schedule(step, peak, warmup, warmup + more, initial, final),
+    )
+    assert schedule(torch.tensor(warmup)).item() == pytest.approx(peak)
+    assert schedule(torch.tensor(10**6)).item() == pytest.approx(final)
+
+
+@given(values, st.floats(0.1, 2), st.integers(1, 10))
+def test_exponential(initial, rate, interval):
+    schedule = exponential_schedule(initial, rate, interval)
+    check_schedule(schedule, lambda step: reference.exponential_schedule(step, initial, rate, interval))
+
+
+@given(values, st.dictionaries(st.integers(0, 20), st.floats(-2, 2), max_size=4))
+def test_piecewise_constant(initial, scales):
+    boundaries, levels = sorted(scales), [initial]
+    for boundary in boundaries:
+        levels.append(levels[-1] * scales[boundary])
+    schedule = piecewise_constant_schedule(initial, scales)
+    check_schedule(schedule, lambda step: reference.piecewise_constant_schedule(step, boundaries, levels))
+
+
+SCHEDULES = {
+    "constant": (constant_schedule(0.3), lambda step: 0.3),
+    "cosine": (warmup_cosine_schedule(0.5, 2, 5), lambda s: reference.warmup_cosine_schedule(s, 0.5, 2, 5)),
+    "exponential": (exponential_schedule(0.5, 0.8), lambda s: reference.exponential_schedule(s, 0.5, 0.8)),
+    "piecewise": (
+        piecewise_constant_schedule(0.5, {2: 0.1, 4: 3.0}),
+        lambda step: reference.piecewise_constant_schedule(step, [2, 4], [0.5, 0.05, 0.15]),
+    ),
+    "the user's own": (lambda step: 1 / (1 + step), lambda step: 1 / (1 + step)),
+    "a number": (0.25, lambda step: 0.25),
+    "a tensor": (torch.tensor(0.25), lambda step: 0.25),
+}
+each_schedule = pytest.mark.parametrize("rate, expected", SCHEDULES.values(), ids=SCHEDULES.keys())
+
+
+@each_schedule
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_laws(rate, expected, dtype):
+    check_transformation(scale_by_learning_rate(rate), nested(dtype))
+
+
+@each_schedule
+def test_learning_rate_of_each_step(rate, expected):
+    grads = steps(6)
+    for i, found in enumerate(replayed(scale_by_learning_rate(rate), grads)):
+        # one divided by an integer tensor is float32
+        close(found, {k: -expected(i) * g for k, g in flat(grads[i]).items()}, rtol=1e-7)
+
+
+@pytest.mark.parametrize("factor", [2, -0.5, 0.0, torch.tensor(0.5)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scale(factor, dtype):
+    check_transformation(scale(factor), nested(dtype))
+    for found, grads in zip(replayed(scale(factor), steps(2, dtype)), steps(2, dtype), strict=True):
+        close(found, {k: float(factor) * g for k, g in flat(grads).items()}, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: scale(float("nan")), ValueError, "factor: expected a finite number"),
+        (lambda: scale("2"), TypeError, "factor: expected a number, got str"),
+        (lambda: scale_by_learning_rate(-0.1), ValueError, "learning_rate: expected a finite number"),
+        (lambda: scale_by_learning_rate(float("inf")), ValueError, "learning_rate: expected a finite number"),
+        (lambda: scale_by_learning_rate(None), TypeError, "learning_rate: expected a number, got NoneType"),
+        (lambda: constant_schedule(float("nan")), ValueError, "value: expected a finite number"),
+        (lambda: warmup_cosine_schedule(float("nan"), 1, 2), ValueError, "peak_value: expected"),
+        (lambda: warmup_cosine_schedule(1.0, 1, 2, float("inf")), ValueError, "initial_value: expected"),
+        (lambda: warmup_cosine_schedule(1.0, 1, 2, 0.0, float("nan")), ValueError, "final_value: expected"),
+        (lambda: warmup_cosine_schedule(1.0, 2, 2), ValueError, "warmup_steps: .* total_steps = 2, got 2"),
+        (lambda: warmup_cosine_schedule(1.0, -1, 2), ValueError, "warmup_steps: .* got -1"),
+        (lambda: exponential_schedule(float("nan"), 0.5), ValueError, "initial_value: expected"),
+        (lambda: exponential_schedule(1.0, 0.0), ValueError, r"decay_rate: .*\(0, inf\), got 0"),
+        (lambda: exponential_schedule(1.0, 0.5, 0), ValueError, r"steps: .*\[1, inf\), got 0"),
+        (lambda: piecewise_constant_schedule(float("nan"), {}), ValueError, "initial_value: expected"),
+        (lambda: piecewise_constant_schedule(1.0, {-1: 0.1}), ValueError, r"boundary: .* got -1"),
+        (lambda: piecewise_constant_schedule(1.0, {1: float("inf")}), ValueError, "scale: .* got inf"),
+    ],
+)
+def test_arguments_are_checked(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
