@@ -188,7 +188,7 @@ def _normalised(plain: Callable[..., Tensor]) -> Parser:
     """A normalisation with scale and shift: its input is what it returns without them."""
 
     def parse(known: Known, input: Tensor, *args: Any, **kwargs: Any) -> Call | None:
-        scale, shift, without, aligned = plain(input, *args, **kwargs)  # type: ignore[misc]
+        scale, shift, without, aligned = plain(input, *args, **kwargs)
         if scale is None or not known(scale):
             return None
         return Call(SCALE, without(), scale, shift, (aligned,), COLUMN)

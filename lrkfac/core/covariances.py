@@ -15,7 +15,7 @@ from lrkfac.core.layers import KINDS, Kind, Options, counts
 from lrkfac.core.rows import RowCovariance
 from lrkfac.core.tree import wide
 from lrkfac.core.types import Covariance, Layer
-from lrkfac.core.views import put, taken
+from lrkfac.core.views import View, put, taken
 
 Uses = tuple[Tensor, ...]
 """One tensor for each use of a layer's weight, in the standard form of ``lrkfac.core.layers``."""
@@ -250,7 +250,7 @@ def from_matrices(layers: list[Layer], matrices: list[Tensor]) -> dict[int, Tens
     return found
 
 
-def _shape_of(view: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _shape_of(view: View, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(taken(view, torch.empty(shape, device="meta")).shape) if view else shape
 
 

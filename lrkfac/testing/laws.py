@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.covariances import RowCovariance
 from lrkfac.core.factors import FactorStructure
 from lrkfac.core.operators import Kronecker, LowRankPlusDiagonal, Operator
+from lrkfac.core.rows import RowCovariance
 from lrkfac.core.sherman_morrison import inverse
 from lrkfac.core.structures import KroneckerStructure
 from lrkfac.core.types import Tree

@@ -9,10 +9,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrkfac.core.covariances import RowCovariance
-from lrkfac.core.layers import CONV2D, LINEAR, ConvolutionOptions
+from lrkfac.core.layers import CONVOLUTIONS, LINEAR, ConvolutionOptions, LinearOptions
 from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
+from lrkfac.core.rows import RowCovariance
 from lrkfac.core.types import Layer, Parameter, Tree
+from lrkfac.core.views import Step
 
 dtypes = st.sampled_from([torch.float64, torch.float32])
 seeds = st.integers(0, 2**31 - 1)
@@ -96,17 +97,20 @@ def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> LayerCase:
 
     if draw(st.booleans()):
         positions = draw(st.sampled_from([(), (3,), (2, 3)]))
-        layer = _layer(LINEAR.name, (d_out, d_in), bias, 1, ())
+        layer = _layer(LINEAR.name, (d_out, d_in), bias, 1, tuple(LinearOptions()))
         return LayerCase(layer, normal(n, *positions, d_in), normal(n, *positions, d_out))
     kernel = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
     pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
     side = st.integers(0, 2)
-    padding = draw(st.tuples(side, side, side, side))
+    padding = draw(st.tuples(st.tuples(side, side), st.tuples(side, side)))
     options = ConvolutionOptions(kernel, draw(pair), padding, draw(pair), groups)
-    layer = _layer(CONV2D.name, (groups * d_out, d_in, *kernel), bias, groups, tuple(options))
-    inputs = normal(n, groups * d_in, 6, 7)
-    one = CONV2D.operation(inputs[:, :d_in], normal(1, d_in * kernel[0] * kernel[1]), options)
-    return LayerCase(layer, inputs, normal(n, groups * d_out, *one.shape[2:]))
+    kind = CONVOLUTIONS[2]
+    layer = _layer(kind.name, (groups * d_out, d_in, *kernel), bias, groups, tuple(options))
+    inputs, weight = normal(n, groups * d_in, 6, 7), normal(1, d_in * kernel[0] * kernel[1])
+    padded, _ = kind.prepare(inputs, normal(1, n, d_out, 1, 1), n, options)
+    assert kind.operation is not None
+    one = kind.operation(padded[:, :d_in], weight, options)
+    return LayerCase(layer, padded, normal(n, groups * d_out, *one.shape[2:]))
 
 
 def gradients(like: Tree, seed: int = 0) -> Tree:
@@ -123,7 +127,7 @@ def generator_of(seed: int) -> torch.Generator:
 
 
 def _layer(kind: str, shape: tuple[int, ...], bias: bool, groups: int, options: tuple[Any, ...]) -> Layer:
-    weight = Parameter("layer.weight", 1 if bias else 0, shape)
+    weight = Parameter("layer.weight", 1 if bias else 0, shape, (Step("flatten", (1,)),) if len(shape) > 2 else ())
     joint = Parameter("layer.bias", 0, shape[:1]) if bias else None
     d_in = int(torch.Size(shape[1:]).numel()) + bias
-    return Layer("layer", kind, weight, joint, d_in, shape[0] // groups, groups, (options,), weight.path)
+    return Layer("layer", (kind,), weight, joint, d_in, shape[0] // groups, groups, (options,), ((weight.path, 0),))

@@ -10,7 +10,7 @@ from torch import Tensor
 from lrkfac.core.blocks import Chosen, apply, blocks, identity, init, refresh
 from lrkfac.core.covariances import from_matrices, to_matrix
 from lrkfac.core.tree import check_like
-from lrkfac.core.types import Evaluation, Layers, Tree
+from lrkfac.core.types import Evaluation, Layer, Layers, Tree
 from lrkfac.transforms.base import GradientTransformation, need_number
 
 
@@ -92,7 +92,8 @@ def precondition_by_fisher(
             }
             factors = {name: factor for name, (factor, _) in refreshed.items()}
             inverses = {name: inverse for name, (_, inverse) in refreshed.items()}
-        owners, natural = [], []
+        owners: list[Layer] = []
+        natural: list[Tensor] = []
         for block in held:
             matrices = [to_matrix(layer, leaves) for layer in block.layers]
             owners += block.layers
