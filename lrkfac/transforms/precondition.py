@@ -33,17 +33,19 @@ def precondition_by_fisher(
     decay: float | Tensor = 0.95,
     fallback: GradientTransformation | None = None,
 ) -> GradientTransformation:
-    """``(B + δ_B I)⁻¹ ∇W (A + δ_A I)⁻¹`` for each layer: natural gradient by K-FAC.
+    """``(B + δ_B I)⁻¹ ∇W (A + δ_A I)⁻¹`` for each layer: natural gradient by K-FAC, or by exact blocks.
 
-    Where ``evaluation`` has statistics, the running averages of the factors are updated and inverted anew;
-    elsewhere the last inverses are applied. Before the first statistics gradients pass unchanged.
+    Where ``evaluation`` has statistics, the running averages are updated and inverted anew; elsewhere the last
+    inverses are applied. Before the first statistics gradients pass unchanged.
 
     Args:
         layers: From ``find_layers``.
-        structure: How a layer's factors are held: one structure for all layers, or a mapping from patterns of
-            layer names (``fnmatch``; the first that matches counts) to structures. A layer without a
-            pattern, and every layer by default, is held as ``kronecker(low_rank(rank),
-            low_rank_plus_diagonal(rank))``.
+        structure: How a layer's block is held: one structure for all layers, a mapping from patterns of layer names
+            (``fnmatch``; the first that matches counts), or a function of the ``Layer``; ``None`` from it, or no
+            pattern, means the default ``kronecker(low_rank(rank), low_rank_plus_diagonal(rank))``. Also
+            ``layer_wise()``, ``unit_wise()``, ``diagonal()``, and ``full()`` for all layers together. Scales and
+            shifts, whose blocks are no products, are held ``unit_wise()`` unless a pattern or function says
+            otherwise; the one-hot side of an embedding is always held as the diagonal that it is.
         rank: Rank of that default.
         damping: Tikhonov damping ``λ > 0``, in the square of the gradient's unit, split between the factors.
         decay: Decay of the running averages per batch of statistics, in [0, 1).
@@ -51,8 +53,9 @@ def precondition_by_fisher(
             gradients.
 
     Raises:
-        ValueError: If ``rank`` is below 1, ``damping`` not positive and finite, ``decay`` outside [0, 1), or a
-            pattern matches no layer; in ``update``, if the tree or the statistics are not those of ``layers``.
+        ValueError: If ``rank`` is below 1, ``damping`` not positive and finite, ``decay`` outside [0, 1), a
+            pattern matches no layer, or a structure makes no sense for a layer; in ``update``, if the tree or the
+            statistics are not those of ``layers``.
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
     """
     need_number(damping, "damping", 0, includes_low=False)
