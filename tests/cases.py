@@ -1,8 +1,8 @@
 """Small float64 networks, drawn from seeds, for the tests: pure functions of flat parameter dictionaries.
 
 A network is a tuple of stages, run one after another like ``nn.Sequential``: a ``LayerSpec`` (a layer with
-weight ``"<position>.weight"`` and, unless ``bias=False``, ``"<position>.bias"``), a ``Shift`` (adds the
-parameter ``"<position>.shift"``, which belongs to no layer) or a plain function of the activations. A layer's
+weight ``"<position>.weight"`` and, unless ``bias=False``, ``"<position>.bias"``), a ``Shift`` (subtracts
+the parameter ``"<position>.shift"``, which belongs to no layer) or a plain function of the activations. A layer's
 name is its position.
 """
 
@@ -32,7 +32,7 @@ class LayerSpec(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """Adds a parameter of the given shape: a parameter that no layer covers."""
+    """Subtracts a parameter of the given shape: one that no layer covers, where one that is added would be."""
 
     shape: tuple[int, ...]
 
@@ -67,7 +67,7 @@ class Case(NamedTuple):
 def apply_stage(stage: Stage, name: str, params: Params, x: Tensor) -> Tensor:
     """The activations after one stage."""
     if isinstance(stage, Shift):
-        return x + params[f"{name}.shift"]
+        return x - params[f"{name}.shift"]
     if not isinstance(stage, LayerSpec):
         return stage(x)
     operation = {"linear": functional.linear, "conv2d": functional.conv2d}[stage.kind]

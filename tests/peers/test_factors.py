@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import lrkfac
-from lrkfac.core.covariances import InputCovariance, output_covariance, to_matrix
+from lrkfac.core.covariances import factors as factors_of
+from lrkfac.core.covariances import to_matrix
 
 pytestmark = pytest.mark.peers
 
@@ -50,14 +51,9 @@ def our_factors(net, inputs, targets, likelihood, estimator):
     model, params = lrkfac.from_module(net)
     layers = lrkfac.find_layers(model, params, inputs, strict=True)
     evaluation = lrkfac.fisher(model, likelihood, layers, estimator)(params, inputs, targets)
-    statistics = evaluation.statistics
-    return layers, {
-        layer.name: (
-            InputCovariance(layer, statistics.inputs[layer.source]).dense(),
-            output_covariance(layer, statistics.output_gradients[layer.source], statistics.scale).dense(),
-        )
-        for layer in layers
-    }
+    inputs_of, gradients, scale = evaluation.statistics
+    found = {layer.name: factors_of(layer, inputs_of[layer.name], gradients[layer.name], scale) for layer in layers}
+    return layers, {name: (both.input.dense(), both.output.dense()) for name, both in found.items()}
 
 
 @pytest.mark.parametrize("net_name", NETS)
@@ -75,8 +71,7 @@ def test_blocks_equal_those_of_curvlinops(net_name, loss_name, estimator, theirs
         start += parameter.numel()
     expected = torch.zeros(start, start, dtype=torch.float64)
     for layer in layers:
-        bias = None if layer.bias is None else numbers[layer.bias.path]
-        place = to_matrix(layer, numbers[layer.weight.path], bias).flatten()
+        place = to_matrix(layer, [numbers[p.path] for p in layers.parameters]).flatten()
         a, b = factors[layer.name]
         scale = of_gradients if estimator == "empirical" else of_hessian
         expected[place[:, None], place[None]] = scale * torch.kron(b, a)
