@@ -117,7 +117,8 @@ class _Discovery(Follow):
                 use = Use(call, *weight, bias, result, call.input._version)
                 self.uses.setdefault(label(*weight), []).append(use)
                 # A parameter that is also the input has a second path, which no probe sees.
-                known = {weight, bias} - {self.place(call.input)}
+                own = self.place(call.input)
+                known = [place for place in (weight, bias) if place != own]
                 places = [place for place in places if place not in known]
         for path, _ in places:
             self.others.setdefault(path, []).append(resolve_name(func) or str(func))
