@@ -69,17 +69,16 @@ def describe(
         reason = _obstacle([g for g in groups if g.path == path], by_path[path], examples)
         if reason is not None:
             reasons.setdefault(path, reason)
+    biases = _biases(seen)
+    for path in {group.path for group in groups} & {bias[0] for bias in biases}:
+        reasons.setdefault(path, "used as a bias and in another way")
+    shared = _shared_biases(groups, biases, reasons, by_path)
     groups = [group for group in groups if group.path not in reasons]
-    owners = _owners(seen)
     names = _names(groups)
     layers: list[Layer] = []
     for name, group in zip(names, groups, strict=True):
         first = group.uses[0]
-        bias = first.bias
-        if bias is not None:
-            same = all(use.bias == bias for use in group.uses)
-            if not same or bias[0] in reasons or owners[label(*bias)] != {label(*site) for site in _weights(group)}:
-                bias = None
+        bias = None if first.bias is None or first.bias[0] in shared else first.bias
         with_bias = bias is not None and (joint or first.call.kind.unit_wise)
         layers.append(_layer(name, group, by_path, bias if with_bias else None))
         if bias is not None and not with_bias:
@@ -87,9 +86,9 @@ def describe(
     covered = {p.path for layer in layers for p in (layer.weight, layer.bias) if p is not None}
     for parameter in parameters:
         if parameter.path not in covered:
-            shared = "the bias of an operation whose weight is not covered, of several weights, or not at every use"
-            is_bias = any(key == parameter.path or key.startswith(parameter.path + ".") for key in owners)
-            reasons.setdefault(parameter.path, shared if is_bias else "not used by the model")
+            partly = "the bias of an operation whose weight is not covered, of several weights, or not at every use"
+            is_bias = any(path == parameter.path for path, _ in biases)
+            reasons.setdefault(parameter.path, partly if is_bias else "not used by the model")
     uncovered = tuple((p, reasons[p.path]) for p in parameters if p.path not in covered)
     return Layers(tuple(layers), uncovered, parameters, optree.tree_unflatten(structure, parameters))
 
@@ -152,18 +151,32 @@ def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str 
     return None
 
 
-def _weights(group: _Group) -> list[tuple[str, View]]:
-    return [(use.path, use.view) for use in group.uses]
+def _biases(seen: Mapping[str, list[Use]]) -> list[tuple[str, View]]:
+    """The biases of all uses, each once."""
+    biases: list[tuple[str, View]] = []
+    for use in (use for uses in seen.values() for use in uses):
+        if use.bias is not None and use.bias not in biases:
+            biases.append(use.bias)
+    return biases
 
 
-def _owners(seen: Mapping[str, list[Use]]) -> dict[str, set[str]]:
-    """From the label of a bias to the labels of the weights it is used with."""
-    owners: dict[str, set[str]] = {}
-    for name, uses in seen.items():
-        for use in uses:
-            if use.bias is not None:
-                owners.setdefault(label(*use.bias), set()).add(name)
-    return owners
+def _shared_biases(
+    groups: list[_Group], biases: list[tuple[str, View]], reasons: Mapping[str, str], by_path: Mapping[str, Parameter]
+) -> set[str]:
+    """Parameters that are biases, but not, part by part, at every use of one covered weight and nowhere else."""
+    shared = set()
+    for path, view in biases:
+        users = [group for group in groups if any(use.bias == (path, view) for use in group.uses)]
+        at_every_use = all(use.bias == (path, view) for use in users[0].uses)
+        if path in reasons or len(users) > 1 or users[0].path in reasons or not at_every_use:
+            shared.add(path)
+        entries = torch.zeros(by_path[path].shape, dtype=torch.int8)
+        for other, part in biases:
+            if other == path:
+                taken(part, entries).add_(1)
+        if bool((entries > 1).any()):
+            shared.add(path)
+    return shared
 
 
 def _names(groups: list[_Group]) -> list[str]:
