@@ -1,5 +1,7 @@
 """Factors by their action, against the unfolded rows of the reference; gradients as matrices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,16 @@ from torch.func import vmap
 from lrkfac import find_layers
 from lrkfac.core.covariances import (
     InputCovariance,
-    from_matrix,
+    example_gradients,
+    factors,
+    from_matrices,
     gradient_matrix,
-    output_covariance,
+    prepared,
     split_groups,
     to_matrix,
 )
+from lrkfac.core.layers import KINDS
+from lrkfac.core.rows import RowCovariance
 from lrkfac.core.types import Covariance
 from lrkfac.testing import covariances, layers
 from tests import cases, reference, reference_networks
@@ -47,12 +53,13 @@ def is_the_matrix(covariance, expected, dtype=torch.float64):
 
 
 def input_rows(layer, inputs, options):
-    """[groups, R, d] from the reference, which pads evenly only."""
+    """[groups, R, d] from the reference, for a prepared input, in which uneven padding is done."""
     if layer.kind == "linear":
         return reference.linear_input_rows(inputs, layer.bias is not None)
-    _, stride, padding, dilation, groups = options
-    padded, bias = F.pad(inputs, padding), layer.bias is not None
-    return reference.conv2d_input_rows(padded, layer.weight.shape, stride, 0, dilation, groups, bias)
+    _, stride, padding, dilation, groups, *_ = options
+    even = [before for before, after in padding] if all(x == y for x, y in padding) else [0, 0]
+    bias = layer.bias is not None
+    return reference.conv2d_input_rows(inputs, layer.weight.shape, stride, even, dilation, groups, bias)
 
 
 def output_rows(layer, gradients):
@@ -60,6 +67,17 @@ def output_rows(layer, gradients):
     if layer.kind == "linear":
         return reference.linear_output_rows(gradients)
     return reference.conv2d_output_rows(gradients, layer.groups)
+
+
+def input_covariance(layer, inputs):
+    """That of one group."""
+    return InputCovariance(KINDS[layer.kind], inputs, layer.options, layer.d_in, layer.bias is not None)
+
+
+def output_covariance(layer, gradients, scale):
+    """That of one group: the factor that needs no input."""
+    nothing = tuple(torch.empty(0, dtype=g.dtype) for g in gradients)
+    return factors(layer, nothing, gradients, scale).output
 
 
 def of_groups(layer, tensors, covariance):
@@ -70,12 +88,25 @@ def of_groups(layer, tensors, covariance):
     return [covariance(layer, tuple(part[i] for part in parts)) for i in range(layer.groups)]
 
 
+def network_statistics(case, layer):
+    """What a layer received and the gradients at its output, ``[1, ...]``, in standard form."""
+    inputs = reference_networks.forward(case)[1][layer.name]
+    gradients = reference_networks.output_gradients(case)[layer.name]
+    return prepared(layer, (inputs,), (gradients[None],), len(case.inputs))
+
+
+def joined(layer, matrix):
+    """Weight and bias of a matrix."""
+    found = from_matrices([layer], [matrix])
+    return found[layer.weight.index], None if layer.bias is None else found[layer.bias.index]
+
+
 @each_dtype
 @given(case=layers())
 def test_input_covariance_is_that_of_the_rows(dtype, case):
     (options,) = case.layer.options
     expected = reference.second_moment(input_rows(case.layer, case.inputs, options))
-    found = of_groups(case.layer, (case.inputs.to(dtype),), InputCovariance)
+    found = of_groups(case.layer, (case.inputs.to(dtype),), input_covariance)
     assert len(found) == case.layer.groups
     for covariance, matrix in zip(found, expected, strict=True):
         is_the_matrix(covariance, matrix, dtype)
@@ -95,21 +126,18 @@ def test_output_covariance_is_that_of_the_rows(dtype, case, scale):
 
 @each_case
 def test_factors_of_every_network(case):
-    described, (_, inputs) = (
-        find_layers(case.model, case.params, case.inputs),
-        reference_networks.forward(case),
-    )
-    gradients = reference_networks.output_gradients(case)
     scale = torch.tensor(1 / reference_networks.number_of_terms(case), dtype=torch.float64)
     expected = reference_networks.factors(case, "empirical")
+    described = find_layers(case.model, case.params, case.inputs)
+    assert {layer.name for layer in described} == set(expected)
     for layer in described:
+        inputs, gradients = (split_groups(layer, x) for x in network_statistics(case, layer))
         A, B = expected[layer.name]
-        covariances_A = of_groups(layer, (inputs[layer.name],), InputCovariance)
-        make = lambda layer, g: output_covariance(layer, g, scale)  # noqa: E731
-        covariances_B = of_groups(layer, (gradients[layer.name],), make)
         for i in range(layer.groups):
-            is_the_matrix(covariances_A[i], A[i])
-            is_the_matrix(covariances_B[i], B[i])
+            a, g = (tuple(x[i] for x in both) if layer.groups > 1 else both for both in (inputs, gradients))
+            found = factors(layer, a, g, scale)
+            is_the_matrix(found.input, A[i])
+            is_the_matrix(found.output, B[i])
 
 
 @given(layers())
@@ -119,12 +147,12 @@ def test_uses_of_one_weight_are_rows_of_one_factor(case):
     (options,) = layer.options
     more = options
     if layer.kind == "conv2d":
-        more = (options[0], (1, 1), (2, 2, 2, 2), *options[3:])
-    layer = type(layer)(**{**vars(layer), "options": (options, more)})
+        more = (options[0], (1, 1), ((2, 2), (2, 2)), *options[3:])
+    layer = replace(layer, options=(options, more), kinds=layer.kinds * 2, sites=layer.sites * 2)
     both = (inputs, torch.cat([inputs, inputs[:1] + 1]))
     rows = [input_rows(layer, x, o) for x, o in zip(both, layer.options, strict=True)]
     expected = reference.second_moment(torch.cat(rows, 1))
-    for covariance, matrix in zip(of_groups(layer, both, InputCovariance), expected, strict=True):
+    for covariance, matrix in zip(of_groups(layer, both, input_covariance), expected, strict=True):
         is_the_matrix(covariance, matrix)
 
 
@@ -136,8 +164,8 @@ def test_groups_at_once_are_groups_alone(case):
         assert parts is case.inputs
         return
     V = normal(layer.d_in, 2)
-    mapped = vmap(lambda a: (InputCovariance(layer, (a,)).matvec(V), InputCovariance(layer, (a,)).diagonal()))(parts)
-    for i, covariance in enumerate(of_groups(layer, (case.inputs,), InputCovariance)):
+    mapped = vmap(lambda a: (input_covariance(layer, (a,)).matvec(V), input_covariance(layer, (a,)).diagonal()))(parts)
+    for i, covariance in enumerate(of_groups(layer, (case.inputs,), input_covariance)):
         close(mapped[0][i], covariance.matvec(V))
         close(mapped[1][i], covariance.diagonal())
 
@@ -148,7 +176,7 @@ def test_half_precision_is_summed_in_float32(case):
 
     def both(x, g):
         make = lambda layer, g: output_covariance(layer, g, scale)  # noqa: E731
-        return of_groups(layer, (x,), InputCovariance) + of_groups(layer, (g,), make)
+        return of_groups(layer, (x,), input_covariance) + of_groups(layer, (g,), make)
 
     x, g = case.inputs.bfloat16(), case.output_gradients.bfloat16()
     for half, single in zip(both(x, g), both(x.float(), g.float()), strict=True):
@@ -157,6 +185,7 @@ def test_half_precision_is_summed_in_float32(case):
 
 @given(covariances(dtype=torch.float64))
 def test_covariance_of_given_rows(covariance):
+    assert isinstance(covariance, RowCovariance)
     is_the_matrix(covariance, covariance.scale * covariance.rows.mT @ covariance.rows)
 
 
@@ -170,7 +199,7 @@ def test_convolution_is_touched_without_unfolding():
     """Nothing is larger than the input, where unfolding takes nine times that."""
     x, w, k = normal(4, 16, 20, 20), normal(8, 16, 3, 3), 4
     (layer,) = find_layers(lambda p, x: F.conv2d(x, p["w"], p["b"], padding=1), {"w": w, "b": normal(8)}, x)
-    covariance, V = InputCovariance(layer, (x,)), normal(layer.d_in, k)
+    covariance, V = input_covariance(layer, (x,)), normal(layer.d_in, k)
     assert largest(lambda: covariance.matvec(V)) <= x.numel()
     assert largest(lambda: covariance.diagonal()) <= x.numel()
     assert largest(lambda: reference.conv2d_input_factor(x, w.shape, padding=1)) >= 9 * x.numel()
@@ -179,7 +208,7 @@ def test_convolution_is_touched_without_unfolding():
 def test_linear_layer_is_touched_without_the_matrix():
     x, d, k = normal(8, 512), 512, 4
     (layer,) = find_layers(lambda p, x: F.linear(x, p["w"], p["b"]), {"w": normal(600, d), "b": normal(600)}, x)
-    covariance, V = InputCovariance(layer, (x,)), normal(d + 1, k)
+    covariance, V = input_covariance(layer, (x,)), normal(d + 1, k)
     assert largest(lambda: covariance.matvec(V)) <= 2 * x.numel()
     assert largest(lambda: covariance.diagonal()) <= 2 * x.numel()
     assert largest(lambda: covariance.dense()) >= d * d
@@ -196,22 +225,35 @@ def test_gradient_matrix_is_the_sum_of_g_times_rows(dtype, case):
     expected = expected[0] if layer.groups == 1 else expected
     found = gradient_matrix(layer, (case.inputs.to(dtype),), (case.output_gradients.to(dtype),))
     close(found, expected, dtype)
-    weight, bias = from_matrix(layer, expected)
+    weight, bias = joined(layer, expected)
     assert weight.shape == layer.weight.shape and (bias is None) == (layer.bias is None)
-    assert torch.equal(to_matrix(layer, weight, bias), expected)
+    leaves = [weight] if bias is None else [bias, weight]
+    assert torch.equal(to_matrix(layer, leaves), expected)
+
+
+@each_dtype
+@given(case=layers())
+def test_example_gradients_are_the_sums_over_the_rows_of_each_example(dtype, case):
+    """For each sample, and in one group what the gradient matrix is the sum of."""
+    layer, (options,) = case.layer, case.layer.options
+    n = len(case.inputs)
+    a, g = input_rows(layer, case.inputs, options), output_rows(layer, case.output_gradients)
+    split = [x.reshape(len(x), n, -1, x.shape[-1]) for x in (g, a)]
+    expected = torch.einsum("gnrk,gnrd->gnkd", *split)
+    inputs = split_groups(layer, (case.inputs.to(dtype),))
+    gradients = split_groups(layer, (torch.stack([case.output_gradients, 2 * case.output_gradients]).to(dtype),))
+    for i in range(layer.groups):
+        one = [tuple(x[i] for x in both) if layer.groups > 1 else both for both in (inputs, gradients)]
+        found = example_gradients(layer, *one)
+        close(found, torch.stack([expected[i], 2 * expected[i]]), dtype)
 
 
 @each_case
 def test_gradient_matrix_of_every_network(case):
-    described, (_, inputs) = (
-        find_layers(case.model, case.params, case.inputs),
-        reference_networks.forward(case),
-    )
-    gradients, terms = reference_networks.output_gradients(case), reference_networks.number_of_terms(case)
-    expected = reference_networks.gradients(case)
-    for layer in described:
-        matrix = gradient_matrix(layer, (inputs[layer.name],), (gradients[layer.name] / terms,))
-        weight, bias = from_matrix(layer, matrix)
+    terms, expected = reference_networks.number_of_terms(case), reference_networks.gradients(case)
+    for layer in find_layers(case.model, case.params, case.inputs):
+        inputs, (gradients,) = network_statistics(case, layer)
+        weight, bias = joined(layer, gradient_matrix(layer, inputs, (gradients[0] / terms,)))
         close(weight, expected[layer.weight.path])
         if layer.bias is not None:
             close(bias, expected[layer.bias.path])
