@@ -47,13 +47,15 @@ def plain(model, params, inputs, cotangent):
 def sum_of_products(layer, received, gradients):
     """``sum of g aᵀ`` over uses and rows as ``[groups, d_out, d_in]``, by the reference's unfolded rows."""
     total = 0
-    for a, g, options in zip(received, gradients, layer.options, strict=True):
+    for (site, use), options in zip(layer.sites, layer.options, strict=True):
+        a, g = received[site][use], gradients[site][use]
         if layer.kind == "linear":
             a, g = reference.linear_input_rows(a, layer.bias is not None), reference.linear_output_rows(g)
         else:
-            _, stride, padding, dilation, groups = options
+            _, stride, padding, dilation, groups, *_ = options
             settings = (stride, 0, dilation, groups, layer.bias is not None)
-            a = reference.conv2d_input_rows(F.pad(a, padding), layer.weight.shape, *settings)
+            a = F.pad(a, [side for pair in reversed(padding) for side in pair])
+            a = reference.conv2d_input_rows(a, layer.weight.shape, *settings)
             g = reference.conv2d_output_rows(g, groups)
         total = total + torch.einsum("grk,grd->gkd", g, a)
     return total
@@ -123,7 +125,7 @@ def is_the_gradient(model, params, x):
     outputs, received, gradients = captured(model, params, x, cotangent, layers)
     assert torch.equal(outputs, expected), "probes change nothing"
     for layer in layers:
-        found = sum_of_products(layer, received[layer.source], gradients[layer.source])
+        found = sum_of_products(layer, received, gradients)
         weight = grads[layer.weight.path].reshape(layer.groups, layer.d_out, -1)
         if layer.bias is not None:
             weight = torch.cat([weight, grads[layer.bias.path].reshape(layer.groups, -1, 1)], -1)

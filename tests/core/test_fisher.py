@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lrkfac
 from lrkfac import find_layers, fisher
-from lrkfac.core.covariances import InputCovariance, output_covariance, split_groups
+from lrkfac.core.covariances import factors as factors_of_group
+from lrkfac.core.covariances import split_groups
 from lrkfac.testing import gradients
 from tests import cases, reference_networks
 from tests.marks import requires_compiler
@@ -54,10 +55,10 @@ def factors(case, evaluation):
     for layer in described(case):
 
         def one(a, g, layer=layer):
-            A, B = InputCovariance(layer, a), output_covariance(layer, g, scale)
-            return reference_networks.Factors(A.dense(), B.dense())
+            found = factors_of_group(layer, a, g, scale)
+            return reference_networks.Factors(found.input.dense(), found.output.dense())
 
-        rows = split_groups(layer, recorded[layer.source]), split_groups(layer, gradients[layer.source])
+        rows = split_groups(layer, recorded[layer.name]), split_groups(layer, gradients[layer.name])
         result[layer.name] = vmap(one)(*rows) if layer.groups > 1 else optree.tree_map(lambda m: m[None], one(*rows))
     return result
 
@@ -118,7 +119,7 @@ def test_sampled_gradients_are_those_at_the_labels(case):
     labels = likelihood(case).sample(case.model(case.params, case.inputs), noise[0])
     found = evaluate(case, noise=noise).statistics.output_gradients
     for name, g in reference_networks.output_gradients(case._replace(targets=labels)).items():
-        close(found[f"{name}.weight"][0], g[None])
+        close(found[name][0], g[None])
 
 
 @each(*cases.ALL)
@@ -175,7 +176,7 @@ def test_randomness_is_an_argument_or_torchs_seed():
     optree.tree_map(lambda *pair: torch.testing.assert_close(*pair, rtol=0, atol=0), run(noise=noise), run(noise=noise))
     f(P, X, Y, statistics=False)
     assert torch.equal(torch.get_rng_state(), state), "neither draws anything"
-    drawn = [torch.manual_seed(seed) and run().output_gradients["4.weight"][0] for seed in (0, 0, 1)]
+    drawn = [torch.manual_seed(seed) and run().output_gradients["4"][0] for seed in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
@@ -287,7 +288,7 @@ def test_ensemble_under_vmap(estimator):
     member, alone = (optree.tree_map(lambda x: x[1], tree) for tree in (found, params))
     optree.tree_map(close, member, run(alone))
     same = optree.tree_map(lambda p: torch.stack([p, p]), P)
-    drawn = vmap(results(f, CASE, None), randomness="different")(same)[-1].output_gradients["0.weight"][0]
+    drawn = vmap(results(f, CASE, None), randomness="different")(same)[-1].output_gradients["0"][0]
     assert torch.equal(drawn[0], drawn[1]) == (estimator != "mc")
 
 
