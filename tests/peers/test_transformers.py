@@ -1,0 +1,78 @@
+"""Models of transformers, unmodified, at tiny sizes: every parameter is covered, gradients are autograd's."""
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import grad
+
+import lrkfac
+
+pytestmark = [pytest.mark.peers, pytest.mark.slow]
+
+
+class Logits(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, inputs):
+        return self.body(inputs).logits
+
+
+def gpt2(transformers):
+    config = transformers.GPT2Config(
+        vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, use_cache=False
+    )
+    return transformers.GPT2LMHeadModel(config), torch.randint(13, (3, 5))
+
+
+def bert(transformers):
+    config = transformers.BertConfig(
+        vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
+        max_position_embeddings=8, num_labels=3,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config), torch.randint(1, 13, (3, 5))
+
+
+def llama(transformers):
+    config = transformers.LlamaConfig(
+        vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=12, max_position_embeddings=8, use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config), torch.randint(3, 13, (3, 5))
+
+
+def vit(transformers):
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
+        num_labels=3,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("make", [gpt2, bert, llama, vit], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("estimator", ["mc", "exact", "empirical"])
+def test_every_parameter_is_covered_and_gradients_are_right(make, estimator):
+    transformers = pytest.importorskip("transformers", reason="the extra 'peers' is not installed")
+    body, inputs = make(transformers)
+    model, params = lrkfac.from_module(Logits(body.double().eval()))
+    params = optree.tree_map(lambda p: p + 0.1 * torch.randn_like(p), params)
+    outputs = model(params, inputs)
+    targets = torch.randint(outputs.shape[-1], outputs.shape[:-1])
+    layers = lrkfac.find_layers(model, params, inputs, strict=True)
+    e = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator)(params, inputs, targets)
+
+    def loss(params):
+        return F.cross_entropy(model(params, inputs).flatten(0, -2), targets.flatten())
+
+    torch.testing.assert_close(e.loss, loss(params))
+    leaves = zip(optree.tree_leaves(e.grads), optree.tree_leaves(grad(loss)(params)), strict=True)
+    scale = max(g.abs().max() for g in optree.tree_leaves(e.grads))
+    for parameter, (found, expected) in zip(layers.parameters, leaves, strict=True):
+        assert (found - expected).abs().max() <= 1e-10 * scale, parameter.path
+    tx = lrkfac.low_rank_kfac(layers, 0.05, rank=2)
+    updates, _ = tx.update(e.grads, tx.init(params), params, evaluation=e)
+    assert sum((u * g).sum() for u, g in zip(*map(optree.tree_leaves, (updates, e.grads)), strict=True)) < 0
