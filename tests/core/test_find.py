@@ -49,6 +49,7 @@ def test_every_layer_of_a_network_is_described(case):
     for layer, (name, spec) in zip(layers, case.layers.items(), strict=True):
         assert layers[name] is layer
         assert (layer.kind, layer.groups, layer.uses) == (spec.kind, spec.groups, 1)
+        assert layer.kinds == (spec.kind,) and layer.sites == ((f"{name}.weight", 0),)
         assert (layer.weight.path, layer.weight.shape) == (f"{name}.weight", spec.weight_shape)
         assert (layer.bias and layer.bias.path) == (f"{name}.bias" if spec.bias else None)
         assert layer.d_in == prod(spec.weight_shape[1:]) + spec.bias
@@ -72,20 +73,22 @@ def test_table():
     def model(p, x):
         x = F.linear(x, p["twice"], p["bias"])
         x = F.linear(x, p["twice"], p["bias"]).unflatten(1, (4, 1, 1))
-        return F.conv2d(x, p["conv.weight"], groups=2) * p["scale"]
+        return F.conv2d(x, p["conv.weight"], groups=2) * p["scale"] - p["shift"]
 
     params = {"conv.weight": draw(6, 2, 1, 1), "scale": draw(6, 1, 1), "bias": draw(4), "twice": draw(4, 4)}
+    params["shift"] = draw(1, 1)
     expected = """\
 name   kind    parameters   shape          factors       uses
 -----  ------  -----------  -------------  ------------  ----
 twice  linear  twice, bias  4 x 4          A 5, B 4      2
 conv   conv2d  conv.weight  6 x 2 x 1 x 1  2 x A 2, B 3  1
+scale  scale   scale        6 x 1 x 1      A 1, B 6      1
 
 not covered (plain gradient):
-  scale (6, 1, 1): used by torch.Tensor.mul"""
+  shift (1, 1): used by torch.Tensor.sub"""
     assert str(find_layers(model, params, X)) == expected
-    del params["scale"]
-    layers = find_layers(lambda p, x: model({**p, "scale": 1}, x), params, X)
+    del params["shift"]
+    layers = find_layers(lambda p, x: model({**p, "shift": 1}, x), params, X)
     assert str(layers).endswith("every parameter is covered")
 
 
@@ -123,7 +126,7 @@ def test_bias_is_a_layer_of_its_own_when_separate():
     weight, bias = layers
     assert (weight.name, weight.kind, weight.bias, weight.d_in) == ("weight", "linear", None, 4)
     assert (bias.name, bias.kind, bias.weight.path, bias.d_in, bias.d_out) == ("bias", "bias", "bias", 1, 4)
-    assert bias.source == weight.source == "weight" and [s.path for s in layers.sources] == ["weight"]
+    assert bias.sites == weight.sites == (("weight", 0),) and layers.sources == {"weight"}
     assert not layers.uncovered
     with pytest.raises(ValueError, match="bias: expected 'joint' or 'separate', got 'none'"):
         find_layers(linear, square(), X, bias="none")
@@ -148,17 +151,17 @@ NOT_COVERED = {
     ),
     "weight and bias used elsewhere": (
         lambda p, x: linear(p, F.linear(x, p["v"], p["c"]).mul(p["v"][0])), {"v": V, "c": B},
-        {"v": "used by torch.Tensor.__getitem__", "c": "bias of an operation whose weight is not covered"},
+        {"v": "used in parts that overlap", "c": "bias of an operation whose weight is not covered"},
     ),
     "bias used elsewhere": (
-        lambda p, x: linear(p, x) * p["bias"], {}, {"bias": "used by torch.Tensor.mul"},
+        lambda p, x: linear(p, x) * p["bias"], {}, {"bias": "used as a bias and in another way"},
     ),
     "bias of two weights": (
         lambda p, x: F.linear(linear(p, x), p["v"], p["bias"]), {"v": V}, {"bias": "several weights"},
     ),
     "bias in one use of two": (lambda p, x: F.linear(linear(p, x), p["weight"]), {}, {"bias": "the bias of"}),
     "bias that is also in a weight": (
-        lambda p, x: F.linear(linear(p, x), p["bias"][None]), {}, {"bias": "torch.Tensor.__getitem__"},
+        lambda p, x: F.linear(linear(p, x), p["bias"][None]), {}, {"bias": "used as a bias and in another way"},
     ),
     "input of a layer": (
         lambda p, x: linear(p, x) + linear(p, p["v"]), {"v": V[:1]}, {"v": "functional.linear"},
@@ -167,8 +170,10 @@ NOT_COVERED = {
         lambda p, x: linear(p, x) + F.linear(p["v"], p["v"])[0], {"v": V}, {"v": "functional.linear"},
     ),
     "another operation": (
-        lambda p, x: linear(p, torch.einsum("nd,cd->nc", x, p["v"])), {"v": V},
-        {"v": "used by torch.functional.einsum"},
+        lambda p, x: linear(p, x) * F.bilinear(x, x, p["v"][None]), {"v": V}, {"v": "functional.bilinear"},
+    ),
+    "as it is and turned": (
+        lambda p, x: linear(p, (x @ p["v"]).tanh() @ p["v"].mT), {"v": V}, {"v": "arranged differently"},
     ),
     "different groups": (
         lambda p, x: linear(p, sum(F.conv2d(draw(5, g, 1, 1), p["k"], groups=g) for g in (2, 4))[..., 0, 0]),
@@ -222,7 +227,7 @@ REFUSED = {
     ),
     "control flow": (lambda p, x: linear(p, x) if x.sum() > 0 else x, "depend on the values of tensors"),
     "shape by values": (lambda p, x: linear(p, x[x[:, 0] > 0]), "depend on the values of tensors"),
-    "no layer": (lambda p, x: x @ p["weight"].mT + p["bias"], r"(?s)no layer found.*weight.*used by"),
+    "no layer": (lambda p, x: x @ p["weight"].sin() - p["bias"], r"(?s)no layer found.*weight.*used by"),
 }  # fmt: skip
 
 

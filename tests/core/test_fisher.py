@@ -10,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lrkfac
 from lrkfac import find_layers, fisher
-from lrkfac.core.covariances import factors as factors_of_group
-from lrkfac.core.covariances import split_groups
+from lrkfac.core import covariances
 from lrkfac.testing import gradients
 from tests import cases, reference_networks
 from tests.marks import requires_compiler
@@ -55,10 +54,10 @@ def factors(case, evaluation):
     for layer in described(case):
 
         def one(a, g, layer=layer):
-            found = factors_of_group(layer, a, g, scale)
+            found = covariances.factors(layer, a, g, scale)
             return reference_networks.Factors(found.input.dense(), found.output.dense())
 
-        rows = split_groups(layer, recorded[layer.name]), split_groups(layer, gradients[layer.name])
+        rows = (covariances.split_groups(layer, tensors[layer.name]) for tensors in (recorded, gradients))
         result[layer.name] = vmap(one)(*rows) if layer.groups > 1 else optree.tree_map(lambda m: m[None], one(*rows))
     return result
 

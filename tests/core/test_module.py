@@ -71,9 +71,11 @@ def loss_and_gradients_are_the_modules(net, inputs, call):
 @pytest.mark.parametrize("training", [True, False])
 def test_residual_network(training):
     layers = loss_and_gradients_are_the_modules(residual().train(training), IMAGES, lambda net: net(IMAGES))
-    assert [layer.name for layer in layers] == ["0.conv", "0.last", "1.conv", "1.last", "4"]
-    assert {p.path for p, _ in layers.uncovered} == {f"{i}.norm.{name}" for i in (0, 1) for name in ("weight", "bias")}
-    assert all("batch_norm" in reason for _, reason in layers.uncovered)
+    kinds = {f"{i}.{part}": kind for i in (0, 1) for part, kind in
+             (("conv", "conv2d"), ("norm", "scale"), ("last", "conv2d"))}  # fmt: skip
+    assert [(layer.name, layer.kind) for layer in layers] == [*kinds.items(), ("4", "linear")]
+    assert not layers.uncovered
+    assert all(layer.bias and layer.bias.path == f"{layer.name}.bias" for layer in layers)
 
 
 class Several(nn.Module):
@@ -133,6 +135,7 @@ def test_buffers_come_back_as_the_module_would_change_them():
     model, params, buffers = from_module(net, buffers=True)
     expected, kept = copy.deepcopy(net), state_of(net)
     layers = find_layers(model, params, (buffers, X))
+    assert layers["1"].kind == "scale" and not layers.uncovered
     evaluate = fisher(model, lrkfac.categorical(), layers, has_aux=True)
     for x in (X, 2 * X, X + 1):
         before = optree.tree_map(torch.clone, buffers)

@@ -1,0 +1,123 @@
+"""What belongs to a layer and what does not: the description, and gradients that are autograd's either way."""
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lrkfac
+from lrkfac import find_layers, fisher, from_module
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+X = normal(5, 4, seed=9)
+P = {"w": normal(4, 4), "v": normal(4, 4, seed=1), "b": normal(4, seed=2), "c": normal(4, seed=3)}
+
+
+def gradients_are_those_of_autograd(model, params, inputs, **options):
+    """With statistics, where they follow from what was captured, and the layers."""
+    layers = find_layers(model, params, inputs, **options)
+    leaves = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
+    outputs = model(leaves, inputs)
+    targets = normal(*outputs.shape, seed=7)
+    loss = ((outputs - targets) ** 2).flatten(1).sum(1).mean() / 2
+    grads = torch.autograd.grad(loss, optree.tree_leaves(leaves), allow_unused=True)
+    expected = [torch.zeros_like(p) if g is None else g for p, g in zip(optree.tree_leaves(params), grads, strict=True)]
+    found = fisher(model, lrkfac.gaussian(), layers, "exact")(params, inputs, targets)
+    for g, e in zip(optree.tree_leaves(found.grads), expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-12)
+    return layers
+
+
+def linear(p, x, bias="b"):
+    return F.linear(x, p["w"], p[bias])
+
+
+COVERED = {
+    "x @ w": (lambda p, x: x @ p["w"], ["w linear"]),
+    "x @ w + b": (lambda p, x: x @ p["w"] + p["b"], ["w linear w, b"]),
+    "b + w @ x": (lambda p, x: p["w"] @ x.mT, ["w linear"]),
+    "matmul of a turned weight": (lambda p, x: torch.matmul(x, p["w"].mT) + p["b"], ["w linear w, b"]),
+    "addmm": (lambda p, x: torch.addmm(p["b"], x, p["w"]), ["w linear w, b"]),
+    "einsum": (lambda p, x: torch.einsum("nd,cd->nc", x, p["w"]), ["w linear"]),
+    "embedding": (lambda p, x: F.embedding((x > 0).sum(1) % 4, p["w"]), ["w embedding"]),
+    "layer norm": (lambda p, x: linear(p, F.layer_norm(x, (4,), p["c"])), ["c scale", "w linear w, b"]),
+    "batch norm": (
+        lambda p, x: F.batch_norm(x @ p["w"], None, None, p["b"], p["c"], True), ["w linear", "b scale b, c"],
+    ),
+    "added to the input": (lambda p, x: linear(p, x + p["c"]), ["c shift", "w linear w, b"]),
+    "multiplied": (lambda p, x: linear(p, x) * p["c"], ["w linear w, b", "c scale"]),
+    "halves": (
+        lambda p, x: torch.cat([F.linear(x, w, b) for w, b in zip(p["w"].chunk(2), p["b"].chunk(2), strict=True)], 1),
+        ["w.chunk(2)[0] linear w, b", "w.chunk(2)[1] linear w, b"],
+    ),
+    "slices": (
+        lambda p, x: x @ p["w"][:, :1] + x @ p["w"][:, 1:2] * (x @ p["w"][:, 2:]),
+        [f"w[(slice(None, None, None), slice({part}, None))] linear" for part in ("None, 1", "1, 2", "2, None")],
+    ),
+    "tied": (lambda p, x: F.linear(F.embedding((x > 0).sum(1) % 4, p["w"]).tanh(), p["w"]), ["w embedding + linear"]),
+    "tied and not": (lambda p, x: (x @ p["w"]).tanh() @ p["w"] @ p["v"], ["w linear", "v linear"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "expected"), COVERED.values(), ids=COVERED.keys())
+def test_covered(model, expected):
+    layers = gradients_are_those_of_autograd(model, P, X)
+    bias = lambda layer: "" if layer.bias is None else f" {layer.weight.path}, {layer.bias.path}"  # noqa: E731
+    assert [f"{layer.name} {layer.kind}{bias(layer)}" for layer in layers] == expected
+    assert all(reason == "not used by the model" for _, reason in layers.uncovered)
+    gradients_are_those_of_autograd(model, P, X, bias="separate")
+
+
+SHARED_BIASES = {
+    "bias and scale": lambda p, x: linear(p, x) * p["b"],
+    "bias in one use of two, and scale": lambda p, x: F.linear(linear(p, x).tanh() * p["b"], p["w"]),
+    "bias of two weights": lambda p, x: F.linear(linear(p, x).tanh(), p["v"], p["b"]),
+    "bias of two weights, and scale": lambda p, x: F.linear(linear(p, x).tanh(), p["v"], p["b"]) * p["b"],
+    "bias and weight": lambda p, x: F.linear(linear(p, x), p["b"][None]),
+    "bias and shift": lambda p, x: linear(p, (x + p["b"]).tanh()),
+    "shift before and after": lambda p, x: F.linear((x + p["b"]).tanh(), p["w"]) + p["b"],
+    "two arrangements": lambda p, x: F.linear(linear(p, x).tanh(), p["v"], p["b"].view(4)),
+    "overlapping parts": lambda p, x: (
+        F.linear(x, p["w"][:3], p["b"][:3]).sum(1, True) * F.linear(x, p["w"][3:], p["b"][2:3])
+    ),
+    "bias of a layer and of an uncovered norm": lambda p, x: linear(p, F.layer_norm(x, (4,), p["v"][0], p["b"])),
+    "half of it with an uncovered weight": lambda p, x: (
+        F.linear(x, p["w"][:2], p["b"][:2]) * F.linear(x, p["v"][2:], p["b"][2:]) + F.linear(x, p["w"][2:])
+    ),
+    "scale and shift of one norm": lambda p, x: F.linear(F.layer_norm(x, (4,), p["b"], p["b"]), p["w"]),
+    "one of several biases": lambda p, x: F.linear(linear(p, linear(p, x, "c")), p["v"], p["b"]),
+}
+
+
+@pytest.mark.parametrize("model", SHARED_BIASES.values(), ids=SHARED_BIASES.keys())
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+def test_bias_with_other_uses_belongs_to_no_layer(model, bias):
+    layers = gradients_are_those_of_autograd(model, P, X, bias=bias)
+    reasons = {p.path: reason for p, reason in layers.uncovered}
+    assert "bias" in reasons["b"] and layers.covered
+
+
+def test_weight_whose_part_is_a_bias_belongs_to_no_layer():
+    layers = gradients_are_those_of_autograd(lambda p, x: F.linear(x, p["w"], p["v"][0]) @ p["v"], P, X)
+    assert [layer.name for layer in layers] == ["w"]
+
+
+def test_parts_of_a_network_in_a_table():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(4, 6, 2, groups=2), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(12, 3)).double()
+    model, params = from_module(net)
+    layers = gradients_are_those_of_autograd(model, params, normal(5, 4, 3))
+    expected = """\
+name  kind    parameters        shape      factors       uses
+----  ------  ----------------  ---------  ------------  ----
+0     conv1d  0.weight, 0.bias  6 x 2 x 2  2 x A 5, B 3  1
+1     scale   1.weight, 1.bias  6          A 2, B 6      1
+3     linear  3.weight, 3.bias  3 x 12     A 13, B 3     1
+
+every parameter is covered"""
+    assert str(layers) == expected
