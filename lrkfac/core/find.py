@@ -55,6 +55,7 @@ def find_layers(
         discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)])
         with discovery:
             result = _run(model, optree.tree_unflatten(structure, leaves), inputs)
+        discovery.separate_reused_products()
     outputs = result[0] if isinstance(result, tuple) and result else result
     if not isinstance(outputs, Tensor):
         raise TypeError(
@@ -98,6 +99,16 @@ class _Discovery(Follow):
         super().__init__(tracked, guarded=True)
         self.uses: dict[str, list[Use]] = {}
         self.others: dict[str, list[str]] = {}
+        self.completed: list[tuple[str, int, Tensor, Use]] = []
+        self.received: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if any(isinstance(x, Tensor) for x in optree.tree_leaves(result)):
+            self.received += [x for x in optree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        return result
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
         places = [place for x in optree.tree_leaves((args, kwargs)) if (place := self.place(x)) is not None]
@@ -110,7 +121,7 @@ class _Discovery(Follow):
             )
         if call is not None:
             weight = self.place(call.weight)
-            if call.kind is SHIFT and weight is not None and self._completes(args, call.weight, weight, result):
+            if call.kind is SHIFT and weight is not None and self._completes(args, call, weight, result):
                 return result
             bias = self.place(call.bias)
             if weight is not None:
@@ -124,13 +135,22 @@ class _Discovery(Follow):
             self.others.setdefault(path, []).append(resolve_name(func) or str(func))
         return result
 
-    def _completes(self, args: Any, bias: Tensor, place: tuple[str, View], result: Tensor) -> bool:
+    def _completes(self, args: Any, call: Call, place: tuple[str, View], result: Tensor) -> bool:
         """Whether this addition is the bias of a product that was just made, as in ``x @ w + b``."""
-        for uses in self.uses.values():
+        for name, uses in self.uses.items():
             for i, use in enumerate(uses):
                 plain = use.call.kind is LINEAR and use.call.options == LinearOptions() and use.call.bias is None
                 if plain and use.bias is None and any(use.output is x for x in args):
-                    if tuple(bias.shape) == tuple(use.output.shape[-1:]) and result.shape == use.output.shape:
+                    if tuple(call.weight.shape) == tuple(use.output.shape[-1:]) and result.shape == use.output.shape:
+                        shift = Use(call, *place, None, result, call.input._version)
+                        self.completed.append((name, i, use.output, shift))
                         uses[i] = use._replace(bias=place, output=result)
                         return True
         return False
+
+    def separate_reused_products(self) -> None:
+        """A product that is used apart from its bias, too, has other gradients than the sum: two layers."""
+        for name, i, product, shift in self.completed:
+            if sum(x is product for x in self.received) > 1:
+                self.uses[name][i] = self.uses[name][i]._replace(bias=None, output=product)
+                self.uses.setdefault(label(shift.path, shift.view), []).append(shift)

@@ -59,6 +59,12 @@ COVERED = {
         lambda p, x: x @ p["w"][:, :1] + x @ p["w"][:, 1:2] * (x @ p["w"][:, 2:]),
         [f"w[(slice(None, None, None), slice({part}, None))] linear" for part in ("None, 1", "1, 2", "2, None")],
     ),
+    "product used without its bias": (
+        lambda p, x: (lambda h: h.tanh() * (h + p["b"]))(x @ p["w"]), ["w linear", "b shift"],
+    ),
+    "view of a product used without its bias": (
+        lambda p, x: (lambda h: (h + p["b"]) * h.flip(1).view(5, 4))(x @ p["w"]), ["w linear", "b shift"],
+    ),
     "tied": (lambda p, x: F.linear(F.embedding((x > 0).sum(1) % 4, p["w"]).tanh(), p["w"]), ["w embedding + linear"]),
     "tied and not": (lambda p, x: (x @ p["w"]).tanh() @ p["w"] @ p["v"], ["w linear", "v linear"]),
 }  # fmt: skip
