@@ -35,7 +35,8 @@ def low_rank_kfac(
         decay: Decay of the factors' running averages.
         momentum: See ``trace``.
         weight_decay: See ``add_decayed_weights``.
-        kl_clip: Bound on the squared length of a step in the Fisher metric, see ``clip_by_kl``.
+        kl_clip: Bound on the squared length of a step in the Fisher metric, see ``clip_by_kl``. While it binds, it
+            sets the length of a step and the learning rate cancels.
 
     Raises:
         ValueError: If an argument is out of range.
