@@ -1,4 +1,4 @@
-"""What ``lrkfac`` offers: the names of the design, each documented; and what importing it does not do."""
+"""What ``lrkfac`` offers: its names, each documented; and what importing it does not do."""
 
 import inspect
 import subprocess

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lrkfac.core.hidden_effects import refuse_hidden_effects
+from lrkfac.core.hidden_effects import RefuseRandomNumbers, refuse_hidden_effects
 from lrkfac.core.layers import KIND_OF
 from lrkfac.core.types import Layers, Tree
 
@@ -117,7 +117,7 @@ def output_specs(
     if torch.compiler.is_compiling():
         records = run_captured(model, layers, params, inputs)[1]
     else:
-        with fake_mode():
+        with fake_mode(), RefuseRandomNumbers():
             records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)[1]
     return {
         source: [OutputSpec(tuple(r.output.shape), r.output.dtype, r.output.device) for r in uses]

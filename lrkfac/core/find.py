@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from lrkfac.core.capture import fake_mode, like_fake
-from lrkfac.core.hidden_effects import refuse_hidden_effects
+from lrkfac.core.hidden_effects import RefuseRandomNumbers, refuse_hidden_effects
 from lrkfac.core.layers import BIAS, KIND_OF, KINDS, Call, Kind
 from lrkfac.core.tree import paths
 from lrkfac.core.types import Layer, Layers, Parameter, Tree
@@ -53,7 +53,7 @@ def find_layers(
     watch = _Watch(parameters)
     with fake_mode():
         watch.leaves = [like_fake(leaf) for leaf in optree.tree_leaves(params)]
-        with watch:
+        with RefuseRandomNumbers(), watch:
             result = _run(model, optree.tree_unflatten(structure, watch.leaves), inputs)
     outputs = result[0] if isinstance(result, tuple) and result else result
     if not isinstance(outputs, Tensor):
@@ -74,6 +74,8 @@ def _parameters(params: Tree) -> tuple[Parameter, ...]:
     for index, (path, leaf) in enumerate(zip(paths(params), optree.tree_leaves(params), strict=True)):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"params: expected tensors, got {type(leaf).__name__} at {path!r}")
+        if any(path == other.path for other in found):
+            raise ValueError(f"params: two parameters have the path {path!r}; keys must not contain dots that collide")
         found.append(Parameter(path, index, tuple(leaf.shape)))
     return tuple(found)
 
@@ -196,7 +198,7 @@ def _describe(watch: _Watch, parameters: tuple[Parameter, ...], structure: optre
 
 
 def _names(parameters: tuple[Parameter, ...], indices: list[int]) -> dict[int, str]:
-    """Paths without their last part, where that is neither empty nor shared by two weights."""
+    """Paths without their last part, where that is neither empty nor shared with another name or path."""
     short = {i: parameters[i].path.rpartition(".")[0] for i in indices}
-    often = Counter(short.values())
+    often = Counter([*short.values(), *(p.path for p in parameters)])
     return {i: name if name and often[name] == 1 else parameters[i].path for i, name in short.items()}

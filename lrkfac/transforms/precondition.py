@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import optree
+import torch
 from torch import Tensor
 from torch.func import vmap
 
@@ -178,9 +179,13 @@ def _refresh(
 
     inputs = split_groups(layer, statistics.inputs[layer.source])
     gradients = split_groups(layer, statistics.output_gradients[layer.source])
-    if layer.groups == 1:
-        return one_group(state, inputs, gradients)
-    return vmap(one_group)(state, inputs, gradients)
+    try:
+        return (one_group if layer.groups == 1 else vmap(one_group))(state, inputs, gradients)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"layer {layer.name!r}: no inverse of its factors: its statistics, or damping or decay where they are "
+            f"tensors, are not finite or out of range ({error})"
+        ) from error
 
 
 def _apply(layer: Layer, inverse: Kronecker, gradient: Tensor) -> Tensor:
