@@ -1,4 +1,4 @@
-"""Ready-made optimisers: each one ``chain(...)``."""
+"""Ready-made optimizers: each one ``chain(...)``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from lrkfac.core.factors import dense
 from lrkfac.core.structures import KroneckerStructure, kronecker
 from lrkfac.core.types import Layers
-from lrkfac.transforms.base import GradientTransformation, chain
+from lrkfac.transforms.base import GradientTransformation, chain, need_number
 from lrkfac.transforms.clip import clip_by_kl
 from lrkfac.transforms.decay import add_decayed_weights
 from lrkfac.transforms.momentum import trace
@@ -35,7 +35,8 @@ def low_rank_kfac(
         decay: Decay of the factors' running averages.
         momentum: See ``trace``.
         weight_decay: See ``add_decayed_weights``.
-        kl_clip: Bound on the squared length of a step in the Fisher metric, see ``clip_by_kl``.
+        kl_clip: Bound on the squared length of a step in the Fisher metric, see ``clip_by_kl``. While it binds, it
+            sets the length of a step and the learning rate cancels.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -68,6 +69,8 @@ def _kfac(
     weight_decay: float,
     kl_clip: float,
 ) -> GradientTransformation:
+    need_number(momentum, "momentum", 0, 1)
+    need_number(kl_clip, "kl_clip", 0, includes_low=False)
     return chain(
         precondition_by_fisher(layers, structure, rank=rank, damping=damping, decay=decay),
         clip_by_kl(kl_clip, learning_rate),

@@ -37,9 +37,9 @@ ARGUMENTS = [
     *[("decay", value, ValueError, r"decay: expected a finite number in \[0, 1\)") for value in (-0.1, 1, NAN)],
     *[("damping", value, TypeError, "damping: expected a number, got") for value in ("1", True, None)],
     *[("decay", value, TypeError, "decay: expected a number, got") for value in ("1", True, None)],
-    *[("momentum", value, ValueError, r"decay: expected a finite number in \[0, 1\)") for value in (-0.1, 1, NAN)],
+    *[("momentum", value, ValueError, r"momentum: expected a finite number in \[0, 1\)") for value in (-0.1, 1, NAN)],
     *[("weight_decay", value, ValueError, "weight_decay: expected a finite") for value in (-0.1, INF)],
-    *[("kl_clip", value, ValueError, "max_kl: expected a finite") for value in (0, -1e-3, NAN)],
+    *[("kl_clip", value, ValueError, "kl_clip: expected a finite") for value in (0, -1e-3, NAN)],
 ]
 TAKES = {
     "rank": ["precondition_by_fisher", "low_rank_kfac", "low_rank", "low_rank_plus_diagonal"],

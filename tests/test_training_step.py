@@ -14,6 +14,7 @@ from lrkfac import kronecker
 from lrkfac.core.low_rank import LowRank, LowRankPlusDiagonalStructure
 from tests import cases, reference_networks, reference_optimizers
 from tests.marks import requires_compiler
+from tests.transforms.test_precondition import cast
 
 MLP, WIDTH_ONE, SHIFT, SEQUENCE = cases.LINEAR[0], cases.LINEAR[4], cases.LINEAR[6], cases.SEQUENCE[0]
 STRIDE, GROUPS = cases.CONVOLUTION[0], cases.CONVOLUTION[3]
@@ -219,12 +220,6 @@ def test_no_argument_is_changed(make, estimator):
         assert optree.tree_all(optree.tree_map(torch.equal, given, before))
         assert optree.tree_all(optree.tree_map(torch.equal, first, again)), "equal calls give equal results"
         state = first[1]
-
-
-def cast(case, dtype):
-    parts = {name: getattr(case, name) for name in ("params", "inputs", "targets")}
-    to = lambda x: x.to(dtype) if x.is_floating_point() else x  # noqa: E731
-    return case._replace(**optree.tree_map(to, parts))
 
 
 @pytest.mark.parametrize("make", [never_dense(2), low_rank(100), dense], ids=["never dense", "full", "dense"])

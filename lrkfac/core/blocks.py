@@ -147,7 +147,13 @@ def refresh(
             new = structure.update(state, rows, scale.to(rows.dtype), decay)
         return new, structure.inverse(new, damping)
 
-    return _by_group(block, one_group)(state, inputs, gradients)
+    try:
+        return _by_group(block, one_group)(state, inputs, gradients)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"layer {layer.name!r}: no inverse of its factors: its statistics, or damping or decay where they are "
+            f"tensors, are not finite or out of range ({error})"
+        ) from error
 
 
 def apply(block: Block, inverse: Any, matrices: list[Tensor]) -> list[Tensor]:

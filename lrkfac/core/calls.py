@@ -280,22 +280,39 @@ PARSERS: dict[Callable[..., Any], Parser] = {
 }  # fmt: skip
 
 
-def _projected_by_parts(q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None) -> list[Tensor]:
-    """The packed projection of ``multi_head_attention_forward`` as three layers."""
-    biases = [None] * 3 if b is None else b.chunk(3)
-    return [F.linear(x, wi, bi) for x, wi, bi in zip((q, k, v), w.chunk(3), biases, strict=True)]
-
-
 def _open_attention() -> Callable[..., Any]:
     """``multi_head_attention_forward`` with its inner calls in sight.
 
     The function hands itself to a function mode whole. Its own code, told that nobody watches, calls the
-    functions of its module, which the mode then sees one by one.
+    functions of its module, which the mode then sees one by one. It works on ``[T, N, E]``; its four projections
+    are seen with the batch in front.
     """
     whole = F.multi_head_attention_forward
-    names = {**whole.__globals__, "has_torch_function": lambda *a: False, "_in_projection_packed": _projected_by_parts}
-    opened = types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
-    opened.__kwdefaults__ = whole.__kwdefaults__
+
+    def project(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(x.transpose(0, 1), w, b).transpose(0, 1).contiguous()
+
+    def by_parts(q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None) -> list[Tensor]:
+        biases = [None] * 3 if b is None else b.chunk(3)
+        return [project(x, wi, bi) for x, wi, bi in zip((q, k, v), w.chunk(3), biases, strict=True)]
+
+    def separately(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor | None) -> list[Tensor]:
+        return [project(x, wi, bi) for x, wi, bi in zip((q, k, v), weights[:3], weights[3:], strict=True)]
+
+    def opened(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        examples = query.shape[1] if query.ndim == 3 else 1
+
+        def output(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return project(x.unflatten(0, (-1, examples)), w, b).flatten(0, 1)
+
+        names = {
+            **whole.__globals__, "has_torch_function": lambda *a: False, "linear": output,
+            "_in_projection_packed": by_parts, "_in_projection": separately,
+        }  # fmt: skip
+        inner = types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
+        inner.__kwdefaults__ = whole.__kwdefaults__
+        return inner(query, *args, **kwargs)
+
     return opened
 
 

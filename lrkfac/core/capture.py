@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lrkfac.core.calls import OPENED, PARSERS, Call
-from lrkfac.core.hidden_effects import refuse_hidden_effects
+from lrkfac.core.hidden_effects import RefuseRandomNumbers, refuse_hidden_effects
 from lrkfac.core.types import Layers, Tree
 from lrkfac.core.views import View, is_view, steps_of
 
@@ -179,7 +179,7 @@ def output_specs(
     if torch.compiler.is_compiling():
         result, records = run_captured(model, layers, params, inputs)
     else:
-        with fake_mode():
+        with fake_mode(), RefuseRandomNumbers():
             result, records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)
     outputs = result[0] if isinstance(result, tuple) else result
     n = outputs.shape[0] if isinstance(outputs, Tensor) and outputs.ndim else 1

@@ -112,8 +112,9 @@ def diagonal() -> DiagonalStructure:
 
 def kept_weight(steps: Tensor, like: Tensor, decay: float | Tensor) -> Tensor:
     """The weight of the previous, bias-corrected average in the next one; 0 at the first step."""
-    power = torch.pow(decay, (steps + 1).to(like.dtype))
-    return (decay - power) / (1 - power)
+    accurate = like.dtype if like.device.type == "mps" else torch.float64  # of a decay near 1 little is left
+    power = torch.pow(decay, (steps + 1).to(accurate))
+    return ((decay - power) / (1 - power)).to(like.dtype)
 
 
 def no_steps(like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.overrides import resolve_name
 from lrkfac.core.calls import Call
 from lrkfac.core.capture import Follow, fake_mode, label, like_fake
 from lrkfac.core.describe import Use, describe
+from lrkfac.core.hidden_effects import RefuseRandomNumbers
 from lrkfac.core.layers import LINEAR, SHIFT, LinearOptions
 from lrkfac.core.tree import paths
 from lrkfac.core.types import Layers, Parameter, Tree
@@ -53,7 +54,7 @@ def find_layers(
     with fake_mode():
         leaves = [like_fake(leaf) for leaf in optree.tree_leaves(params)]
         discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)])
-        with discovery:
+        with RefuseRandomNumbers(), discovery:
             result = _run(model, optree.tree_unflatten(structure, leaves), inputs)
         discovery.separate_reused_products()
     outputs = result[0] if isinstance(result, tuple) and result else result
@@ -76,6 +77,8 @@ def _parameters(params: Tree) -> tuple[Parameter, ...]:
     for index, (path, leaf) in enumerate(zip(paths(params), optree.tree_leaves(params), strict=True)):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"params: expected tensors, got {type(leaf).__name__} at {path!r}")
+        if any(path == other.path for other in found):
+            raise ValueError(f"params: two parameters have the path {path!r}; keys must not contain dots that collide")
         found.append(Parameter(path, index, tuple(leaf.shape)))
     return tuple(found)
 

@@ -36,7 +36,7 @@ def fisher(
     * ``"mc"``: those at targets drawn from the model, ``samples`` times: an unbiased estimate of the Fisher;
     * ``"exact"``: the columns of the square root of the output Hessian: the expectation itself;
     * ``"empirical"``: those at the true targets, at no extra cost, but not the Fisher (Kunstner, Balles &
-      Hennig 2019, arXiv 1905.12558).
+      Hennig 2019, arXiv 1905.12558); where an example has several terms, they add up before they are squared.
 
     Args:
         model: Pure function ``model(params, inputs)``.
@@ -86,7 +86,13 @@ def fisher(
 
     def total_loss(outputs: Tensor, targets: Tensor) -> Tensor:
         check_targets(likelihood, outputs, targets)
-        return likelihood.negative_log_likelihood(outputs, targets).mean()
+        terms = likelihood.negative_log_likelihood(outputs, targets)
+        if terms.numel() != likelihood.terms(outputs):
+            raise ValueError(
+                f"likelihood {likelihood.name!r}: expected one negative log-likelihood for each of "
+                f"{likelihood.terms(outputs)} terms, got the shape {tuple(terms.shape)}; see event_axes"
+            )
+        return terms.mean()
 
     def specs_for(params: Tree, inputs: Tree) -> dict[str, list[OutputSpec]]:
         if torch.compiler.is_compiling():

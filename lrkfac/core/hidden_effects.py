@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import optree
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DROPOUTS = (
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
@@ -35,10 +37,26 @@ def refuse_hidden_effects(func: Callable[..., Any], args: Any, kwargs: dict[str,
     if func in DROPOUTS:
         arguments = _bound(func, args, kwargs)
         if arguments["training"] and arguments.get("p", arguments.get("dropout_p", 0.0)) > 0:
-            raise ValueError(
-                f"model: {resolve_name(func)} draws hidden random numbers; call eval() on the module, set the "
-                "probability to 0, or multiply by a mask that is passed in the inputs"
-            )
+            raise ValueError(_hidden(resolve_name(func)))
+    if func is F.scaled_dot_product_attention and kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0:
+        raise ValueError(_hidden(resolve_name(func)))
+
+
+class RefuseRandomNumbers(TorchDispatchMode):
+    """Refuses every operation that draws from the global random generator, whatever function called it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            raise ValueError(_hidden(str(func)))
+        return func(*args, **kwargs)
+
+
+def _hidden(name: str | None) -> str:
+    return (
+        f"model: {name} draws hidden random numbers; call eval() on the module, set the probability to 0, or pass "
+        "what is drawn (a mask, noise) in the inputs"
+    )
 
 
 def _changed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Iterable[Any]:

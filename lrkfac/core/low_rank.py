@@ -69,9 +69,11 @@ class LowRank:
 
     def inverse(self, state: LowRankState, damping: float | Tensor) -> LowRankPlusDiagonal:
         # Orthonormal vectors and a multiple of the identity: the inverse has the same vectors.
+        # In float32 the damping is at least 4e-6 of the largest eigenvalue; below is only rounding.
+        margin = 32 * torch.finfo(state.vectors.dtype).eps
+        damping = torch.clamp(margin * state.values.amax() - state.residual, min=damping)
         rest = state.residual + damping
         shrinkage = (state.values - state.residual) / (state.values + damping)
-        margin = 32 * torch.finfo(state.vectors.dtype).eps
         values = -shrinkage.clamp(max=1 - margin) / rest
         return LowRankPlusDiagonal(state.vectors, values, (1 / rest).expand(state.vectors.shape[0]))
 
@@ -162,11 +164,12 @@ def _largest(
     operator cannot hold, become 0.
     """
     d, r = vectors.shape
+    fresh = pseudo_random(d, min(OVERSAMPLING, d - r), seed).to(vectors.dtype)
+    start = torch.cat([vectors, fresh], dim=1)
     if method == "power":
-        vectors, values = power_iteration(matvec, vectors, max_iterations=1)
+        vectors, values = power_iteration(matvec, start, max_iterations=1)
     else:
-        fresh = pseudo_random(d, min(OVERSAMPLING, d - r), seed).to(vectors.dtype)
-        vectors, values = subspace_iteration(matvec, torch.cat([vectors, fresh], dim=1))
+        vectors, values = subspace_iteration(matvec, start)
     order = values.argsort(descending=True)[:r]
     return vectors[:, order], values[order].clamp(min=0)
 
@@ -189,7 +192,7 @@ def low_rank(rank: int, residual: Residual = "isotropic", iterations: int = 1, m
     densely instead, which needs no more memory and is exact.
 
     Args:
-        rank: Number of eigenpairs; for ``rank ≥ d`` all of them.
+        rank: Number of eigenpairs.
         residual: ``"isotropic"``, or ``"none"`` to drop what the eigenpairs miss: the damping alone
             then acts on it, and a small damping makes the preconditioned step too long.
         iterations: Steps per batch; one is enough from a warm basis.
@@ -215,7 +218,7 @@ def low_rank_plus_diagonal(
     semi-definite. A factor of dimension ``d ≤ rank + 2`` is held densely instead.
 
     Args:
-        rank: Number of eigenpairs; for ``rank ≥ d`` all of them.
+        rank: Number of eigenpairs.
         fit: ``"alternating"``, or ``"off_diagonal"``, which subtracts the whole diagonal before the
             eigenpairs are sought, as low-rank ASDL does, but keeps only positive ones.
         iterations: Turns per batch; one is enough from a warm basis.

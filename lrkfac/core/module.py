@@ -17,7 +17,8 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
 
     The function keeps the module's mode (``train`` or ``eval``) of this moment and copies of its buffers;
     every call works on fresh copies of them, so that BatchNorm in training mode, which changes its buffers
-    in place, is pure too. Parameters share memory with the module's, which nothing here changes.
+    in place, is pure too. Parameters share memory with the module's, which nothing here changes; those that
+    do not require a gradient are frozen: constants of the function, not among ``params``.
 
     Args:
         module: Any module without active dropout.
@@ -37,19 +38,22 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
     _refuse_dropout(module)
-    params = {name: p.detach() for name, p in module.named_parameters()}
+    params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    constant = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
     if not params:
-        raise ValueError(f"module: {type(module).__name__} has no parameters to optimise")
+        raise ValueError(f"module: {type(module).__name__} has no parameters that require a gradient")
     shared = {id(x): x for x in (*module.parameters(), *module.buffers())}
     frozen = copy.deepcopy(module, shared)  # the module's mode and structure, without copies of tensors
     kept = {name: b.detach().clone() for name, b in module.named_buffers()}
 
     def call(params: Tree, buffers: dict[str, Tensor], inputs: Tree) -> tuple[Any, dict[str, Tensor]]:
-        changed = {name: b.clone() for name, b in buffers.items()}
+        # A module may change a buffer in place or put another tensor in its place: both end in this dictionary.
+        state = {**constant, **params, **{name: b.clone() for name, b in buffers.items()}}
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
         if isinstance(inputs, dict):
             args, kwargs = (), inputs
-        return functional_call(frozen, {**params, **changed}, args, kwargs, strict=True), changed
+        outputs = functional_call(frozen, state, args, kwargs, strict=True)
+        return outputs, {name: state[name] for name in buffers}
 
     def stateless(params: Tree, inputs: Tree) -> Any:
         return call(params, kept, inputs)[0]

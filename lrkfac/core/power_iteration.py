@@ -82,11 +82,7 @@ def subspace_iteration(
     rank = _check(start, rank, iterations)
     basis = start / torch.linalg.vector_norm(start, dim=0).clamp(min=torch.finfo(start.dtype).tiny)
     for _ in range(iterations):
-        image = matvec(basis)
-        # A little of the identity: where M has fewer directions than the basis, the rest of the basis then stays
-        # where it is instead of following the rounding of the image.
-        largest = torch.linalg.vector_norm(image, dim=0).amax()
-        basis = orthonormal(image + torch.finfo(start.dtype).eps ** 0.5 * largest * basis)
+        basis = orthonormal(matvec(basis))
     return rayleigh_ritz(matvec, basis, rank)
 
 

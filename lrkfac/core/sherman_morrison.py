@@ -57,19 +57,21 @@ def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     definiteness only asks that ``μ / (1 + μ) < 1``, which is enforced with a margin of a few ulps; a
     Cholesky factor of ``I + UᵀU`` gives no such guarantee in float32.
 
+    Directions beyond the precision (in float32, of less than 4e-6 times the largest eigenvalue) are noise: there
+    ``D`` is raised to that floor, so that the inverse is too small along them rather than too large along others.
+
     Args:
         operator: Positive definite, with ``D > 0``; values of either sign.
 
     Returns:
         Vectors ``[d, min(d, r)]``, values of the opposite signs, diagonal ``1 / D``.
     """
-    scale = operator.diagonal.rsqrt()
-    scaled = scale[:, None] * operator.vectors * operator.values.abs().sqrt()
-    basis, triangle = torch.linalg.qr(scaled)
-    wide = triangle.to(_widest(triangle))
-    mu, rotation = torch.linalg.eigh((wide * operator.values.sign()) @ wide.mT)
     margin = _margin(operator.vectors)
-    shrinkage = mu / (1 + mu).clamp(min=margin)
+    scale = torch.maximum(operator.diagonal, margin * _eigenvalues(operator).amax()).rsqrt()
+    basis, triangle = torch.linalg.qr(scale[:, None] * operator.vectors * operator.values.abs().sqrt())
+    accurate = triangle.to(_widest(triangle))
+    mu, rotation = torch.linalg.eigh((accurate * operator.values.sign()) @ accurate.mT)
+    shrinkage = mu / (1 + mu).clamp(min=torch.finfo(basis.dtype).eps)
     vectors = scale[:, None] * (basis @ rotation.to(basis.dtype))
     return LowRankPlusDiagonal(vectors, -shrinkage.clamp(max=1 - margin).to(basis.dtype), scale.square())
 
@@ -83,7 +85,7 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
 
     Repeated updates are not backward stable (Hashemi & Nakatsukasa 2025, arXiv 2510.01696): hence the
     scaling by ``D^{-1/2}``, float64 inside where the device has it, positive updates first, so that
-    every matrix on the way is positive definite, and a shrinkage of the result by a few ulps.
+    every matrix on the way is positive definite, and the floor of ``woodbury`` for ``D``.
     ``woodbury`` computes the same with a fixed number of operations and is what ``inverse`` uses.
 
     Args:
@@ -95,7 +97,8 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     dtype, accurate = operator.vectors.dtype, _widest(operator.vectors)
     order = operator.values.argsort(descending=True)
     values = operator.values[order].to(accurate)
-    scale = operator.diagonal.to(accurate).rsqrt()
+    floor = _margin(operator.vectors) * _eigenvalues(operator).sum()
+    scale = torch.maximum(operator.diagonal, floor).to(accurate).rsqrt()
     updates = scale[:, None] * operator.vectors[:, order].to(accurate) * values.abs().sqrt()
     signs = values.sign()
     done = updates[:, :0]
@@ -105,8 +108,12 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
         pivot = 1 + signs[i] * (u * y).sum()
         w = y / pivot.clamp(min=torch.finfo(accurate).tiny).sqrt()
         done = torch.cat([done, w[:, None]], dim=1)
-    shrunk = torch.where(signs > 0, signs * (1 - _margin(operator.vectors)), signs)
-    return LowRankPlusDiagonal((scale[:, None] * done).to(dtype), -shrunk.to(dtype), scale.square().to(dtype))
+    return LowRankPlusDiagonal((scale[:, None] * done).to(dtype), -signs.to(dtype), scale.square().to(dtype))
+
+
+def _eigenvalues(operator: LowRankPlusDiagonal) -> Tensor:
+    """Those of each positive rank-one term."""
+    return (operator.values * operator.vectors.square().sum(dim=0)).clamp(min=0)
 
 
 def _widest(x: Tensor) -> torch.dtype:

@@ -43,7 +43,8 @@ def clip_by_kl(
     learning_rate² uᵀ∇L``, twice the Kullback–Leibler divergence to second order. The factor is
     ``min(1, √(max_kl / (learning_rate² uᵀ∇L)))`` (Ba, Grosse & Martens 2017, section 5).
 
-    Stands right after ``precondition_by_fisher``.
+    Stands right after ``precondition_by_fisher``. Parameters that no layer covers count with ``u = ∇L``. While the
+    clip binds, the length of a step depends on ``max_kl`` alone and the learning rate cancels.
 
     Args:
         max_kl: Bound on the squared length.

@@ -105,7 +105,11 @@ def test_low_rank_plus_diagonal_is_near_the_fit_iterated_to_convergence(rank):
     assert (found - average).norm() < (truncated - average).norm()
 
 
-@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
+@pytest.mark.parametrize(
+    "make",
+    [low_rank, low_rank_plus_diagonal, lambda rank: low_rank(rank, method="power")],
+    ids=["subspace", "diagonal", "power"],
+)
 def test_a_new_direction_is_found_from_a_warm_basis(make):
     """The new direction is orthogonal to the warm basis: only fresh columns can find it."""
     d = 20
@@ -173,6 +177,27 @@ def test_float32_inverse_stays_positive_definite(make, ratio):
     damping = torch.linalg.matrix_norm(average, 2).item() / ratio
     found = to_dense(optree.tree_map(torch.Tensor.double, make(20).inverse(state, damping)))
     assert torch.linalg.eigvalsh((found + found.mT) / 2)[0] > 0
+
+
+@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
+@pytest.mark.parametrize("damping", [1e-2, 1e-6])
+def test_float32_preconditions_as_float64_where_one_direction_stands_out(make, damping):
+    """Raw pixels: fewer rows than columns, the mean's eigenvalue 1e9 times the damping."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (16, 784), generator=generator).double()
+    gradient = rows.mT @ torch.randn(16, 1, generator=generator, dtype=torch.float64)
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        batch = RowCovariance(rows.to(dtype), torch.tensor(1 / 16, dtype=dtype))
+        structure = make(32)
+        state = structure.init(784, batch.rows)
+        for _ in range(3):
+            state = structure.update(state, batch, 0.95)
+        found[dtype] = structure.inverse(state, damping).matvec(gradient.to(dtype)).double()
+    # Never longer; the diagonal, which is rounding here, may make it shorter.
+    assert found[torch.float32].norm() <= 1.1 * found[torch.float64].norm()
+    if make is low_rank:
+        assert (found[torch.float32] - found[torch.float64]).norm() <= 0.1 * found[torch.float64].norm()
 
 
 @pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])

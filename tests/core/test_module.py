@@ -246,3 +246,34 @@ def test_parameters_need_no_gradient_and_are_not_copied():
 def test_refused(module, error, message):
     with pytest.raises(error, match=message):
         from_module(module)
+
+
+class MovingAverage(nn.Module):
+    """Puts another tensor in the place of its buffer, where BatchNorm changes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(dim=0)
+        return self.linear(x - self.mean)
+
+
+def test_buffers_that_are_replaced_are_not_lost():
+    net, x = MovingAverage(), torch.ones(5, 3)
+    model, params, buffers = from_module(net, buffers=True)
+    _, after = model(params, (buffers, x))
+    torch.testing.assert_close(after["mean"], torch.full((3,), 0.1))
+    assert torch.equal(net.mean, torch.zeros(3)) and torch.equal(buffers["mean"], torch.zeros(3))
+
+
+def test_frozen_parameters_are_constants():
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3)
+    net[0].requires_grad_(False)
+    model, params = from_module(net)
+    assert set(params) == {"1.weight", "1.bias"}
+    torch.testing.assert_close(model(params, x), net(x))
+    with pytest.raises(ValueError, match="no parameters that require a gradient"):
+        from_module(net.requires_grad_(False))

@@ -22,6 +22,11 @@ def test_equals_the_reference(weight_decay):
     assert state == ()
 
 
+def test_updates_keep_their_dtype():
+    found, _ = add_decayed_weights(0.1).update(nested(torch.bfloat16), (), nested(torch.float32, seed=1))
+    assert {u.dtype for u in flat(found).values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("weight_decay", [-0.1, float("inf"), float("nan")])
 def test_weight_decay_is_checked(weight_decay):
     with pytest.raises(ValueError, match="weight_decay: expected a finite number"):

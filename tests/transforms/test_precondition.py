@@ -37,6 +37,12 @@ def evaluator(case, estimator="exact", bias="joint"):
     return layers, lambda params, **options: f(params, case.inputs, case.targets, **options)
 
 
+def cast(case, dtype):
+    """The case with its floating-point tensors in another dtype."""
+    to = lambda x: x.to(dtype) if x.is_floating_point() else x  # noqa: E731
+    return case._replace(**optree.tree_map(to, {k: getattr(case, k) for k in ("params", "inputs", "targets")}))
+
+
 def updates_of(tx, case, evaluate, steps=1, **options):
     """The updates of the last of some steps at fixed parameters."""
     state = tx.init(case.params)
@@ -70,8 +76,7 @@ def test_dense_factors_equal_the_reference(case, estimator):
 @each_structure
 def test_laws(case, structure):
     layers, evaluate = evaluator(case, "mc")
-    shape = case.model(case.params, case.inputs).shape
-    noise = torch.rand(1, *shape, dtype=torch.float64)
+    noise = torch.rand_like(case.model(case.params, case.inputs)[None])
     tx = precondition_by_fisher(layers, structure, decay=0.7)
     check_transformation(tx, case.params, lambda p: ((e := evaluate(p, noise=noise)).grads, {"evaluation": e}))
 
@@ -167,17 +172,22 @@ def test_fallback_without_a_parameter_of_its_own(fallback):
 
 @some_cases
 @each_structure
+def test_updates_have_the_dtype_of_the_gradients(case, structure):
+    case = cast(case, torch.bfloat16)
+    layers, evaluate = evaluator(case)
+    found = updates_of(precondition_by_fisher(layers, structure), case, evaluate)
+    assert all(u.dtype == torch.bfloat16 and u.isfinite().all() for u in found.values())
+
+
+@some_cases
+@each_structure
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_before_the_first_statistics_gradients_pass(case, structure, dtype):
-    case = case._replace(**{k: optree.tree_map(_to(dtype), getattr(case, k)) for k in ("params", "inputs", "targets")})
+    case = cast(case, dtype)
     layers, evaluate = evaluator(case)
     tx = precondition_by_fisher(layers, structure)
     found = updates_of(tx, case, evaluate, statistics=False)
     close(found, evaluate(case.params, statistics=False).grads, rtol=200 * torch.finfo(dtype).eps)
-
-
-def _to(dtype):
-    return lambda x: x.to(dtype) if x.is_floating_point() else x
 
 
 @some_cases
@@ -192,8 +202,7 @@ def test_without_statistics_factors_and_inverses_stay(case, structure):
     assert optree.tree_all(optree.tree_map(torch.equal, kept, refreshed))
     _, again = tx.update(e.grads, kept, case.params, evaluation=e._replace(grads=None))
     assert optree.tree_all(optree.tree_map(torch.equal, again, refreshed))
-    refreshed_updates = updates_of(tx, case, evaluate)
-    close(updates, refreshed_updates, rtol=1e-10)
+    close(updates, updates_of(tx, case, evaluate), rtol=1e-10)
 
 
 @pytest.mark.parametrize("case", [MLP, cases.SEQUENCE[0], *cases.CONVOLUTION], ids=lambda case: case.name)
@@ -281,9 +290,9 @@ def check_memory(model, params, inputs, rank):
 )
 def test_what_an_update_needs(update, error, words):
     layers, evaluate = evaluator(MLP)
-    tx, e = precondition_by_fisher(layers), evaluate(MLP.params)
+    tx = precondition_by_fisher(layers)
     with pytest.raises(error, match=words):
-        update(tx, e, tx.init(MLP.params))
+        update(tx, evaluate(MLP.params), tx.init(MLP.params))
 
 
 OTHER = lrkfac.Statistics({}, {}, torch.ones(()))
