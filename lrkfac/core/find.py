@@ -70,7 +70,7 @@ def find_layers(
 
 
 def _parameters(params: Tree) -> tuple[Parameter, ...]:
-    found = []
+    found: list[Parameter] = []
     for index, (path, leaf) in enumerate(zip(paths(params), optree.tree_leaves(params), strict=True)):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"params: expected tensors, got {type(leaf).__name__} at {path!r}")
