@@ -181,7 +181,7 @@ def _refresh(
     gradients = split_groups(layer, statistics.output_gradients[layer.source])
     try:
         return (one_group if layer.groups == 1 else vmap(one_group))(state, inputs, gradients)
-    except torch._C._LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(
             f"layer {layer.name!r}: no inverse of its factors: its statistics, or damping or decay where they are "
             f"tensors, are not finite or out of range ({error})"
