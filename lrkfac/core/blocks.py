@@ -47,6 +47,8 @@ def blocks(layers: Layers, structure: Chosen, rank: int) -> tuple[Block, ...]:
     default = kronecker(low_rank(rank), low_rank_plus_diagonal(rank))
     names = [layer.name for layer in layers]
     if isinstance(structure, BlockStructure) and structure.per == "model":
+        for layer in layers:
+            _need_examples(layer)
         whole = sum(layer.groups * layer.d_out * layer.d_in for layer in layers)
         return (Block("", tuple(layers), structure.fitted(1, whole)),)
     if isinstance(structure, Mapping):
@@ -80,7 +82,9 @@ def _unit_wise(layer: Layer) -> bool:
 
 def _checked(layer: Layer, structure: Any) -> Structure:
     if isinstance(structure, DiagonalStructure):
-        return BlockStructure(structure, "layer")
+        structure = BlockStructure(structure, "layer")
+    if isinstance(structure, BlockStructure):
+        _need_examples(layer)
     if isinstance(structure, KroneckerStructure) and _unit_wise(layer):
         raise ValueError(
             f"structure: layer {layer.name!r} is a {layer.kind}, whose block is no Kronecker product; use unit_wise(), "
@@ -95,6 +99,14 @@ def _checked(layer: Layer, structure: Any) -> Structure:
             "kronecker(dense(), dense())"
         )
     return structure
+
+
+def _need_examples(layer: Layer) -> None:
+    if not layer.batched:
+        raise ValueError(
+            f"structure: layer {layer.name!r} is used where the batch is not the leading axis: the gradients of "
+            "single examples are not known; use kronecker(...) for it, or write the batch as the leading axis"
+        )
 
 
 def init(block: Block, leaves: list[Tensor]) -> Any:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lrkfac.core.calls import OPENED, PARSERS, Call
+from lrkfac.core.attention import OPENED
+from lrkfac.core.calls import PARSERS, Call
 from lrkfac.core.hidden_effects import RefuseRandomNumbers, refuse_hidden_effects
 from lrkfac.core.types import Layers, Tree
 from lrkfac.core.views import View, is_view, steps_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from lrkfac.core.calls import Call
 from lrkfac.core.capture import label
-from lrkfac.core.layers import BIAS, Kind
+from lrkfac.core.layers import BIAS, LINEAR, Kind
 from lrkfac.core.types import Layer, Layers, Parameter
 from lrkfac.core.views import View, taken
 
 
 class Use(NamedTuple):
-    """One use of a weight: the call, views of weight and bias, what it returned, the input's version then."""
+    """One use of a weight: the call, views of weight and bias, what it returned, the input's version then, and
+    whether the batch is the leading axis.
+    """
 
     call: Call
     path: str
@@ -28,6 +30,7 @@ class Use(NamedTuple):
     bias: tuple[str, View] | None
     output: Tensor
     version: int
+    batched: bool = True
 
 
 @dataclass
@@ -74,7 +77,7 @@ def describe(
         reasons.setdefault(path, "used as a bias and in another way")
     shared = _shared_biases(groups, biases, reasons, by_path)
     groups = [group for group in groups if group.path not in reasons]
-    names = _names(groups)
+    names = _names(groups, by_path)
     layers: list[Layer] = []
     for name, group in zip(names, groups, strict=True):
         first = group.uses[0]
@@ -148,7 +151,23 @@ def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str 
                 over_batch = len(aligned) == len(shape) and aligned[0] != 1
                 if not shape or shape[0] not in (1, examples) or over_batch:
                     return f"used by {use.call.kind.name} on a tensor of shape {shape} without the batch in front"
+            if not use.batched and (use.call.kind.unit_wise or use.call.kind.one_hot):
+                return f"used by {use.call.kind.name} where the batch is not the leading axis"
     return None
+
+
+def is_batched(call: Call, output: Tensor, twice: Call, output_twice: Tensor) -> bool:
+    """Whether the leading axes of input and output grow with the batch, or stand for all examples at once."""
+    pairs = [(_leading(output, call, 2), _leading(output_twice, call, 2))]
+    if call.input.ndim:
+        pairs.append((_leading(call.input, call, 0), _leading(twice.input, call, 0)))
+    return all(after == 2 * before or after == before == 1 for before, after in pairs)
+
+
+def _leading(x: Tensor, call: Call, side: int) -> int:
+    """The size of the first axis of rows: of the input (0) or of the output (2) of the options of a product."""
+    permutation = call.options[side] if call.kind is LINEAR else ()
+    return x.shape[permutation[0] if permutation else 0] if x.ndim else 1
 
 
 def _biases(seen: Mapping[str, list[Use]]) -> list[tuple[str, View]]:
@@ -179,12 +198,12 @@ def _shared_biases(
     return shared
 
 
-def _names(groups: list[_Group]) -> list[str]:
+def _names(groups: list[_Group], paths: Collection[str]) -> list[str]:
     """Paths without their last part, where that is neither empty nor shared; with the view, where it is a part."""
     often = Counter(group.path for group in groups)
     long = [group.sites[0][0] if often[group.path] > 1 else group.path for group in groups]
     short = [group.path.rpartition(".")[0] if often[group.path] == 1 else group.sites[0][0] for group in groups]
-    shared = Counter(short)
+    shared = Counter([*short, *paths])
     return [s if s and shared[s] == 1 else full for s, full in zip(short, long, strict=True)]
 
 
@@ -206,6 +225,7 @@ def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tup
         groups=number,
         options=tuple(tuple(use.call.options) for use in group.uses),
         sites=tuple(group.sites),
+        batched=all(use.batched for use in group.uses),
     )
 
 
@@ -222,4 +242,5 @@ def _bias_layer(group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str
         groups=1,
         options=options,
         sites=weight.sites,
+        batched=weight.batched,
     )

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import optree
+import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 
 from lrkfac.core.calls import Call
 from lrkfac.core.capture import Follow, fake_mode, label, like_fake
-from lrkfac.core.describe import Use, describe
+from lrkfac.core.describe import Use, describe, is_batched
 from lrkfac.core.hidden_effects import RefuseRandomNumbers
 from lrkfac.core.layers import LINEAR, SHIFT, LinearOptions
 from lrkfac.core.tree import paths
@@ -57,13 +58,15 @@ def find_layers(
         with RefuseRandomNumbers(), discovery:
             result = _run(model, optree.tree_unflatten(structure, leaves), inputs)
         discovery.separate_reused_products()
+        twice = _uses_of_twice_the_batch(model, params, inputs, parameters)
     outputs = result[0] if isinstance(result, tuple) and result else result
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"model: expected outputs as a tensor, or a tuple that starts with one, got {type(outputs).__name__}"
         )
     examples = outputs.shape[0] if outputs.ndim else 1
-    layers = describe(discovery.uses, discovery.others, parameters, structure, examples, bias == "joint")
+    uses = {name: _with_batch(name, seen, twice) for name, seen in discovery.uses.items()}
+    layers = describe(uses, discovery.others, parameters, structure, examples, bias == "joint")
     if not layers.layers:
         raise ValueError(f"no layer found; none of the parameters is covered:\n{layers}")
     if strict and layers.uncovered:
@@ -72,8 +75,34 @@ def find_layers(
     return layers
 
 
+def _uses_of_twice_the_batch(
+    model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree, parameters: tuple[Parameter, ...]
+) -> dict[str, list[Use]]:
+    """The uses with every input twice as long, to see which axes follow; none where the model cannot do that."""
+    leaves = [like_fake(leaf) for leaf in optree.tree_leaves(params)]
+    longer = optree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim else x, like_fake(inputs))
+    discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)])
+    try:
+        with discovery:
+            model(optree.tree_unflatten(optree.tree_structure(params), leaves), longer)
+    except Exception:
+        return {}  # such as buffers among the inputs, which must not grow
+    discovery.separate_reused_products()
+    return discovery.uses
+
+
+def _with_batch(name: str, seen: list[Use], twice: dict[str, list[Use]]) -> list[Use]:
+    """Notes for each use whether the batch is its leading axis; believed where nothing is known."""
+    if len(twice.get(name, ())) != len(seen):
+        return seen
+    return [
+        use._replace(batched=is_batched(use.call, use.output, other.call, other.output))
+        for use, other in zip(seen, twice[name], strict=True)
+    ]
+
+
 def _parameters(params: Tree) -> tuple[Parameter, ...]:
-    found = []
+    found: list[Parameter] = []
     for index, (path, leaf) in enumerate(zip(paths(params), optree.tree_leaves(params), strict=True)):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"params: expected tensors, got {type(leaf).__name__} at {path!r}")

@@ -44,6 +44,7 @@ class Layer:
         options: For each use, the operation's settings.
         sites: For each use, the label of the weight or of the view of it that the operation received (for the
             kind ``"bias"`` its weight's), and the number of the call among those with this label.
+        batched: Whether the batch is the leading axis at every use: only then is there a gradient per example.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Layer:
     groups: int
     options: tuple[tuple[Any, ...], ...]
     sites: tuple[tuple[str, int], ...]
+    batched: bool = True
 
     @property
     def kind(self) -> str:
