@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,6 +31,11 @@ def _open_attention() -> Callable[..., Any]:
         return [project(x, wi, bi) for x, wi, bi in zip((q, k, v), weights[:3], weights[3:], strict=True)]
 
     def opened(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "nn.MultiheadAttention: its layers cannot be captured inside torch.compile; evaluate statistics outside "
+                "the compiled function, or write attention with F.linear and F.scaled_dot_product_attention"
+            )
         examples = query.shape[1] if query.ndim == 3 else 1
 
         def output(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
