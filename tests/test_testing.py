@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lrkfac import Dense, GradientTransformation, LowRankPlusDiagonal, dense, low_rank, scale, trace
 from lrkfac.core.factors import DenseStructure
-from lrkfac.core.low_rank import LowRank
+from lrkfac.core.low_rank import LowRankStructure
 from lrkfac.testing import (
     check_inverse,
     check_structure,
@@ -46,7 +46,7 @@ class InPlace(DenseStructure):
         return state._replace(steps=state.steps + 1)
 
 
-class Indefinite(LowRank):
+class Indefinite(LowRankStructure):
     def operator(self, state):
         return super().operator(state).shifted(-1.0)
 

@@ -11,7 +11,7 @@ from torch.func import vmap
 
 import lrkfac
 from lrkfac import kronecker
-from lrkfac.core.low_rank import LowRank, LowRankPlusDiagonalStructure
+from lrkfac.core.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
 from tests import cases, reference_networks, reference_optimizers
 from tests.marks import requires_compiler
 from tests.transforms.test_precondition import cast
@@ -22,7 +22,7 @@ OPTIONS = {"damping": 0.03, "decay": 0.8, "momentum": 0.9, "weight_decay": 0.01,
 RATE = 0.1
 
 
-class NeverDense(LowRank):
+class NeverDense(LowRankStructure):
     def fitted(self, dimension):
         return self
 

@@ -33,8 +33,8 @@ def _open_attention() -> Callable[..., Any]:
     def opened(query: Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             raise ValueError(
-                "nn.MultiheadAttention: its layers cannot be captured inside torch.compile; evaluate statistics outside "
-                "the compiled function, or write attention with F.linear and F.scaled_dot_product_attention"
+                "nn.MultiheadAttention: its layers cannot be captured inside torch.compile; evaluate statistics "
+                "outside the compiled function, or write attention with F.linear and F.scaled_dot_product_attention"
             )
         examples = query.shape[1] if query.ndim == 3 else 1
 

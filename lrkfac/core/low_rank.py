@@ -36,7 +36,7 @@ class LowRankState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankStructure:
     """See ``low_rank``."""
 
     rank: int
@@ -184,7 +184,9 @@ def _start(dimension: int, rank: int, like: Tensor) -> Tensor:
     return orthonormal(columns.to(wide(like).dtype))
 
 
-def low_rank(rank: int, residual: Residual = "isotropic", iterations: int = 1, method: Method = "subspace") -> LowRank:
+def low_rank(
+    rank: int, residual: Residual = "isotropic", iterations: int = 1, method: Method = "subspace"
+) -> LowRankStructure:
     """``rank`` eigenpairs, and the trace that they miss spread evenly over the other directions.
 
     The running average is never formed: its dominant eigenpairs are found from the last ones by
@@ -204,7 +206,7 @@ def low_rank(rank: int, residual: Residual = "isotropic", iterations: int = 1, m
     """
     _check_integers(rank=rank, iterations=iterations)
     _check_choices(residual=(residual, Residual), method=(method, Method))
-    return LowRank(rank, residual, iterations, method)
+    return LowRankStructure(rank, residual, iterations, method)
 
 
 def low_rank_plus_diagonal(

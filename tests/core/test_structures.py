@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lrkfac import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, to_dense
 from lrkfac.core.covariances import RowCovariance
 from lrkfac.core.factors import DenseStructure
-from lrkfac.core.low_rank import LowRank
+from lrkfac.core.low_rank import LowRankStructure
 from lrkfac.testing import check_structure, covariances
 from tests import reference
 
@@ -44,7 +44,7 @@ def test_dense_factors_precondition_as_in_the_reference(a, b, damping):
 
 def test_each_factor_prefers_its_own_form():
     fitted = kronecker(low_rank(8), low_rank_plus_diagonal(8)).fitted(100, 10)
-    assert isinstance(fitted.input, LowRank) and isinstance(fitted.output, DenseStructure)
+    assert isinstance(fitted.input, LowRankStructure) and isinstance(fitted.output, DenseStructure)
 
 
 @pytest.mark.parametrize("other", [None, 3, dense, kronecker(dense(), dense())])
