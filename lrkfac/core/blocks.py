@@ -113,7 +113,7 @@ def init(block: Block, leaves: list[Tensor]) -> Any:
     """The averages before the first statistics."""
     layer = block.layers[0]
     like = leaves[layer.weight.index]
-    if len(block.layers) > 1 or _per_model(block):
+    if _per_model(block):
         whole = sum(one.groups * one.d_out * one.d_in for one in block.layers)
         return block.structure.init(1, whole, like)
     state = block.structure.init(layer.d_in, layer.d_out, like)

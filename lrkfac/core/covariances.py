@@ -15,7 +15,7 @@ from lrkfac.core.layers import KINDS, Kind, Options, counts
 from lrkfac.core.rows import RowCovariance
 from lrkfac.core.tree import wide
 from lrkfac.core.types import Covariance, Layer
-from lrkfac.core.views import View, put, taken
+from lrkfac.core.views import put, taken
 
 Uses = tuple[Tensor, ...]
 """One tensor for each use of a layer's weight, in the standard form of ``lrkfac.core.layers``."""
@@ -243,15 +243,9 @@ def from_matrices(layers: list[Layer], matrices: list[Tensor]) -> dict[int, Tens
         if layer.bias is not None:
             parts.append((layer.bias, flat[:, -1]))
         for parameter, part in parts:
-            view = parameter.view
-            shaped = part.reshape(_shape_of(view, parameter.shape))
-            whole = put(view, parameter.shape, shaped)
+            whole = put(parameter.view, parameter.shape, part)
             found[parameter.index] = found[parameter.index] + whole if parameter.index in found else whole
     return found
-
-
-def _shape_of(view: View, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(taken(view, torch.empty(shape, device="meta")).shape) if view else shape
 
 
 def _gradient(layer: Layer, inputs: Uses, gradients: Uses, joint: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import optree
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from lrkfac.core.capture import OutputSpec, output_specs, run_captured, zero_probes
-from lrkfac.core.covariances import from_matrices, gradient_matrix, prepared
+from lrkfac.core.covariances import Uses, from_matrices, gradient_matrix, prepared
 from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.tree import check_like, wide
 from lrkfac.core.types import Evaluation, Layers, Statistics, Tree
@@ -112,9 +112,8 @@ def fisher(
         params: Tree, inputs: Tree, targets: Tensor, statistics: bool = True, noise: Tensor | None = None
     ) -> Evaluation:
         check_like(layers.tree, params, "params")
-
-        if not torch.compiler.is_compiling():
-            specs_for(params, inputs)  # refuses hidden effects, at the first batch of this shape
+        if not (torch.compiler.is_compiling() or statistics or specs):
+            specs_for(params, inputs)  # refuses hidden effects, at the first batch
         rest: list[Any] = []
 
         def loss_of(params: Tree) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
@@ -156,7 +155,6 @@ def fisher(
     ) -> tuple[Tensor, Tree, Tensor, Any, Statistics]:
         leaves, structure = optree.tree_flatten(params)
         free = {i: leaf for i, leaf in enumerate(leaves) if i not in covered}
-
         rest: list[Any] = []
 
         def run(
@@ -173,12 +171,16 @@ def fisher(
         cotangent, loss = grad_and_value(total_loss)(outputs, targets)
         free_grads, at_outputs = transpose(cotangent)
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
-        examples = outputs.shape[0]
-        standard = {}
-        for layer in layers:
-            once = tuple(recorded[site][use] for site, use in layer.sites)
-            at_layer = tuple(at_outputs[site][use][None] for site, use in layer.sites)
-            standard[layer.name] = prepared(layer, once, at_layer, examples)
+
+        def standard_form(at_probes: Mapping[str, Sequence[Tensor]]) -> dict[str, tuple[Uses, Uses]]:
+            form = {}
+            for layer in layers:
+                inputs_of = tuple([recorded[site][use] for site, use in layer.sites])
+                gradients_of = tuple([at_probes[site][use] for site, use in layer.sites])
+                form[layer.name] = prepared(layer, inputs_of, gradients_of, outputs.shape[0])
+            return form
+
+        standard = standard_form({site: [g[None] for g in uses] for site, uses in at_outputs.items()})
         matrices = [
             gradient_matrix(layer, standard[layer.name][0], tuple(g[0] for g in standard[layer.name][1]))
             for layer in layers
@@ -195,11 +197,7 @@ def fisher(
             else:
                 cotangents = exact_cotangents(likelihood, outputs)
             at_probes = take_back(lambda c: transpose(c)[1], cotangents, COLUMNS if estimator == "exact" else 1)
-            gradients = {}
-            for layer in layers:
-                once = tuple(recorded[site][use] for site, use in layer.sites)
-                at_layer = tuple(at_probes[site][use] for site, use in layer.sites)
-                gradients[layer.name] = prepared(layer, once, at_layer, examples)[1]
+            gradients = {name: uses for name, (_, uses) in standard_form(at_probes).items()}
         weight_of_row = 1 / (terms * (samples if estimator == "mc" else 1))
         scale = torch.full((), weight_of_row, dtype=wide(outputs).dtype, device=outputs.device)
         inputs_of = {name: inputs for name, (inputs, _) in standard.items()}

@@ -244,10 +244,8 @@ def _affine_prepare(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Ten
     repeated = [axis for axis, size in enumerate(aligned) if size == 1 and axis > 0]
     own = [axis for axis, size in enumerate(aligned) if size != 1 and axis > 0]
     order = [0, *repeated, *own]
-    split = 1 + len(repeated)
     a = a.permute(order).reshape(a.shape[0], math.prod([a.shape[i] for i in repeated]), -1)
     g = g.permute(0, *(i + 1 for i in order))
-    assert split >= 1
     return a, g.reshape(*g.shape[:2], a.shape[1], a.shape[2])
 
 

@@ -14,6 +14,8 @@ METHODS = (
     "unflatten", "squeeze", "unsqueeze", "contiguous", "chunk", "split", "narrow", "select", "unbind", "ravel",
 )  # fmt: skip
 ATTRIBUTES = ("T", "mT")
+SAME_ORDER = ("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "ravel")
+"""Methods that keep all entries in their row-major order: undone by a reshape."""
 
 
 class Step(NamedTuple):
@@ -50,10 +52,11 @@ def taken(view: View, x: Tensor) -> Tensor:
 
 
 def put(view: View, shape: tuple[int, ...], x: Tensor) -> Tensor:
-    """The transpose of ``taken``: ``x`` at its place in a tensor of this shape, zeros elsewhere."""
-    if not view:
-        return x
-    return vjp(lambda whole: taken(view, whole), torch.zeros(shape, dtype=x.dtype, device=x.device))[1](x)[0]
+    """The transpose of ``taken``: ``x``, in any shape, at its place in a tensor of this shape, zeros elsewhere."""
+    if all(step.name in SAME_ORDER for step in view):
+        return x.reshape(shape)
+    part, transpose = vjp(lambda whole: taken(view, whole), torch.zeros(shape, dtype=x.dtype, device=x.device))
+    return transpose(x.reshape(part.shape))[0]
 
 
 def is_view(func: Callable[..., Any]) -> str | None:
