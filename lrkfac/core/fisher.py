@@ -134,10 +134,17 @@ def fisher(
             _, transpose = vjp(outputs_of, params)
             return transpose(likelihood.hessian_product(outputs, changed) / likelihood.terms(outputs))[0]
 
+        def gram(tangents: Tree) -> Tensor:
+            def change(tangent: Tree) -> tuple[Tensor, Tensor]:
+                return jvp(outputs_of, (params,), (tangent,))
+
+            outputs, changed = vmap(change, out_dims=(None, 0))(tangents)
+            curved = vmap(lambda c: likelihood.hessian_product(outputs, c))(changed)
+            return (wide(changed).flatten(1) @ wide(curved).flatten(1).mT) / likelihood.terms(outputs)
+
         def quadratic(u: Tree, v: Tree) -> Tensor:
-            outputs, changed = jvp(outputs_of, (params,), (u,))
-            other = changed if v is u else jvp(outputs_of, (params,), (v,))[1]
-            return (other * likelihood.hessian_product(outputs, changed)).sum() / likelihood.terms(outputs)
+            both = (u,) if v is u else (u, v)
+            return gram(optree.tree_map(lambda *leaves: torch.stack(leaves), *both))[0, -1]
 
         return Evaluation(
             loss,
@@ -147,6 +154,7 @@ def fisher(
             found,
             product,
             quadratic,
+            gram,
             lambda params: loss_of(params)[0],
         )
 

@@ -151,6 +151,8 @@ class Evaluation(NamedTuple):
         statistics: For ``precondition_by_fisher``; ``None`` where they were not asked for.
         product: ``product(tangent)`` is ``F tangent`` with the exact Fisher ``F`` of this batch.
         quadratic: ``quadratic(u, v)`` is ``uᵀ F v``, ``[]``.
+        gram: ``gram(tangents)``, for a tree of ``k`` tangents along a leading axis, is ``uᵢᵀ F uⱼ``, ``[k, k]``, at
+            the price of one forward pass and ``k`` forward derivatives.
         loss_at: ``loss_at(params)`` is the loss of this batch at other parameters, ``[]``.
     """
 
@@ -161,6 +163,7 @@ class Evaluation(NamedTuple):
     statistics: Statistics | None
     product: Callable[[Tree], Tree]
     quadratic: Callable[[Tree, Tree], Tensor]
+    gram: Callable[[Tree], Tensor]
     loss_at: Callable[[Tree], Tensor]
 
 

@@ -131,6 +131,8 @@ def test_products_are_those_of_the_gauss_newton_matrix(case):
     close(torch.cat([product[name].flatten() for name in case.params]), matrix @ x)
     close(found.quadratic(u, v), x @ matrix @ y)
     close(found.quadratic(u, u), x @ matrix @ x)
+    both = torch.stack([x, y])
+    close(found.gram(optree.tree_map(lambda *leaves: torch.stack(leaves), u, v)), both @ matrix @ both.mT)
 
 
 def flops(function):

@@ -19,7 +19,7 @@ bounds = st.floats(-4, 4).map(lambda x: 10**x)
 
 def evaluated(grads):
     """An evaluation that knows its gradients alone."""
-    return Evaluation(*[None] * 8)._replace(grads=grads)
+    return Evaluation(*[None] * len(Evaluation._fields))._replace(grads=grads)
 
 
 def norm(tree):
