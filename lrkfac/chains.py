@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lrkfac.core.factors import dense
+from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
 from lrkfac.core.structures import KroneckerStructure, kronecker
 from lrkfac.core.types import Layers
 from lrkfac.transforms.base import GradientTransformation, chain, need_number
@@ -41,7 +42,8 @@ def low_rank_kfac(
     Raises:
         ValueError: If an argument is out of range.
     """
-    return _kfac(layers, None, learning_rate, rank, damping, decay, momentum, weight_decay, kl_clip)
+    both = kronecker(low_rank(rank), low_rank_plus_diagonal(rank))
+    return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip)
 
 
 def kfac(
@@ -55,14 +57,13 @@ def kfac(
 ) -> GradientTransformation:
     """K-FAC with dense factors, otherwise as ``low_rank_kfac`` (Martens & Grosse 2015, arXiv 1503.05671)."""
     both = kronecker(dense(), dense())
-    return _kfac(layers, both, learning_rate, 1, damping, decay, momentum, weight_decay, kl_clip)
+    return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip)
 
 
 def _kfac(
     layers: Layers,
-    structure: KroneckerStructure | None,
+    structure: KroneckerStructure,
     learning_rate: float | Tensor | Schedule,
-    rank: int,
     damping: float | Tensor,
     decay: float | Tensor,
     momentum: float,
@@ -72,7 +73,7 @@ def _kfac(
     need_number(momentum, "momentum", 0, 1)
     need_number(kl_clip, "kl_clip", 0, includes_low=False)
     return chain(
-        precondition_by_fisher(layers, structure, rank=rank, damping=damping, decay=decay),
+        precondition_by_fisher(layers, structure, damping=damping, decay=decay),
         clip_by_kl(kl_clip, learning_rate),
         trace(momentum),
         add_decayed_weights(weight_decay),

@@ -56,6 +56,7 @@ TAKES = {
         for name, value, error, words in ARGUMENTS
         for maker in TAKES[name]
         if not (maker == "inverse" and value in (0, "1", True, None))
+        if not (maker == "precondition_by_fisher" and name == "rank" and value is None)
     ],
 )
 def test_numbers_out_of_range(maker, name, value, error, words):
@@ -159,6 +160,15 @@ BAD_OUTPUTS = {
     "scalar": (lambda p, x: CASE.model(p, x).sum(), ValueError, "model: expected .* with a batch axis"),
 }
 
+
+DENSE = lrkfac.kronecker(lrkfac.dense(), lrkfac.dense())
+
+
+def cut_state():
+    """Without the last layer."""
+    return STATE[0]._replace(factors={name: STATE[0].factors[name] for name in ("0", "2")})
+
+
 CALLS = {
     **{f"targets: {n}": (evaluation(likelihood=k, targets=t), e, w) for n, (k, t, e, w) in TARGETS.items()},
     **{
@@ -199,6 +209,54 @@ CALLS = {
         TypeError,
         "params: expected tensors, got float at '0.bias'",
     ),
+    "a pattern behind one that matches the same layers": (
+        lambda: precondition_by_fisher(LAYERS, {"[02]": DENSE, "*": DENSE, "0": DENSE, "4": DENSE}),
+        ValueError,
+        r"structure: the pattern '0' decides for no layer: earlier patterns match \['0'\]",
+    ),
+    **{
+        f"rank beside {name}": (
+            lambda structure=structure: precondition_by_fisher(LAYERS, structure, rank=3),
+            ValueError,
+            "rank: the structure decides for every layer.*rank=3",
+        )
+        for name, structure in {
+            "one structure": DENSE,
+            "an exact block": lrkfac.unit_wise(),
+            "full": lrkfac.full(),
+            "patterns of all layers": {"0": DENSE, "*": lrkfac.diagonal()},
+            "a function": lambda layer: DENSE,
+        }.items()
+    },
+    **{
+        f"{name} of another tree": (
+            lambda call=call: call(E, without("2.bias")),
+            ValueError,
+            rf"{name}: .*missing \['2.bias'\]",
+        )
+        for name, call in {
+            "product": lambda e, tree: e.product(tree),
+            "quadratic": lambda e, tree: e.quadratic(PARAMS, tree),
+            "quadratic: u": lambda e, tree: e.quadratic(tree, PARAMS),
+            "loss_at": lambda e, tree: e.loss_at(tree),
+        }.items()
+    },
+    "an unknown layer": (lambda: LAYERS["x"], KeyError, r"no layer 'x'; the nearest are \['0', '2', '4'\]"),
+    "a name that is nearly right": (lambda: LAYERS["00"], KeyError, r"no layer '00'; the nearest are \['0'\]"),
+    **{
+        f"state of {name}": (
+            lambda state=state: precondition_by_fisher(LAYERS, rank=2).update(E.grads, state, PARAMS, evaluation=E),
+            ValueError,
+            rf"state: expected {words}.*; pass what init\(\)",
+        )
+        for name, state, words in (
+            ("another structure", precondition_by_fisher(LAYERS, DENSE).init(PARAMS), "averages of layer '0'"),
+            ("another rank", precondition_by_fisher(LAYERS, rank=1).init(PARAMS), "averages of layer '0'"),
+            ("the whole model", precondition_by_fisher(LAYERS, lrkfac.full()).init(PARAMS), "averages of the layers"),
+            ("other layers", cut_state(), r"averages of the layers \['0', '2', '4'\], got \['0', '2'\]"),
+            ("a chain", STATE, "a PreconditionState, got tuple"),
+        )
+    },
     "no structure": (lambda: precondition_by_fisher(LAYERS, lrkfac.dense()), TypeError, "structure: expected kron"),
     "no evaluation": (lambda: TX.update(E.grads, STATE, PARAMS), TypeError, "evaluation is missing"),
     "another state": (lambda: TX.update(E.grads, STATE[:2], PARAMS, evaluation=E), ValueError, "state: expected"),

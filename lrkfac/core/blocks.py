@@ -31,41 +31,72 @@ class Block(NamedTuple):
     structure: Structure
 
 
-def blocks(layers: Layers, structure: Chosen, rank: int) -> tuple[Block, ...]:
+RANK = 32
+"""Rank of the default structure."""
+
+
+def blocks(layers: Layers, structure: Chosen, rank: int | None) -> tuple[Block, ...]:
     """Which structure holds which layer.
 
     Args:
         layers: From ``find_layers``.
         structure: One for all, a mapping from patterns of names, or a function of the layer; see
             ``precondition_by_fisher``.
-        rank: Of the default.
+        rank: Of the default; ``None`` means ``RANK``.
 
     Raises:
-        ValueError: If a pattern matches no layer, or a structure makes no sense for a layer.
+        ValueError: If a pattern decides for no layer, a structure makes no sense for a layer, or ``rank`` is given
+            and no layer is left to the default.
         TypeError: If something is no structure.
     """
-    default = kronecker(low_rank(rank), low_rank_plus_diagonal(rank))
-    names = [layer.name for layer in layers]
+    default = _default(RANK) if rank is None else _default(rank)
     if isinstance(structure, BlockStructure) and structure.per == "model":
+        if rank is not None:
+            raise ValueError(_NO_DEFAULT.format(rank=rank))
         for layer in layers:
             _need_examples(layer)
         whole = sum(layer.groups * layer.d_out * layer.d_in for layer in layers)
         return (Block("", tuple(layers), structure.fitted(1, whole)),)
     if isinstance(structure, Mapping):
-        for pattern in structure:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"structure: the pattern {pattern!r} matches none of the layers {names}")
-    found = []
+        _check_patterns(structure, [layer.name for layer in layers])
+    found, takes_default = [], structure is None
     for layer in layers:
         chosen = _chosen(layer, structure)
-        asked_for = chosen is not None and not (isinstance(structure, KroneckerStructure) and _unit_wise(layer))
-        held = _checked(layer, chosen) if asked_for else default
-        if not asked_for and _unit_wise(layer):
-            held = unit_wise()
+        if chosen is None or (isinstance(structure, KroneckerStructure) and _unit_wise(layer)):
+            held: Structure = unit_wise() if _unit_wise(layer) else default
+            takes_default = takes_default or held is default
+        else:
+            held = _checked(layer, chosen)
         if isinstance(held, KroneckerStructure) and layer.kind == "embedding":
             held = KroneckerStructure(held.input, diagonal())  # the one-hot side is diagonal, exactly
         found.append(Block(layer.name, (layer,), held.fitted(layer.d_in, layer.d_out)))
+    if rank is not None and not takes_default:
+        raise ValueError(_NO_DEFAULT.format(rank=rank))
     return tuple(found)
+
+
+_NO_DEFAULT = (
+    "rank: the structure decides for every layer, so that no layer takes the default with rank={rank}; leave rank "
+    "out, or give the structure that rank, as in kronecker(low_rank({rank}), low_rank_plus_diagonal({rank}))"
+)
+
+
+def _default(rank: int) -> KroneckerStructure:
+    return kronecker(low_rank(rank), low_rank_plus_diagonal(rank))
+
+
+def _check_patterns(structure: Mapping[str, Choice], names: list[str]) -> None:
+    left = names
+    for pattern in structure:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"structure: the pattern {pattern!r} matches none of the layers {names}")
+        if not set(matched) & set(left):
+            raise ValueError(
+                f"structure: the pattern {pattern!r} decides for no layer: earlier patterns match {matched}, too; "
+                "put it before them, the first that matches counts"
+            )
+        left = [name for name in left if name not in matched]
 
 
 def _chosen(layer: Layer, structure: Chosen) -> Any:
@@ -122,6 +153,36 @@ def init(block: Block, leaves: list[Tensor]) -> Any:
     return optree.tree_map(lambda x: x.expand(layer.groups, *x.shape).clone(), state)
 
 
+def form(state: Any) -> Any:
+    """What tells states apart: types, names and shapes, in nested tuples."""
+    if isinstance(state, Tensor):
+        return tuple(state.shape)
+    inner = tuple([form(part) for part in state]) if isinstance(state, tuple) else ()
+    return (type(state).__name__, *inner)
+
+
+def forms(held: tuple[Block, ...], layers: Layers) -> dict[str, Any]:
+    """The form of each block's averages."""
+    leaves = [torch.empty(parameter.shape, device="meta") for parameter in layers.parameters]
+    return {block.name: form(init(block, leaves)) for block in held}
+
+
+def check_state(expected: Mapping[str, Any], factors: Any) -> None:
+    """Refuses averages of other blocks.
+
+    Raises:
+        ValueError: Names the layer that is missing, unexpected or held in another way.
+    """
+    remedy = "pass what init() or the last update() of this transformation returned"
+    if not isinstance(factors, dict) or set(factors) != set(expected):
+        names = sorted(factors) if isinstance(factors, dict) else type(factors).__name__
+        raise ValueError(f"state: expected averages of the layers {sorted(expected)}, got {names}; {remedy}")
+    for name, wanted in expected.items():
+        found = form(factors[name])
+        if found != wanted:
+            raise ValueError(f"state: expected averages of layer {name!r} in the form {wanted}, got {found}; {remedy}")
+
+
 def identity(block: Block, state: Any) -> Any:
     """The inverse before the first statistics: of averages that are zero, with damping 1."""
     return _by_group(block, lambda one: block.structure.inverse(one, 1.0))(state)
@@ -175,7 +236,7 @@ def apply(block: Block, inverse: Any, matrices: list[Tensor]) -> list[Tensor]:
         parts = inverse.matvec(flat).split([matrix.numel() for matrix in matrices])
         return [part.reshape(m.shape).to(m.dtype) for part, m in zip(parts, matrices, strict=True)]
     (matrix,) = matrices
-    return [_by_group(block, block.structure.apply)(inverse, wide(matrix)).to(matrix.dtype)]
+    return [_by_group(block, block.structure.apply)(inverse, wide(matrix)).contiguous().to(matrix.dtype)]
 
 
 def _per_model(block: Block) -> bool:
@@ -183,8 +244,10 @@ def _per_model(block: Block) -> bool:
 
 
 def _by_group(block: Block, function: Callable[..., Any]) -> Callable[..., Any]:
-    grouped = not _per_model(block) and block.layers[0].groups > 1
-    return vmap(function) if grouped else function
+    if _per_model(block) or block.layers[0].groups == 1:
+        return function
+    # Contiguous, whatever vmap returns: a compiled update is compiled again where a state's strides change.
+    return lambda *args: optree.tree_map(lambda x: x.contiguous(), vmap(function)(*args))
 
 
 def _example_rows(layer: Layer, statistics: Statistics) -> Tensor:

@@ -130,6 +130,7 @@ def fisher(
             return split(model(params, inputs))[0]
 
         def product(tangent: Tree) -> Tree:
+            check_like(layers.tree, tangent, "product: tangent")
             outputs, changed = jvp(outputs_of, (params,), (tangent,))
             _, transpose = vjp(outputs_of, params)
             return transpose(likelihood.hessian_product(outputs, changed) / likelihood.terms(outputs))[0]
@@ -143,20 +144,16 @@ def fisher(
             return (wide(changed).flatten(1) @ wide(curved).flatten(1).mT) / likelihood.terms(outputs)
 
         def quadratic(u: Tree, v: Tree) -> Tensor:
+            check_like(layers.tree, u, "quadratic: u")
+            check_like(layers.tree, v, "quadratic: v")
             both = (u,) if v is u else (u, v)
             return gram(optree.tree_map(lambda *leaves: torch.stack(leaves), *both))[0, -1]
 
-        return Evaluation(
-            loss,
-            grads,
-            outputs,
-            aux,
-            found,
-            product,
-            quadratic,
-            gram,
-            lambda params: loss_of(params)[0],
-        )
+        def loss_at(params: Tree) -> Tensor:
+            check_like(layers.tree, params, "loss_at: params")
+            return loss_of(params)[0]
+
+        return Evaluation(loss, grads, outputs, aux, found, product, quadratic, gram, loss_at)
 
     def with_statistics(
         params: Tree, inputs: Tree, targets: Tensor, noise: Tensor | None

@@ -181,7 +181,8 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 def _start(dimension: int, rank: int, like: Tensor) -> Tensor:
     columns = pseudo_random(dimension, rank, no_steps(like) - 1)  # not the fresh columns of the first batch
-    return orthonormal(columns.to(wide(like).dtype))
+    # Contiguous as every later basis, so that a compiled update is not compiled again for other strides.
+    return orthonormal(columns.to(wide(like).dtype)).contiguous()
 
 
 def low_rank(

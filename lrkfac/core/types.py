@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -92,7 +93,11 @@ class Layers:
         return len(self.layers)
 
     def __getitem__(self, name: str) -> Layer:
-        return {layer.name: layer for layer in self.layers}[name]
+        by_name = {layer.name: layer for layer in self.layers}
+        if name not in by_name:
+            near = get_close_matches(str(name), by_name, n=3, cutoff=0.3) or list(by_name)
+            raise KeyError(f"layers: no layer {name!r}; the nearest are {near}")
+        return by_name[name]
 
     @property
     def covered(self) -> frozenset[int]:

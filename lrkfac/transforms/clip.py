@@ -74,12 +74,12 @@ def clip_by_kl(
                 "clip_by_kl: evaluation is missing; call update(..., evaluation=fisher(params, inputs, targets))"
             )
         rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
-        squared_length = rate**2 * vdot(updates, evaluation.grads).clamp(min=0)
+        squared_length = rate**2 * vdot(updates, evaluation.grads)
         return scaled(_at_most_one(max_kl, squared_length).sqrt(), updates), ClipByKLState(state.steps + 1)
 
     return GradientTransformation(init, update)
 
 
 def _at_most_one(bound: float, size: Tensor) -> Tensor:
-    """``min(1, bound / size)``, 1 where ``size`` is 0."""
+    """``min(1, bound / size)``, 1 where ``size`` is 0 or, by rounding, negative."""
     return bound / torch.clamp(size, min=bound)

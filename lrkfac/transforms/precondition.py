@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import optree
 from torch import Tensor
 
-from lrkfac.core.blocks import Chosen, apply, blocks, identity, init, refresh
+from lrkfac.core.blocks import Chosen, apply, blocks, check_state, forms, identity, init, refresh
 from lrkfac.core.covariances import from_matrices, to_matrix
 from lrkfac.core.tree import check_like
 from lrkfac.core.types import Evaluation, Layer, Layers, Tree
@@ -28,7 +28,7 @@ def precondition_by_fisher(
     layers: Layers,
     structure: Chosen = None,
     *,
-    rank: int = 32,
+    rank: int | None = None,
     damping: float | Tensor = 1e-2,
     decay: float | Tensor = 0.95,
     fallback: GradientTransformation | None = None,
@@ -46,21 +46,22 @@ def precondition_by_fisher(
             ``layer_wise()``, ``unit_wise()``, ``diagonal()``, and ``full()`` for all layers together. Scales and
             shifts, whose blocks are no products, are held ``unit_wise()`` unless a pattern or function says
             otherwise; the one-hot side of an embedding is always held as the diagonal that it is.
-        rank: Rank of that default.
+        rank: Rank of that default, 32 unless given.
         damping: Tikhonov damping ``λ > 0``, in the square of the gradient's unit, split between the factors.
         decay: Decay of the running averages per batch of statistics, in [0, 1).
         fallback: Transformation of the parameters that no layer covers; by default they pass as plain
             gradients.
 
     Raises:
-        ValueError: If ``rank`` is below 1, ``damping`` not positive and finite, ``decay`` outside [0, 1), a
-            pattern matches no layer, or a structure makes no sense for a layer; in ``update``, if the tree or the
-            statistics are not those of ``layers``.
+        ValueError: If ``rank`` is below 1 or no layer takes it, ``damping`` not positive and finite, ``decay`` outside
+            [0, 1), a pattern decides for no layer, or a structure makes no sense for a layer; in ``update``, if the
+            tree, the state or the statistics are not those of ``layers``.
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
     """
     need_number(damping, "damping", 0, includes_low=False)
     need_number(decay, "decay", 0, 1)
     held = blocks(layers, structure, rank)
+    expected = forms(held, layers)
     covered = layers.covered
     free = [p.index for p in layers.parameters if p.index not in covered]
 
@@ -86,6 +87,12 @@ def precondition_by_fisher(
                 "precondition_by_fisher: evaluation is missing; call "
                 "update(evaluation.grads, state, params, evaluation=fisher(params, inputs, targets))"
             )
+        if not isinstance(state, PreconditionState):
+            raise ValueError(
+                f"state: expected a PreconditionState, got {type(state).__name__}; pass what init() or the last "
+                "update() of this transformation returned"
+            )
+        check_state(expected, state.factors)
         leaves = leaves_of(updates, "updates")
         known = None if params is None else leaves_of(params, "params")
         factors, inverses = state.factors, state.inverses

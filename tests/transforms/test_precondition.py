@@ -123,7 +123,7 @@ def test_default_is_low_rank_of_the_given_rank():
     "patterns, chosen",
     [
         ({"0": "dense", "*": "diagonal"}, ["dense", "diagonal", "diagonal"]),
-        ({"*": "diagonal", "0": "dense"}, ["diagonal", "diagonal", "diagonal"]),
+        ({"[02]": "diagonal", "[04]": "dense"}, ["diagonal", "diagonal", "dense"]),
         ({"[24]": "diagonal"}, ["low rank", "diagonal", "diagonal"]),
         ({"0": "diagonal", "4": "dense"}, ["diagonal", "low rank", "dense"]),
         ({}, ["low rank", "low rank", "low rank"]),
@@ -133,7 +133,8 @@ def test_structure_by_name_pattern(patterns, chosen):
     """The first pattern that matches counts; layers without one get the default."""
     structures = {**STRUCTURES, "low rank": kronecker(low_rank(1), low_rank_plus_diagonal(1))}
     layers, evaluate = evaluator(MLP)
-    tx = precondition_by_fisher(layers, {p: structures[name] for p, name in patterns.items()}, rank=1)
+    rank = {"rank": 1} if "low rank" in chosen else {}
+    tx = precondition_by_fisher(layers, {p: structures[name] for p, name in patterns.items()}, **rank)
     found = updates_of(tx, MLP, evaluate)
     for layer, name in zip(layers, chosen, strict=True):
         alone = updates_of(precondition_by_fisher(layers, structures[name]), MLP, evaluate)
