@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def blocks(layers: Layers, structure: Chosen, rank: int | None) -> tuple[Block, 
         else:
             held = _checked(layer, chosen)
         if isinstance(held, KroneckerStructure) and layer.kind == "embedding":
-            held = KroneckerStructure(held.input, diagonal())  # the one-hot side is diagonal, exactly
+            held = replace(held, output=diagonal())  # the one-hot side; with treatment="expand", exactly
         found.append(Block(layer.name, (layer,), held.fitted(layer.d_in, layer.d_out)))
     if rank is not None and not takes_default:
         raise ValueError(_NO_DEFAULT.format(rank=rank))
@@ -114,7 +115,9 @@ def _unit_wise(layer: Layer) -> bool:
 def _checked(layer: Layer, structure: Any) -> Structure:
     if isinstance(structure, DiagonalStructure):
         structure = BlockStructure(structure, "layer")
-    if isinstance(structure, BlockStructure):
+    if isinstance(structure, BlockStructure) or (
+        isinstance(structure, KroneckerStructure) and structure.treatment == "reduce"
+    ):
         _need_examples(layer)
     if isinstance(structure, KroneckerStructure) and _unit_wise(layer):
         raise ValueError(
@@ -136,7 +139,8 @@ def _need_examples(layer: Layer) -> None:
     if not layer.batched:
         raise ValueError(
             f"structure: layer {layer.name!r} is used where the batch is not the leading axis: the gradients of "
-            "single examples are not known; use kronecker(...) for it, or write the batch as the leading axis"
+            'single examples are not known; use kronecker(...) with treatment="expand" for it, or write the batch as '
+            "the leading axis"
         )
 
 
@@ -214,7 +218,8 @@ def refresh(
 
     def one_group(state: Any, inputs: Uses, gradients: Uses) -> tuple[Any, Any]:
         if isinstance(structure, KroneckerStructure):
-            new = structure.update(state, *factors(layer, inputs, gradients, scale), decay)
+            both = factors(layer, inputs, gradients, scale, structure.treatment)
+            new = structure.update(state, *both, decay)
         else:
             rows = example_gradients(layer, inputs, gradients).flatten(0, 1)
             new = structure.update(state, rows, scale.to(rows.dtype), decay)

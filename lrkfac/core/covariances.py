@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,9 +11,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.layers import KINDS, Kind, Options, counts
-from lrkfac.core.rows import RowCovariance
+from lrkfac.core.rows import DiagonalCovariance, RowCovariance, SumCovariance
 from lrkfac.core.tree import wide
-from lrkfac.core.types import Covariance, Layer
+from lrkfac.core.types import Covariance, Layer, Treatment
 from lrkfac.core.views import put, taken
 
 Uses = tuple[Tensor, ...]
@@ -82,57 +81,6 @@ class InputCovariance:
         return rows.mT @ rows / rows.shape[0]
 
 
-@dataclass(frozen=True)
-class DiagonalCovariance:
-    """A diagonal matrix, such as that of one-hot rows: how often each number occurs."""
-
-    entries: Tensor
-
-    def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        """``C V``."""
-        return self.entries[:, None] * vectors
-
-    def diagonal(self) -> Float[Tensor, "d"]:
-        """The diagonal."""
-        return self.entries
-
-    def trace(self) -> Float[Tensor, ""]:
-        """The trace."""
-        return self.entries.sum()
-
-    def dense(self) -> Float[Tensor, "d d"]:
-        """The matrix."""
-        return torch.diag(self.entries)
-
-
-@dataclass(frozen=True)
-class SumCovariance:
-    """``Σ weights[i] * parts[i]``."""
-
-    parts: tuple[Covariance, ...]
-    weights: tuple[Tensor, ...]
-
-    def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        """``C V``."""
-        return self._sum(lambda part: part.matvec(vectors))
-
-    def diagonal(self) -> Float[Tensor, "d"]:
-        """The diagonal."""
-        return self._sum(lambda part: part.diagonal())
-
-    def trace(self) -> Float[Tensor, ""]:
-        """The trace."""
-        return self._sum(lambda part: part.trace())
-
-    def dense(self) -> Float[Tensor, "d d"]:
-        """The matrix."""
-        return self._sum(lambda part: part.dense())
-
-    def _sum(self, of: Callable[[Covariance], Tensor]) -> Tensor:
-        terms = [weight * of(part) for part, weight in zip(self.parts, self.weights, strict=True)]
-        return torch.stack(terms).sum(dim=0)
-
-
 class Factors(NamedTuple):
     """The output factor ``B`` and the input factor ``A`` of one group of a layer."""
 
@@ -140,19 +88,25 @@ class Factors(NamedTuple):
     input: Covariance
 
 
-def factors(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor) -> Factors:
-    """``B = scale * sum of g gᵀ`` and ``A = mean of a aᵀ`` over all rows of one group (K-FAC *expand*).
+def factors(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor, treatment: Treatment = "expand") -> Factors:
+    """``B`` and ``A`` of one group, for ``G_n = Σ_t g_t a_tᵀ`` with ``t`` over the positions and uses of an example.
+
+    *Expand* takes the terms for independent: ``B = scale * sum of g gᵀ`` and ``A = mean of a aᵀ`` over all rows.
+    *Reduce* takes the inputs of an example for equal, ``G_n ≈ ḡ_n ā_nᵀ`` with ``ḡ_n = Σ_t g_t`` and ``ā_n`` the mean
+    of ``a_t``: ``B = scale * sum of ḡ ḡᵀ``, ``A = mean of ā āᵀ`` over examples (Eschenhagen et al. 2023, arXiv
+    2311.00636, section 3). Without sharing they are the same.
 
     Where a weight is used in two ways (an embedding tied to the output layer), its block is a sum of Kronecker
     products ``Σ Bₖ ⊗ Aₖ``, held as the product of its partial traces
     ``(Σ tr(Aₖ) Bₖ) ⊗ (Σ tr(Bₖ) Aₖ) / Σ tr(Aₖ) tr(Bₖ)``.
     """
+    of_kind = _expanded if treatment == "expand" else _reduced
     by_kind = []
     for name in dict.fromkeys(layer.kinds):
         chosen = [i for i, kind in enumerate(layer.kinds) if kind == name]
         options = tuple(layer.options[i] for i in chosen)
         a, g = tuple(inputs[i] for i in chosen), tuple(gradients[i] for i in chosen)
-        by_kind.append(_factors_of_kind(layer, KINDS[name], options, a, g, scale))
+        by_kind.append(of_kind(layer, KINDS[name], options, a, g, scale))
     if len(by_kind) == 1:
         return by_kind[0]
     output_traces = tuple(f.output.trace() for f in by_kind)
@@ -165,13 +119,11 @@ def factors(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor) -> Facto
     )
 
 
-def _factors_of_kind(
+def _expanded(
     layer: Layer, kind: Kind, options: tuple[Options, ...], inputs: Uses, gradients: Uses, scale: Tensor
 ) -> Factors:
-    rows = [
-        wide(g).movedim(kind.channel(o), -1).reshape(-1, layer.d_in if kind.one_hot else layer.d_out)
-        for g, o in zip(gradients, options, strict=True)
-    ]
+    d = layer.d_in if kind.one_hot else layer.d_out
+    rows = [g.reshape(-1, d) for g in _channels_last(kind, options, gradients)]
     joined = rows[0] if len(rows) == 1 else torch.cat(rows)
     moment = RowCovariance(joined, scale.to(joined.dtype))
     if kind.one_hot:
@@ -179,6 +131,34 @@ def _factors_of_kind(
         found = torch.stack([counts(a, *o) for a, o in zip(inputs, options, strict=True)]).sum(dim=0)
         return Factors(DiagonalCovariance(found.to(joined.dtype) / number), moment)
     return Factors(moment, InputCovariance(kind, inputs, options, layer.d_in, layer.bias is not None))
+
+
+def _reduced(
+    layer: Layer, kind: Kind, options: tuple[Options, ...], inputs: Uses, gradients: Uses, scale: Tensor
+) -> Factors:
+    sums = [g.flatten(2, -2).sum(dim=2) if g.ndim > 3 else g for g in _channels_last(kind, options, gradients)]
+    summed = torch.stack(sums).sum(dim=0).flatten(0, 1)
+    # The sum of a_t is the gradient at outputs of one channel, each with the derivative 1: nothing is unfolded.
+    ones = tuple(
+        torch.ones_like(wide(g[0].narrow(kind.channel(o), 0, 1))) for g, o in zip(gradients, options, strict=True)
+    )
+    examples = ones[0].shape[0]
+    positions = sum(one.numel() for one in ones) // examples
+    joint = layer.bias is not None
+    d = 1 if kind.one_hot else layer.d_in - joint
+
+    def mean_row(a: Uses, g: Uses) -> Tensor:
+        parts = [_joined(kind, x, one, d, o, joint) for x, one, o in zip(a, g, options, strict=True)]
+        return torch.stack(parts).sum(dim=0).reshape(-1) / positions
+
+    means = vmap(mean_row)(tuple(wide(a) for a in inputs), ones)
+    moment = RowCovariance(summed, scale.to(summed.dtype))
+    mean = RowCovariance(means, torch.full((), 1 / examples, dtype=means.dtype, device=means.device))
+    return Factors(mean, moment) if kind.one_hot else Factors(moment, mean)
+
+
+def _channels_last(kind: Kind, options: tuple[Options, ...], gradients: Uses) -> list[Tensor]:
+    return [wide(g).movedim(kind.channel(o), -1) for g, o in zip(gradients, options, strict=True)]
 
 
 def example_gradients(layer: Layer, inputs: Uses, gradients: Uses) -> Float[Tensor, "k n o i"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import optree
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.func import vmap
 from lrkfac.core.factors import FactorStructure, dense
 from lrkfac.core.operators import Kronecker, Operator, split_damping
 from lrkfac.core.rows import RowCovariance
-from lrkfac.core.types import Covariance
+from lrkfac.core.types import Covariance, Treatment
 
 
 class KroneckerState(NamedTuple):
@@ -28,10 +28,11 @@ class KroneckerStructure:
 
     input: FactorStructure
     output: FactorStructure
+    treatment: Treatment = "expand"
 
     def fitted(self, d_in: int, d_out: int) -> KroneckerStructure:
         """The structure to use for a layer of this size: each factor may prefer a smaller, exact form."""
-        return KroneckerStructure(self.input.fitted(d_in), self.output.fitted(d_out))
+        return KroneckerStructure(self.input.fitted(d_in), self.output.fitted(d_out), self.treatment)
 
     def init(self, d_in: int, d_out: int, like: Tensor) -> KroneckerState:
         """The state before the first batch."""
@@ -114,22 +115,33 @@ class BlockStructure:
 Structure = KroneckerStructure | BlockStructure
 
 
-def kronecker(input: FactorStructure, output: FactorStructure) -> KroneckerStructure:
+def kronecker(input: FactorStructure, output: FactorStructure, treatment: Treatment = "expand") -> KroneckerStructure:
     """A layer's Fisher block as ``B ⊗ A`` (Martens & Grosse 2015, arXiv 1503.05671, section 3).
+
+    Where an example uses the weight several times (positions of a convolution or a sequence, uses of a shared
+    weight), its gradient is ``Σ_t g_t a_tᵀ``. Of that, ``"expand"`` takes every term for an example of its own, and
+    ``"reduce"`` the product of the sum of ``g_t`` and the mean of ``a_t`` (Eschenhagen et al. 2023, arXiv
+    2311.00636): cheaper, as there is one row for each example, and exact where the outputs are averaged over
+    positions and everything is linear. Without sharing the two are the same.
 
     Args:
         input: What holds ``A``, the second moment of the layer's inputs.
         output: What holds ``B``, the second moment of the gradients at the layer's outputs.
+        treatment: ``"expand"`` or ``"reduce"``. An embedding's one-hot side is diagonal with the first alone; with
+            the second, which makes histograms of it, the diagonal is what is held.
 
     Raises:
         TypeError: If an argument is not one of ``dense()``, ``diagonal()``, ``low_rank(rank)`` and
             ``low_rank_plus_diagonal(rank)``, or an object with the same methods.
+        ValueError: If ``treatment`` is unknown.
     """
     for name, value in {"input": input, "output": output}.items():
         methods = ("fitted", "init", "update", "operator", "inverse")
         if isinstance(value, KroneckerStructure) or not all(hasattr(value, method) for method in methods):
             raise TypeError(f"{name}: expected a factor structure such as dense() or low_rank(32), got {value!r}")
-    return KroneckerStructure(input, output)
+    if treatment not in get_args(Treatment):
+        raise ValueError(f"treatment: expected one of {get_args(Treatment)}, got {treatment!r}")
+    return KroneckerStructure(input, output, treatment)
 
 
 def unit_wise() -> BlockStructure:

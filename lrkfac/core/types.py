@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from lrkfac.core.views import View
 
 Tree = Any
 """Any tree that ``optree`` traverses; the leaves are tensors."""
+
+Treatment = Literal["expand", "reduce"]
+"""What K-FAC makes of the positions and uses at which one example shares a weight."""
 
 
 @dataclass(frozen=True)

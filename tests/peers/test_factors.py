@@ -5,7 +5,7 @@ weight and then the bias, where a joint bias is a column of the matrix here; its
 mean over examples and ``K`` outputs of the squared error, twice the Gaussian one with variance 1: hence
 ``2 / K`` for the Hessian and ``2² / K`` for products of gradients. ASDL puts the mean over positions of a
 convolution into ``B`` and the sum into ``A``, the other way round, has no dilation, and leaves the bias out of
-``A``.
+``A``. What *reduce* averages and sums are in both the positions of each example, and outputs are ``[N, C]``.
 """
 
 import warnings
@@ -20,6 +20,14 @@ from lrkfac.core.covariances import to_matrix
 
 pytestmark = pytest.mark.peers
 
+
+class Mean(nn.Module):
+    """[N, T, F] to [N, F]."""
+
+    def forward(self, x):
+        return x.mean(1)
+
+
 NETS = {
     "linear": lambda: nn.Sequential(
         nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 4)
@@ -28,12 +36,15 @@ NETS = {
         nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 4, (2, 3), dilation=2), nn.ReLU(),
         nn.Flatten(), nn.Linear(24, 4),
     ),
+    "sequence": lambda: nn.Sequential(
+        nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7, bias=False), Mean(), nn.Tanh(), nn.Linear(7, 4)
+    ),
     "undilated": lambda: nn.Sequential(
         nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 4, (2, 3)), nn.ReLU(), nn.Flatten(),
         nn.Linear(64, 4),
     ),
 }  # fmt: skip
-INPUTS = {"linear": (9, 6), "convolution": (5, 2, 9, 12), "undilated": (5, 2, 9, 12)}
+INPUTS = {"linear": (9, 6), "sequence": (6, 3, 6), "convolution": (5, 2, 9, 12), "undilated": (5, 2, 9, 12)}
 LOSSES = {
     "categorical": (lrkfac.categorical(), nn.CrossEntropyLoss(), lambda n: torch.randint(0, 4, (n,)), (1.0, 1.0)),
     "gaussian": (lrkfac.gaussian(), nn.MSELoss(), lambda n: torch.randn(n, 4).double(), (2 / 4, 4 / 4)),
@@ -46,24 +57,28 @@ def make(name, likelihood):
     return net, inputs, LOSSES[likelihood][2](inputs.shape[0])
 
 
-def our_factors(net, inputs, targets, likelihood, estimator):
+def our_factors(net, inputs, targets, likelihood, estimator, treatment="expand"):
     """``{layer name: (A, B)}``."""
     model, params = lrkfac.from_module(net)
     layers = lrkfac.find_layers(model, params, inputs, strict=True)
     evaluation = lrkfac.fisher(model, likelihood, layers, estimator)(params, inputs, targets)
     inputs_of, gradients, scale = evaluation.statistics
-    found = {layer.name: factors_of(layer, inputs_of[layer.name], gradients[layer.name], scale) for layer in layers}
+    found = {
+        layer.name: factors_of(layer, inputs_of[layer.name], gradients[layer.name], scale, treatment)
+        for layer in layers
+    }
     return layers, {name: (both.input.dense(), both.output.dense()) for name, both in found.items()}
 
 
 @pytest.mark.parametrize("net_name", NETS)
 @pytest.mark.parametrize("loss_name", LOSSES)
 @pytest.mark.parametrize("estimator, theirs", [("exact", "type-2"), ("empirical", "empirical")])
-def test_blocks_equal_those_of_curvlinops(net_name, loss_name, estimator, theirs):
+@pytest.mark.parametrize("treatment", ["expand", "reduce"])
+def test_blocks_equal_those_of_curvlinops(net_name, loss_name, estimator, theirs, treatment):
     curvlinops = pytest.importorskip("curvlinops", reason="the extra 'peers' is not installed")
     net, inputs, targets = make(net_name, loss_name)
     likelihood, loss, _, (of_hessian, of_gradients) = LOSSES[loss_name]
-    layers, factors = our_factors(net, inputs, targets, likelihood, estimator)
+    layers, factors = our_factors(net, inputs, targets, likelihood, estimator, treatment)
     names = [name for name, _ in net.named_parameters()]
     numbers, start = {}, 0
     for name, parameter in net.named_parameters():
@@ -79,7 +94,7 @@ def test_blocks_equal_those_of_curvlinops(net_name, loss_name, estimator, theirs
         warnings.simplefilter("ignore")
         operator = curvlinops.KFACLinearOperator(
             net, loss, [dict(net.named_parameters())[name] for name in names], [(inputs, targets)],
-            fisher_type=theirs, kfac_approx="expand", separate_weight_and_bias=False, check_deterministic=False,
+            fisher_type=theirs, kfac_approx=treatment, separate_weight_and_bias=False, check_deterministic=False,
         )  # fmt: skip
         found = operator @ torch.eye(start, dtype=torch.float64)
     assert (found - expected).norm() <= 1e-6 * expected.norm()
