@@ -1,5 +1,7 @@
 """What the operations inside a function allocate."""
 
+import weakref
+
 import optree
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,3 +22,30 @@ class LargestTensor(TorchDispatchMode):
         ]
         self.numel = max([self.numel, *sizes])
         return result
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes that tensors made inside hold at most at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {_key(x) for x in optree.tree_leaves((args, kwargs or {})) if isinstance(x, torch.Tensor)}
+        for x in optree.tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (key := _key(x)) not in given and key not in self.held:
+                storage = x.untyped_storage()
+                self.now += storage.nbytes()
+                self.held[key] = weakref.finalize(storage, self._freed, key, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, key, size):
+        del self.held[key]
+        self.now -= size
+
+
+def _key(x):
+    return x.untyped_storage()._cdata

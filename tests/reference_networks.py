@@ -99,6 +99,12 @@ def exact_output_factors(case: Case) -> Params:
     return _expected_factors(case, roots)
 
 
+def identity_output_factors(case: Case) -> Params:
+    """B = I of each layer, [groups, d_out, d_out]."""
+    sizes = {name: (layer.groups, layer.weight_shape[0] // layer.groups) for name, layer in case.layers.items()}
+    return {name: torch.eye(d, dtype=torch.float64).expand(groups, d, d) for name, (groups, d) in sizes.items()}
+
+
 def expected_monte_carlo_output_factors(case: Case) -> Params:
     """E[B] of the Monte-Carlo estimator: every label of every term enumerated, weighted by its probability.
 
@@ -118,8 +124,9 @@ def expected_monte_carlo_output_factors(case: Case) -> Params:
 
 
 def factors(case: Case, estimator: str) -> dict[str, Factors]:
-    """(A, B) of each layer; estimator "exact", "empirical" or "expected_mc"."""
+    """(A, B) of each layer; estimator "exact", "empirical", "expected_mc" or "forward_only" (B = I)."""
     output = {
+        "forward_only": identity_output_factors,
         "exact": exact_output_factors,
         "empirical": empirical_output_factors,
         "expected_mc": expected_monte_carlo_output_factors,

@@ -25,11 +25,12 @@ Chosen = Choice | Mapping[str, Choice] | Callable[[Layer], Choice | None] | None
 
 
 class Block(NamedTuple):
-    """Layers held together, by their one structure; one layer, but for ``full``."""
+    """Layers held together, by their one structure; one layer, but for ``full``; ``implied`` if nobody chose it."""
 
     name: str
     layers: tuple[Layer, ...]
     structure: Structure
+    implied: bool = False
 
 
 RANK = 32
@@ -63,14 +64,15 @@ def blocks(layers: Layers, structure: Chosen, rank: int | None) -> tuple[Block, 
     found, takes_default = [], structure is None
     for layer in layers:
         chosen = _chosen(layer, structure)
-        if chosen is None or (isinstance(structure, KroneckerStructure) and _unit_wise(layer)):
+        implied = chosen is None or (isinstance(structure, KroneckerStructure) and _unit_wise(layer))
+        if implied:
             held: Structure = unit_wise() if _unit_wise(layer) else default
             takes_default = takes_default or held is default
         else:
             held = _checked(layer, chosen)
         if isinstance(held, KroneckerStructure) and layer.kind == "embedding":
             held = replace(held, output=diagonal())  # the one-hot side; with treatment="expand", exactly
-        found.append(Block(layer.name, (layer,), held.fitted(layer.d_in, layer.d_out)))
+        found.append(Block(layer.name, (layer,), held.fitted(layer.d_in, layer.d_out), implied))
     if rank is not None and not takes_default:
         raise ValueError(_NO_DEFAULT.format(rank=rank))
     return tuple(found)
@@ -193,12 +195,14 @@ def identity(block: Block, state: Any) -> Any:
 
 
 def refresh(
-    block: Block, state: Any, statistics: Statistics, damping: float | Tensor, decay: float | Tensor
+    block: Block, state: Any, inverse: Any, statistics: Statistics, damping: float | Tensor, decay: float | Tensor
 ) -> tuple[Any, Any]:
-    """New averages and their inverses.
+    """New averages and their inverses; the last ones of a scale or shift where there are no output gradients.
+
+    Normalised inputs have the second moment 1: with ``B = I``, the identity is what the block of a scale would be.
 
     Raises:
-        ValueError: If the statistics are those of other layers.
+        ValueError: If the statistics are those of other layers, or have no gradients where the structure needs them.
     """
     for layer in block.layers:
         if layer.name not in statistics.inputs:
@@ -207,6 +211,13 @@ def refresh(
                 "same layers"
             )
     structure, scale = block.structure, statistics.scale
+    if isinstance(structure, BlockStructure) and not statistics.output_gradients[block.layers[0].name]:
+        if block.implied:
+            return state, inverse
+        raise ValueError(
+            f"structure: layer {block.layers[0].name!r} is held by an exact block, which needs the gradients at the "
+            'layer\'s outputs: the estimator "forward_only" takes none; use kronecker(...) or another estimator'
+        )
     if _per_model(block):
         assert isinstance(structure, BlockStructure)
         rows = [_example_rows(layer, statistics).flatten(1) for layer in block.layers]

@@ -96,6 +96,8 @@ def factors(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor, treatmen
     of ``a_t``: ``B = scale * sum of ḡ ḡᵀ``, ``A = mean of ā āᵀ`` over examples (Eschenhagen et al. 2023, arXiv
     2311.00636, section 3). Without sharing they are the same.
 
+    Without gradients ``B`` is the identity.
+
     Where a weight is used in two ways (an embedding tied to the output layer), its block is a sum of Kronecker
     products ``Σ Bₖ ⊗ Aₖ``, held as the product of its partial traces
     ``(Σ tr(Aₖ) Bₖ) ⊗ (Σ tr(Bₖ) Aₖ) / Σ tr(Aₖ) tr(Bₖ)``.
@@ -105,7 +107,7 @@ def factors(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor, treatmen
     for name in dict.fromkeys(layer.kinds):
         chosen = [i for i, kind in enumerate(layer.kinds) if kind == name]
         options = tuple(layer.options[i] for i in chosen)
-        a, g = tuple(inputs[i] for i in chosen), tuple(gradients[i] for i in chosen)
+        a, g = tuple(inputs[i] for i in chosen), tuple(gradients[i] for i in chosen if gradients)
         by_kind.append(of_kind(layer, KINDS[name], options, a, g, scale))
     if len(by_kind) == 1:
         return by_kind[0]
@@ -123,9 +125,13 @@ def _expanded(
     layer: Layer, kind: Kind, options: tuple[Options, ...], inputs: Uses, gradients: Uses, scale: Tensor
 ) -> Factors:
     d = layer.d_in if kind.one_hot else layer.d_out
-    rows = [g.reshape(-1, d) for g in _channels_last(kind, options, gradients)]
-    joined = rows[0] if len(rows) == 1 else torch.cat(rows)
-    moment = RowCovariance(joined, scale.to(joined.dtype))
+    if gradients:
+        rows = [g.reshape(-1, d) for g in _channels_last(kind, options, gradients)]
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+        moment: Covariance = RowCovariance(joined, scale.to(joined.dtype))
+    else:
+        joined = scale.new_ones(d)
+        moment = DiagonalCovariance(joined)
     if kind.one_hot:
         number = sum(a.numel() for a in inputs)
         found = torch.stack([counts(a, *o) for a, o in zip(inputs, options, strict=True)]).sum(dim=0)
@@ -136,23 +142,30 @@ def _expanded(
 def _reduced(
     layer: Layer, kind: Kind, options: tuple[Options, ...], inputs: Uses, gradients: Uses, scale: Tensor
 ) -> Factors:
-    sums = [g.flatten(2, -2).sum(dim=2) if g.ndim > 3 else g for g in _channels_last(kind, options, gradients)]
-    summed = torch.stack(sums).sum(dim=0).flatten(0, 1)
-    # The sum of a_t is the gradient at outputs of one channel, each with the derivative 1: nothing is unfolded.
-    ones = tuple(
-        torch.ones_like(wide(g[0].narrow(kind.channel(o), 0, 1))) for g, o in zip(gradients, options, strict=True)
-    )
-    examples = ones[0].shape[0]
-    positions = sum(one.numel() for one in ones) // examples
     joint = layer.bias is not None
     d = 1 if kind.one_hot else layer.d_in - joint
+    # The sum of a_t is the gradient at outputs of one channel, each with the derivative 1: nothing is unfolded.
+    if gradients:
+        one_channel = [g[0].narrow(kind.channel(o), 0, 1) for g, o in zip(gradients, options, strict=True)]
+    elif kind.operation is None:
+        one_channel = [a[..., None] for a in inputs]
+    else:
+        one_channel = [kind.operation(a, a.new_zeros(1, d), o) for a, o in zip(inputs, options, strict=True)]
+    ones = tuple(torch.ones_like(x, dtype=scale.dtype) for x in one_channel)
+    examples = ones[0].shape[0]
+    positions = sum(one.numel() for one in ones) // examples
 
     def mean_row(a: Uses, g: Uses) -> Tensor:
         parts = [_joined(kind, x, one, d, o, joint) for x, one, o in zip(a, g, options, strict=True)]
         return torch.stack(parts).sum(dim=0).reshape(-1) / positions
 
     means = vmap(mean_row)(tuple(wide(a) for a in inputs), ones)
-    moment = RowCovariance(summed, scale.to(summed.dtype))
+    if gradients:
+        sums = [g.flatten(2, -2).sum(dim=2) if g.ndim > 3 else g for g in _channels_last(kind, options, gradients)]
+        summed = torch.stack(sums).sum(dim=0).flatten(0, 1)
+        moment: Covariance = RowCovariance(summed, scale.to(summed.dtype))
+    else:
+        moment = DiagonalCovariance(scale.new_ones(layer.d_in if kind.one_hot else layer.d_out))
     mean = RowCovariance(means, torch.full((), 1 / examples, dtype=means.dtype, device=means.device))
     return Factors(mean, moment) if kind.one_hot else Factors(moment, mean)
 
@@ -173,8 +186,8 @@ def example_gradients(layer: Layer, inputs: Uses, gradients: Uses) -> Float[Tens
 
 
 def split_groups(layer: Layer, tensors: Uses) -> Uses:
-    """Inputs or output gradients as ``[groups, ...]``; unchanged for a layer of one group."""
-    if layer.groups == 1:
+    """Inputs or output gradients as ``[groups, ...]``; unchanged for a layer of one group, or if empty."""
+    if layer.groups == 1 or not tensors:
         return tensors
     split = []
     for x, kind, options in zip(tensors, layer.kinds, layer.options, strict=True):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, get_args
 
 import optree
 import torch
@@ -11,23 +11,23 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from lrkfac.core.capture import OutputSpec, output_specs, run_captured, zero_probes
-from lrkfac.core.covariances import Uses, from_matrices, gradient_matrix, prepared
+from lrkfac.core.covariances import from_matrices, gradient_matrix
 from lrkfac.core.likelihoods import Likelihood
+from lrkfac.core.statistics import Captured, Estimator, examples_of, statistics_of, with_others, without_others
 from lrkfac.core.tree import check_like, wide
 from lrkfac.core.types import Evaluation, Layers, Statistics, Tree
 
-ESTIMATORS = ("mc", "exact", "empirical")
-COLUMNS = 16
-"""Columns of the output Hessian's square root that the exact estimator takes back at once."""
+ESTIMATORS = get_args(Estimator)
 
 
 def fisher(
     model: Callable[[Tree, Tree], Any],
     likelihood: Likelihood,
     layers: Layers,
-    estimator: Literal["mc", "exact", "empirical"] = "mc",
+    estimator: Estimator = "mc",
     samples: int = 1,
     has_aux: bool = False,
+    examples: int | None = None,
 ) -> Callable[..., Evaluation]:
     """Makes the function that evaluates a batch: loss, gradients and what K-FAC needs.
 
@@ -36,7 +36,9 @@ def fisher(
     * ``"mc"``: those at targets drawn from the model, ``samples`` times: an unbiased estimate of the Fisher;
     * ``"exact"``: the columns of the square root of the output Hessian: the expectation itself;
     * ``"empirical"``: those at the true targets, at no extra cost, but not the Fisher (Kunstner, Balles &
-      Hennig 2019, arXiv 1905.12558); where an example has several terms, they add up before they are squared.
+      Hennig 2019, arXiv 1905.12558); where an example has several terms, they add up before they are squared;
+    * ``"forward_only"``: none, ``B = I``, at no extra cost either (Benzing 2022, arXiv 2201.12250); for Kronecker
+      structures alone. Scales and shifts, which have no ``A``, then pass as plain gradients.
 
     Args:
         model: Pure function ``model(params, inputs)``.
@@ -45,11 +47,15 @@ def fisher(
         estimator: As above.
         samples: Draws per term for ``"mc"``.
         has_aux: Whether the model returns ``(outputs, aux)``.
+        examples: Statistics are taken from so many examples of the batch (or all, where it has fewer), drawn
+            without replacement from torch's default generator, by a pass of their own; loss and gradients of all.
 
     Returns:
         ``evaluate(params, inputs, targets, statistics=True, noise=None) -> Evaluation``. With
-        ``statistics=False`` it costs a gradient and nothing more. ``noise`` is uniform on [0, 1), of shape
-        ``[samples, *outputs.shape]``, for ``"mc"``; without it, it is drawn from torch's default generator
+        ``statistics=False`` it costs a gradient and nothing more; where ``statistics`` are numbers of examples,
+        int64 ``[n]``, they are those of these examples alone (of every tensor of ``inputs`` whose leading axis
+        is as long as that of ``targets``). ``noise`` is uniform on [0, 1), of shape ``[samples, *outputs.shape]`` for
+        these examples, for ``"mc"``; without it, it is drawn from torch's default generator
         (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
 
     Raises:
@@ -61,6 +67,8 @@ def fisher(
         raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples: expected an integer >= 1, got {samples!r}")
+    if examples is not None and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 1):
+        raise ValueError(f"examples: expected None or an integer >= 1, got {examples!r}")
     if not isinstance(likelihood, Likelihood):
         raise TypeError(f"likelihood: expected a Likelihood such as categorical(), got {likelihood!r}")
     covered = layers.covered
@@ -109,10 +117,14 @@ def fisher(
         return specs[key]
 
     def evaluate(
-        params: Tree, inputs: Tree, targets: Tensor, statistics: bool = True, noise: Tensor | None = None
+        params: Tree, inputs: Tree, targets: Tensor, statistics: bool | Tensor = True, noise: Tensor | None = None
     ) -> Evaluation:
         check_like(layers.tree, params, "params")
-        if not (torch.compiler.is_compiling() or statistics or specs):
+        if isinstance(statistics, Tensor):
+            check_numbers(statistics)
+        elif not isinstance(statistics, bool):
+            raise TypeError(f"statistics: expected True, False or a tensor of numbers of examples, got {statistics!r}")
+        if statistics is False and not (torch.compiler.is_compiling() or specs):
             specs_for(params, inputs)  # refuses hidden effects, at the first batch
         rest: list[Any] = []
 
@@ -120,11 +132,15 @@ def fisher(
             outputs, aux = split(model(params, inputs))
             return total_loss(outputs, targets), (outputs, without_others(aux, rest))
 
-        if statistics:
+        if statistics is True and examples is None:
             loss, grads, outputs, aux, found = with_statistics(params, inputs, targets, noise)
         else:
             grads, (loss, (outputs, tensors)) = grad_and_value(loss_of, has_aux=True)(params)
             aux, found = with_others(tensors, rest), None
+            if statistics is not False:
+                if statistics is True:
+                    statistics = torch.randperm(outputs.shape[0], device=outputs.device)[:examples]
+                found = of_examples(params, inputs, targets, statistics, noise)
 
         def outputs_of(params: Tree) -> Tensor:
             return split(model(params, inputs))[0]
@@ -155,12 +171,8 @@ def fisher(
 
         return Evaluation(loss, grads, outputs, aux, found, product, quadratic, gram, loss_at)
 
-    def with_statistics(
-        params: Tree, inputs: Tree, targets: Tensor, noise: Tensor | None
-    ) -> tuple[Tensor, Tree, Tensor, Any, Statistics]:
+    def captured(params: Tree, inputs: Tree, free: dict[int, Tensor], rest: list[Any]) -> tuple[Captured, list[Tensor]]:
         leaves, structure = optree.tree_flatten(params)
-        free = {i: leaf for i, leaf in enumerate(leaves) if i not in covered}
-        rest: list[Any] = []
 
         def run(
             free: dict[int, Tensor], probes: dict[str, list[Tensor]]
@@ -173,40 +185,40 @@ def fisher(
 
         probes = zero_probes(specs_for(params, inputs))
         outputs, transpose, (tensors, recorded) = vjp(run, free, probes, has_aux=True)
-        cotangent, loss = grad_and_value(total_loss)(outputs, targets)
-        free_grads, at_outputs = transpose(cotangent)
+        return Captured(layers, outputs, recorded, probes, transpose), tensors
+
+    def with_statistics(
+        params: Tree, inputs: Tree, targets: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tree, Tensor, Any, Statistics]:
+        leaves, structure = optree.tree_flatten(params)
+        rest: list[Any] = []
+        seen, tensors = captured(params, inputs, {i: x for i, x in enumerate(leaves) if i not in covered}, rest)
+        cotangent, loss = grad_and_value(total_loss)(seen.outputs, targets)
+        free_grads, at_probes = seen.transpose(cotangent)
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
-
-        def standard_form(at_probes: Mapping[str, Sequence[Tensor]]) -> dict[str, tuple[Uses, Uses]]:
-            form = {}
-            for layer in layers:
-                inputs_of = tuple([recorded[site][use] for site, use in layer.sites])
-                gradients_of = tuple([at_probes[site][use] for site, use in layer.sites])
-                form[layer.name] = prepared(layer, inputs_of, gradients_of, outputs.shape[0])
-            return form
-
-        standard = standard_form({site: [g[None] for g in uses] for site, uses in at_outputs.items()})
+        of_loss = seen.standard_form_of_one(at_probes)
         matrices = [
-            gradient_matrix(layer, standard[layer.name][0], tuple(g[0] for g in standard[layer.name][1]))
+            gradient_matrix(layer, of_loss[layer.name][0], tuple(g[0] for g in of_loss[layer.name][1]))
             for layer in layers
         ]
         found = {**free_grads, **from_matrices(list(layers), matrices)}
         grads = optree.tree_unflatten(structure, [found[i].to(leaf.dtype) for i, leaf in enumerate(leaves)])
+        statistics = statistics_of(seen, of_loss, likelihood, estimator, samples, noise)
+        return loss, grads, seen.outputs, with_others(tensors, rest), statistics
 
-        terms = likelihood.terms(outputs)
+    def of_examples(params: Tree, inputs: Tree, targets: Tensor, numbers: Tensor, noise: Tensor | None) -> Statistics:
+        size = targets.shape[0]
+        inputs, targets = examples_of(inputs, numbers, size), examples_of(targets, numbers, size)
+        seen, _ = captured(params, inputs, {}, [])
+        if seen.outputs.shape[0] != numbers.shape[0]:
+            raise ValueError(
+                f"statistics: expected outputs of {numbers.shape[0]} examples, got the shape "
+                f"{tuple(seen.outputs.shape)}; inputs and targets must have the batch as their leading axis"
+            )
+        at_probes = seen.probes  # of which nothing but the shape matters
         if estimator == "empirical":
-            gradients = {name: tuple(terms * g for g in uses) for name, (_, uses) in standard.items()}
-        else:
-            if estimator == "mc":
-                cotangents = sampled_cotangents(likelihood, outputs, noise, samples)
-            else:
-                cotangents = exact_cotangents(likelihood, outputs)
-            at_probes = take_back(lambda c: transpose(c)[1], cotangents, COLUMNS if estimator == "exact" else 1)
-            gradients = {name: uses for name, (_, uses) in standard_form(at_probes).items()}
-        weight_of_row = 1 / (terms * (samples if estimator == "mc" else 1))
-        scale = torch.full((), weight_of_row, dtype=wide(outputs).dtype, device=outputs.device)
-        inputs_of = {name: inputs for name, (inputs, _) in standard.items()}
-        return loss, grads, outputs, with_others(tensors, rest), Statistics(inputs_of, gradients, scale)
+            _, at_probes = seen.transpose(grad(total_loss)(seen.outputs, targets))
+        return statistics_of(seen, seen.standard_form_of_one(at_probes), likelihood, estimator, samples, noise)
 
     return evaluate
 
@@ -219,58 +231,13 @@ def check_targets(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> N
         likelihood.check(outputs, targets)
 
 
-def sampled_cotangents(likelihood: Likelihood, outputs: Tensor, noise: Tensor | None, samples: int) -> Tensor:
-    """Gradients of the terms at targets drawn from the model, ``[samples, *outputs.shape]``."""
-    shape = (samples, *outputs.shape)
-    if noise is None:
-        noise = torch.rand(shape, dtype=wide(outputs).dtype, device=outputs.device)
-    elif tuple(noise.shape) != shape:
-        raise ValueError(f"noise: expected uniform numbers of shape {shape}, got {tuple(noise.shape)}")
-
-    def total(outputs: Tensor, targets: Tensor) -> Tensor:
-        return likelihood.negative_log_likelihood(outputs, targets).sum()
-
-    return torch.stack([grad(total)(outputs, likelihood.sample(outputs, u)) for u in noise.unbind()])
-
-
-def exact_cotangents(likelihood: Likelihood, outputs: Tensor) -> Tensor:
-    """The columns of the square root of every example's Hessian, ``[columns, *outputs.shape]``.
-
-    One column for each entry of all axes but the first: several terms of one example, such as the
-    positions of a sequence, depend on the same weights, and one pass for all of them would mix them.
-    """
-    shape = outputs.shape[1:]
-    columns = shape.numel()
-    basis = torch.eye(columns, dtype=outputs.dtype, device=outputs.device).reshape(columns, 1, *shape)
-    units = basis.expand(columns, *outputs.shape)
-    return vmap(lambda unit: likelihood.square_root(outputs, unit))(units)
-
-
-def take_back(
-    transpose: Callable[[Tensor], dict[str, list[Tensor]]], cotangents: Tensor, at_once: int
-) -> dict[str, tuple[Tensor, ...]]:
-    """The cotangents at every probe, ``[k, ...]``, by ``at_once`` of them in one backward pass."""
-    if at_once == 1:
-        parts = [optree.tree_map(lambda g: g[None], transpose(c)) for c in cotangents.unbind()]
-    else:
-        parts = [vmap(transpose)(chunk) for chunk in cotangents.split(at_once)]
-    joined = parts[0] if len(parts) == 1 else optree.tree_map(lambda *g: torch.cat(g), *parts)
-    return {source: tuple(uses) for source, uses in joined.items()}
-
-
-def without_others(aux: Any, rest: list[Any]) -> list[Tensor]:
-    """The tensors of ``aux``, which is all that torch.func takes; ``rest`` becomes what is left of it."""
-    leaves, structure = optree.tree_flatten(aux, none_is_leaf=True)
-    others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-    rest[:] = [others, structure]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def with_others(tensors: list[Tensor], rest: list[Any]) -> Any:
-    """The inverse of ``without_others``."""
-    others, structure = rest
-    remaining = iter(tensors)
-    return optree.tree_unflatten(structure, [next(remaining) if other is None else other[0] for other in others])
+def check_numbers(numbers: Tensor) -> None:
+    """Refuses what does not choose examples by number."""
+    if numbers.ndim != 1 or numbers.dtype not in (torch.int64, torch.int32) or not numbers.numel():
+        raise ValueError(
+            "statistics: expected True, False or the numbers of some examples, int64 of shape [n], got "
+            f"{numbers.dtype} of shape {tuple(numbers.shape)}"
+        )
 
 
 def _tensors(tree: Tree) -> list[Tensor]:

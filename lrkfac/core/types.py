@@ -140,7 +140,8 @@ class Statistics(NamedTuple):
     ``inputs[name][use]`` is what the operation of the layer ``name`` received, ``[N, ...]``;
     ``output_gradients[name][use]`` are the gradients at what it returned, ``[k, N, ...]``, both in the standard form
     of ``lrkfac.core.layers``; ``k`` is the number of samples, or of columns of the output Hessian's square
-    root. ``B = scale * sum of g gᵀ`` over all rows and ``k``.
+    root. ``B = scale * sum of g gᵀ`` over all rows and ``k``; where there is no use at all in
+    ``output_gradients[name]`` (``"forward_only"``), ``B`` is the identity.
     """
 
     inputs: dict[str, tuple[Tensor, ...]]

@@ -96,9 +96,11 @@ def precondition_by_fisher(
         leaves = leaves_of(updates, "updates")
         known = None if params is None else leaves_of(params, "params")
         factors, inverses = state.factors, state.inverses
-        if evaluation.statistics is not None:
+        statistics = evaluation.statistics
+        if statistics is not None:
             refreshed = {
-                block.name: refresh(block, factors[block.name], evaluation.statistics, damping, decay) for block in held
+                block.name: refresh(block, factors[block.name], inverses[block.name], statistics, damping, decay)
+                for block in held
             }
             factors = {name: factor for name, (factor, _) in refreshed.items()}
             inverses = {name: inverse for name, (_, inverse) in refreshed.items()}

@@ -1,0 +1,106 @@
+"""Statistics of the layers from one captured pass through the model, by every estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optree
+import torch
+from torch import Tensor
+
+from lrkfac.core.cotangents import exact_cotangents, sampled_cotangents
+from lrkfac.core.covariances import Uses, prepared
+from lrkfac.core.likelihoods import Likelihood
+from lrkfac.core.tree import wide
+from lrkfac.core.types import Layers, Statistics, Tree
+
+Estimator = Literal["mc", "exact", "empirical", "forward_only"]
+AtProbes = Mapping[str, Sequence[Tensor]]
+"""Gradients at the probes of each source."""
+
+Form = dict[str, tuple[Uses, Uses]]
+"""Inputs and output gradients of each layer, in the standard form of ``lrkfac.core.layers``."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One forward pass through the model.
+
+    Attributes:
+        layers: Whose uses were captured.
+        outputs: What came out, ``[N, ...]``.
+        recorded: What each source's operations received.
+        probes: Those that were added, zero.
+        transpose: The way back, from a cotangent of ``outputs`` to gradients of parameters and at probes.
+    """
+
+    layers: Layers
+    outputs: Tensor
+    recorded: dict[str, tuple[Tensor, ...]]
+    probes: AtProbes
+    transpose: Callable[[Tensor], tuple[dict[int, Tensor], AtProbes]]
+
+    def standard_form(self, at_probes: AtProbes) -> Form:
+        """Of all layers, from gradients at the probes with a leading axis ``k``."""
+        form = {}
+        for layer in self.layers:
+            inputs = tuple([self.recorded[source][use] for source, use in layer.sites])
+            gradients = tuple([at_probes[source][use] for source, use in layer.sites])
+            form[layer.name] = prepared(layer, inputs, gradients, self.outputs.shape[0])
+        return form
+
+    def standard_form_of_one(self, at_probes: AtProbes) -> Form:
+        """The same from gradients without that axis, ``k = 1``."""
+        return self.standard_form({source: [g[None] for g in uses] for source, uses in at_probes.items()})
+
+
+def statistics_of(
+    seen: Captured,
+    of_loss: Form,
+    likelihood: Likelihood,
+    estimator: Estimator,
+    samples: int,
+    noise: Tensor | None,
+) -> Statistics:
+    """What an estimator makes of a pass and of the gradients of the mean loss, which only ``"empirical"`` uses."""
+    outputs, terms = seen.outputs, likelihood.terms(seen.outputs)
+    if estimator == "forward_only":
+        gradients: dict[str, Uses] = dict.fromkeys(of_loss, ())
+    elif estimator == "empirical":
+        gradients = {name: tuple([terms * g for g in uses]) for name, (_, uses) in of_loss.items()}
+    else:
+        back = lambda cotangent: seen.transpose(cotangent)[1]  # noqa: E731
+        if estimator == "exact":
+            at_probes = exact_cotangents(likelihood, outputs, back)
+        else:
+            at_probes = sampled_cotangents(likelihood, outputs, back, samples, noise)
+        gradients = {name: uses for name, (_, uses) in seen.standard_form(at_probes).items()}
+    weight_of_row = 1 / (terms * (samples if estimator == "mc" else 1))
+    scale = torch.full((), weight_of_row, dtype=wide(outputs).dtype, device=outputs.device)
+    return Statistics({name: inputs for name, (inputs, _) in of_loss.items()}, gradients, scale)
+
+
+def examples_of(tree: Tree, numbers: Tensor, size: int) -> Tree:
+    """The examples of these numbers; what has not the batch of this size as its leading axis stays whole."""
+
+    def taken(x: Any) -> Any:
+        return x[numbers.long()] if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else x
+
+    return optree.tree_map(taken, tree, none_is_leaf=True)
+
+
+def without_others(aux: Any, rest: list[Any]) -> list[Tensor]:
+    """The tensors of ``aux``, which is all that torch.func takes; ``rest`` becomes what is left of it."""
+    leaves, structure = optree.tree_flatten(aux, none_is_leaf=True)
+    others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+    rest[:] = [others, structure]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def with_others(tensors: list[Tensor], rest: list[Any]) -> Any:
+    """The inverse of ``without_others``."""
+    others, structure = rest
+    remaining = iter(tensors)
+    return optree.tree_unflatten(structure, [next(remaining) if other is None else other[0] for other in others])
