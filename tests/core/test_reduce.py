@@ -56,7 +56,7 @@ def test_without_sharing_the_same_as_expand(case):
     described, e = evaluation(case.model, case.params, case.inputs, case.targets, case.likelihood, case)
     for one, other in zip(blocks(described, REDUCE, None), blocks(described, EXPAND, None), strict=True):
         leaves = list(case.params.values())
-        found, expected = ((refresh(b, init(b, leaves), e.statistics, 0.1, 0.9))[0] for b in (one, other))
+        found, expected = ((refresh(b, init(b, leaves), (), e.statistics, 0.1, 0.9))[0] for b in (one, other))
         close(found.input.matrix, expected.input.matrix)
         close(found.output.matrix, expected.output.matrix)
 
