@@ -142,7 +142,8 @@ def explicit_block(model, params, inputs):
 def block_of(model, params, inputs, targets, structure):
     described, e = evaluation(model, params, inputs, targets)
     (block,) = blocks(described, structure, None)
-    state, _ = refresh(block, init(block, [params[p.path] for p in described.parameters]), e.statistics, 0.1, 0.9)
+    start = init(block, [params[p.path] for p in described.parameters])
+    state, _ = refresh(block, start, (), e.statistics, 0.1, 0.9)
     return block.structure.operator(state).to_dense()
 
 
