@@ -2,9 +2,11 @@
 
 from lrkfac.chains import kfac, low_rank_kfac
 from lrkfac.core.factors import dense, diagonal
+from lrkfac.core.families import bernoulli, categorical, gaussian, poisson
 from lrkfac.core.find import find_layers
 from lrkfac.core.fisher import fisher
-from lrkfac.core.likelihoods import Likelihood, bernoulli, categorical, gaussian
+from lrkfac.core.joint import joint
+from lrkfac.core.likelihoods import Likelihood, Weights
 from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
 from lrkfac.core.module import from_module
 from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
@@ -40,6 +42,7 @@ __all__ = [
     "Likelihood",
     "LowRankPlusDiagonal",
     "Statistics",
+    "Weights",
     "add_decayed_weights",
     "apply_updates",
     "bernoulli",
@@ -58,6 +61,7 @@ __all__ = [
     "gaussian",
     "identity",
     "inverse",
+    "joint",
     "kfac",
     "kronecker",
     "layer_wise",
@@ -65,6 +69,7 @@ __all__ = [
     "low_rank_kfac",
     "low_rank_plus_diagonal",
     "piecewise_constant_schedule",
+    "poisson",
     "power_iteration",
     "precondition_by_fisher",
     "scale",

@@ -142,8 +142,6 @@ MUTATIONS = {
 }
 MODELS = {
     "nothing": (lambda p, x: [CASE.model(p, x)].clear(), TypeError, "model: expected outputs.* got NoneType"),
-    "dictionary": (lambda p, x: {"logits": CASE.model(p, x)}, TypeError, "model: expected outputs.* got dict"),
-    "a list": (lambda p, x: [CASE.model(p, x)], TypeError, "model: expected outputs as a tensor.* got list"),
     "no layer": (lambda p, x: x * p["0.bias"][:5], ValueError, "no layer found.*0.bias"),
     "batch norm": (
         lambda p, x: torch.func.functional_call(NORM, p, (x,)),
@@ -156,6 +154,8 @@ MODELS = {
     },
 }
 BAD_OUTPUTS = {
+    "dictionary": (lambda p, x: {"logits": CASE.model(p, x)}, TypeError, "model: expected outputs.* got dict.*joint"),
+    "a list": (lambda p, x: [CASE.model(p, x)], TypeError, "model: expected outputs as a tensor.* got list"),
     "integers": (lambda p, x: CASE.model(p, x).long(), ValueError, "model: expected floating-point outputs"),
     "scalar": (lambda p, x: CASE.model(p, x).sum(), ValueError, "model: expected .* with a batch axis"),
 }

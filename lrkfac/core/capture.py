@@ -182,12 +182,24 @@ def output_specs(
     else:
         with fake_mode(), RefuseRandomNumbers():
             result, records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)
-    outputs = result[0] if isinstance(result, tuple) else result
-    n = outputs.shape[0] if isinstance(outputs, Tensor) and outputs.ndim else 1
+    n = batch_size(result)
     return {
         source: [OutputSpec(repeated(tuple(r.output.shape), n), r.output.dtype, r.output.device) for r in uses]
         for source, uses in records.items()
     }
+
+
+def batch_size(result: Any) -> int:
+    """The length of the leading axis of a model's first output; of outputs alone, or of outputs and more.
+
+    Raises:
+        TypeError: If the model returns something else.
+    """
+    leaves = optree.tree_leaves(result)
+    if not leaves or not isinstance(leaves[0], Tensor):
+        kind = type(leaves[0] if leaves else result).__name__
+        raise TypeError(f"model: expected outputs as a tensor or a tree that starts with one, got {kind}")
+    return leaves[0].shape[0] if leaves[0].ndim else 1
 
 
 def repeated(shape: tuple[int, ...], n: int) -> tuple[int, ...]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import vmap
 
+from lrkfac.core.joint import Joint, Leaves
 from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.tree import wide
 from lrkfac.core.types import Tree
@@ -22,54 +23,70 @@ NUMBERS = 2**22
 
 
 def sampled_cotangents(
-    likelihood: Likelihood,
-    outputs: Tensor,
-    transpose: Callable[[Tensor], Tree],
+    heads: Joint,
+    outputs: Leaves,
+    targets: Leaves,
+    factors: Sequence[Tensor | float],
+    transpose: Callable[[list[Tensor]], Tree],
     samples: int,
-    noise: Tensor | None,
+    noise: Tree | None,
 ) -> Any:
     """``transpose`` of the gradients of the terms at targets drawn from the model, ``[samples, ...]``.
+
+    All heads are drawn independently, so that products across them vanish in expectation.
+
+    Args:
+        heads: What the outputs mean.
+        outputs: Of each head.
+        targets: Of each head, for the weights of the terms.
+        factors: Of each head, see ``Joint.normalization``.
+        transpose: Linear in cotangents like the outputs.
+        samples: Number of draws.
+        noise: Uniform on [0, 1), ``[samples, ...]`` in the structure of the outputs; drawn where it is ``None``.
 
     Raises:
         ValueError: If ``noise`` is not ``[samples, *outputs.shape]``.
     """
-    shape = (samples, *outputs.shape)
-    if noise is not None and tuple(noise.shape) != shape:
-        raise ValueError(f"noise: expected uniform numbers of shape {shape}, got {tuple(noise.shape)}")
-    draws = [None] * samples if noise is None else noise.unbind()
-    parts = [transpose(sampled_cotangent(likelihood, outputs, u)) for u in draws]
+    given = None if noise is None else heads.leaves(noise, "noise")
+    for f, u in zip(outputs, given or (), strict=given is not None):
+        if tuple(u.shape) != (samples, *f.shape):
+            raise ValueError(f"noise: expected uniform numbers of shape {(samples, *f.shape)}, got {tuple(u.shape)}")
+    parts = []
+    for i in range(samples):
+        draws = [None] * len(outputs) if given is None else [u[i] for u in given]
+        of_heads = zip(heads.heads, outputs, targets, draws, strict=True)
+        parts.append(transpose(_times(factors, [sampled_cotangent(*one) for one in of_heads])))
     return optree.tree_map(lambda *g: g[0][None] if samples == 1 else torch.stack(g), *parts)
 
 
-def sampled_cotangent(likelihood: Likelihood, outputs: Tensor, noise: Tensor | None) -> Tensor:
-    """One of them, of the shape of ``outputs``."""
+def sampled_cotangent(head: Likelihood, outputs: Tensor, targets: Tensor, noise: Tensor | None) -> Tensor:
+    """One of one head, of the shape of ``outputs``."""
 
-    def total(outputs: Tensor, targets: Tensor) -> Tensor:
-        return likelihood.negative_log_likelihood(outputs, targets).sum()
-
-    def part(outputs: Tensor, noise: Tensor | None) -> Tensor:
+    def part(outputs: Tensor, targets: Tensor, noise: Tensor | None) -> Tensor:
         if noise is None:
             noise = torch.rand(outputs.shape, dtype=wide(outputs).dtype, device=outputs.device)
-        return grad(total)(outputs, likelihood.sample(outputs, noise))
+        return head.weighted_score(outputs, targets, noise)
 
     at_once = max(NUMBERS * outputs.shape[0] // outputs.numel(), 1)
-    parts = outputs.split(at_once)
+    parts = list(zip(outputs.split(at_once), targets.split(at_once), strict=True))
     draws = [None] * len(parts) if noise is None else noise.split(at_once)
-    return torch.cat([part(o, u) for o, u in zip(parts, draws, strict=True)])
+    return torch.cat([part(f, y, u) for (f, y), u in zip(parts, draws, strict=True)])
 
 
-def exact_cotangents(likelihood: Likelihood, outputs: Tensor, transpose: Callable[[Tensor], Tree]) -> Any:
-    """``transpose`` of the columns of the square root of every example's Hessian, ``[columns, ...]``.
-
-    One column for each entry of all axes but the first: several terms of one example, such as the
-    positions of a sequence, depend on the same weights, and one pass for all of them would mix them.
+def exact_cotangents(
+    heads: Joint,
+    outputs: Leaves,
+    targets: Leaves,
+    factors: Sequence[Tensor | float],
+    transpose: Callable[[list[Tensor]], Tree],
+) -> Any:
+    """``transpose`` of the columns of the square root of every example's Hessian, ``[columns, ...]``; arguments as
+    above.
     """
-    shape = outputs.shape[1:]
-    numbers = torch.arange(shape.numel(), device=outputs.device)
+    numbers = torch.arange(heads.columns(outputs), device=outputs[0].device)
 
-    def taken_back(column: Tensor) -> Tree:
-        unit = (numbers == column).to(outputs.dtype).reshape(1, *shape).expand(outputs.shape)
-        return transpose(likelihood.square_root(outputs, unit))
+    def taken_back(number: Tensor) -> Tree:
+        return transpose(_times(factors, heads.column(outputs, targets, number)))
 
     whole: Any = None
     for part in numbers.split(COLUMNS):
@@ -80,3 +97,10 @@ def exact_cotangents(likelihood: Likelihood, outputs: Tensor, transpose: Callabl
         optree.tree_map_(lambda w, g: w[: len(g)].copy_(g), rest, at_part)  # joined later, all would be there twice
         rest = optree.tree_map(lambda w, g: w[len(g) :], rest, at_part)
     return whole
+
+
+def _times(factors: Sequence[Tensor | float], cotangents: list[Tensor]) -> list[Tensor]:
+    return [
+        (factor * g).to(g.dtype) if isinstance(factor, Tensor) else g
+        for factor, g in zip(factors, cotangents, strict=True)
+    ]

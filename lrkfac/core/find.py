@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import resolve_name
 
 from lrkfac.core.calls import Call
-from lrkfac.core.capture import Follow, fake_mode, label, like_fake
+from lrkfac.core.capture import Follow, batch_size, fake_mode, label, like_fake
 from lrkfac.core.describe import Use, describe, is_batched
 from lrkfac.core.hidden_effects import RefuseRandomNumbers
 from lrkfac.core.layers import LINEAR, SHIFT, LinearOptions
@@ -33,7 +33,8 @@ def find_layers(
     package knows; each other parameter is listed with the operation that used it.
 
     Args:
-        model: A pure function ``model(params, inputs)`` that returns outputs, or outputs and more.
+        model: A pure function ``model(params, inputs)`` that returns outputs (a tensor or a tree of tensors), or
+            outputs and more.
         params: Tree of parameters.
         inputs: The model's inputs for a batch of any size, which is not part of the description.
         strict: Whether a parameter that no layer covers is an error.
@@ -47,7 +48,7 @@ def find_layers(
         ValueError: If no layer is found, or ``strict`` and a parameter is not covered; if the model changes a
             tensor of its own in place, changes a layer's input after its use, draws hidden random numbers
             for dropout or depends on values in its control flow.
-        TypeError: If the model returns no tensor, or ``params`` has other leaves than tensors.
+        TypeError: If what the model returns does not start with a tensor, or ``params`` has other leaves than tensors.
     """
     if bias not in ("joint", "separate"):
         raise ValueError(f"bias: expected 'joint' or 'separate', got {bias!r}")
@@ -59,12 +60,7 @@ def find_layers(
             result = _run(model, optree.tree_unflatten(structure, leaves), inputs)
         discovery.separate_reused_products()
         twice = _uses_of_twice_the_batch(model, params, inputs, parameters)
-    outputs = result[0] if isinstance(result, tuple) and result else result
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"model: expected outputs as a tensor, or a tuple that starts with one, got {type(outputs).__name__}"
-        )
-    examples = outputs.shape[0] if outputs.ndim else 1
+    examples = batch_size(result)
     uses = {name: _with_batch(name, seen, twice) for name, seen in discovery.uses.items()}
     layers = describe(uses, discovery.others, parameters, structure, examples, bias == "joint")
     if not layers.layers:

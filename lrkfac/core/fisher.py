@@ -12,6 +12,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from lrkfac.core.capture import OutputSpec, output_specs, run_captured, zero_probes
 from lrkfac.core.covariances import from_matrices, gradient_matrix
+from lrkfac.core.joint import Joint, joint
 from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.statistics import Captured, Estimator, examples_of, statistics_of, with_others, without_others
 from lrkfac.core.tree import check_like, wide
@@ -22,7 +23,7 @@ ESTIMATORS = get_args(Estimator)
 
 def fisher(
     model: Callable[[Tree, Tree], Any],
-    likelihood: Likelihood,
+    likelihood: Likelihood | Joint,
     layers: Layers,
     estimator: Estimator = "mc",
     samples: int = 1,
@@ -36,13 +37,14 @@ def fisher(
     * ``"mc"``: those at targets drawn from the model, ``samples`` times: an unbiased estimate of the Fisher;
     * ``"exact"``: the columns of the square root of the output Hessian: the expectation itself;
     * ``"empirical"``: those at the true targets, at no extra cost, but not the Fisher (Kunstner, Balles &
-      Hennig 2019, arXiv 1905.12558); where an example has several terms, they add up before they are squared;
+      Hennig 2019, arXiv 1905.12558); where an example has several terms, they add up before they are squared,
+      weights of terms and heads included;
     * ``"forward_only"``: none, ``B = I``, at no extra cost either (Benzing 2022, arXiv 2201.12250); for Kronecker
       structures alone. Scales and shifts, which have no ``A``, then pass as plain gradients.
 
     Args:
         model: Pure function ``model(params, inputs)``.
-        likelihood: What its outputs mean.
+        likelihood: What its outputs mean; ``joint(...)`` where they are a tree.
         layers: From ``find_layers``.
         estimator: As above.
         samples: Draws per term for ``"mc"``.
@@ -54,14 +56,15 @@ def fisher(
         ``evaluate(params, inputs, targets, statistics=True, noise=None) -> Evaluation``. With
         ``statistics=False`` it costs a gradient and nothing more; where ``statistics`` are numbers of examples,
         int64 ``[n]``, they are those of these examples alone (of every tensor of ``inputs`` whose leading axis
-        is as long as that of ``targets``). ``noise`` is uniform on [0, 1), of shape ``[samples, *outputs.shape]`` for
-        these examples, for ``"mc"``; without it, it is drawn from torch's default generator
-        (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
+        is as long as that of ``targets``). ``noise`` is uniform on [0, 1), of shape ``[samples, *outputs.shape]`` (a
+        tree of such where outputs are one) for these examples, for ``"mc"``; without it, it is drawn from torch's
+        default generator (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
 
     Raises:
         ValueError: If an option is unknown or out of range; at evaluation, if parameters, targets or noise do
             not fit, or the batch is empty.
-        TypeError: At evaluation, if the model returns no tensor, or targets have the wrong dtype.
+        TypeError: At evaluation, if outputs or targets have another structure than the likelihood, or targets the
+            wrong dtype.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
@@ -69,38 +72,38 @@ def fisher(
         raise ValueError(f"samples: expected an integer >= 1, got {samples!r}")
     if examples is not None and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 1):
         raise ValueError(f"examples: expected None or an integer >= 1, got {examples!r}")
-    if not isinstance(likelihood, Likelihood):
-        raise TypeError(f"likelihood: expected a Likelihood such as categorical(), got {likelihood!r}")
+    if not isinstance(likelihood, Likelihood | Joint):
+        raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")
+    heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)
     covered = layers.covered
     specs: dict[Any, dict[str, list[OutputSpec]]] = {}
 
-    def split(result: Any) -> tuple[Tensor, Any]:
+    def split(result: Any) -> tuple[list[Tensor], Any]:
+        """Outputs, head by head, and what else the model returned."""
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"model: expected (outputs, aux) with has_aux=True, got {type(result).__name__}")
-        outputs, aux = result if has_aux else (result, None)
-        if not isinstance(outputs, Tensor):
+        result, aux = result if has_aux else (result, None)
+        try:
+            outputs = heads.leaves(result, "model", "outputs as ")
+        except TypeError as error:
             raise TypeError(
-                f"model: expected outputs as a tensor, got {type(outputs).__name__}; "
-                "pass has_aux=True if, and only if, the model returns (outputs, aux)"
-            )
-        if outputs.ndim == 0 or not outputs.is_floating_point():
-            raise ValueError(
-                "model: expected floating-point outputs with a batch axis, got "
-                f"{outputs.dtype} of shape {tuple(outputs.shape)}"
-            )
-        if outputs.numel() == 0:
-            raise ValueError(f"inputs: the batch is empty: outputs have the shape {tuple(outputs.shape)}")
+                f"{error}; pass has_aux=True if, and only if, the model returns (outputs, aux), and joint(...) as the "
+                "likelihood of several outputs"
+            ) from error
+        for one in outputs:
+            if one.ndim == 0 or not one.is_floating_point():
+                raise ValueError(
+                    "model: expected floating-point outputs with a batch axis, got "
+                    f"{one.dtype} of shape {tuple(one.shape)}"
+                )
+            if one.numel() == 0:
+                raise ValueError(f"inputs: the batch is empty: outputs have the shape {tuple(one.shape)}")
+            if one.shape[0] != outputs[0].shape[0]:
+                raise ValueError(
+                    "model: expected outputs of all heads with the same batch axis in front, got shapes "
+                    f"{tuple(outputs[0].shape)} and {tuple(one.shape)}"
+                )
         return outputs, aux
-
-    def total_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        check_targets(likelihood, outputs, targets)
-        terms = likelihood.negative_log_likelihood(outputs, targets)
-        if terms.numel() != likelihood.terms(outputs):
-            raise ValueError(
-                f"likelihood {likelihood.name!r}: expected one negative log-likelihood for each of "
-                f"{likelihood.terms(outputs)} terms, got the shape {tuple(terms.shape)}; see event_axes"
-            )
-        return terms.mean()
 
     def specs_for(params: Tree, inputs: Tree) -> dict[str, list[OutputSpec]]:
         if torch.compiler.is_compiling():
@@ -117,9 +120,10 @@ def fisher(
         return specs[key]
 
     def evaluate(
-        params: Tree, inputs: Tree, targets: Tensor, statistics: bool | Tensor = True, noise: Tensor | None = None
+        params: Tree, inputs: Tree, targets: Tree, statistics: bool | Tensor = True, noise: Tree | None = None
     ) -> Evaluation:
         check_like(layers.tree, params, "params")
+        targets = heads.leaves(targets, "targets")
         if isinstance(statistics, Tensor):
             check_numbers(statistics)
         elif not isinstance(statistics, bool):
@@ -128,9 +132,9 @@ def fisher(
             specs_for(params, inputs)  # refuses hidden effects, at the first batch
         rest: list[Any] = []
 
-        def loss_of(params: Tree) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        def loss_of(params: Tree) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
             outputs, aux = split(model(params, inputs))
-            return total_loss(outputs, targets), (outputs, without_others(aux, rest))
+            return heads.loss(outputs, targets), (outputs, without_others(aux, rest))
 
         if statistics is True and examples is None:
             loss, grads, outputs, aux, found = with_statistics(params, inputs, targets, noise)
@@ -139,25 +143,26 @@ def fisher(
             aux, found = with_others(tensors, rest), None
             if statistics is not False:
                 if statistics is True:
-                    statistics = torch.randperm(outputs.shape[0], device=outputs.device)[:examples]
+                    statistics = torch.randperm(outputs[0].shape[0], device=outputs[0].device)[:examples]
                 found = of_examples(params, inputs, targets, statistics, noise)
 
-        def outputs_of(params: Tree) -> Tensor:
+        def outputs_of(params: Tree) -> list[Tensor]:
             return split(model(params, inputs))[0]
 
         def product(tangent: Tree) -> Tree:
             check_like(layers.tree, tangent, "product: tangent")
             outputs, changed = jvp(outputs_of, (params,), (tangent,))
             _, transpose = vjp(outputs_of, params)
-            return transpose(likelihood.hessian_product(outputs, changed) / likelihood.terms(outputs))[0]
+            return transpose(heads.product(outputs, targets, changed))[0]
 
         def gram(tangents: Tree) -> Tensor:
-            def change(tangent: Tree) -> tuple[Tensor, Tensor]:
+            def change(tangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
                 return jvp(outputs_of, (params,), (tangent,))
 
             outputs, changed = vmap(change, out_dims=(None, 0))(tangents)
-            curved = vmap(lambda c: likelihood.hessian_product(outputs, c))(changed)
-            return (wide(changed).flatten(1) @ wide(curved).flatten(1).mT) / likelihood.terms(outputs)
+            curved = vmap(lambda c: heads.product(outputs, targets, c))(changed)
+            of_heads = [wide(c).flatten(1) @ wide(h).flatten(1).mT for c, h in zip(changed, curved, strict=True)]
+            return torch.stack(of_heads).sum(dim=0)
 
         def quadratic(u: Tree, v: Tree) -> Tensor:
             check_like(layers.tree, u, "quadratic: u")
@@ -169,14 +174,14 @@ def fisher(
             check_like(layers.tree, params, "loss_at: params")
             return loss_of(params)[0]
 
-        return Evaluation(loss, grads, outputs, aux, found, product, quadratic, gram, loss_at)
+        return Evaluation(loss, grads, heads.unflatten(outputs), aux, found, product, quadratic, gram, loss_at)
 
     def captured(params: Tree, inputs: Tree, free: dict[int, Tensor], rest: list[Any]) -> tuple[Captured, list[Tensor]]:
         leaves, structure = optree.tree_flatten(params)
 
         def run(
             free: dict[int, Tensor], probes: dict[str, list[Tensor]]
-        ) -> tuple[Tensor, tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]]:
+        ) -> tuple[list[Tensor], tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]]:
             merged = [free.get(i, leaf) for i, leaf in enumerate(leaves)]
             result, records = run_captured(model, layers, optree.tree_unflatten(structure, merged), inputs, probes)
             outputs, aux = split(result)
@@ -188,12 +193,12 @@ def fisher(
         return Captured(layers, outputs, recorded, probes, transpose), tensors
 
     def with_statistics(
-        params: Tree, inputs: Tree, targets: Tensor, noise: Tensor | None
-    ) -> tuple[Tensor, Tree, Tensor, Any, Statistics]:
+        params: Tree, inputs: Tree, targets: list[Tensor], noise: Tree | None
+    ) -> tuple[Tensor, Tree, list[Tensor], Any, Statistics]:
         leaves, structure = optree.tree_flatten(params)
         rest: list[Any] = []
         seen, tensors = captured(params, inputs, {i: x for i, x in enumerate(leaves) if i not in covered}, rest)
-        cotangent, loss = grad_and_value(total_loss)(seen.outputs, targets)
+        cotangent, loss = grad_and_value(heads.loss)(seen.outputs, targets)
         free_grads, at_probes = seen.transpose(cotangent)
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
         of_loss = seen.standard_form_of_one(at_probes)
@@ -203,32 +208,26 @@ def fisher(
         ]
         found = {**free_grads, **from_matrices(list(layers), matrices)}
         grads = optree.tree_unflatten(structure, [found[i].to(leaf.dtype) for i, leaf in enumerate(leaves)])
-        statistics = statistics_of(seen, of_loss, likelihood, estimator, samples, noise)
+        statistics = statistics_of(seen, of_loss, heads, targets, estimator, samples, noise)
         return loss, grads, seen.outputs, with_others(tensors, rest), statistics
 
-    def of_examples(params: Tree, inputs: Tree, targets: Tensor, numbers: Tensor, noise: Tensor | None) -> Statistics:
-        size = targets.shape[0]
+    def of_examples(
+        params: Tree, inputs: Tree, targets: list[Tensor], numbers: Tensor, noise: Tree | None
+    ) -> Statistics:
+        size = targets[0].shape[0]
         inputs, targets = examples_of(inputs, numbers, size), examples_of(targets, numbers, size)
         seen, _ = captured(params, inputs, {}, [])
-        if seen.outputs.shape[0] != numbers.shape[0]:
+        if seen.outputs[0].shape[0] != numbers.shape[0]:
             raise ValueError(
                 f"statistics: expected outputs of {numbers.shape[0]} examples, got the shape "
-                f"{tuple(seen.outputs.shape)}; inputs and targets must have the batch as their leading axis"
+                f"{tuple(seen.outputs[0].shape)}; inputs and targets must have the batch as their leading axis"
             )
         at_probes = seen.probes  # of which nothing but the shape matters
         if estimator == "empirical":
-            _, at_probes = seen.transpose(grad(total_loss)(seen.outputs, targets))
-        return statistics_of(seen, seen.standard_form_of_one(at_probes), likelihood, estimator, samples, noise)
+            _, at_probes = seen.transpose(grad(heads.loss)(seen.outputs, targets))
+        return statistics_of(seen, seen.standard_form_of_one(at_probes), heads, targets, estimator, samples, noise)
 
     return evaluate
-
-
-def check_targets(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:
-    """Refuses targets that do not fit the outputs."""
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets: expected a tensor, got {type(targets).__name__}")
-    if likelihood.check is not None:
-        likelihood.check(outputs, targets)
 
 
 def check_numbers(numbers: Tensor) -> None:

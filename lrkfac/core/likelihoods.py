@@ -1,8 +1,16 @@
-"""What a model's outputs mean: the loss, samples, and the Hessian of the loss in the outputs.
+"""What a model's outputs mean, and the one rule of normalisation.
 
-One rule of normalisation holds for all: some axes of the outputs belong to one *term* of the likelihood
-(the classes of a categorical one), the others count terms, and the loss is the mean of the terms'
-negative log-likelihoods.
+Some axes of the outputs belong to one *term* of the likelihood (the classes of a categorical one), the others
+count terms. With the loss ``lₙ`` and the weight ``wₙ`` of each term, and ``Jₙ`` the derivative of its outputs in the
+parameters,
+
+    loss = Σ lₙ / Σ wₙ,    F = Σ hₙ Jₙᵀ Hₙ Jₙ / Σ wₙ,    Hₙ = Sₙ Sₙᵀ = E[sₙ sₙᵀ],
+
+where ``Hₙ`` is the Fisher matrix of the distribution in its outputs and ``sₙ`` the derivative of its negative
+log-likelihood at a target drawn from it. Without options ``lₙ`` is that negative log-likelihood and
+``wₙ = hₙ = 1``: the loss is a mean. ``hₙ Hₙ`` is the expected Hessian of ``lₙ``, so that ``F`` is the generalized
+Gauss-Newton matrix of the loss. The rows that enter ``B`` are ``√hₙ Sₙ``, column by column, or ``√hₙ sₙ``, and its
+scale is ``1 / Σ wₙ``: the first is the expectation of the second.
 """
 
 from __future__ import annotations
@@ -10,33 +18,45 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import vjp
+from torch.func import grad, vjp
 
 from lrkfac.core.tree import wide
+
+
+class Weights(NamedTuple):
+    """Of each term, of the shape of the outputs without the axes of one term: ``w``, with which it counts in the
+    mean, and ``h``, the factor of its Hessian.
+    """
+
+    mean: Tensor
+    hessian: Tensor
 
 
 @dataclass(frozen=True)
 class Likelihood:
     """A distribution of targets given outputs, and the parts of it that natural gradient needs.
 
-    For one's own likelihood give the four functions; ``S`` is any square root ``H = S Sᵀ`` of the Hessian
-    ``H`` of one term's negative log-likelihood in its outputs (of the Fisher where they differ).
+    For one's own likelihood give the first five; ``lrkfac.testing.check_likelihood`` says whether they fit
+    together. ``S`` is any square root ``H = S Sᵀ`` of the Hessian ``H`` of one term's negative log-likelihood in its
+    outputs (of the Fisher where they differ).
 
     Attributes:
         name: Shown in error messages.
         negative_log_likelihood: ``(outputs, targets) -> `` one number per term.
         sample: ``(outputs, noise) -> targets`` drawn from the model; ``noise`` is uniform on [0, 1), of the
-            shape of ``outputs``.
+            shape of ``outputs``. Any law will do under which the gradient has mean 0 and covariance ``H``.
         square_root: ``(outputs, coefficients) -> S coefficients``, term by term, all of one shape, linear in
             the coefficients.
-        check: ``(outputs, targets)``: raises ``ValueError`` or ``TypeError`` where shapes or dtypes do not
-            fit; never looks at values.
+        check: ``(outputs, targets)``: raises ``ValueError`` or ``TypeError`` where shapes or dtypes do not fit.
         product: ``(outputs, tangent) -> H tangent``; by default from ``square_root``.
         event_axes: Axes of the outputs that belong to one term; by default all but the first.
+        weights: ``(outputs, targets) -> Weights`` of the terms, not a function of the outputs' values; by default 1.
+        weighted_loss: ``(outputs, targets) -> `` one number per term, what the loss sums up; by default the
+            negative log-likelihood times ``weights(...).mean``.
     """
 
     name: str
@@ -46,12 +66,58 @@ class Likelihood:
     check: Callable[[Tensor, Tensor], None] | None = None
     product: Callable[[Tensor, Tensor], Tensor] | None = None
     event_axes: tuple[int, ...] | None = None
+    weights: Callable[[Tensor, Tensor], Weights] | None = None
+    weighted_loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def terms(self, outputs: Tensor) -> int:
-        """Number of terms of which the loss is the mean."""
+        """Number of terms, those of weight 0 included."""
         if self.event_axes is None:
             return outputs.shape[0]
         return outputs.numel() // max(math.prod([outputs.shape[axis] for axis in self.event_axes]), 1)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``Σ lₙ / Σ wₙ``, ``[]``.
+
+        Raises:
+            ValueError: If targets do not fit the outputs, or the terms are not as many as ``event_axes`` says.
+            TypeError: If targets have the wrong dtype.
+        """
+        if not isinstance(targets, Tensor):
+            raise TypeError(f"targets: expected a tensor, got {type(targets).__name__}")
+        if self.check is not None:
+            self.check(outputs, targets)
+        terms = (self.weighted_loss or self.negative_log_likelihood)(outputs, targets)
+        if terms.numel() != self.terms(outputs):
+            raise ValueError(
+                f"likelihood {self.name!r}: expected one negative log-likelihood for each of {self.terms(outputs)} "
+                f"terms, got the shape {tuple(terms.shape)}; see event_axes"
+            )
+        if self.weights is None:
+            return terms.mean()
+        weight = self.weights(outputs, targets).mean
+        if self.weighted_loss is None:
+            terms = terms.reshape(weight.shape) * weight
+        return terms.sum() / weight.sum()
+
+    def total_weight(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``Σ wₙ``, ``[]``."""
+        if self.weights is None:
+            return torch.full((), self.terms(outputs), dtype=wide(outputs).dtype, device=outputs.device)
+        return self.weights(outputs, targets).mean.sum()
+
+    def weighted_score(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
+        """``√hₙ sₙ`` of every term, at targets drawn with ``noise``; of the shape and dtype of ``outputs``."""
+        drawn = self.sample(outputs, noise)
+        score: Tensor = grad(lambda f: self.negative_log_likelihood(f, drawn).sum())(outputs)
+        return self._weighted(score, outputs, targets, root=True)
+
+    def weighted_root(self, outputs: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:
+        """``√hₙ Sₙ coefficientsₙ`` of every term, of the shape and dtype of ``outputs``."""
+        return self._weighted(self.square_root(outputs, coefficients), outputs, targets, root=True)
+
+    def weighted_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
+        """``hₙ Hₙ tangentₙ`` of every term, of the shape and dtype of ``outputs``."""
+        return self._weighted(self.hessian_product(outputs, tangent), outputs, targets, root=False)
 
     def hessian_product(self, outputs: Tensor, tangent: Tensor) -> Tensor:
         """``H tangent``, term by term, of the shape of ``outputs``."""
@@ -60,117 +126,10 @@ class Likelihood:
         _, transpose = vjp(lambda z: self.square_root(outputs, z), torch.zeros_like(outputs))
         return self.square_root(outputs, transpose(tangent)[0])
 
-
-def categorical() -> Likelihood:
-    """Classes from logits: outputs ``[N, C]`` (or ``[N, ..., C]``), integer targets ``[N]`` (``[N, ...]``).
-
-    The loss is cross-entropy. ``H = diag(p) - p pᵀ``, ``S = diag(√p) - p √pᵀ``.
-
-    Raises:
-        ValueError: At evaluation, if outputs have no axis of classes or targets another shape.
-        TypeError: At evaluation, if targets are no integers.
-    """
-
-    def negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
-        log_probabilities = wide(outputs).log_softmax(dim=-1)
-        return -log_probabilities.gather(-1, targets.long()[..., None])[..., 0]
-
-    def sample(outputs: Tensor, noise: Tensor) -> Tensor:
-        gumbel = -torch.log(-torch.log(wide(noise)))
-        return (wide(outputs) + gumbel).argmax(dim=-1)
-
-    def square_root(outputs: Tensor, coefficients: Tensor) -> Tensor:
-        p = outputs.softmax(dim=-1)
-        weighted = p.sqrt() * coefficients
-        return weighted - p * (p.sqrt() * coefficients).sum(dim=-1, keepdim=True)
-
-    def product(outputs: Tensor, tangent: Tensor) -> Tensor:
-        p = outputs.softmax(dim=-1)
-        return p * (tangent - (p * tangent).sum(dim=-1, keepdim=True))
-
-    def check(outputs: Tensor, targets: Tensor) -> None:
-        if outputs.ndim < 2:
-            raise ValueError(f"categorical: expected outputs [N, C], got shape {tuple(outputs.shape)}")
-        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-            raise TypeError(f"categorical: expected class numbers as integers, got {targets.dtype}")
-        _check_shape("categorical", targets, tuple(outputs.shape[:-1]))
-
-    return Likelihood("categorical", negative_log_likelihood, sample, square_root, check, product, (-1,))
-
-
-def gaussian(variance: float = 1.0) -> Likelihood:
-    """Numbers with a known variance: outputs and targets ``[N, ...]``, summed over all axes but the first.
-
-    The loss is ``Σ (s - y)² / (2 variance)`` without the normalising constant; ``H = I / variance``.
-
-    Args:
-        variance: Variance of each target, in the square of the targets' unit.
-
-    Raises:
-        ValueError: If ``variance`` is not positive and finite.
-    """
-    if not (math.isfinite(variance) and variance > 0):
-        raise ValueError(f"variance: expected a positive finite number, got {variance}")
-    deviation = math.sqrt(variance)
-
-    def negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
-        error = wide(outputs) - targets.to(wide(outputs).dtype)
-        return _sum_per_example(error.square()) / (2 * variance)
-
-    def sample(outputs: Tensor, noise: Tensor) -> Tensor:
-        smallest = torch.finfo(wide(noise).dtype).eps / 2
-        centred = 2 * wide(noise).clamp(smallest, 1 - smallest) - 1
-        return wide(outputs) + deviation * math.sqrt(2) * torch.erfinv(centred)
-
-    def square_root(outputs: Tensor, coefficients: Tensor) -> Tensor:
-        return coefficients / deviation
-
-    def product(outputs: Tensor, tangent: Tensor) -> Tensor:
-        return tangent / variance
-
-    def check(outputs: Tensor, targets: Tensor) -> None:
-        _check_floating("gaussian", targets)
-        _check_shape("gaussian", targets, tuple(outputs.shape))
-
-    return Likelihood("gaussian", negative_log_likelihood, sample, square_root, check, product)
-
-
-def bernoulli() -> Likelihood:
-    """Numbers in [0, 1] from logits: outputs and targets ``[N, ...]``, summed over all axes but the first.
-
-    The loss is binary cross-entropy in nats; ``H = diag(p (1 - p))``.
-    """
-
-    def negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
-        logits = wide(outputs)
-        return _sum_per_example(F.softplus(logits) - logits * targets.to(logits.dtype))
-
-    def sample(outputs: Tensor, noise: Tensor) -> Tensor:
-        return (wide(noise) < wide(outputs).sigmoid()).to(wide(outputs).dtype)
-
-    def square_root(outputs: Tensor, coefficients: Tensor) -> Tensor:
-        return (outputs.sigmoid() * (-outputs).sigmoid()).sqrt() * coefficients
-
-    def product(outputs: Tensor, tangent: Tensor) -> Tensor:
-        return outputs.sigmoid() * (-outputs).sigmoid() * tangent
-
-    def check(outputs: Tensor, targets: Tensor) -> None:
-        if targets.dtype != torch.bool:
-            _check_floating("bernoulli", targets)
-        _check_shape("bernoulli", targets, tuple(outputs.shape))
-
-    return Likelihood("bernoulli", negative_log_likelihood, sample, square_root, check, product)
-
-
-def _sum_per_example(x: Tensor) -> Tensor:
-    return x.flatten(1).sum(dim=1) if x.ndim > 1 else x
-
-
-def _check_floating(name: str, targets: Tensor) -> None:
-    if not targets.is_floating_point():
-        raise TypeError(f"{name}: expected floating-point targets, got {targets.dtype}; convert them with .float()")
-
-
-def _check_shape(name: str, targets: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(targets.shape) != shape:
-        raise ValueError(f"{name}: expected targets of shape {shape}, got {tuple(targets.shape)}")
+    def _weighted(self, x: Tensor, outputs: Tensor, targets: Tensor, root: bool) -> Tensor:
+        if self.weights is None:
+            return x.to(outputs.dtype)
+        weight = self.weights(outputs, targets).hessian
+        inner = range(1, outputs.ndim) if self.event_axes is None else [a % outputs.ndim for a in self.event_axes]
+        weight = weight.reshape([1 if axis in inner else size for axis, size in enumerate(outputs.shape)])
+        return ((weight.sqrt() if root else weight) * wide(x)).to(outputs.dtype)

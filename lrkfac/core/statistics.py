@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import optree
-import torch
 from torch import Tensor
 
 from lrkfac.core.cotangents import exact_cotangents, sampled_cotangents
 from lrkfac.core.covariances import Uses, prepared
-from lrkfac.core.likelihoods import Likelihood
-from lrkfac.core.tree import wide
+from lrkfac.core.joint import Joint, Leaves
 from lrkfac.core.types import Layers, Statistics, Tree
 
 Estimator = Literal["mc", "exact", "empirical", "forward_only"]
@@ -30,17 +28,17 @@ class Captured:
 
     Attributes:
         layers: Whose uses were captured.
-        outputs: What came out, ``[N, ...]``.
+        outputs: What came out of each head, ``[N, ...]``.
         recorded: What each source's operations received.
         probes: Those that were added, zero.
         transpose: The way back, from a cotangent of ``outputs`` to gradients of parameters and at probes.
     """
 
     layers: Layers
-    outputs: Tensor
+    outputs: list[Tensor]
     recorded: dict[str, tuple[Tensor, ...]]
     probes: AtProbes
-    transpose: Callable[[Tensor], tuple[dict[int, Tensor], AtProbes]]
+    transpose: Callable[[list[Tensor]], tuple[dict[int, Tensor], AtProbes]]
 
     def standard_form(self, at_probes: AtProbes) -> Form:
         """Of all layers, from gradients at the probes with a leading axis ``k``."""
@@ -48,7 +46,7 @@ class Captured:
         for layer in self.layers:
             inputs = tuple([self.recorded[source][use] for source, use in layer.sites])
             gradients = tuple([at_probes[source][use] for source, use in layer.sites])
-            form[layer.name] = prepared(layer, inputs, gradients, self.outputs.shape[0])
+            form[layer.name] = prepared(layer, inputs, gradients, self.outputs[0].shape[0])
         return form
 
     def standard_form_of_one(self, at_probes: AtProbes) -> Form:
@@ -59,26 +57,26 @@ class Captured:
 def statistics_of(
     seen: Captured,
     of_loss: Form,
-    likelihood: Likelihood,
+    heads: Joint,
+    targets: Leaves,
     estimator: Estimator,
     samples: int,
-    noise: Tensor | None,
+    noise: Tree | None,
 ) -> Statistics:
     """What an estimator makes of a pass and of the gradients of the mean loss, which only ``"empirical"`` uses."""
-    outputs, terms = seen.outputs, likelihood.terms(seen.outputs)
+    scale, factors = heads.normalization(seen.outputs, targets)
     if estimator == "forward_only":
         gradients: dict[str, Uses] = dict.fromkeys(of_loss, ())
     elif estimator == "empirical":
-        gradients = {name: tuple([terms * g for g in uses]) for name, (_, uses) in of_loss.items()}
+        gradients = {name: tuple([(g / scale).to(g.dtype) for g in uses]) for name, (_, uses) in of_loss.items()}
     else:
-        back = lambda cotangent: seen.transpose(cotangent)[1]  # noqa: E731
-        if estimator == "exact":
-            at_probes = exact_cotangents(likelihood, outputs, back)
-        else:
-            at_probes = sampled_cotangents(likelihood, outputs, back, samples, noise)
+        of_heads = (heads, seen.outputs, targets, factors, lambda cotangents: seen.transpose(cotangents)[1])
+        at_probes = (
+            exact_cotangents(*of_heads) if estimator == "exact" else sampled_cotangents(*of_heads, samples, noise)
+        )
         gradients = {name: uses for name, (_, uses) in seen.standard_form(at_probes).items()}
-    weight_of_row = 1 / (terms * (samples if estimator == "mc" else 1))
-    scale = torch.full((), weight_of_row, dtype=wide(outputs).dtype, device=outputs.device)
+    if estimator == "mc":
+        scale = scale / samples
     return Statistics({name: inputs for name, (inputs, _) in of_loss.items()}, gradients, scale)
 
 

@@ -55,22 +55,28 @@ def _key(entry: optree.PyTreeEntry) -> Any:
     return entry.field if isinstance(entry, optree.NamedTupleEntry) else entry.entry
 
 
+def difference(expected: Tree, got: Tree) -> str | None:
+    """In what the structure of a tree differs from that of another, in words; ``None`` where it does not."""
+    # The compiler cannot compare structures; paths, which it can, take too long for every eager step.
+    compiling = torch.compiler.is_compiling()
+    if paths(got) == paths(expected) if compiling else optree.tree_structure(got) == optree.tree_structure(expected):
+        return None
+    wanted, there = paths(expected), paths(got)
+    missing = [path for path in wanted if path not in there]
+    unexpected = [path for path in there if path not in wanted]
+    return f"missing {missing}, unexpected {unexpected}" if missing or unexpected else f"{optree.tree_structure(got)}"
+
+
 def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
     """The leaves of a tree, which is refused unless it has the structure and shapes of another.
 
     Raises:
         ValueError: Names the leaf that is missing, unexpected or of another shape.
     """
-    leaves, found = optree.tree_flatten(got)
-    # The compiler cannot compare structures; paths, which it can, take too long for every eager step.
-    compiling = torch.compiler.is_compiling()
-    if paths(got) != paths(expected) if compiling else found != optree.tree_structure(expected):
-        wanted, there = paths(expected), paths(got)
-        missing = [path for path in wanted if path not in there]
-        unexpected = [path for path in there if path not in wanted]
-        difference = f"missing {missing}, unexpected {unexpected}" if missing or unexpected else f"{found}"
+    leaves, differs = optree.tree_leaves(got), difference(expected, got)
+    if differs is not None:
         raise ValueError(
-            f"{what}: the tree differs from the one at the start: {difference}; pass a tree like the parameters, "
+            f"{what}: the tree differs from the one at the start: {differs}; pass a tree like the parameters, "
             "or call find_layers() and init() again for others"
         )
     for i, (leaf, like) in enumerate(zip(leaves, optree.tree_leaves(expected), strict=True)):

@@ -140,8 +140,8 @@ class Statistics(NamedTuple):
     ``inputs[name][use]`` is what the operation of the layer ``name`` received, ``[N, ...]``;
     ``output_gradients[name][use]`` are the gradients at what it returned, ``[k, N, ...]``, both in the standard form
     of ``lrkfac.core.layers``; ``k`` is the number of samples, or of columns of the output Hessian's square
-    root. ``B = scale * sum of g gᵀ`` over all rows and ``k``; where there is no use at all in
-    ``output_gradients[name]`` (``"forward_only"``), ``B`` is the identity.
+    root, with the factors of ``lrkfac.core.likelihoods``. ``B = scale * sum of g gᵀ`` over all rows and ``k``; where
+    there is no use at all in ``output_gradients[name]`` (``"forward_only"``), ``B`` is the identity.
     """
 
     inputs: dict[str, tuple[Tensor, ...]]
@@ -155,7 +155,7 @@ class Evaluation(NamedTuple):
     Attributes:
         loss: Mean negative log-likelihood, ``[]``.
         grads: Its gradient, a tree like the parameters.
-        outputs: The model's outputs, ``[N, ...]``.
+        outputs: The model's outputs, ``[N, ...]``, or a tree of them.
         aux: What else the model returned (``has_aux=True``), else ``None``.
         statistics: For ``precondition_by_fisher``; ``None`` where they were not asked for.
         product: ``product(tangent)`` is ``F tangent`` with the exact Fisher ``F`` of this batch.
@@ -167,7 +167,7 @@ class Evaluation(NamedTuple):
 
     loss: Tensor
     grads: Tree
-    outputs: Tensor
+    outputs: Tree
     aux: Any
     statistics: Statistics | None
     product: Callable[[Tree], Tree]

@@ -18,8 +18,8 @@ each_likelihood = pytest.mark.parametrize("name", LIKELIHOODS)
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6))
 
 
-def same(cotangent):
-    return {"all": [cotangent]}
+def same(cotangents):
+    return {"all": cotangents}
 
 
 @each_likelihood
@@ -29,7 +29,9 @@ def test_exact_columns_are_those_of_the_root(name, shape, seed, at_once):
     outputs = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cotangents, "COLUMNS", at_once)
-        columns = exact_cotangents(LIKELIHOODS[name], outputs, same)["all"][0].flatten(2)
+        columns = exact_cotangents(lrkfac.joint(LIKELIHOODS[name]), [outputs], [outputs[..., 0]], [1.0], same)["all"][
+            0
+        ].flatten(2)
     assert columns.shape == (shape[1] * shape[2], shape[0], shape[1] * shape[2])
     options = {"variance": 1.0} if name == "gaussian" else {}
     blocks = reference.output_hessian(name, outputs, **options)
@@ -52,8 +54,9 @@ def test_targets_drawn_in_parts_are_those_drawn_at_once(name, shape, seed, sampl
     expected = torch.stack([torch.func.grad(total)(outputs, u) for u in noise])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cotangents, "NUMBERS", at_once)
-        found = sampled_cotangents(likelihood, outputs, same, samples, noise)["all"][0]
-        drawn = sampled_cotangents(likelihood, outputs, same, samples, None)["all"][0]
+        given = (lrkfac.joint(likelihood), [outputs], [outputs[..., 0]], [1.0], same, samples)
+        found = sampled_cotangents(*given, noise)["all"][0]
+        drawn = sampled_cotangents(*given, None)["all"][0]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert drawn.shape == found.shape
 

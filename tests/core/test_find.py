@@ -238,10 +238,15 @@ def test_refused_before_anything_changes(model, message):
     assert not BUFFER.any() and NORM[1].num_batches_tracked == 0 and not NORM[1].running_mean.any()
 
 
-@pytest.mark.parametrize("wrap", [lambda y: {"y": y}, lambda y: None, lambda y: ("y", y), lambda y: ()])
+@pytest.mark.parametrize("wrap", [lambda y: [], lambda y: None, lambda y: ("y", y), lambda y: ()])
 def test_a_model_returns_a_tensor(wrap):
-    with pytest.raises(TypeError, match=r"model: expected outputs as a tensor.*got (dict|NoneType|str|tuple)"):
+    with pytest.raises(TypeError, match=r"model: expected outputs as a tensor.*got (list|NoneType|str|tuple)"):
         find_layers(lambda p, x: wrap(linear(p, x)), square(), X)
+
+
+@pytest.mark.parametrize("wrap", [lambda y: {"y": y}, lambda y: [(y, y)], lambda y: (y, "aux"), lambda y: ((y,), {})])
+def test_outputs_may_be_a_tree(wrap):
+    assert find_layers(lambda p, x: wrap(linear(p, x)), square(), X) == find_layers(linear, square(), X)
 
 
 @pytest.mark.parametrize(

@@ -1,210 +1,267 @@
-"""Likelihoods: loss, samples and Hessian belong to one distribution."""
+"""The one rule of normalisation: exact = expectation of Monte-Carlo = autograd's Gauss-Newton matrix.
 
-from dataclasses import replace
+The references are losses written in plain torch on the outputs, their Hessians by ``torch.func.hessian``, the
+model's derivatives by ``jacrev``.
+"""
 
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import optree
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import grad, vjp, vmap
+from torch.func import hessian, jacrev
 
-from lrkfac import Likelihood, bernoulli, categorical, gaussian
+from lrkfac import Likelihood, Weights, bernoulli, categorical, find_layers, fisher, gaussian, joint, poisson
 from lrkfac.testing import gradients, seeds
-from tests import reference
 
-# Poisson counts from log-rates, one term an entry: a likelihood of one's own, without a product.
-poisson = Likelihood(
-    "poisson",
-    lambda outputs, targets: outputs.exp() - targets * outputs,
-    lambda outputs, noise: (noise < outputs.exp()).to(outputs.dtype),
-    lambda outputs, coefficients: (outputs / 2).exp() * coefficients,
-    event_axes=(),
+CLASSES = 3
+CLASS_WEIGHTS = torch.tensor([0.3, 1.7, 0.9], dtype=torch.float64)
+
+
+def own_laplace_like(outputs, targets):
+    return (outputs - targets).square().sum(1) / 2
+
+
+# Weights of one's own: an example counts as much as its first target says, its Hessian too.
+WEIGHTED = Likelihood(
+    "weighted",
+    own_laplace_like,
+    lambda outputs, noise: outputs + torch.where(noise < 0.5, -1.0, 1.0),
+    lambda outputs, coefficients: coefficients,
+    weights=lambda outputs, targets: Weights(targets[:, 0].abs(), targets[:, 0].abs()),
 )
-LIKELIHOODS = {
-    "categorical": categorical(),
-    "gaussian": gaussian(0.25),
-    "bernoulli": bernoulli(),
-    "poisson": poisson,
-    "categorical without product": replace(categorical(), product=None),
-    "bernoulli without product": replace(bernoulli(), product=None),
-}
-OPTIONS = {"gaussian": {"variance": 0.25}}
-GIVEN = ("categorical", "gaussian", "bernoulli")
 
 
-@st.composite
-def batches(draw, names=tuple(LIKELIHOODS), dtype=torch.float64):
-    """A likelihood by name, outputs ``[N, ...]`` on several scales, and targets that fit."""
-    name, shape = draw(st.sampled_from(names)), draw(st.sampled_from([(4, 1), (3, 5), (2, 3, 4), (6,)]))
-    if name.startswith("categorical") and len(shape) == 1:
-        shape = (*shape, 3)
-    generator = torch.Generator().manual_seed(draw(seeds))
-    outputs = draw(st.sampled_from([0.1, 1.0, 5.0])) * torch.randn(shape, generator=generator).to(dtype)
-    if name.startswith("categorical"):
-        integer = draw(st.sampled_from([torch.int64, torch.int32, torch.uint8]))
-        targets = torch.randint(shape[-1], shape[:-1], generator=generator).to(integer)
-    else:
-        targets = torch.rand(shape, generator=generator).to(dtype)
-    return name, outputs, targets
+class Family(NamedTuple):
+    """A likelihood, its loss in plain torch, and the shapes of outputs of one example that it takes."""
+
+    likelihood: Any
+    loss: Any
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def cross_entropy(outputs, targets, axis=-1, ignore_index=None, **options):
+    ignored = -100 if ignore_index is None else ignore_index
+    return F.cross_entropy(outputs.movedim(axis, 1), targets, ignore_index=ignored, **options)
+
+
+def per_example(loss):
+    return lambda outputs, targets: loss(outputs, targets).reshape(len(outputs), -1).sum(1).mean()
+
+
+def categoricals():
+    for ignore_index, weight, smoothing in product((None, -100, 1), (None, CLASS_WEIGHTS), (0.0, 0.3)):
+        for axis, shapes in ((-1, ((CLASSES,), (2, CLASSES))), (1, ((CLASSES,), (CLASSES, 2, 1)))):
+            name = f"categorical axis={axis} ignore={ignore_index} weights={weight is not None} smoothing={smoothing}"
+            loss = partial(
+                cross_entropy, axis=axis, ignore_index=ignore_index, weight=weight, label_smoothing=smoothing
+            )
+            yield name, Family(categorical(axis, ignore_index, weight, smoothing), loss, shapes)
+
+
+ANY = ((1,), (3,), (2, 3))
+VARIANCES = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
+FAMILIES = {
+    **dict(categoricals()),
+    "gaussian": Family(gaussian(0.25), per_example(lambda f, y: (f - y).square() / 0.5), ANY),
+    "gaussian variances": Family(
+        gaussian(VARIANCES), per_example(lambda f, y: (f - y).square() / (2 * VARIANCES)), ((3,), (2, 3))
+    ),
+    "bernoulli": Family(
+        bernoulli(), per_example(partial(F.binary_cross_entropy_with_logits, reduction="none")), ANY
+    ),
+    "poisson": Family(poisson(), per_example(partial(F.poisson_nll_loss, reduction="none")), ANY),
+    "weighted": Family(
+        WEIGHTED,
+        lambda f, y: (own_laplace_like(f, y) * y[:, 0].abs()).sum() / y[:, 0].abs().sum(),
+        ((3,),),
+    ),
+}  # fmt: skip
 
 
 def close(found, expected, tolerance=1e-10):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def dense_hessian(name, outputs):
-    """Of the sum of the terms, [*, *] with all entries of the outputs in one axis."""
-    return torch.block_diag(*reference.output_hessian(name, outputs, **OPTIONS.get(name, {})))
+def targets_for(name, likelihood, outputs, generator):
+    if not name.startswith("categorical"):
+        return torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
+    axis = likelihood.event_axes[0] % outputs.ndim
+    shape = [size for i, size in enumerate(outputs.shape) if i != axis]
+    targets = torch.randint(CLASSES, shape, generator=generator)
+    targets.view(-1)[0] = 0  # never ignored
+    if "ignore=-100" in name:
+        targets.view(-1)[1::3] = -100
+    return targets
 
 
-@given(batches(GIVEN))
-def test_loss_is_that_of_the_reference(batch):
-    name, outputs, targets = batch
-    likelihood, options = LIKELIHOODS[name], OPTIONS.get(name, {})
-    found = likelihood.negative_log_likelihood(outputs, targets)
-    expected = reference.negative_log_likelihood(
-        name, outputs, targets.long() if name == "categorical" else targets, **options
+@st.composite
+def cases(draw, names=tuple(FAMILIES)):
+    """Names of one to three heads, shapes of their outputs, a seed."""
+    chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3))
+    return [(name, draw(st.sampled_from(FAMILIES[name].shapes))) for name in chosen], draw(seeds)
+
+
+class Problem(NamedTuple):
+    """One or several heads on a linear layer, behind a layer that mixes positions where there are several."""
+
+    likelihood: Any
+    model: Any
+    params: dict[str, torch.Tensor]
+    inputs: torch.Tensor
+    targets: Any
+    loss: Any  # of the list of all outputs, in plain torch
+    leaves: Any  # from the tree of outputs to that list
+
+
+def problem(heads, seed, batch=4):
+    generator = torch.Generator().manual_seed(seed)
+    normal = partial(torch.randn, generator=generator, dtype=torch.float64)
+    sizes = [torch.Size(shape).numel() for _, shape in heads]
+    params = {"first.weight": normal(3, 2), "last.weight": normal(sum(sizes), 3), "last.bias": normal(sum(sizes))}
+    inputs = normal(batch, 2)
+    single = len(heads) == 1
+
+    def model(p, x):
+        flat = F.linear(F.linear(x, p["first.weight"]).tanh(), p["last.weight"], p["last.bias"])
+        parts = [part.reshape(-1, *shape) for part, (_, shape) in zip(flat.split(sizes, 1), heads, strict=True)]
+        # Sorted by optree, in insertion order for torch.
+        return parts[0] if single else {f"head {9 - i}": part for i, part in enumerate(parts)}
+
+    def leaves(tree):
+        return [tree] if single else [tree[f"head {9 - i}"] for i in range(len(heads))]
+
+    outputs = leaves(model(params, inputs))
+    found = [
+        targets_for(name, FAMILIES[name].likelihood, f, generator) for (name, _), f in zip(heads, outputs, strict=True)
+    ]
+    weights = [1.0] if single else [0.5 + i for i in range(len(heads))]
+
+    def loss(outputs):
+        parts = zip(weights, heads, outputs, found, strict=True)
+        return sum(w * FAMILIES[name].loss(f, y) for w, (name, _), f, y in parts)
+
+    likelihood, targets = FAMILIES[heads[0][0]].likelihood, found[0]
+    if not single:
+        names = [f"head {9 - i}" for i in range(len(heads))]
+        targets = dict(zip(names, found, strict=True))
+        likelihood = joint(
+            {n: FAMILIES[head].likelihood for n, (head, _) in zip(names, heads, strict=True)},
+            dict(zip(names, weights, strict=True)),
+        )
+    return Problem(likelihood, model, params, inputs, targets, loss, leaves)
+
+
+def evaluate(p, estimator="exact", statistics=True, noise=None, samples=1):
+    layers = find_layers(p.model, p.params, p.inputs)
+    f = fisher(p.model, p.likelihood, layers, estimator, samples)
+    return f(p.params, p.inputs, p.targets, statistics, noise)
+
+
+def flat(tree):
+    return torch.cat([x.reshape(-1) for x in tree])
+
+
+def output_matrix(p):
+    """The Hessian of the loss in all outputs, ``[E, E]``, and the outputs."""
+    outputs = p.leaves(p.model(p.params, p.inputs))
+
+    def of_flat(x):
+        parts = x.split([f.numel() for f in outputs])
+        return p.loss([part.reshape(f.shape) for part, f in zip(parts, outputs, strict=True)])
+
+    return hessian(of_flat)(flat(outputs)), outputs
+
+
+def gauss_newton(p):
+    """``Jᵀ H J`` over all parameters in the order of ``params``."""
+    H, _ = output_matrix(p)
+    jacobian = jacrev(lambda q: flat(p.leaves(p.model(q, p.inputs))))(p.params)
+    J = torch.cat([j.flatten(1) for j in jacobian.values()], 1)
+    return J.mT @ H @ J
+
+
+def output_factor(p):
+    """``B`` of the first layer: the sum over examples of their blocks of ``Jᵀ H J`` in its output."""
+    H, _ = output_matrix(p)
+    s = F.linear(p.inputs, p.params["first.weight"])
+    rest = {"first.weight": torch.eye(3, dtype=torch.float64), **{k: p.params[k] for k in ("last.weight", "last.bias")}}
+    J = jacrev(lambda s: flat(p.leaves(p.model(rest, s))))(s).flatten(1)
+    G = (J.mT @ H @ J).unflatten(0, s.shape).unflatten(2, s.shape)
+    return torch.einsum("ninj->ij", G)
+
+
+def rows(evaluation, name="first"):
+    """``[k, N, 3]``."""
+    return evaluation.statistics.output_gradients[name][0]
+
+
+def B(evaluation):
+    g = rows(evaluation).flatten(0, 1)
+    return evaluation.statistics.scale * g.mT @ g
+
+
+@given(cases())
+def test_loss_and_gradient_are_those_of_plain_torch(case):
+    p = problem(*case)
+    for estimator, statistics in (("mc", False), ("mc", True), ("empirical", True)):
+        found = evaluate(p, estimator, statistics)
+        close(found.loss, p.loss(p.leaves(p.model(p.params, p.inputs))))
+        expected = torch.func.grad(lambda q: p.loss(p.leaves(p.model(q, p.inputs))))(p.params)
+        close(found.grads, expected)
+        close(found.loss_at(p.params), found.loss)
+        for a, b in zip(p.leaves(found.outputs), p.leaves(p.model(p.params, p.inputs)), strict=True):
+            assert torch.equal(a, b)
+
+
+@given(cases())
+def test_products_are_those_of_the_gauss_newton_matrix(case):
+    p = problem(*case)
+    found, matrix = evaluate(p, statistics=False), gauss_newton(p)
+    u, v = gradients(p.params, 1), gradients(p.params, 2)
+    x, y = flat(u.values()), flat(v.values())
+    close(flat(found.product(u)[name] for name in p.params), matrix @ x)
+    close(found.quadratic(u, v), x @ matrix @ y)
+
+
+@given(cases())
+def test_exact_statistics_are_those_of_the_gauss_newton_matrix(case):
+    p = problem(*case)
+    close(B(evaluate(p)), output_factor(p))
+
+
+@given(cases())
+def test_empirical_rows_make_the_gradient(case):
+    """``scale * sum of g aᵀ`` is the gradient, with whatever weights."""
+    p = problem(*case)
+    found = evaluate(p, "empirical")
+    (a,) = found.statistics.inputs["first"]
+    close(found.statistics.scale * rows(found)[0].mT @ a, found.grads["first.weight"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside another"])
+def test_monte_carlo_is_exact_in_expectation(name, alone):
+    """The mean over 10000 copies of the batch is within six standard errors."""
+    copies, shapes = 10000, FAMILIES[name].shapes
+    one = problem([(name, shapes[-1])] if alone else [(name, shapes[0]), ("bernoulli", (2,))], seed=3)
+    many = one._replace(
+        inputs=one.inputs.repeat(copies, 1),
+        targets=optree.tree_map(lambda y: y.repeat(copies, *[1] * (y.ndim - 1)), one.targets),
     )
-    close(found.flatten(), expected)
-    assert likelihood.terms(outputs) == len(expected)
-    single = likelihood.negative_log_likelihood(outputs.float(), targets)
-    close(single.flatten(), expected.float(), 1e-5)
-    likelihood.check(outputs, targets)
-
-
-@given(batches(GIVEN))
-def test_hessian_is_that_of_the_reference(batch):
-    name, outputs, _ = batch
-    tangent = gradients(outputs)
-    expected = dense_hessian(name, outputs) @ tangent.flatten()
-    close(LIKELIHOODS[name].hessian_product(outputs, tangent).flatten(), expected)
-    single = LIKELIHOODS[name].hessian_product(outputs.float(), tangent.float()).flatten()
-    assert (single - expected).norm() <= 1e-5 * tangent.norm() * (1 + expected.norm())
-
-
-@given(batches())
-def test_hessian_product_is_that_of_autograd_and_of_the_root(batch):
-    """``H t`` three ways: by differentiating the loss twice, by ``S Sᵀ t``, and as given."""
-    name, outputs, targets = batch
-    likelihood, tangent = LIKELIHOODS[name], gradients(outputs)
-    gradient = grad(lambda f: likelihood.negative_log_likelihood(f, targets).sum())
-    expected = vjp(gradient, outputs)[1](tangent)[0]
-    close(likelihood.hessian_product(outputs, tangent), expected)
-    root = lambda z: likelihood.square_root(outputs, z)  # noqa: E731
-    close(root(vjp(root, torch.zeros_like(outputs))[1](tangent)[0]), expected)
-
-
-@given(batches())
-def test_root_is_linear_and_acts_on_each_term_alone(batch):
-    name, outputs, _ = batch
-    likelihood, x, y = LIKELIHOODS[name], gradients(outputs, 1), gradients(outputs, 2)
-    root = lambda z: likelihood.square_root(outputs, z)  # noqa: E731
-    close(root(2 * x - 3 * y), 2 * root(x) - 3 * root(y))
-    first = torch.zeros_like(x)
-    first[0] = x[0]
-    close(root(first)[0], root(x)[0])
-    assert not root(first)[1:].any()
-
-
-SAMPLED = {
-    "categorical": torch.tensor([0.5, -1.0, 1.5, 0.0]),
-    "gaussian": torch.tensor([0.3, -2.0]),
-    "bernoulli": torch.tensor([0.4, -1.5, 0.0]),
-}
-
-
-@pytest.mark.parametrize("name", GIVEN)
-def test_expectation_over_samples(name):
-    """Gradients at sampled targets have mean zero and covariance ``H``, within five standard errors."""
-    count, likelihood = 100_000, LIKELIHOODS[name]
-    outputs = SAMPLED[name].double().expand(count, -1)
-    noise = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    targets = likelihood.sample(outputs, noise)
-    likelihood.check(outputs, targets)
-    g = grad(lambda f: likelihood.negative_log_likelihood(f, targets).sum())(outputs)
-    assert (g.mean(0).abs() <= 5 * g.std(0) / count**0.5).all()
-    products = g[:, :, None] * g[:, None, :]
-    hessian = reference.output_hessian(name, outputs[:1], **OPTIONS.get(name, {}))[0]
-    assert ((products.mean(0) - hessian).abs() <= 5 * products.std(0) / count**0.5 + 1e-12).all()
-
-
-def test_samples_are_quantiles():
-    """Where a target is one number, noise ``u`` gives the ``u``-quantile, of labels from the upper end."""
-    u = (torch.arange(1000, dtype=torch.float64) + 0.5)[:, None] / 1000
-    outputs = torch.full_like(u, -0.7)
-    normal = torch.distributions.Normal(outputs, 0.5)
-    close(gaussian(0.25).sample(outputs, u), normal.icdf(u))
-    labels = bernoulli().sample(outputs, u)
-    assert labels.unique().tolist() == [0, 1]
-    assert abs(labels.mean() - outputs[0].sigmoid()) <= 1 / 1000
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", GIVEN)
-def test_extremes_stay_finite(name, dtype):
-    """Noise at both ends of [0, 1), and logits where probabilities are 0 or 1 to rounding."""
-    likelihood = LIKELIHOODS[name]
-    wide = torch.promote_types(dtype, torch.float32)
-    outputs = torch.tensor([[0.0, 0.0], [200.0, -200.0], [-1e4, 1e4]], dtype=dtype)
-    for u in (0.0, 0.5, 1 - torch.finfo(wide).eps):
-        targets = likelihood.sample(outputs, torch.full(outputs.shape, u, dtype=wide))
-        likelihood.check(outputs, targets)
-        assert targets.isfinite().all()
-        nll = likelihood.negative_log_likelihood(outputs, targets)
-        assert nll.isfinite().all() and nll.dtype == wide
-    for method in (likelihood.hessian_product, likelihood.square_root):
-        result = method(outputs, torch.ones_like(outputs))
-        assert result.isfinite().all() and result.dtype == dtype
-
-
-OUTPUTS = torch.zeros(4, 3)
-REFUSED = {
-    "class numbers as floats": (categorical(), OUTPUTS, torch.zeros(4), TypeError, "class numbers.*float32"),
-    "class numbers as bools": (categorical(), OUTPUTS, torch.zeros(4).bool(), TypeError, "bool"),
-    "one-hot": (categorical(), OUTPUTS, OUTPUTS.long(), ValueError, r"targets of shape \(4,\), got \(4, 3\)"),
-    "other batch": (categorical(), OUTPUTS, torch.zeros(5).long(), ValueError, r"shape \(4,\), got \(5,\)"),
-    "one term per position": (
-        categorical(), OUTPUTS[None], torch.zeros(1).long(), ValueError, r"shape \(1, 4\), got \(1,\)"),
-    "no classes": (categorical(), OUTPUTS[0], torch.zeros(3).long(), ValueError, r"outputs \[N, C\].*\(3,\)"),
-    "integers": (gaussian(), OUTPUTS, OUTPUTS.long(), TypeError, "gaussian: expected float.*int64"),
-    "no broadcast": (gaussian(), OUTPUTS, OUTPUTS[:, :1], ValueError, r"shape \(4, 3\), got \(4, 1\)"),
-    "no column": (gaussian(), OUTPUTS[:, 0], OUTPUTS[:, :1], ValueError, r"shape \(4,\), got \(4, 1\)"),
-    "integer labels": (bernoulli(), OUTPUTS, OUTPUTS.int(), TypeError, "bernoulli: expected float.*int32"),
-    "labels of another shape": (bernoulli(), OUTPUTS, OUTPUTS[:2], ValueError, r"\(4, 3\), got \(2, 3\)"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("likelihood", "outputs", "targets", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_targets_that_do_not_fit(likelihood, outputs, targets, error, message):
-    with pytest.raises(error, match=message):
-        likelihood.check(outputs, targets)
-
-
-def test_labels_may_be_bools():
-    targets = OUTPUTS.bool()
-    bernoulli().check(OUTPUTS, targets)
-    close(
-        bernoulli().negative_log_likelihood(OUTPUTS, targets),
-        bernoulli().negative_log_likelihood(OUTPUTS, targets.float()),
+    generator = torch.Generator().manual_seed(1)
+    noise = optree.tree_map(
+        lambda f: torch.rand(1, *f.shape, generator=generator, dtype=torch.float64),
+        many.model(many.params, many.inputs),
     )
-
-
-@pytest.mark.parametrize("variance", [0.0, -1.0, float("inf"), float("nan")])
-def test_variance_is_positive(variance):
-    with pytest.raises(ValueError, match="variance: expected a positive finite number"):
-        gaussian(variance)
-
-
-@given(batches())
-def test_everything_works_under_vmap(batch):
-    name, outputs, targets = batch
-    likelihood, both = LIKELIHOODS[name], torch.stack([outputs, outputs + 1])
-    noise = gradients(both).sigmoid()
-    for function, args in (
-        (lambda f, _: likelihood.negative_log_likelihood(f, targets), (both, both)),
-        (likelihood.sample, (both, noise)),
-        (likelihood.hessian_product, (both, noise)),
-        (likelihood.square_root, (both, noise)),
-    ):
-        mapped = vmap(function)(*args)
-        torch.testing.assert_close(mapped[1], function(args[0][1], args[1][1]))
+    found = evaluate(many, "mc", noise=noise)
+    close(found.statistics.scale * copies, evaluate(one).statistics.scale)
+    g = rows(found)[0].unflatten(0, (copies, -1))
+    each = found.statistics.scale * copies * g.mT @ g
+    close(each.mean(0), B(found))
+    assert ((each.mean(0) - output_factor(one)).abs() <= 6 * each.std(0) / copies**0.5 + 1e-12).all()

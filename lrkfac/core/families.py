@@ -1,0 +1,297 @@
+"""The likelihoods that come with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrkfac.core.likelihoods import Likelihood, Weights
+from lrkfac.core.tree import wide
+
+
+def categorical(
+    axis: int = -1,
+    ignore_index: int | None = None,
+    class_weights: Tensor | Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+) -> Likelihood:
+    """Classes from logits: outputs ``[N, C]``, ``[N, T, C]`` or, with ``axis=1``, ``[N, C, H, W]``; integer targets
+    of the same shape without the axis of classes.
+
+    The loss is cross-entropy in nats, the same mean as ``torch.nn.functional.cross_entropy`` takes:
+
+        Σ [(1 - ε) c_y (-log p_y) + ε/C Σ_k c_k (-log p_k)] / Σ c_y    over the targets y that are not ignored,
+
+    with class weights ``c`` and label smoothing ``ε``. ``H = diag(p) - p pᵀ``, ``S = diag(√p) - p √pᵀ``, and each
+    term's Hessian has the factor ``(1 - ε) c_y + ε/C Σ_k c_k``. Labels are drawn from the model, without smoothing.
+
+    What is ignored says nothing about the outputs: its rows ``g`` are zero. Its rows ``a`` are averaged into the
+    input factor ``A`` like all others, since ``A`` is the mean over whatever the layer received.
+
+    Args:
+        axis: Where the classes are; not the batch, which is axis 0.
+        ignore_index: Targets of this value count for nothing; by default there are none.
+        class_weights: ``[C]``, nonnegative.
+        label_smoothing: ``ε``, in [0, 1).
+
+    Raises:
+        ValueError: If an argument is out of range; at evaluation, if outputs have no such axis of classes, class
+            weights or targets another shape. Where targets are on the CPU and their values known (neither compiled
+            nor under ``vmap`` over targets), also if one is no class number, or their weights add up to 0, such as
+            where all are ignored; elsewhere the latter shows as a loss that is not finite.
+        TypeError: If an argument is of the wrong type; at evaluation, if targets are no integers.
+    """
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"axis: expected an integer, got {axis!r}")
+    if axis == 0:
+        raise ValueError("axis: expected the axis of the classes, got 0, which is the batch")
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, int | float):
+        raise TypeError(f"label_smoothing: expected a number, got {label_smoothing!r}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    importance = None if class_weights is None else _class_weights(class_weights)
+    plain = ignore_index is None and importance is None and label_smoothing == 0
+
+    def log_probabilities(outputs: Tensor) -> Tensor:
+        return wide(outputs).movedim(axis, -1).log_softmax(dim=-1)
+
+    def valid(targets: Tensor) -> Tensor:
+        return torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets.long() != ignore_index
+
+    def numbers(targets: Tensor) -> Tensor:
+        return targets.long() if ignore_index is None else torch.where(valid(targets), targets.long(), 0)
+
+    def importance_like(outputs: Tensor) -> Tensor:
+        assert importance is not None
+        return importance.to(device=outputs.device, dtype=wide(outputs).dtype)
+
+    def negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
+        # Without the ignored ones: a label drawn from the model may well have the number that marks these.
+        return -log_probabilities(outputs).gather(-1, targets.long()[..., None])[..., 0]
+
+    def weights(outputs: Tensor, targets: Tensor) -> Weights:
+        counted = valid(targets).to(wide(outputs).dtype)
+        of_target, average = counted, counted
+        if importance is not None:
+            of_class = importance_like(outputs)
+            of_target, average = counted * of_class[numbers(targets)], counted * of_class.mean()
+        return Weights(of_target, torch.lerp(of_target, average, label_smoothing) if label_smoothing else of_target)
+
+    def weighted_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = -log_probabilities(outputs)
+        at_target = losses.gather(-1, numbers(targets)[..., None])[..., 0]
+        terms = weights(outputs, targets).mean * at_target
+        if label_smoothing == 0:
+            return terms
+        uniform = (losses if importance is None else losses * importance_like(outputs)).mean(dim=-1)
+        return (1 - label_smoothing) * terms + valid(targets) * (label_smoothing * uniform)
+
+    def sample(outputs: Tensor, noise: Tensor) -> Tensor:
+        gumbel = -torch.log(-torch.log(wide(noise)))
+        return (wide(outputs) + gumbel).argmax(dim=axis)
+
+    def square_root(outputs: Tensor, coefficients: Tensor) -> Tensor:
+        p = wide(outputs).softmax(dim=axis)
+        weighted = p.sqrt() * coefficients
+        return (weighted - p * weighted.sum(dim=axis, keepdim=True)).to(outputs.dtype)
+
+    def product(outputs: Tensor, tangent: Tensor) -> Tensor:
+        p = wide(outputs).softmax(dim=axis)
+        return (p * (tangent - (p * tangent).sum(dim=axis, keepdim=True))).to(outputs.dtype)
+
+    def check(outputs: Tensor, targets: Tensor) -> None:
+        if outputs.ndim < 2 or not -outputs.ndim < axis < outputs.ndim:
+            raise ValueError(
+                f"categorical: expected outputs [N, C] or, with classes along axis {axis}, of more axes, got shape "
+                f"{tuple(outputs.shape)}"
+            )
+        classes = outputs.shape[axis]
+        if importance is not None and importance.shape[0] != classes:
+            raise ValueError(
+                f"class_weights: expected one for each of {classes} classes (axis {axis} of outputs of shape "
+                f"{tuple(outputs.shape)}), got {importance.shape[0]}"
+            )
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            raise TypeError(f"categorical: expected class numbers as integers, got {targets.dtype}")
+        _check_shape(
+            "categorical", targets, tuple([s for i, s in enumerate(outputs.shape) if i != axis % outputs.ndim])
+        )
+        if not _has_values(targets):
+            return
+        outside = valid(targets) & ((targets.long() < 0) | (targets.long() >= classes))
+        if outside.any():
+            raise ValueError(
+                f"categorical: expected class numbers from 0 to {classes - 1}, got {targets[outside][0].item()}; "
+                "ignore_index names the one that counts for nothing"
+            )
+        if not plain and not (weights(outputs, targets).mean > 0).any():
+            raise ValueError(
+                f"categorical: expected a target that counts, got a batch in which all are ignored "
+                f"(ignore_index={ignore_index}) or of a class of weight 0; leave the batch out"
+            )
+
+    return Likelihood(
+        "categorical",
+        negative_log_likelihood,
+        sample,
+        square_root,
+        check,
+        product,
+        (axis,),
+        None if plain else weights,
+        None if plain else weighted_loss,
+    )
+
+
+def gaussian(variance: float | Tensor = 1.0) -> Likelihood:
+    """Numbers with known variances: outputs and targets ``[N, ...]``, summed over all axes but the first.
+
+    The loss is ``Σ (s - y)² / (2 variance)`` without the normalising constant; ``H = diag(1 / variance)``.
+
+    Args:
+        variance: Of each target, in the square of its unit: one number, or a tensor that broadcasts against the
+            outputs of one example, such as ``[D]`` for outputs ``[N, D]``. A constant: it gets no gradient.
+
+    Raises:
+        ValueError: If ``variance`` is not positive and finite; at evaluation, if it does not broadcast, or targets
+            have another shape than outputs.
+        TypeError: If ``variance`` is no number and no tensor; at evaluation, if targets are no floating-point numbers.
+    """
+    if isinstance(variance, bool) or not isinstance(variance, int | float | Tensor):
+        raise TypeError(f"variance: expected a number or a tensor, got {variance!r}")
+    given = variance.detach() if isinstance(variance, Tensor) else torch.tensor(variance, dtype=torch.float64)
+    if not (given.isfinite().all() and (given > 0).all()):
+        raise ValueError(f"variance: expected a positive finite number, or a tensor of them, got {variance}")
+
+    def variances(outputs: Tensor) -> Tensor | float:
+        return given.to(device=outputs.device, dtype=wide(outputs).dtype) if isinstance(variance, Tensor) else variance
+
+    def negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
+        error = wide(outputs) - targets.to(wide(outputs).dtype)
+        return _sum_per_example(error.square() / (2 * variances(outputs)))
+
+    def sample(outputs: Tensor, noise: Tensor) -> Tensor:
+        smallest = torch.finfo(wide(noise).dtype).eps / 2
+        centred = 2 * wide(noise).clamp(smallest, 1 - smallest) - 1
+        return wide(outputs) + (2 * variances(outputs)) ** 0.5 * torch.erfinv(centred)
+
+    def square_root(outputs: Tensor, coefficients: Tensor) -> Tensor:
+        return (wide(coefficients) / variances(outputs) ** 0.5).to(outputs.dtype)
+
+    def product(outputs: Tensor, tangent: Tensor) -> Tensor:
+        return (wide(tangent) / variances(outputs)).to(outputs.dtype)
+
+    def check(outputs: Tensor, targets: Tensor) -> None:
+        one, shape = tuple(outputs.shape[1:]), tuple(given.shape)
+        trailing = one[len(one) - len(shape) :]
+        if len(shape) > len(one) or any(v not in (1, size) for v, size in zip(shape, trailing, strict=True)):
+            raise ValueError(
+                f"variance: expected a shape that broadcasts against {one}, the outputs of one example, got {shape}"
+            )
+        _check_floating("gaussian", targets)
+        _check_shape("gaussian", targets, tuple(outputs.shape))
+
+    return Likelihood("gaussian", negative_log_likelihood, sample, square_root, check, product)
+
+
+def bernoulli() -> Likelihood:
+    """Numbers in [0, 1] from logits: outputs and targets ``[N, ...]``, summed over all axes but the first.
+
+    The loss is binary cross-entropy in nats; ``H = diag(p (1 - p))``.
+
+    Raises:
+        ValueError: At evaluation, if targets have another shape than outputs.
+        TypeError: At evaluation, if targets are neither floating-point numbers nor bools.
+    """
+
+    def negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
+        logits = wide(outputs)
+        return _sum_per_example(F.softplus(logits) - logits * targets.to(logits.dtype))
+
+    def sample(outputs: Tensor, noise: Tensor) -> Tensor:
+        return (wide(noise) < wide(outputs).sigmoid()).to(wide(outputs).dtype)
+
+    def variances(outputs: Tensor) -> Tensor:
+        return wide(outputs).sigmoid() * (-wide(outputs)).sigmoid()
+
+    def square_root(outputs: Tensor, coefficients: Tensor) -> Tensor:
+        return (variances(outputs).sqrt() * coefficients).to(outputs.dtype)
+
+    def product(outputs: Tensor, tangent: Tensor) -> Tensor:
+        return (variances(outputs) * tangent).to(outputs.dtype)
+
+    def check(outputs: Tensor, targets: Tensor) -> None:
+        if targets.dtype != torch.bool:
+            _check_floating("bernoulli", targets)
+        _check_shape("bernoulli", targets, tuple(outputs.shape))
+
+    return Likelihood("bernoulli", negative_log_likelihood, sample, square_root, check, product)
+
+
+def poisson() -> Likelihood:
+    """Counts from logarithms of rates: outputs and targets ``[N, ...]``, summed over all axes but the first.
+
+    The loss is ``Σ exp(s) - y s`` in nats without the constant ``log y!``; ``H = diag(λ)`` with ``λ = exp(s)``.
+    Targets are drawn as ``λ ± √λ`` with even chances: not counts, but of the mean and variance of counts, and the
+    first two moments of the gradient ``λ - y`` depend on nothing else.
+
+    Raises:
+        ValueError: At evaluation, if targets have another shape than outputs.
+        TypeError: At evaluation, if targets are bools or complex.
+    """
+
+    def negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
+        log_rates = wide(outputs)
+        return _sum_per_example(log_rates.exp() - log_rates * targets.to(log_rates.dtype))
+
+    def sample(outputs: Tensor, noise: Tensor) -> Tensor:
+        log_rates = wide(outputs)
+        deviation = (log_rates / 2).exp()
+        return log_rates.exp() + torch.where(wide(noise) < 0.5, -deviation, deviation)
+
+    def square_root(outputs: Tensor, coefficients: Tensor) -> Tensor:
+        return ((wide(outputs) / 2).exp() * coefficients).to(outputs.dtype)
+
+    def product(outputs: Tensor, tangent: Tensor) -> Tensor:
+        return (wide(outputs).exp() * tangent).to(outputs.dtype)
+
+    def check(outputs: Tensor, targets: Tensor) -> None:
+        if targets.dtype == torch.bool or targets.is_complex():
+            raise TypeError(f"poisson: expected counts as numbers, got {targets.dtype}")
+        _check_shape("poisson", targets, tuple(outputs.shape))
+
+    return Likelihood("poisson", negative_log_likelihood, sample, square_root, check, product)
+
+
+def _class_weights(given: Tensor | Sequence[float]) -> Tensor:
+    weights = given.detach() if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+    if weights.is_complex() or weights.dtype == torch.bool:
+        raise TypeError(f"class_weights: expected real numbers, got {weights.dtype}")
+    if weights.ndim != 1 or not (weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()):
+        raise ValueError(f"class_weights: expected finite numbers [C], none negative and not all 0, got {weights}")
+    return weights
+
+
+def _sum_per_example(x: Tensor) -> Tensor:
+    return x.flatten(1).sum(dim=1) if x.ndim > 1 else x
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether a look at the values costs no synchronisation and is possible at all."""
+    wrapped = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not wrapped and type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
+
+
+def _check_floating(name: str, targets: Tensor) -> None:
+    if not targets.is_floating_point():
+        raise TypeError(f"{name}: expected floating-point targets, got {targets.dtype}; convert them with .float()")
+
+
+def _check_shape(name: str, targets: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(targets.shape) != shape:
+        raise ValueError(f"{name}: expected targets of shape {shape}, got {tuple(targets.shape)}")
