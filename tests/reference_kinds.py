@@ -1,0 +1,232 @@
+"""Float64 references for one layer of every kind, in plain torch: the Fisher matrix and the Kronecker factors of a
+small network, for every estimator. Never imports lrkfac.
+
+The network is ``s = operation(x)``, then ``h = tanh(tanh(s) · fixed)`` ``[N, 4]``, then the logits ``h · headᵀ`` of
+three classes. A layer's matrix ``M`` ``[groups, d_out, d_in]`` is any arrangement of its parameters in which ``s`` is
+linear row by row, ``s_o = Σ_i M_oi a_i``: the rows ``a`` are then derivatives of ``s`` with respect to ``M``, by
+autograd alone.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import jacrev, vjp, vmap
+
+from tests.reference import kronecker_preconditioned, output_hessian_root
+
+Params = dict[str, Tensor]
+Arrangement = Callable[[Params], Tensor]
+CLASSES, HIDDEN = 3, 4
+
+
+class Operation(NamedTuple):
+    """A layer of one kind.
+
+    ``matrices`` are those of its layers (two, where the bias is one of its own), ``None`` for kinds without factors;
+    ``units`` the same as ``[units, entries]``, one row for each block of ``unit_wise``. ``channel`` is the axis of the
+    channels in ``s``; ``one_hot`` whether ``a`` is.
+    """
+
+    kind: str
+    apply: Callable[[Params, Tensor], Tensor]
+    params: Params
+    inputs: Tensor
+    units: list[Arrangement]
+    matrices: list[Arrangement] | None = None
+    channel: int = -1
+    one_hot: bool = False
+
+
+def operations() -> dict[str, Operation]:
+    """All kinds, with and without groups and joint biases."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def of_matrices(kind, apply, params, inputs, *matrices, **options) -> Operation:
+        units = [lambda p, m=m: m(p).flatten(0, 1) for m in matrices]
+        return Operation(kind, apply, params, inputs, units, list(matrices), **options)
+
+    def joint(groups: int, transposed: bool = False) -> Arrangement:
+        def matrix(p: Params) -> Tensor:
+            w = p["w"].transpose(0, 1) if transposed else p["w"]
+            m = w.reshape(groups, w.shape[0] // groups, -1)
+            return torch.cat([m, p["b"].reshape(groups, -1, 1)], -1) if "b" in p else m
+
+        return matrix
+
+    def linear(p: Params, x: Tensor) -> Tensor:
+        return F.linear(x, p["w"], p.get("b"))
+
+    found = {
+        "linear": of_matrices("linear", linear, {"w": normal(3, 4)}, normal(4, 2, 4), joint(1)),
+        "linear, bias": of_matrices("linear", linear, {"w": normal(3, 4), "b": normal(3)}, normal(4, 2, 4), joint(1)),
+        "bias": of_matrices(
+            "linear",
+            linear,
+            {"w": normal(3, 4), "b": normal(3)},
+            normal(4, 2, 4),
+            lambda p: p["w"][None],
+            lambda p: p["b"][None, :, None],
+        ),
+        "embedding": Operation(
+            "embedding",
+            lambda p, x: F.embedding(x, p["w"]),
+            {"w": normal(5, 3)},
+            torch.randint(5, (4, 3), generator=generator),
+            [lambda p: p["w"]],
+            [lambda p: p["w"].mT[None]],
+            one_hot=True,
+        ),
+        "scale": Operation(
+            "scale",
+            lambda p, x: F.layer_norm(x, x.shape[-1:], p["w"], p["b"]),
+            {"w": normal(3), "b": normal(3)},
+            normal(4, 2, 3),
+            [lambda p: torch.stack([p["w"], p["b"]], -1)],
+        ),
+        "shift": Operation(
+            "shift", lambda p, x: x + p["w"], {"w": normal(2, 3)}, normal(4, 2, 3), [lambda p: p["w"].reshape(-1, 1)]
+        ),
+    }
+    for axes, convolution, transposed in (
+        (1, F.conv1d, F.conv_transpose1d),
+        (2, F.conv2d, F.conv_transpose2d),
+        (3, F.conv3d, F.conv_transpose3d),
+    ):
+        kernel, size = (2, 1, 2)[:axes], (3, 2, 2)[:axes]
+        params = {"w": normal(3, 2, *kernel), "b": normal(3)}
+        found[f"conv{axes}d"] = of_matrices(
+            f"conv{axes}d",
+            lambda p, x, f=convolution: f(x, p["w"], p["b"], stride=2, padding=1),
+            params,
+            normal(4, 2, *size),
+            joint(1),
+            channel=1,
+        )
+        params = {"w": normal(2, 3, *kernel), "b": normal(3)}
+        found[f"conv_transpose{axes}d"] = of_matrices(
+            f"conv_transpose{axes}d",
+            lambda p, x, f=transposed: f(x, p["w"], p["b"]),
+            params,
+            normal(4, 2, *size),
+            joint(1, transposed=True),
+            channel=1,
+        )
+    found["conv1d, groups"] = of_matrices(
+        "conv1d",
+        lambda p, x: F.conv1d(x, p["w"], groups=2),
+        {"w": normal(4, 1, 2)},
+        normal(4, 2, 3),
+        joint(2),
+        channel=1,
+    )
+    return found
+
+
+def fixed(operation: Operation) -> Tensor:
+    """The projection from ``s`` to the hidden units."""
+    size = operation.apply(operation.params, operation.inputs)[0].numel()
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, HIDDEN, generator=generator, dtype=torch.float64) / math.sqrt(size)
+
+
+def with_head(operation: Operation) -> Params:
+    """The parameters of the network."""
+    head = torch.randn(CLASSES, HIDDEN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return {**operation.params, "head": head}
+
+
+def network(operation: Operation, params: Params, inputs: Tensor, probe: Tensor | float = 0.0) -> Tensor:
+    """The logits ``[N, 3]``; the probe is added to ``s``."""
+    return F.linear(hidden(operation, params, inputs, probe), params["head"])
+
+
+def hidden(operation: Operation, params: Params, inputs: Tensor, probe: Tensor | float = 0.0) -> Tensor:
+    """The inputs of the head, ``[N, 4]``."""
+    s = operation.apply(params, inputs) + probe
+    return torch.tanh(torch.tanh(s).flatten(1) @ fixed(operation))
+
+
+def cotangents(outputs: Tensor, labels: Tensor | None) -> Tensor:
+    """Derivatives of the terms at labels ``[k, N]``; without them, the columns of the Hessian's root; over √k and √N.
+
+    Returns [k, N, 3], whose products add up to the mean over terms (and samples).
+    """
+    if labels is None:
+        return output_hessian_root("categorical", outputs).permute(2, 0, 1) / math.sqrt(len(outputs))
+    return (outputs.softmax(-1) - F.one_hot(labels, CLASSES)) / math.sqrt(labels.numel())
+
+
+def fisher_matrix(operation: Operation, params: Params, cotangent: Tensor) -> Tensor:
+    """``Σ z zᵀ`` over the gradients ``z`` of single examples, in the order of the dictionary: [P, P]."""
+    jacobian = jacrev(lambda p: network(operation, p, operation.inputs))(params)
+    flat = torch.cat([jacobian[name].flatten(2) for name in params], -1)
+    z = torch.einsum("knc,ncp->knp", cotangent, flat).flatten(0, 1)
+    return z.mT @ z
+
+
+def input_rows(operation: Operation, params: Params, matrix: Arrangement) -> Tensor:
+    """``a`` of each example and position: [groups, N, positions, d_in]."""
+    groups = matrix(params).shape[0]
+
+    def first_channels(params: Params) -> Tensor:
+        s = operation.apply(params, operation.inputs).movedim(operation.channel, -1)
+        return s.reshape(len(s), -1, groups, s.shape[-1] // groups)[..., 0]
+
+    jacobian = jacrev(first_channels)(params)
+    arranged = vmap(vmap(vmap(matrix)))({k: jacobian[k] for k in params})
+    return torch.stack([arranged[:, :, g, g, 0] for g in range(groups)])
+
+
+def output_rows(operation: Operation, params: Params, cotangent: Tensor, groups: int) -> Tensor:
+    """``g`` of each cotangent, example and position: [groups, k, N, positions, d_out]."""
+    probe = torch.zeros_like(operation.apply(params, operation.inputs))
+    _, back = vjp(lambda probe: network(operation, params, operation.inputs, probe), probe)
+    g = torch.stack([back(c)[0] for c in cotangent]).movedim(operation.channel % probe.ndim + 1, -1)
+    return g.reshape(*g.shape[:2], -1, groups, g.shape[-1] // groups).movedim(3, 0)
+
+
+def moments(a: Tensor, g: Tensor | None, d_out: int, reduce: bool) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B`` of each group; ``B = I`` without gradients."""
+    if reduce:
+        a, g = a.mean(2, keepdim=True), None if g is None else g.sum(3, keepdim=True)
+    a = a.flatten(1, 2)
+    A = a.mT @ a / a.shape[1]
+    if g is None:
+        return A, torch.eye(d_out, dtype=a.dtype).expand(len(a), d_out, d_out)
+    g = g.flatten(1, 3)
+    return A, g.mT @ g
+
+
+def factors(
+    operation: Operation, params: Params, cotangent: Tensor | None, matrix: Arrangement, reduce: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B`` of a layer of the operation."""
+    groups, d_out, _ = matrix(params).shape
+    g = None if cotangent is None else output_rows(operation, params, cotangent, groups)
+    own = {name: p for name, p in params.items() if name != "head"}
+    return moments(input_rows(operation, own, matrix), g, d_out, reduce)
+
+
+def head_factors(operation: Operation, params: Params, cotangent: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B`` of the head, whose output gradients are the cotangents."""
+    a = hidden(operation, params, operation.inputs)[None, :, None]
+    return moments(a, None if cotangent is None else cotangent[None, :, :, None], CLASSES, reduce=False)
+
+
+def held(factor: Tensor, structure: str) -> Tensor:
+    """What a structure holds of a factor: its diagonal, or at full rank all of it."""
+    return torch.diag_embed(factor.diagonal(dim1=-2, dim2=-1)) if structure == "diagonal" else factor
+
+
+def preconditioned(places: Tensor, gradient: Tensor, A: Tensor, B: Tensor, damping: float) -> Tensor:
+    """The flat gradient, natural at the places ``[groups, d_out, d_in]`` of a layer."""
+    natural = gradient.clone()
+    natural[places] = kronecker_preconditioned(gradient[places], A, B, damping)
+    return natural

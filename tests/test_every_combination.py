@@ -1,0 +1,209 @@
+"""Every structure x kind of layer x estimator: the natural gradient of the reference, or the reason why not."""
+
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lrkfac
+from lrkfac import (
+    dense,
+    diagonal,
+    full,
+    kronecker,
+    layer_wise,
+    low_rank,
+    low_rank_plus_diagonal,
+    precondition_by_fisher,
+    unit_wise,
+)
+from lrkfac.core.layers import KINDS
+from tests import reference_kinds as reference
+
+DAMPING = 0.03
+OPERATIONS = reference.operations()
+ESTIMATORS = ["exact", "mc", "empirical", "forward_only"]
+
+
+@dataclass(frozen=True)
+class OfFullRank:
+    """As many eigenpairs as there are: ``fitted`` would hold the matrix itself."""
+
+    make: Any
+    init = update = operator = inverse = None
+
+    def fitted(self, dimension):
+        return self.make(dimension)
+
+
+FACTORS = {
+    "dense": dense(),
+    "diagonal": diagonal(),
+    "low_rank": OfFullRank(low_rank),
+    "low_rank_plus_diagonal": OfFullRank(low_rank_plus_diagonal),
+}
+BLOCKS = {"full": full(), "layer_wise": layer_wise(), "unit_wise": unit_wise(), "diagonal": diagonal()}
+each_operation = pytest.mark.parametrize("name", OPERATIONS)
+each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
+
+
+@cache
+def evaluated(name, estimator, samples=2):
+    """The layers, parameters, evaluation, and the cotangents by which the reference comes to its statistics."""
+    operation = OPERATIONS[name]
+    params, inputs = reference.with_head(operation), operation.inputs
+    model = partial(reference.network, operation)
+    targets = torch.tensor([2, 0, 1, 1])
+    layers = lrkfac.find_layers(model, params, inputs, strict=True, bias="separate" if name == "bias" else "joint")
+    noise = torch.rand(samples, 4, reference.CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    options = {"samples": samples} if estimator == "mc" else {}
+    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator, **options)
+    outputs = model(params, inputs)
+    labels = {
+        "exact": None,
+        "mc": torch.stack([lrkfac.categorical().sample(outputs, u) for u in noise]),
+        "empirical": targets[None],
+    }
+    cotangent = None if estimator == "forward_only" else reference.cotangents(outputs, labels[estimator])
+    return layers, params, evaluate(params, inputs, targets, noise=noise), cotangent
+
+
+def test_every_kind_of_layer_is_here():
+    found = {kind for name in OPERATIONS for layer in evaluated(name, "empirical")[0] for kind in layer.kinds}
+    assert found == set(KINDS)
+    for name, operation in OPERATIONS.items():
+        assert operation.kind in {layer.kind for layer in evaluated(name, "empirical")[0]}
+
+
+def places_of(params):
+    """The place of each entry of each parameter in the flat gradient."""
+    parts = torch.arange(sum(p.numel() for p in params.values())).split([p.numel() for p in params.values()])
+    return {name: part.reshape(params[name].shape) for name, part in zip(params, parts, strict=True)}
+
+
+def natural_gradient(name, estimator, structure):
+    """That of lrkfac, flat."""
+    layers, params, evaluation, _ = evaluated(name, estimator)
+    tx = precondition_by_fisher(layers, structure, damping=DAMPING)
+    updates, _ = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
+    return flat(updates, params)
+
+
+def flat(tree, params):
+    return torch.cat([tree[name].flatten() for name in params])
+
+
+def close(found, expected, what):
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error <= 1e-9, f"{what}: {error}"
+
+
+def blocks_of(operation, places, name):
+    """Rows of places that make a block each."""
+    units = [unit(places) for unit in operation.units]
+    matrices = [m(places).flatten(1) for m in operation.matrices] if operation.matrices else [units[0].reshape(1, -1)]
+    head = places["head"]
+    return {
+        "full": [torch.cat([p.flatten() for p in places.values()])],
+        "layer_wise": [*(row for m in matrices for row in m), head.flatten()],
+        "unit_wise": [*(row for u in units for row in u), *head],
+        "diagonal": torch.arange(sum(p.numel() for p in places.values()))[:, None],
+    }[name]
+
+
+def solved(matrix, gradient, blocks):
+    natural = gradient.clone()
+    for row in blocks:
+        shifted = matrix[row[:, None], row] + DAMPING * torch.eye(len(row), dtype=torch.float64)
+        natural[row] = torch.linalg.solve(shifted, gradient[row])
+    return natural
+
+
+@each_operation
+@pytest.mark.parametrize("estimator", ESTIMATORS[:3])
+def test_exact_blocks_are_those_of_the_explicit_matrix(name, estimator):
+    operation = OPERATIONS[name]
+    _, params, evaluation, cotangent = evaluated(name, estimator)
+    places, gradient = places_of(params), flat(evaluation.grads, params)
+    matrix = reference.fisher_matrix(operation, params, cotangent)
+    for block, structure in BLOCKS.items():
+        expected = solved(matrix, gradient, blocks_of(operation, places, block))
+        close(natural_gradient(name, estimator, structure), expected, block)
+
+
+@each_operation
+@each_estimator
+def test_kronecker_products_of_all_factors_are_those_of_the_reference(name, estimator):
+    """Scales and shifts, which are no products, have their blocks; without output gradients theirs pass as they are."""
+    operation = OPERATIONS[name]
+    _, params, evaluation, cotangent = evaluated(name, estimator)
+    places, gradient = places_of(params), flat(evaluation.grads, params)
+    if operation.matrices is None and cotangent is not None:
+        units = [row for unit in operation.units for row in unit(places)]
+        gradient = solved(reference.fisher_matrix(operation, params, cotangent), gradient, units)
+    matrices = operation.matrices or []
+    for treatment in ("expand", "reduce"):
+        found = [reference.factors(operation, params, cotangent, m, treatment == "reduce") for m in matrices]
+        head = reference.head_factors(operation, params, cotangent)
+        for input in FACTORS if treatment == "expand" else ("dense",):
+            for output in FACTORS if treatment == "expand" else ("dense",):
+                expected = gradient
+                for matrix, (A, B) in zip(matrices, found, strict=True):
+                    # An embedding's matrix is the transpose of the reference's; its one-hot side is always diagonal.
+                    sides = ("diagonal", input) if operation.one_hot else (input, output)
+                    A, B = reference.held(A, sides[0]), reference.held(B, sides[1])
+                    expected = reference.preconditioned(matrix(places), expected, A, B, DAMPING)
+                A, B = reference.held(head[0], input), reference.held(head[1], output)
+                expected = reference.preconditioned(places["head"][None], expected, A, B, DAMPING)
+                structure = kronecker(FACTORS[input], FACTORS[output], treatment=treatment)
+                close(natural_gradient(name, estimator, structure), expected, (treatment, input, output))
+
+
+# What makes no sense ----------------------------------------------------------------------------------
+
+
+@each_operation
+@pytest.mark.parametrize("block", BLOCKS)
+def test_exact_blocks_need_gradients_at_the_outputs(name, block):
+    with pytest.raises(ValueError, match=r"layer '.*' is held by an exact block.* \"forward_only\".* use kronecker"):
+        natural_gradient(name, "forward_only", BLOCKS[block])
+
+
+@pytest.mark.parametrize("name", ["scale", "shift"])
+@pytest.mark.parametrize("input", FACTORS)
+@pytest.mark.parametrize("output", FACTORS)
+def test_scales_and_shifts_are_no_products(name, input, output):
+    layers = evaluated(name, "exact")[0]
+    own = next(layer.name for layer in layers if layer.kind == name)
+    with pytest.raises(
+        ValueError, match=f"layer '{own}' is a {name}, whose block is no Kronecker product; use unit_wise"
+    ):
+        precondition_by_fisher(layers, {own: kronecker(FACTORS[input], FACTORS[output])})
+
+
+@each_operation
+@pytest.mark.parametrize("factor", ["dense", "low_rank", "low_rank_plus_diagonal"])
+def test_factors_alone_hold_no_layer(name, factor):
+    structure = {"dense": dense(), "low_rank": low_rank(2), "low_rank_plus_diagonal": low_rank_plus_diagonal(2)}[factor]
+    with pytest.raises(TypeError, match=r"a factor structure such as dense\(\) stands inside"):
+        precondition_by_fisher(evaluated(name, "exact")[0], structure)
+
+
+@each_operation
+def test_full_stands_for_all_layers_together(name):
+    layers = evaluated(name, "exact")[0]
+    with pytest.raises(ValueError, match=r"full\(\) holds all layers together and cannot stand for 'head'"):
+        precondition_by_fisher(layers, {"head": full()})
+
+
+@pytest.mark.parametrize("structure", [*BLOCKS.values(), kronecker(dense(), dense(), treatment="reduce")])
+def test_exact_blocks_and_reduced_rows_need_the_batch_in_front(structure):
+    params = {"w": torch.randn(3, 5), "head": torch.randn(3, 3)}
+    model = lambda p, x: F.linear(torch.tanh(F.linear(x.transpose(0, 1), p["w"])).mean(0), p["head"])  # noqa: E731
+    layers = lrkfac.find_layers(model, params, torch.randn(4, 2, 5))
+    assert not layers["w"].batched
+    with pytest.raises(ValueError, match="layer 'w' is used where the batch is not the leading axis"):
+        precondition_by_fisher(layers, structure)
