@@ -144,8 +144,6 @@ def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str 
         if len({use.call.kind.groups(use.call.options) for use in group.uses}) > 1:
             return f"used by {' and '.join(kinds)} with different numbers of groups"
         for use in group.uses:
-            if not use.call.weight.is_floating_point():
-                return f"has the dtype {use.call.weight.dtype}"
             if use.call.kind.unit_wise:
                 shape, aligned = tuple(use.output.shape), use.call.options[0]
                 over_batch = len(aligned) == len(shape) and aligned[0] != 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import optree
@@ -45,19 +45,25 @@ def find_layers(
         The description; ``print`` shows it as a table.
 
     Raises:
-        ValueError: If no layer is found, or ``strict`` and a parameter is not covered; if the model changes a
-            tensor of its own in place, changes a layer's input after its use, draws hidden random numbers
-            for dropout or depends on values in its control flow.
-        TypeError: If what the model returns does not start with a tensor, or ``params`` has other leaves than tensors.
+        ValueError: If no layer is found, or ``strict`` and a parameter is not covered; if a parameter is on the
+            device "meta"; if the model changes in place a parameter, an input, a tensor of its own, or a layer's
+            input after its use; if it draws hidden random numbers for dropout, depends on values in its control
+            flow, or uses what depends on parameters under ``no_grad``.
+        TypeError: If what the model returns does not start with a tensor, or ``params`` has other leaves than
+            floating-point tensors.
     """
     if bias not in ("joint", "separate"):
         raise ValueError(f"bias: expected 'joint' or 'separate', got {bias!r}")
     parameters, structure = _parameters(params), optree.tree_structure(params)
-    with fake_mode():
-        leaves = [like_fake(leaf) for leaf in optree.tree_leaves(params)]
+    with torch.inference_mode(False), torch.enable_grad(), fake_mode():
+        # Copies of leaves that require a gradient show what depends on parameters, and may be changed in place.
+        leaves = [like_fake(leaf).requires_grad_().clone() for leaf in optree.tree_leaves(params)]
+        given = like_fake(inputs)
         discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)])
         with RefuseRandomNumbers(), discovery:
-            result = _run(model, optree.tree_unflatten(structure, leaves), inputs)
+            result = _run(model, optree.tree_unflatten(structure, leaves), given)
+        _check_unchanged("params", [p.path for p in parameters], leaves)
+        _check_unchanged("inputs", paths(given), optree.tree_leaves(given))
         discovery.separate_reused_products()
         twice = _uses_of_twice_the_batch(model, params, inputs, parameters)
     examples = batch_size(result)
@@ -102,17 +108,34 @@ def _parameters(params: Tree) -> tuple[Parameter, ...]:
     for index, (path, leaf) in enumerate(zip(paths(params), optree.tree_leaves(params), strict=True)):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"params: expected tensors, got {type(leaf).__name__} at {path!r}")
+        if not leaf.is_floating_point():
+            raise TypeError(
+                f"params: expected floating-point tensors, got {leaf.dtype} at {path!r}; pass what is not trained in "
+                "the inputs, and hold a complex parameter as a real one, see torch.view_as_complex"
+            )
+        if leaf.device.type == "meta":
+            raise ValueError(f"params: {path!r} is on the device 'meta' and has no values; see Module.to_empty()")
         if any(path == other.path for other in found):
             raise ValueError(f"params: two parameters have the path {path!r}; keys must not contain dots that collide")
         found.append(Parameter(path, index, tuple(leaf.shape)))
     return tuple(found)
 
 
+def _check_unchanged(what: str, names: Iterable[str], tensors: list[Any]) -> None:
+    for name, x in zip(names, tensors, strict=True):
+        if isinstance(x, Tensor) and x._version:
+            place = f" {name!r}" if name else ""
+            raise ValueError(
+                f"model: it changes {what}{place} in place; use the operation that returns a new tensor, or change a "
+                "clone()"
+            )
+
+
 def _run(model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree) -> Any:
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
     try:
-        return model(params, like_fake(inputs))
+        return model(params, inputs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"model: its path or shapes depend on the values of tensors ({error}); the layers of such a "
@@ -135,7 +158,13 @@ class _Discovery(Follow):
     ) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
         if any(isinstance(x, Tensor) for x in optree.tree_leaves(result)):
-            self.received += [x for x in optree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            given = [x for x in optree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            if not torch.is_grad_enabled() and any(x.requires_grad for x in given):
+                raise ValueError(
+                    f"model: {resolve_name(func) or func} is called under no_grad on what depends on "
+                    f"{self._parameters_of(given)}; detach() it instead, by which forward derivatives stop, too"
+                )
+            self.received += given
         return result
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
@@ -162,6 +191,10 @@ class _Discovery(Follow):
         for path, _ in places:
             self.others.setdefault(path, []).append(resolve_name(func) or str(func))
         return result
+
+    def _parameters_of(self, tensors: list[Tensor]) -> str:
+        named = [place[0] for x in tensors if (place := self.place(x)) is not None]
+        return f"the parameter {named[0]!r}" if named else "parameters"
 
     def _completes(self, args: Any, call: Call, place: tuple[str, View], result: Tensor) -> bool:
         """Whether this addition is the bias of a product that was just made, as in ``x @ w + b``."""

@@ -23,7 +23,7 @@ def refuse_hidden_effects(func: Callable[..., Any], args: Any, kwargs: dict[str,
     """Refuses a call, seen by a function mode while all parameters and inputs are fake tensors.
 
     Raises:
-        ValueError: If the call would change a tensor that is not fake, such as a buffer, or drop out.
+        ValueError: If the call would change a tensor that is not fake, such as a buffer, drop out or leave torch.
     """
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -34,6 +34,8 @@ def refuse_hidden_effects(func: Callable[..., Any], args: Any, kwargs: dict[str,
                 "neither a parameter nor an input in place; use from_module(), which passes copies of buffers, "
                 "or pass the buffers in the inputs and return them"
             )
+    if func in (Tensor.numpy, Tensor.__array__) and isinstance(args[0], FakeTensor):
+        raise ValueError(f"model: {resolve_name(func)} reads the values of a tensor; use torch's operations")
     if func in DROPOUTS:
         arguments = _bound(func, args, kwargs)
         if arguments["training"] and arguments.get("p", arguments.get("dropout_p", 0.0)) > 0:

@@ -175,6 +175,9 @@ NOT_COVERED = {
     "as it is and turned": (
         lambda p, x: linear(p, (x @ p["v"]).tanh() @ p["v"].mT), {"v": V}, {"v": "arranged differently"},
     ),
+    "rows of a weight and a scale": (
+        lambda p, x: linear(p, F.linear(x, p["v"]) * p["v"]), {"v": V[:1]}, {"v": "different ways: linear and scale"},
+    ),
     "different groups": (
         lambda p, x: linear(p, sum(F.conv2d(draw(5, g, 1, 1), p["k"], groups=g) for g in (2, 4))[..., 0, 0]),
         {"k": draw(4, 1, 1, 1)}, {"k": "used by conv2d with different numbers of groups"},

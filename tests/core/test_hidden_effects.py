@@ -1,0 +1,162 @@
+"""What a model must not do to its arguments or behind torch's back, and what it may: then all is as by autograd."""
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import jacrev
+
+import lrkfac
+from lrkfac import find_layers, fisher
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+X = normal(5, 4, seed=9)
+P = {"b": normal(4, seed=2), "v": normal(4, 4, seed=1), "w": normal(4, 4)}
+
+
+def linear(p, x):
+    return F.linear(x, p["w"], p["b"])
+
+
+def last(p, x):
+    return F.linear(x, p["v"])
+
+
+def without_gradient(function):
+    """A model with a part to which the gradient does not come."""
+
+    def model(p, x):
+        h = linear(p, x)
+        with torch.no_grad():
+            part = function(p, h)
+        return last(p, h.tanh()) + part
+
+    return model
+
+
+def frozen_view(p, x):
+    """The gradient stops at the view, not at the product."""
+    with torch.no_grad():
+        w = p["w"].T
+    return x @ w
+
+
+def changed(change):
+    def model(p, x):
+        change(p, x)
+        return linear(p, x)
+
+    return model
+
+
+NO_GRAD = "is called under no_grad on what depends on"
+VALUES = "depend on the values of tensors"
+REFUSED = {
+    "parameter under no_grad": (without_gradient(last), f"functional.linear {NO_GRAD} the parameter 'v'; detach"),
+    "bias under no_grad": (without_gradient(lambda p, h: p["b"] * 2), f"mul {NO_GRAD} the parameter 'b'"),
+    "view under no_grad": (frozen_view, f"Tensor.T.__get__ {NO_GRAD} the parameter 'w'"),
+    "activation under no_grad": (without_gradient(lambda p, h: h.mean()), f"Tensor.mean {NO_GRAD} parameters"),
+    "parameter in inference mode": (
+        lambda p, x: linear(p, x) + torch.inference_mode()(lambda: p["w"].sum())(),
+        f"sum {NO_GRAD} the parameter 'w'",
+    ),
+    "parameter changed": (changed(lambda p, x: p["w"].mul_(2)), "it changes params 'w' in place"),
+    "part of a parameter changed": (changed(lambda p, x: p["b"][:2].zero_()), "it changes params 'b' in place"),
+    "input changed": (changed(lambda p, x: x.mul_(2)), "it changes inputs in place"),
+    "input activated in place": (changed(lambda p, x: F.relu(x, inplace=True)), "it changes inputs in place"),
+    "part of an input changed": (changed(lambda p, x: x[:, 0].zero_()), "it changes inputs in place"),
+    "output of a layer changed after the next": (
+        lambda p, x: (lambda h: last(p, h) + h.relu_())(linear(p, x)),
+        "layer 'v': its input is changed in place",
+    ),
+    "item": (lambda p, x: linear(p, x) * x.sum().item(), VALUES),
+    "list": (lambda p, x: linear(p, x) * x.sum(1).tolist()[0], VALUES),
+    "numpy": (lambda p, x: linear(p, x) * float(x.numpy().sum()), "Tensor.numpy reads the values of a tensor"),
+    "value of a parameter": (lambda p, x: linear(p, x) if p["w"].sum() > 0 else x, VALUES),
+    "number of repetitions": (lambda p, x: sum(linear(p, x) for _ in range(int(x.abs().sum()))), VALUES),
+    "comparison": (lambda p, x: linear(p, x) if torch.equal(x, x) else x, VALUES),
+}
+
+
+@pytest.mark.parametrize(("model", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_before_anything_changes(model, message):
+    params, x = optree.tree_map(torch.clone, (P, X))
+    with pytest.raises(ValueError, match=message):
+        find_layers(model, params, x)
+    assert torch.equal(x, X) and optree.tree_all(optree.tree_map(torch.equal, params, P))
+
+
+def test_input_of_a_tree_that_is_changed_is_named():
+    with pytest.raises(ValueError, match=r"model: it changes inputs 'images\.0' in place.*clone"):
+        find_layers(lambda p, i: linear(p, i["images"][0].mul_(2)), P, {"images": [X], "mask": X})
+
+
+ACCEPTED = {
+    "detached weight": (lambda p, x: F.linear(last(p, x), p["w"].detach(), p["b"]), {"w": "Tensor.detach", "b": ""}),
+    "data of a weight": (lambda p, x: F.linear(last(p, x), p["w"].data), {"w": "Tensor.data", "b": "not used"}),
+    "detached activation": (lambda p, x: last(p, linear(p, x).detach().tanh()), {}),
+    "detached in one use of two": (lambda p, x: last(p, linear(p, x).tanh()) * linear(p, x).detach(), {}),
+    "detached input": (lambda p, x: last(p, linear(p, linear(p, x).tanh().detach())), {}),
+    "straight-through estimator": (
+        lambda p, x: (lambda h: last(p, h + (h.sign() - h).detach()))(linear(p, x)),
+        {},
+    ),
+    "constants under no_grad": (
+        lambda p, x: last(p, linear(p, x)) + torch.no_grad()(lambda h: x.mean() + h.shape[0])(linear(p, x)),
+        {},
+    ),
+    "activations in place": (lambda p, x: last(p, linear(p, x).mul_(2).relu_()).tanh_(), {}),
+    "copies changed in place": (lambda p, x: last(p, linear(p, x.clone().relu_())) * p["b"].clone().exp_(), {"b": ""}),
+}
+
+
+@pytest.mark.parametrize(("model", "uncovered"), ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_what_stops_the_gradient_is_as_by_autograd(model, uncovered):
+    """Gradients with and without statistics, and products with the Gauss-Newton matrix, by forward derivatives too."""
+    layers = find_layers(model, P, X)
+    reasons = {p.path: reason for p, reason in layers.uncovered}
+    assert set(reasons) == set(uncovered) and all(uncovered[path] in reasons[path] for path in reasons)
+    leaves = optree.tree_map(lambda p: p.clone().requires_grad_(), P)
+    outputs = model(leaves, X)
+    targets = normal(*outputs.shape, seed=7)
+    loss = (outputs - targets).square().sum(1).mean() / 2
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    expected = {k: torch.zeros_like(P[k]) if g is None else g for k, g in zip(P, grads, strict=True)}
+    jacobian = jacrev(lambda p: model(p, X))(P)
+    columns = torch.cat([jacobian[k].reshape(outputs.numel(), -1) for k in P], dim=1)
+    u = {k: normal(*P[k].shape, seed=3) for k in P}
+    flat = lambda tree: torch.cat([tree[k].flatten() for k in P])  # noqa: E731
+    evaluate = fisher(model, lrkfac.gaussian(), layers, "exact")
+    for statistics in (True, False):
+        e = evaluate(P, X, targets, statistics=statistics)
+        optree.tree_map(lambda *pair: torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-12), e.grads, expected)
+        torch.testing.assert_close(flat(e.product(u)), columns.mT @ (columns @ flat(u)) / len(X))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_layers_are_the_same_under_no_grad(mode):
+    with mode():
+        found = find_layers(linear, P, X)
+    assert found == find_layers(linear, P, X)
+
+
+PARAMETERS = {
+    "integer": (
+        torch.ones(4, dtype=torch.int64),
+        TypeError,
+        ".* floating-point tensors, got torch.int64 at 'a.q'",
+    ),
+    "truth value": (torch.ones(4, dtype=torch.bool), TypeError, ".* got torch.bool at 'a.q'"),
+    "complex": (torch.ones(4, dtype=torch.complex64), TypeError, ".* got torch.complex64 at 'a.q'.*view_as_complex"),
+    "meta": (torch.ones(4, device="meta"), ValueError, "'a.q' is on the device 'meta' and has no values"),
+}
+
+
+@pytest.mark.parametrize(("q", "error", "message"), PARAMETERS.values(), ids=PARAMETERS.keys())
+def test_parameters_have_real_values(q, error, message):
+    with pytest.raises(error, match=f"params: {message}"):
+        find_layers(lambda p, x: linear(p["a"], x), {"a": {**P, "q": q}}, X)
