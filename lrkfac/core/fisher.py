@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
-from lrkfac.core.capture import OutputSpec, output_specs, run_captured, zero_probes
+from lrkfac.core.capture import OutputSpec, output_specs, run_captured, with_constant_padding, zero_probes
 from lrkfac.core.covariances import from_matrices, gradient_matrix
 from lrkfac.core.joint import Joint, joint
 from lrkfac.core.likelihoods import Likelihood
@@ -147,7 +147,8 @@ def fisher(
                 found = of_examples(params, inputs, targets, statistics, noise)
 
         def outputs_of(params: Tree) -> list[Tensor]:
-            return split(model(params, inputs))[0]
+            with with_constant_padding(layers):
+                return split(model(params, inputs))[0]
 
         def product(tangent: Tree) -> Tree:
             check_like(layers.tree, tangent, "product: tangent")

@@ -5,6 +5,7 @@ with the law that broke and by how much. Strategies draw sizes, seeds, dtypes an
 arrays; what they return is made from them by ``torch.Generator``.
 """
 
+from lrkfac.testing.architectures import Architecture, architectures
 from lrkfac.testing.laws import check_inverse, check_structure, check_transformation
 from lrkfac.testing.strategies import (
     LayerCase,
@@ -18,7 +19,9 @@ from lrkfac.testing.strategies import (
 )
 
 __all__ = [
+    "Architecture",
     "LayerCase",
+    "architectures",
     "check_inverse",
     "check_structure",
     "check_transformation",

@@ -1,0 +1,123 @@
+"""Laws that hold for every model: drawn at random, of every layer kind, spelling and parameter tree."""
+
+import optree
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import vmap
+
+import lrkfac
+from lrkfac import find_layers, fisher, kronecker, precondition_by_fisher, to_dense
+from lrkfac.core.covariances import example_gradients, split_groups, to_matrix
+from lrkfac.testing import architectures, gradients
+from tests.test_training_step import NeverDense, NeverDensePlusDiagonal
+
+double = architectures(dtype=torch.float64)
+estimators = st.sampled_from(["mc", "exact", "empirical"])
+DENSE = kronecker(lrkfac.dense(), lrkfac.dense())
+
+
+def loss(case, outputs):
+    """The mean negative log-likelihood in plain torch."""
+    if case.likelihood.name == "categorical":
+        return F.cross_entropy(outputs.flatten(0, -2), case.targets.flatten())
+    if case.likelihood.name == "gaussian":
+        return (outputs - case.targets).square().sum() / (2 * len(outputs))
+    return F.binary_cross_entropy_with_logits(outputs, case.targets, reduction="sum") / len(outputs)
+
+
+def plain_gradients(case):
+    leaves = optree.tree_map(lambda p: p.clone().requires_grad_(), case.params)
+    found = torch.autograd.grad(loss(case, case.model(leaves, case.inputs)), optree.tree_leaves(leaves))
+    return optree.tree_unflatten(optree.tree_structure(case.params), found)
+
+
+def close(found, expected, tolerance):
+    """Relative to the largest entry of all leaves: some are nothing but rounding."""
+    found, expected = optree.tree_leaves(found), optree.tree_leaves(expected)
+    scale = max(e.abs().max() for e in expected) + 1e-3
+    for f, e in zip(found, expected, strict=True):
+        assert f.shape == e.shape and f.dtype == e.dtype
+        assert (f - e).abs().max() <= tolerance * scale
+
+
+@given(architectures(), estimators, st.sampled_from(["joint", "separate"]))
+def test_gradients_are_those_of_autograd(case, estimator, bias):
+    """``mean of g aᵀ`` is the gradient, layer by layer, and the free parameters' is as it is."""
+    layers = find_layers(case.model, case.params, case.inputs, bias=bias)
+    expected = plain_gradients(case)
+    evaluate = fisher(case.model, case.likelihood, layers, estimator)
+    tolerance = 1e-10 if optree.tree_leaves(case.params)[0].dtype == torch.float64 else 1e-4
+    for statistics in (True, False):
+        e = evaluate(case.params, case.inputs, case.targets, statistics=statistics)
+        close(e.grads, expected, tolerance)
+
+
+@given(double)
+def test_every_weight_matrix_is_covered(case):
+    layers = find_layers(case.model, case.params, case.inputs)
+    assert layers.covered.issuperset(case.weights), str(layers)
+    longer = torch.cat([case.inputs, case.inputs, case.inputs])
+    assert find_layers(case.model, case.params, longer) == layers, "the batch is not part of the description"
+
+
+@given(double, st.integers(0, 99))
+def test_exact_statistics_make_up_the_fisher_matrix(case, seed):
+    """``uᵀ F u`` within each layer, from its examples' gradients, is that of the products of the whole model."""
+    layers = find_layers(case.model, case.params, case.inputs)
+    e = fisher(case.model, case.likelihood, layers, "exact")(case.params, case.inputs, case.targets)
+    leaves, structure = optree.tree_flatten(gradients(case.params, seed))
+    for layer in layers:
+        own = [p.index for p in (layer.weight, layer.bias) if p is not None]
+        u = [leaf if i in own else torch.zeros_like(leaf) for i, leaf in enumerate(leaves)]
+
+        def along(inputs, rows, matrix, layer=layer):
+            return (example_gradients(layer, inputs, rows) * matrix).sum((-2, -1))
+
+        inputs, rows = (split_groups(layer, part[layer.name]) for part in e.statistics[:2])
+        matrix = to_matrix(layer, u)
+        z = along(inputs, rows, matrix) if layer.groups == 1 else vmap(along)(inputs, rows, matrix).sum(0)
+        tree = optree.tree_unflatten(structure, u)
+        expected, product = e.quadratic(tree, tree), optree.tree_leaves(e.product(tree))
+        torch.testing.assert_close(e.statistics.scale * z.square().sum(), expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(sum((leaves[i] * product[i]).sum() for i in own), expected)
+
+
+def preconditioned(case, layers, structure, estimator):
+    """After two batches."""
+    noise = torch.rand(1, *case.model(case.params, case.inputs).shape, dtype=torch.float64)
+    tx = precondition_by_fisher(layers, structure, damping=0.1, decay=0.9)
+    state, evaluate = tx.init(case.params), fisher(case.model, case.likelihood, layers, estimator)
+    for inputs in (case.inputs, case.inputs.flip(-1)):
+        e = evaluate(case.params, inputs, case.targets, noise=noise if estimator == "mc" else None)
+        updates, state = tx.update(e.grads, state, case.params, evaluation=e)
+    return updates, state
+
+
+@given(double, estimators)
+def test_rank_d_is_dense(case, estimator):
+    layers = find_layers(case.model, case.params, case.inputs)
+    with torch.random.fork_rng():
+        expected, _ = preconditioned(case, layers, DENSE, estimator)
+    for structure in (
+        kronecker(NeverDense(1000), NeverDensePlusDiagonal(1000)),
+        kronecker(NeverDensePlusDiagonal(1000), NeverDense(1000)),
+    ):
+        with torch.random.fork_rng():
+            found, _ = preconditioned(case, layers, structure, estimator)
+        close(found, expected, 1e-7)
+
+
+@given(architectures(), estimators, st.integers(1, 3))
+def test_damped_inverse_is_positive_definite(case, estimator, rank):
+    layers = find_layers(case.model, case.params, case.inputs)
+    structure = kronecker(NeverDense(rank), NeverDensePlusDiagonal(rank))
+    _, state = preconditioned(case, layers, structure, estimator)
+    for layer in layers:
+        inverse, factors = state.inverses[layer.name], isinstance(state.inverses[layer.name], lrkfac.Kronecker)
+        for operator in inverse if factors else (inverse,):
+            # Stacked: Kronecker factors by groups, other blocks by units.
+            stacked = layer.groups > 1 or not factors
+            matrices = vmap(to_dense)(operator) if stacked else to_dense(operator)
+            assert bool((torch.linalg.eigvalsh(matrices.double()) > 0).all()), layer
