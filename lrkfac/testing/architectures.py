@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrkfac.core.likelihoods import Likelihood, bernoulli, categorical, gaussian
+from lrkfac.core.families import bernoulli, categorical, gaussian
+from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.types import Tree
 from lrkfac.testing.strategies import dtypes, generator_of, seeds
 
@@ -61,8 +62,7 @@ def architectures(draw: st.DrawFn, max_depth: int = 4, dtype: torch.dtype | None
     for _ in range(draw(st.integers(0, max_depth))):
         builder.stage()
     outputs = builder.finish()
-    name = draw(st.sampled_from(["categorical", "gaussian", "bernoulli"]))
-    likelihood = {"categorical": categorical, "gaussian": gaussian, "bernoulli": bernoulli}[name]()
+    likelihood: Likelihood = draw(st.sampled_from([categorical(), gaussian(), bernoulli()]))
     noise = torch.rand(outputs.shape, generator=builder.generator, dtype=torch.float64).to(outputs.dtype)
     targets = likelihood.sample(torch.zeros_like(outputs), noise)
     wrap, read = draw(st.sampled_from(FORMS))
