@@ -199,7 +199,7 @@ def fisher(
         leaves, structure = optree.tree_flatten(params)
         rest: list[Any] = []
         seen, tensors = captured(params, inputs, {i: x for i, x in enumerate(leaves) if i not in covered}, rest)
-        cotangent, loss = grad_and_value(heads.loss)(seen.outputs, targets)
+        cotangent, loss = grad_and_value(lambda f: heads.loss(f, targets))(seen.outputs)
         free_grads, at_probes = seen.transpose(cotangent)
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
         of_loss = seen.standard_form_of_one(at_probes)
@@ -225,7 +225,7 @@ def fisher(
             )
         at_probes = seen.probes  # of which nothing but the shape matters
         if estimator == "empirical":
-            _, at_probes = seen.transpose(grad(heads.loss)(seen.outputs, targets))
+            _, at_probes = seen.transpose(grad(lambda f: heads.loss(f, targets))(seen.outputs))
         return statistics_of(seen, seen.standard_form_of_one(at_probes), heads, targets, estimator, samples, noise)
 
     return evaluate
