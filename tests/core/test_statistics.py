@@ -13,7 +13,7 @@ from torch.func import vmap
 import lrkfac
 from lrkfac import find_layers, fisher
 from tests import cases
-from tests.core.test_fisher import close, described, each_estimator, evaluator, likelihood, noise_for
+from tests.core.test_fisher import close, described, each_estimator, evaluator, flops, likelihood, noise_for
 from tests.marks import requires_compiler
 
 CASE = cases.LINEAR[0]
@@ -81,6 +81,23 @@ def test_drawn_examples_are_those_of_a_batch_of_them(estimator):
     assert f(case.params, case.inputs, case.targets, statistics=False).statistics is None
     given_numbers = f(case.params, case.inputs, case.targets, statistics=torch.tensor([1]), noise=noise[:, :1])
     close(given_numbers.statistics, of_sub_batch(case, estimator, [1], noise[:, :1]).statistics)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_some_examples_cost_their_share(n):
+    """Beside the gradient of all: a pass forward, for samples one back to the outputs of the layers, too."""
+    case = cases.CONVOLUTION[0]
+    forward, size = flops(lambda: case.model(case.params, case.inputs)), len(case.inputs)
+
+    def cost(estimator, **options):
+        f = evaluator(case, estimator, **options)
+        f(case.params, case.inputs, case.targets)
+        return flops(lambda: f(case.params, case.inputs, case.targets))
+
+    gradient = cost("empirical")
+    assert size * (cost("forward_only", examples=n) - gradient) == n * forward
+    back = cost("mc") - gradient
+    assert size * (cost("mc", examples=n) - gradient) == n * (forward + back)
 
 
 @each_estimator
