@@ -21,6 +21,7 @@ from lrkfac import (
     unit_wise,
 )
 from lrkfac.core.layers import KINDS
+from lrkfac.testing import check_transformation
 from tests import reference_kinds as reference
 
 DAMPING = 0.03
@@ -160,6 +161,36 @@ def test_kronecker_products_of_all_factors_are_those_of_the_reference(name, esti
                 expected = reference.preconditioned(places["head"][None], expected, A, B, DAMPING)
                 structure = kronecker(FACTORS[input], FACTORS[output], treatment=treatment)
                 close(natural_gradient(name, estimator, structure), expected, (treatment, input, output))
+
+
+@each_operation
+@pytest.mark.parametrize("structure", [None, kronecker(diagonal(), dense())], ids=["low rank", "mixed"])
+def test_laws_without_output_gradients(name, structure):
+    operation = OPERATIONS[name]
+    layers, params, _, _ = evaluated(name, "forward_only")
+    evaluate = lrkfac.fisher(partial(reference.network, operation), lrkfac.categorical(), layers, "forward_only")
+    tx = precondition_by_fisher(layers, structure, decay=0.7, **({"rank": 1} if structure is None else {}))
+    numbers, targets = torch.tensor([2, 0, 3]), torch.tensor([2, 0, 1, 1])
+
+    def gradients_and_extra(params):
+        evaluation = evaluate(params, operation.inputs, targets, statistics=numbers)
+        return evaluation.grads, {"evaluation": evaluation}
+
+    check_transformation(tx, params, gradients_and_extra)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["conv1d, groups", "scale"])
+def test_without_output_gradients_compiled(name):
+    layers, params, evaluation, _ = evaluated(name, "forward_only")
+    tx = precondition_by_fisher(layers, kronecker(dense(), diagonal()))
+
+    def run(grads, state, statistics):
+        return tx.update(grads, state, evaluation=evaluation._replace(statistics=statistics))
+
+    given = (evaluation.grads, tx.init(params), evaluation.statistics)
+    found = torch.compile(run, fullgraph=True, backend="eager")(*given)
+    torch.testing.assert_close(found, run(*given), rtol=1e-10, atol=1e-12)
 
 
 # What makes no sense ----------------------------------------------------------------------------------
