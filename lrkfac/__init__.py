@@ -1,6 +1,6 @@
 """Low-rank K-FAC as pure functions: natural gradient for functional PyTorch."""
 
-from lrkfac.chains import kfac, low_rank_kfac
+from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.core.factors import dense, diagonal
 from lrkfac.core.families import bernoulli, categorical, gaussian, poisson
 from lrkfac.core.find import find_layers
@@ -15,11 +15,13 @@ from lrkfac.core.sherman_morrison import inverse, sherman_morrison, woodbury
 from lrkfac.core.structures import full, kronecker, layer_wise, unit_wise
 from lrkfac.core.types import Evaluation, Layer, Layers, Statistics
 from lrkfac.transforms.adam import scale_by_adam
+from lrkfac.transforms.averaging import ema_params
 from lrkfac.transforms.base import GradientTransformation, apply_updates, chain, identity
 from lrkfac.transforms.clip import clip_by_global_norm, clip_by_kl
 from lrkfac.transforms.decay import add_decayed_weights
 from lrkfac.transforms.momentum import trace
 from lrkfac.transforms.precondition import precondition_by_fisher
+from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
 from lrkfac.transforms.schedule import (
     constant_schedule,
     exponential_schedule,
@@ -43,6 +45,7 @@ __all__ = [
     "LowRankPlusDiagonal",
     "Statistics",
     "Weights",
+    "adaptive_low_rank_kfac",
     "add_decayed_weights",
     "apply_updates",
     "bernoulli",
@@ -53,6 +56,7 @@ __all__ = [
     "constant_schedule",
     "dense",
     "diagonal",
+    "ema_params",
     "exponential_schedule",
     "find_layers",
     "fisher",
@@ -75,6 +79,7 @@ __all__ = [
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
+    "scale_by_quadratic_model",
     "sherman_morrison",
     "subspace_iteration",
     "to_dense",

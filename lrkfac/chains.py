@@ -8,11 +8,13 @@ from lrkfac.core.factors import dense
 from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
 from lrkfac.core.structures import KroneckerStructure, kronecker
 from lrkfac.core.types import Layers
+from lrkfac.transforms.averaging import ema_params
 from lrkfac.transforms.base import GradientTransformation, chain, need_number
 from lrkfac.transforms.clip import clip_by_kl
 from lrkfac.transforms.decay import add_decayed_weights
 from lrkfac.transforms.momentum import trace
 from lrkfac.transforms.precondition import precondition_by_fisher
+from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
 from lrkfac.transforms.schedule import Schedule, scale_by_learning_rate
 
 
@@ -58,6 +60,35 @@ def kfac(
     """K-FAC with dense factors, otherwise as ``low_rank_kfac`` (Martens & Grosse 2015, arXiv 1503.05671)."""
     both = kronecker(dense(), dense())
     return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip)
+
+
+def adaptive_low_rank_kfac(
+    layers: Layers,
+    rank: int = 32,
+    damping: float | Tensor = 0.1,
+    decay: float | Tensor = 0.8,
+    weight_decay: float | Tensor = 0.0,
+) -> GradientTransformation:
+    """Natural gradient with low-rank factors and nothing to tune: no learning rate, momentum or damping.
+
+    All three follow in each step from the quadratic model of the batch, see ``scale_by_quadratic_model``. Its updates
+    are added to the parameters as they are, and ``state[-1].average`` is the running average of the parameters, which
+    is often better than the last ones, see ``ema_params``.
+
+    Args:
+        layers: From ``find_layers``.
+        rank: Rank of the factors; more is better and costs more.
+        damping: Where the dampings start; they soon forget it.
+        decay: Decay of the factors' running averages.
+        weight_decay: ``η`` of the penalty ``½ η ‖θ‖²``, which enters the model.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    return chain(
+        scale_by_quadratic_model(precondition_by_fisher(layers, rank=rank, decay=decay), damping, weight_decay),
+        ema_params(),
+    )
 
 
 def _kfac(

@@ -150,18 +150,26 @@ def fisher(
             with with_constant_padding(layers):
                 return split(model(params, inputs))[0]
 
+        def change(tangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
+            try:
+                return jvp(outputs_of, (params,), (tangent,))
+            except NotImplementedError as error:
+                raise NotImplementedError(
+                    f"model: an operation has no forward derivative, which products with the Fisher need: {error}"
+                ) from error
+
         def product(tangent: Tree) -> Tree:
             check_like(layers.tree, tangent, "product: tangent")
-            outputs, changed = jvp(outputs_of, (params,), (tangent,))
+            outputs, changed = change(tangent)
             _, transpose = vjp(outputs_of, params)
             return transpose(heads.product(outputs, targets, changed))[0]
 
         def gram(tangents: Tree) -> Tensor:
-            def change(tangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
-                return jvp(outputs_of, (params,), (tangent,))
+            def both(tangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
+                outputs, changed = change(tangent)
+                return changed, heads.product(outputs, targets, changed)
 
-            outputs, changed = vmap(change, out_dims=(None, 0))(tangents)
-            curved = vmap(lambda c: heads.product(outputs, targets, c))(changed)
+            changed, curved = vmap(both)(tangents)
             of_heads = [wide(c).flatten(1) @ wide(h).flatten(1).mT for c, h in zip(changed, curved, strict=True)]
             return torch.stack(of_heads).sum(dim=0)
 
@@ -199,7 +207,7 @@ def fisher(
         leaves, structure = optree.tree_flatten(params)
         rest: list[Any] = []
         seen, tensors = captured(params, inputs, {i: x for i, x in enumerate(leaves) if i not in covered}, rest)
-        cotangent, loss = grad_and_value(lambda f: heads.loss(f, targets))(seen.outputs)
+        cotangent, loss = grad_and_value(heads.loss)(seen.outputs, targets)
         free_grads, at_probes = seen.transpose(cotangent)
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
         of_loss = seen.standard_form_of_one(at_probes)
@@ -225,7 +233,7 @@ def fisher(
             )
         at_probes = seen.probes  # of which nothing but the shape matters
         if estimator == "empirical":
-            _, at_probes = seen.transpose(grad(lambda f: heads.loss(f, targets))(seen.outputs))
+            _, at_probes = seen.transpose(grad(heads.loss)(seen.outputs, targets))
         return statistics_of(seen, seen.standard_form_of_one(at_probes), heads, targets, estimator, samples, noise)
 
     return evaluate

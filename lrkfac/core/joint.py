@@ -57,7 +57,8 @@ class Joint:
 
     def unflatten(self, leaves: Leaves) -> Tree:
         """The inverse of ``leaves``."""
-        return optree.tree_unflatten(optree.tree_structure(self.tree), list(leaves))
+        remaining = iter(leaves)
+        return optree.tree_map(lambda _: next(remaining), self.tree)
 
     def loss(self, outputs: Leaves, targets: Leaves) -> Tensor:
         """``Σ weightₕ lossₕ``, ``[]``."""

@@ -23,6 +23,11 @@ class PreconditionState(NamedTuple):
     inverses: dict[str, Any]
     fallback: Any
 
+    @property
+    def preconditions(self) -> bool:
+        """Marks the state of a transformation that preconditions and takes the extra ``factor_damping``."""
+        return True
+
 
 def precondition_by_fisher(
     layers: Layers,
@@ -80,6 +85,7 @@ def precondition_by_fisher(
         params: Tree = None,
         *,
         evaluation: Evaluation | None = None,
+        factor_damping: float | Tensor | None = None,
         **extra: Any,
     ) -> tuple[Tree, PreconditionState]:
         if evaluation is None:
@@ -97,9 +103,10 @@ def precondition_by_fisher(
         known = None if params is None else leaves_of(params, "params")
         factors, inverses = state.factors, state.inverses
         statistics = evaluation.statistics
+        used = damping if factor_damping is None else factor_damping
         if statistics is not None:
             refreshed = {
-                block.name: refresh(block, factors[block.name], inverses[block.name], statistics, damping, decay)
+                block.name: refresh(block, factors[block.name], inverses[block.name], statistics, used, decay)
                 for block in held
             }
             factors = {name: factor for name, (factor, _) in refreshed.items()}

@@ -33,11 +33,11 @@ def flat(tree):
     return dict(enumerate(optree.tree_leaves(tree)))
 
 
-def close(found, expected, rtol=1e-12):
+def close(found, expected, rtol=1e-12, atol=None):
     """A tree equals another one, or a reference's flat dictionary, leaf by leaf."""
     expected = optree.tree_leaves(expected)
     for a, b in zip(optree.tree_leaves(found), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol if atol is None else atol)
 
 
 def replayed(tx, grads, params=None, **extra):

@@ -1,0 +1,255 @@
+"""Step size, momentum and damping from the quadratic model of the loss."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from lrkfac.core.tree import check_like, vdot, wide, zeros_like
+from lrkfac.core.types import Evaluation, Tree
+from lrkfac.transforms.base import GradientTransformation, apply_updates, need_number, need_params
+
+ADAPTATION = 0.95
+"""By how much the dampings may change per step (19/20 in Martens & Grosse 2015)."""
+RAISED = 4.0
+"""By how much a rejected step raises the damping."""
+GOOD, POOR = 0.75, 0.25
+"""Reduction ratios above and below which the damping falls and rises."""
+SMALLEST, LARGEST = 1e-10, 1e8
+"""Bounds of both dampings."""
+COLLINEAR = 1e-4
+"""Squared sine of the angle between two directions, in the model's metric, below which only one is used."""
+
+
+class QuadraticModelState(NamedTuple):
+    """What is carried from step to step; all but the trees are tensors ``[]``.
+
+    Attributes:
+        preconditioner: The state of the preconditioner.
+        last: The last update, a tree like the parameters.
+        damping: ``λ`` of the quadratic model.
+        factor_damping: ``γ`` of the preconditioner, the product of the two factors' dampings.
+        since: Steps since the last statistics; int64.
+        learning_rate: ``α`` of the last step.
+        momentum: ``μ`` of the last step.
+        predicted: The change of the loss that the model predicted for it, at most 0.
+        reduction_ratio: The change that came about, over the predicted one.
+        rejected: Number of steps that were undone; int64.
+    """
+
+    preconditioner: Any
+    last: Tree
+    damping: Tensor
+    factor_damping: Tensor
+    since: Tensor
+    learning_rate: Tensor
+    momentum: Tensor
+    predicted: Tensor
+    reduction_ratio: Tensor
+    rejected: Tensor
+
+
+class Minimum(NamedTuple):
+    """Where ``½ xᵀ Q x + bᵀ x`` is smallest, ``x = (rate, momentum)``, and its value there; ``[k]`` each."""
+
+    rate: Tensor
+    momentum: Tensor
+    value: Tensor
+
+
+def scale_by_quadratic_model(
+    preconditioner: GradientTransformation,
+    damping: float | Tensor = 0.1,
+    weight_decay: float | Tensor = 0.0,
+    learning_rate: float | Tensor | None = None,
+    momentum: float | Tensor | None = None,
+) -> GradientTransformation:
+    """``α Δ + μ δ₀``, chosen to minimise the quadratic model of this batch's loss.
+
+    ``Δ`` is the preconditioned descent direction, ``δ₀`` the last update, and the model is
+    ``M(δ) = ∇hᵀδ + ½ δᵀ(F + (λ + η) I)δ`` with the exact Fisher matrix ``F`` of the batch, weight decay ``η`` and
+    ``h = loss + ½ η ‖θ‖²`` (Martens & Grosse 2015, arXiv 1503.05671, sections 6.4 to 6.6 and 7). In each step,
+
+    * a forward derivative along each direction gives the 2 × 2 system for ``α`` and ``μ``;
+    * the loss of the batch at the new parameters shows how good the model is: where it fell by more than 3/4 of what
+      was predicted, the damping ``λ`` falls, by less than 1/4, it rises (Levenberg and Marquardt);
+    * a step after which that loss is higher, or not finite, is undone, and the damping rises. A batch whose loss or
+      gradient is not finite changes nothing.
+
+    Where ``evaluation`` has statistics, the preconditioner is tried with three dampings ``γ`` of its factors: its last
+    one, a smaller and a larger; the one with the smallest ``M`` is kept. The result is an update, to be added to the
+    parameters as it is.
+
+    Args:
+        preconditioner: Such as ``precondition_by_fisher(layers)``, or a chain with one. It is handed the damping
+            ``γ`` as the extra ``factor_damping``; its own is not used.
+        damping: Where both dampings start, positive, in the unit of ``F``. They find their place within some
+            tens of steps.
+        weight_decay: ``η``, in the unit of ``F``, within the model.
+        learning_rate: Fixes ``α``.
+        momentum: Fixes ``μ``.
+
+    Raises:
+        ValueError: If a number is out of range; in ``init``, if nothing in ``preconditioner`` preconditions; in
+            ``update``, if ``params`` is missing or the trees do not fit.
+        TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
+        NotImplementedError: In ``update``, if the model uses an operation without forward derivative; names it.
+    """
+    if not isinstance(preconditioner, GradientTransformation):
+        raise TypeError(
+            f"preconditioner: expected a GradientTransformation such as precondition_by_fisher(layers), got "
+            f"{type(preconditioner).__name__}"
+        )
+    need_number(damping, "damping", 0, includes_low=False)
+    need_number(weight_decay, "weight_decay", 0)
+    if learning_rate is not None:
+        need_number(learning_rate, "learning_rate", 0)
+    if momentum is not None:
+        need_number(momentum, "momentum", 0, 1)
+    decays = isinstance(weight_decay, Tensor) or weight_decay > 0
+
+    def init(params: Tree) -> QuadraticModelState:
+        inner = preconditioner.init(params)
+        if not _preconditions(inner):
+            raise ValueError(
+                "preconditioner: nothing in it preconditions; pass precondition_by_fisher(layers) or a chain with it"
+            )
+        leaves = optree.tree_leaves(params)
+        like = torch.zeros((), dtype=wide(leaves[0]).dtype, device=leaves[0].device)
+        start = like + damping
+        zero = torch.zeros_like(like, dtype=torch.int64)
+        a, b, c, d = (like.clone() for _ in range(4))
+        return QuadraticModelState(inner, zeros_like(params), start, start.clone(), zero, a, b, c, d, zero.clone())
+
+    def update(
+        updates: Tree,
+        state: QuadraticModelState,
+        params: Tree = None,
+        *,
+        evaluation: Evaluation | None = None,
+        **extra: Any,
+    ) -> tuple[Tree, QuadraticModelState]:
+        if evaluation is None:
+            raise TypeError(
+                "scale_by_quadratic_model: evaluation is missing; call "
+                "update(evaluation.grads, state, params, evaluation=fisher(params, inputs, targets))"
+            )
+        need_params(params, "scale_by_quadratic_model")
+        check_like(state.last, updates, "updates")
+        grads = optree.tree_map(lambda g, p: g + weight_decay * p, updates, params) if decays else updates
+        sound = evaluation.loss.isfinite() & vdot(grads, grads).isfinite()
+        since = state.since + 1
+
+        def precondition(candidate: Tensor) -> tuple[Tree, Any]:
+            return preconditioner.update(
+                grads, state.preconditioner, params, evaluation=evaluation, factor_damping=candidate, **extra
+            )
+
+        if evaluation.statistics is None:
+            candidates = state.factor_damping[None]
+            found, inner = precondition(state.factor_damping)
+            directions = optree.tree_map(lambda x: x[None], found)
+        else:
+            statistics = optree.tree_map(lambda x: torch.where(sound, x, 0), evaluation.statistics)
+            evaluation = evaluation._replace(statistics=statistics)
+            change = ADAPTATION ** since.to(state.damping.dtype)
+            around = torch.stack([1 / change, torch.ones_like(change), change])
+            candidates = (state.factor_damping * around).clamp(SMALLEST, LARGEST)
+            directions, inner = vmap(precondition)(candidates)
+
+        tangents = optree.tree_map(lambda d, last: torch.cat([-d, last[None]]), directions, state.last)
+        slopes, lengths = _inner_products(tangents, grads)
+        curvature = evaluation.gram(tangents).to(lengths.dtype) + (state.damping + weight_decay) * lengths
+        minimum = _minimum(curvature, slopes, learning_rate, momentum)
+        best = minimum.value.argmin(keepdim=True)
+        rate, speed, predicted, kept = (_pick(x, best) for x in (*minimum, candidates))
+        if evaluation.statistics is not None:
+            inner = optree.tree_map(lambda x: _pick(x, best), inner)
+        step = optree.tree_map(lambda x: (rate * _pick(x[:-1], best) + speed * x[-1]).to(x.dtype), tangents)
+
+        moved = apply_updates(params, step)
+        before, after = evaluation.loss, evaluation.loss_at(moved)
+        if decays:
+            before = before + 0.5 * weight_decay * vdot(params, params)
+            after = after + 0.5 * weight_decay * vdot(moved, moved)
+        rounding = 16 * torch.finfo(after.dtype).eps * before.abs()
+        accepted = after - before <= rounding  # false where one of them is not finite
+        tiny = torch.finfo(predicted.dtype).tiny
+        ratio = (after - before).to(predicted.dtype) / predicted.clamp(max=-tiny)
+        one = torch.ones_like(ratio)
+        factor = torch.where(ratio > GOOD, ADAPTATION * one, torch.where(ratio < POOR, one / ADAPTATION, one))
+        factor = torch.where(accepted, factor, RAISED * one)
+        new = QuadraticModelState(
+            inner,
+            optree.tree_map(lambda x: torch.where(accepted, x, 0), step),
+            (state.damping * factor).clamp(SMALLEST, LARGEST),
+            kept,
+            torch.zeros_like(since) if evaluation.statistics is not None else since,
+            rate,
+            speed,
+            predicted,
+            ratio,
+            state.rejected + ~accepted,
+        )
+        return new.last, _chosen(sound, new, state)
+
+    return GradientTransformation(init, update)
+
+
+def _inner_products(tangents: Tree, grads: Tree) -> tuple[Tensor, Tensor]:
+    """``∇hᵀ uᵢ`` ``[k]`` and ``uᵢᵀ uⱼ`` ``[k, k]`` of the tangents ``u``, which lie along a leading axis."""
+    slopes, lengths = [], []
+    for u, g in zip(optree.tree_leaves(tangents), optree.tree_leaves(grads), strict=True):
+        rows = wide(u).flatten(1) if u.ndim > 1 else wide(u)[:, None]
+        slopes.append(rows @ wide(g).reshape(-1).to(rows.dtype))
+        lengths.append(rows @ rows.mT)
+    return torch.stack(slopes).sum(dim=0), torch.stack(lengths).sum(dim=0)
+
+
+def _minimum(
+    curvature: Tensor, slopes: Tensor, rate: float | Tensor | None, momentum: float | Tensor | None
+) -> Minimum:
+    """The minimum for each direction ``i < k``, paired with the last one, the last update.
+
+    ``curvature`` is ``[k + 1, k + 1]``, ``slopes`` ``[k + 1]``. Where the two directions of a pair are nearly one,
+    as at the first step, when there was no update yet, the first alone is used.
+    """
+    diagonal = curvature.reshape(-1)[:: len(curvature) + 1]
+    tiny = torch.finfo(curvature.dtype).tiny
+    a, c, b = diagonal[:-1], diagonal[-1], curvature[:-1, -1]
+    p, q = slopes[:-1], slopes[-1]
+    determinant = a * c - b * b
+    apart = determinant > COLLINEAR * a * c
+    if momentum is None:
+        both = torch.where(apart, determinant, 1.0)
+        free = torch.where(apart, (b * p - a * q) / both, 0.0)
+        given = torch.where(c > 0, -(q + b * (0.0 if rate is None else rate)) / c.clamp(min=tiny), 0.0)
+        speed = free if rate is None else given
+    else:
+        speed = torch.zeros_like(a) + momentum
+    alone = -(p + b * speed) / a.clamp(min=tiny)
+    length = torch.where(a > 0, alone, 0.0) if rate is None else torch.zeros_like(a) + rate
+    value = 0.5 * (a * length.square() + c * speed.square()) + b * length * speed + p * length + q * speed
+    return Minimum(length, speed, value)
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]`` for an index ``[1]``, without asking for its value."""
+    return x.index_select(0, index)[0]
+
+
+def _chosen(condition: Tensor, new: Tree, old: Tree) -> Tree:
+    """``new`` where the condition holds, else ``old``; what has not changed is passed on."""
+    return optree.tree_map(lambda x, y: x if x is y else torch.where(condition, x, y), new, old)
+
+
+def _preconditions(state: Any) -> bool:
+    """Whether the state of a transformation that takes ``factor_damping`` is among these."""
+    if getattr(state, "preconditions", False):
+        return True
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, tuple | list) else ()
+    return any(_preconditions(part) for part in parts)
