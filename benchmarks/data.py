@@ -1,0 +1,87 @@
+"""The data of the benchmarks: what packages ship, and IDX files where they were fetched (``benchmarks/get_data``)."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+from pathlib import Path
+from pydoc_data import topics
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_diabetes
+from torch import Tensor
+
+from examples.common import TRAINING_EXAMPLES, digits
+
+TEXT_CHARACTERS = 400_000
+"""The first so many characters of the text; every Python that is supported ships more."""
+
+
+def training_digits() -> tuple[Tensor, Tensor]:
+    """Pixels ``[1500, 64]`` in [0, 1] and labels ``[1500]`` of scikit-learn's 8 x 8 digits."""
+    pixels, labels = digits()
+    return pixels[:TRAINING_EXAMPLES], labels[:TRAINING_EXAMPLES]
+
+
+def training_images(folder: Path | None) -> tuple[Tensor, str]:
+    """28 x 28 images ``[N, 784]`` in [0, 1], and what they are: those of the folder, without one digits enlarged."""
+    if folder is None:
+        small = training_digits()[0].reshape(-1, 1, 8, 8)
+        large = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
+        return large.flatten(1), f"{len(large)} digits of scikit-learn enlarged to 28 x 28, no --data given"
+    images = read_idx(find_idx(folder, "train-images-idx3-ubyte"))
+    if images.shape[1:] != (28, 28):
+        raise ValueError(f"{folder}: expected images of 28 x 28 pixels, got {tuple(images.shape[1:])}")
+    return images.flatten(1).float() / 255, f"{len(images)} images of {folder.resolve().name}"
+
+
+def find_idx(folder: Path, name: str) -> Path:
+    """The file of that name in the folder, compressed or not.
+
+    Raises:
+        FileNotFoundError: If it is in neither form.
+    """
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{folder}: expected {name} or {name}.gz; benchmarks/get_data {folder} fetches it")
+
+
+def read_idx(path: Path) -> Tensor:
+    """An IDX file of bytes, the format of MNIST.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path}: expected an IDX file of bytes, starting with 00 00 08, got {content[:3].hex(' ')}")
+    axes = content[3]
+    shape = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
+    if len(content) != 4 + 4 * axes + math.prod(shape):
+        raise ValueError(f"{path}: expected {math.prod(shape)} numbers after the header, the file is cut or too long")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * axes).copy()).reshape(shape)
+
+
+def diabetes() -> tuple[Tensor, Tensor]:
+    """scikit-learn's diabetes data: ten inputs ``[442, 10]`` and the target ``[442, 1]``, standardised."""
+    inputs, targets = (torch.tensor(x, dtype=torch.float32) for x in load_diabetes(return_X_y=True))
+    return tuple((x - x.mean(0)) / x.std(0) for x in (inputs, targets[:, None]))
+
+
+def text_windows(length: int) -> tuple[Tensor, Tensor, int]:
+    """Python's own reference (``pydoc_data.topics``) in windows: characters, those that follow, and how many there are.
+
+    Characters outside ASCII are one. Both are ``[windows, length]``.
+    """
+    text = "".join(topics.topics[name] for name in sorted(topics.topics))[:TEXT_CHARACTERS]
+    codes = torch.tensor([min(ord(character), 128) for character in text])
+    kinds, codes = codes.unique(return_inverse=True)
+    windows = (len(codes) - 1) // length
+    used = windows * length
+    return codes[:used].reshape(windows, length), codes[1 : used + 1].reshape(windows, length), len(kinds)

@@ -1,0 +1,257 @@
+"""The six problems of ``time_to_loss``: pure functions with data, likelihood, batches and starts by seed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lrkfac
+from benchmarks.data import diabetes, text_windows, training_digits, training_images
+from examples import digits_autoencoder
+
+Params = dict[str, Tensor]
+
+EVALUATED_AT_ONCE = 2000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model to train.
+
+    Attributes:
+        title: Heads table and picture.
+        model: ``model(params, inputs) -> outputs``.
+        likelihood: What the outputs mean.
+        init: ``seed -> params``.
+        inputs: Training inputs, the batch axis first.
+        targets: Training targets.
+        batch_size: Examples per step, unless another is asked for.
+        steps: The same of steps.
+        sgd_rate: Centre of the grid of SGD's learning rates, the only ones that depend on the unit of the loss.
+        floor: A lower bound of the loss, from which the picture's axis starts.
+        target: The loss to be reached, where the problem names one.
+        replacement: Whether batches are drawn with replacement; else each epoch sees every example once.
+        evaluated: The loss is that of every so-manieth training example.
+        by_adam: Parameters that Muon leaves to Adam, beside vectors.
+    """
+
+    title: str
+    model: Callable[[Any, Tensor], Tensor]
+    likelihood: lrkfac.Likelihood
+    init: Callable[[int], Any]
+    inputs: Tensor
+    targets: Tensor
+    batch_size: int
+    steps: int
+    sgd_rate: float
+    floor: float = 0.0
+    target: float | None = None
+    replacement: bool = False
+    evaluated: int = 1
+    by_adam: tuple[str, ...] = ()
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Tensor]:
+        """Indices of examples, the same for every method."""
+        generator = torch.Generator().manual_seed(seed)
+        while self.replacement:
+            yield torch.randint(len(self.inputs), (batch_size,), generator=generator)
+        if batch_size > len(self.inputs):
+            raise ValueError(f"batch size: expected at most {len(self.inputs)} examples, got {batch_size}")
+        while True:
+            order = torch.randperm(len(self.inputs), generator=generator)
+            yield from order[: len(order) // batch_size * batch_size].split(batch_size)
+
+    @torch.no_grad()
+    def loss(self, params: Any) -> float:
+        """The training loss, in nats per term."""
+        total = terms = 0.0
+        inputs, targets = self.inputs[:: self.evaluated], self.targets[:: self.evaluated]
+        pairs = zip(inputs.split(EVALUATED_AT_ONCE), targets.split(EVALUATED_AT_ONCE), strict=True)
+        for some_inputs, some_targets in pairs:
+            negative = self.likelihood.negative_log_likelihood(self.model(params, some_inputs), some_targets)
+            total, terms = total + negative.double().sum().item(), terms + negative.numel()
+        return total / terms
+
+
+# Models ------------------------------------------------------------------------------------------------
+
+
+def perceptron(widths: tuple[int, ...], activation: Callable[[Tensor], Tensor], linear_at: int | None = None) -> Any:
+    """Linear layers with an activation between them (but for the layer ``linear_at``): the model and ``init``.
+
+    Weights are Glorot's for tanh and He's for ReLU, both normal; biases are zero.
+    """
+    pairs = list(itertools.pairwise(widths))
+
+    def init(seed: int) -> Params:
+        generator = torch.Generator().manual_seed(seed)
+        params: Params = {}
+        for i, (d_in, d_out) in enumerate(pairs):
+            std = math.sqrt(2 / d_in) if activation is F.relu else math.sqrt(2 / (d_in + d_out))
+            params[f"{i:02}.weight"] = std * torch.randn(d_out, d_in, generator=generator)
+            params[f"{i:02}.bias"] = torch.zeros(d_out)
+        return params
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        for i in range(len(pairs)):
+            x = F.linear(x, params[f"{i:02}.weight"], params[f"{i:02}.bias"])
+            if i not in (linear_at, len(pairs) - 1):
+                x = activation(x)
+        return x
+
+    return model, init
+
+
+def convolutional(params: Params, pixels: Tensor) -> Tensor:
+    """Three convolutions, two of them of stride 2, and a linear layer: logits of 8 x 8 images ``[N, 64]``."""
+    x = pixels.unflatten(1, (1, 8, 8))
+    for i, stride in enumerate((1, 2, 2)):
+        x = F.relu(F.conv2d(x, params[f"conv{i}.weight"], params[f"conv{i}.bias"], stride, padding=1))
+    return F.linear(x.flatten(1), params["head.weight"], params["head.bias"])
+
+
+def init_convolutional(seed: int) -> Params:
+    """He's normal weights."""
+    generator = torch.Generator().manual_seed(seed)
+    params: Params = {}
+    shapes = {"conv0": (16, 1, 3, 3), "conv1": (32, 16, 3, 3), "conv2": (64, 32, 3, 3), "head": (10, 256)}
+    for name, shape in shapes.items():
+        params[f"{name}.weight"] = math.sqrt(2 / math.prod(shape[1:])) * torch.randn(shape, generator=generator)
+        params[f"{name}.bias"] = torch.zeros(shape[0])
+    return params
+
+
+CONTEXT, WIDTH, HEADS, BLOCKS = 64, 128, 4, 2
+
+
+def transformer(params: Params, tokens: Tensor) -> Tensor:
+    """Logits of the next characters ``[N, T, V]``: normalisation first, as in GPT-2."""
+    length = tokens.shape[1]
+    x = F.embedding(tokens, params["embedding"]) + params["position"][:length]
+    ahead = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+    for i in range(BLOCKS):
+        p = {name.removeprefix(f"{i}."): leaf for name, leaf in params.items() if name.startswith(f"{i}.")}
+        y = F.layer_norm(x, (WIDTH,), p["norm1.weight"], p["norm1.bias"])
+        q, k, v = (
+            F.linear(y, p[f"{n}.weight"], p[f"{n}.bias"]).unflatten(-1, (HEADS, -1)).transpose(1, 2) for n in "qkv"
+        )
+        scores = (q @ k.mT / math.sqrt(WIDTH // HEADS)).masked_fill(ahead, -math.inf)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + F.linear(y, p["out.weight"], p["out.bias"])
+        y = F.layer_norm(x, (WIDTH,), p["norm2.weight"], p["norm2.bias"])
+        x = x + F.linear(F.gelu(F.linear(y, p["up.weight"], p["up.bias"])), p["down.weight"], p["down.bias"])
+    x = F.layer_norm(x, (WIDTH,), params["norm.weight"], params["norm.bias"])
+    return F.linear(x, params["head.weight"], params["head.bias"])
+
+
+def init_transformer(seed: int, vocabulary: int) -> Params:
+    """GPT-2's: weights of standard deviation 0.02, those before a residual sum smaller by √(2 · blocks)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 0.02) -> Tensor:
+        return nn.init.normal_(torch.empty(shape), std=std, generator=generator)
+
+    params = {"embedding": normal(vocabulary, WIDTH), "position": normal(CONTEXT, WIDTH)}
+    linear = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "out": (WIDTH, WIDTH),
+              "up": (4 * WIDTH, WIDTH), "down": (WIDTH, 4 * WIDTH)}  # fmt: skip
+    for i in range(BLOCKS):
+        for name, shape in linear.items():
+            std = 0.02 / math.sqrt(2 * BLOCKS) if name in ("out", "down") else 0.02
+            params[f"{i}.{name}.weight"], params[f"{i}.{name}.bias"] = normal(*shape, std=std), torch.zeros(shape[0])
+    for norm in ("norm", *(f"{i}.norm{j}" for i in range(BLOCKS) for j in (1, 2))):
+        params[f"{norm}.weight"], params[f"{norm}.bias"] = torch.ones(WIDTH), torch.zeros(WIDTH)
+    params["head.weight"], params["head.bias"] = normal(vocabulary, WIDTH), torch.zeros(vocabulary)
+    return params
+
+
+# Problems ----------------------------------------------------------------------------------------------
+
+
+def entropy(pixels: Tensor) -> float:
+    """The least Bernoulli loss of grey pixels as targets, summed over pixels, in nats per image."""
+    negative = torch.special.xlogy(pixels, pixels) + torch.special.xlogy(1 - pixels, 1 - pixels)
+    return -negative.sum(1).mean().item()
+
+
+def digits_autoencoding(data: Path | None, activation: str) -> Problem:
+    pixels = training_digits()[0]
+    widths = "-".join(map(str, digits_autoencoder.WIDTHS))
+    return Problem(
+        f"Digits autoencoder {widths}, tanh", digits_autoencoder.autoencoder, lrkfac.bernoulli(),
+        digits_autoencoder.init, pixels, pixels, batch_size=256, steps=1000, sgd_rate=0.03, floor=entropy(pixels),
+        replacement=True,
+    )  # fmt: skip
+
+
+def deep_autoencoding(data: Path | None, activation: str) -> Problem:
+    """Hinton & Salakhutdinov 2006, as in Ren & Goldfarb 2021 (arXiv 2106.02925); the code of 30 numbers is linear."""
+    pixels, described = training_images(data)
+    widths = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+    model, init = perceptron(widths, {"relu": F.relu, "tanh": torch.tanh}[activation], linear_at=3)
+    return Problem(
+        f"Deep autoencoder 784-1000-500-250-30 and back, {activation}, {described}", model, lrkfac.bernoulli(), init,
+        pixels, pixels, batch_size=1000, steps=3600, sgd_rate=0.003, floor=entropy(pixels),
+    )  # fmt: skip
+
+
+def digits_classification(data: Path | None, activation: str) -> Problem:
+    pixels, labels = training_digits()
+    model, init = perceptron((64, 256, 256, 10), torch.tanh)
+    return Problem(
+        "Digits classifier 64-256-256-10, tanh", model, lrkfac.categorical(), init, pixels, labels, batch_size=256,
+        steps=500, sgd_rate=0.3, target=0.01,
+    )  # fmt: skip
+
+
+def digits_convolution(data: Path | None, activation: str) -> Problem:
+    pixels, labels = training_digits()
+    return Problem(
+        "Digits by three convolutions, ReLU", convolutional, lrkfac.categorical(), init_convolutional, pixels, labels,
+        batch_size=256, steps=300, sgd_rate=0.1, target=0.01,
+    )  # fmt: skip
+
+
+def regression(data: Path | None, activation: str) -> Problem:
+    inputs, targets = diabetes()
+    model, init = perceptron((10, 16, 16, 16, 16, 1), torch.tanh)
+    return Problem(
+        "Regression on diabetes, 10-16-16-16-16-1, tanh", model, lrkfac.gaussian(), init, inputs, targets,
+        batch_size=128, steps=1000, sgd_rate=0.03,
+    )  # fmt: skip
+
+
+def characters(data: Path | None, activation: str) -> Problem:
+    inputs, targets, vocabulary = text_windows(CONTEXT)
+    return Problem(
+        f"Characters of Python's reference, transformer of {BLOCKS} layers, width {WIDTH}, context {CONTEXT}",
+        transformer, lrkfac.categorical(), lambda seed: init_transformer(seed, vocabulary), inputs, targets,
+        batch_size=32, steps=1000, sgd_rate=0.3, evaluated=25, by_adam=("embedding", "position", "head.weight"),
+    )  # fmt: skip
+
+
+def deep_narrow(data: Path | None, activation: str) -> Problem:
+    pixels = training_digits()[0]
+    model, init = perceptron((64,) * 21, torch.tanh)
+    return Problem(
+        "Digits through 20 layers of width 64, tanh", model, lrkfac.bernoulli(), init, pixels, pixels, batch_size=256,
+        steps=1000, sgd_rate=0.01, floor=entropy(pixels), replacement=True,
+    )  # fmt: skip
+
+
+PROBLEMS: dict[str, Callable[[Path | None, str], Problem]] = {
+    "digits_autoencoder": digits_autoencoding,
+    "deep_autoencoder": deep_autoencoding,
+    "digits_classifier": digits_classification,
+    "digits_cnn": digits_convolution,
+    "regression": regression,
+    "characters": characters,
+    "deep_narrow": deep_narrow,
+}

@@ -1,0 +1,220 @@
+"""The benchmarks: every problem builds, every method trains, results survive, files of images are read."""
+
+import gzip
+import json
+import math
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import lrkfac
+from benchmarks import time_to_loss
+from benchmarks.alive import alive_at_peak
+from benchmarks.common import interleaved, median_ratios, peak_bytes, write_json
+from benchmarks.data import read_idx, training_images
+from benchmarks.methods import GRID_SIZE, METHODS
+from benchmarks.problems import PROBLEMS
+from benchmarks.runs import Results, Run, train
+from benchmarks.time_to_loss_report import Line, lines, table
+from benchmarks.trainers import Functional, Setup
+
+CPU = torch.device("cpu")
+
+each_problem = pytest.mark.parametrize("name", PROBLEMS)
+
+
+def setup(name, refresh=2):
+    problem = PROBLEMS[name](None, "relu")
+    params = problem.init(0)
+    layers = lrkfac.find_layers(problem.model, params, problem.inputs[:2], strict=True)
+    return problem, Setup(problem, params, layers, 0, 3, 4, refresh, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@each_problem
+def test_every_method_takes_three_steps_on_every_problem(name, method):
+    if METHODS[method].missing:
+        pytest.skip(METHODS[method].missing)
+    problem, start = setup(name)
+    run = Run(method, {}, 0)
+    trainer = METHODS[method].make(start, METHODS[method].settings)
+    assert sum(train(problem, trainer, run, min(16, problem.batch_size), 3, 3, CPU)) == 3
+    assert run.steps == [0, 1, 2, 3] and not run.diverged
+    assert run.loss[0] == pytest.approx(problem.loss(problem.init(0)), rel=1e-4)
+    assert run.loss[3] != run.loss[0]
+    assert run.state_bytes > 0 and run.seconds == sorted(run.seconds)
+
+
+@each_problem
+def test_starts_and_batches_depend_on_the_seed_alone(name):
+    problem, _ = setup(name)
+    for seed, same in ((0, True), (1, False)):
+        first, second = next(problem.batches(16, 0)), next(problem.batches(16, seed))
+        assert torch.equal(first, second) is same
+        assert (problem.loss(problem.init(0)) == problem.loss(problem.init(seed))) is same
+
+
+def test_an_epoch_sees_every_example_once():
+    problem, _ = setup("digits_classifier")
+    batches = problem.batches(500, 0)
+    epoch = torch.cat([next(batches) for _ in range(3)])
+    assert torch.equal(epoch.sort().values, torch.arange(1500))
+    with pytest.raises(ValueError, match="at most 1500 examples, got 1501"):
+        next(problem.batches(1501, 0))
+
+
+def test_grids_are_equal():
+    for method in METHODS.values():
+        assert len(method.grid) == (1 if method.ours else GRID_SIZE)
+        assert len({json.dumps(settings) for settings in method.grid}) == len(method.grid)
+
+
+def test_both_kinds_of_trainers_compute_the_same_steps():
+    problem, start = setup("digits_cnn")
+    leaves = METHODS["adam"].make(start, {"learning_rate": 0.01})
+    tx = lrkfac.chain(lrkfac.scale_by_adam(), lrkfac.scale_by_learning_rate(0.01))
+    functional = Functional(start, tx)
+    for batch, _ in zip(problem.batches(32, 0), range(3), strict=False):
+        for trainer in (leaves, functional):
+            trainer.step(problem.inputs[batch], problem.targets[batch])
+    for name, leaf in leaves.params().items():
+        torch.testing.assert_close(leaf, functional.params()[name], rtol=0, atol=1e-4)  # of steps of 1e-2
+
+
+def test_warming_up_changes_nothing():
+    problem, start = setup("regression")
+    for method, settings in (("low_rank_kfac", {}), ("sgd", METHODS["sgd"].settings)):
+        params = []
+        for warm in (False, True):
+            trainer = METHODS[method].make(start, settings)
+            if warm:
+                trainer.warm_up(problem.inputs, problem.targets)
+            trainer.step(problem.inputs, problem.targets)
+            params.append(trainer.params())
+        assert all(torch.equal(params[0][name], params[1][name]) for name in params[0])
+
+
+# Results -----------------------------------------------------------------------------------------------
+
+
+def curve(method, settings, seed, loss, diverged=False):
+    steps = [10 * i for i in range(len(loss))]
+    return Run(method, settings, seed, 0, 8, steps, [step / 100 for step in steps], loss, diverged)
+
+
+def test_results_survive_and_are_replaced_by_key(tmp_path):
+    results = Results(tmp_path / "results.json")
+    results.add([curve("sgd", {"a": 1.0, "b": 2}, seed, [3.0, 2.0]) for seed in (0, 1)], {"command": "first"})
+    results.write()
+    read = Results(tmp_path / "results.json")
+    assert read.runs == results.runs and read.environments == [{"command": "first"}]
+    read.add([curve("sgd", {"b": 2, "a": 1.0}, seed, [3.0, 1.0]) for seed in (0, 1)], {"command": "second"})
+    read.write()
+    again = Results(tmp_path / "results.json")
+    assert [run.final_loss for run in again.runs.values()] == [1.0, 1.0]
+    assert again.environments == [{"command": "second"}]
+    assert {run.environment for run in again.runs.values()} == {0}
+
+
+def test_the_best_settings_have_the_least_median_among_those_with_most_seeds(tmp_path):
+    results = Results(tmp_path / "results.json")
+    runs = [curve("sgd", {"x": 1}, seed, [9.0, loss]) for seed, loss in enumerate([1.0, 2.0, 9.0])]
+    runs += [curve("sgd", {"x": 2}, seed, [9.0, loss]) for seed, loss in enumerate([1.5, 1.5, 1.5])]
+    runs += [curve("sgd", {"x": 3}, 0, [9.0, 0.1])]
+    runs += [curve("sgd", {"x": 4}, seed, [0.5], diverged=True) for seed in range(3)]
+    results.add(runs, {})
+    assert {run.settings["x"] for run in results.best("sgd")} == {2}
+    assert math.isinf(runs[-1].final_loss)
+
+
+def test_the_target_is_reached_between_points(tmp_path):
+    line = Line("sgd", "SGD", [curve("sgd", {}, 0, [4.0, 2.0, 1.0])])
+    assert line.reaches(3.0) == pytest.approx((5.0, 0.05))
+    assert line.reaches(4.0) == (0, 0.0)
+    assert line.reaches(0.5) == (math.inf, math.inf)
+
+
+def test_the_command_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
+    common = ["--problem", "regression", "--steps", "6", "--points", "2", "--output", str(tmp_path), "--rank", "1", "4"]
+    path = tmp_path / "time_to_loss-regression-batch128-steps6-cpu.json"
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["time_to_loss", *common, *arguments])
+        time_to_loss.main()
+        return capsys.readouterr().out
+
+    main("--method", "sgd", "low_rank_kfac", "--grid")
+    first = Results(path)
+    assert len(first.runs) == GRID_SIZE * 3  # two ranks
+    out = main("--method", "sgd", "low_rank_kfac", "adam", "--seeds", "2")
+    assert "rank 1" in out and "rank 4" in out
+    second = Results(path)
+    assert len(second.runs) == len(first.runs) + 3 + 2  # the second seed of three, and two of Adam
+    assert all(second.runs[key].loss == run.loss for key, run in first.runs.items())
+    assert {line.label: len(line.runs) for line in lines(second)}["SGD, Nesterov momentum"] == 2
+    assert path.with_suffix(".png").stat().st_size > 1000
+    assert table(PROBLEMS["regression"](None, "relu"), second).row_count == 4
+
+
+# Data and measurement ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_images_are_read_from_idx_files(tmp_path, compressed):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    content = b"\x00\x00\x08\x03" + struct.pack(">3I", *pixels.shape) + pixels.tobytes()
+    path = tmp_path / ("train-images-idx3-ubyte" + ".gz" * compressed)
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    images, described = training_images(tmp_path)
+    torch.testing.assert_close(images, torch.tensor(pixels).flatten(1).float() / 255)
+    assert described.startswith("5 images")
+    (tmp_path / "cut").write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="cut or too long"):
+        read_idx(tmp_path / "cut")
+    (tmp_path / "other").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match="starting with 00 00 08, got 50 4b 03"):
+        read_idx(tmp_path / "other")
+
+
+def test_missing_images_are_named_and_without_a_folder_digits_are_enlarged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
+        training_images(tmp_path)
+    images, described = training_images(None)
+    assert images.shape == (1500, 784) and "enlarged" in described
+    assert images.min() >= 0 and images.max() <= 1
+
+
+def test_peaks_are_those_of_known_allocations():
+    held = torch.ones(1000)
+
+    def work():
+        first = held + 1  # 4000 bytes
+        second = torch.cat([first, first])  # 8000 more
+        del first
+        return second.sum() + held.sum()
+
+    assert 12_000 <= peak_bytes(work, CPU) < 13_000
+    alive = alive_at_peak(work, held)
+    assert 12_000 <= alive.peak < 12_100
+    assert sorted(storage.nbytes for storage in alive.at_peak) == [4000, 8000]
+    assert alive.current == 0
+
+
+def test_timings_are_interleaved_and_ratios_are_of_rounds():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = interleaved(functions, CPU, repeats=3, warmup=1)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert all(len(of_name) == 3 for of_name in seconds.values())
+    assert median_ratios({"a": [1.0, 2.0, 4.0], "b": [2.0, 4.0, 4.0]}, "a") == {"a": 1.0, "b": 2.0}
+
+
+def test_json_is_written_whole(tmp_path):
+    content = {"list": [{"numbers": list(range(100)), "text": "é"}, {}], "empty": [], "nested": {"a": [1.5, None]}}
+    write_json(tmp_path / "new" / "x.json", content)
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == content
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.json"]
