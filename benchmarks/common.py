@@ -41,6 +41,7 @@ def environment(threads: int, device: torch.device, packages: Iterable[str] = ()
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "load average": os.getloadavg()[0],
     }
 
 

@@ -119,17 +119,19 @@ def draw(rows: list[dict[str, Any]], of_states: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 3.2), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [f"{row['work']}, batch {row['batch size']}" for row in rows]
-    left.barh(names, [row["allocated ratio"] for row in rows], color=COLOURS[2])
-    left.axvline(LIMIT, color=COLOURS[5], linestyle="--", label=f"limit at batch 128: {LIMIT}")
-    left.set_xlabel("peak memory / that of the plain gradient")
+    bars = left.barh(names, [row["allocated ratio"] for row in rows], color=COLOURS[2])
+    left.bar_label(bars, fmt="%.2f", padding=3)
+    left.axvline(LIMIT, color=COLOURS[5], linestyle="--")
+    left.set_xlabel(f"peak memory / that of the plain gradient\n(dashed: {LIMIT}, the limit at batch 128)")
     left.set_title("Statistics of a ResNet-18", fontsize=11)
-    left.legend(frameon=False, loc="lower right")
-    right.barh([row["optimizer"] for row in of_states], [row["bytes"] / MEBI for row in of_states], color=COLOURS[3])
+    sizes = [row["bytes"] / MEBI for row in of_states]
+    bars = right.barh([row["optimizer"] for row in of_states], sizes, color=COLOURS[3])
+    right.bar_label(bars, fmt="%.0f", padding=3)
     right.set_xlabel("state [MiB]")
-    right.set_xscale("log")
     right.set_title("Optimizer state of a ResNet-18", fontsize=11)
     for axis in (left, right):
         axis.invert_yaxis()
+        axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 

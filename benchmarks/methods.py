@@ -155,11 +155,11 @@ METHODS: dict[str, Method] = {
     ),
     "soap": Method(
         "SOAP, basis every 10 steps", soap(BETWEEN_REFRESHES),
-        product(learning_rate=(0.001, 0.003, 0.01, 0.03), schedule=SCHEDULES), "#56B4E9", (0, (5, 2)), NO_PACKAGE,
+        product(learning_rate=(0.003, 0.01, 0.03, 0.1), schedule=SCHEDULES), "#56B4E9", (0, (5, 2)), NO_PACKAGE,
     ),
     "soap-1": Method(
         "SOAP, basis every step", soap(1),
-        product(learning_rate=(0.001, 0.003, 0.01, 0.03), schedule=SCHEDULES), "#56B4E9", "-", NO_PACKAGE,
+        product(learning_rate=(0.003, 0.01, 0.03, 0.1), schedule=SCHEDULES), "#56B4E9", "-", NO_PACKAGE,
     ),
     "shampoo": Method(
         "Shampoo, grafted", optimizer(shampoo),

@@ -27,7 +27,7 @@ from benchmarks.common import RESULTS, environment, save_figure, written
 from benchmarks.methods import METHODS, Settings
 from benchmarks.problems import PROBLEMS, Problem
 from benchmarks.runs import Results, Run, train
-from benchmarks.time_to_loss_report import draw, table
+from benchmarks.time_to_loss_report import draw, grid_table, table
 from benchmarks.trainers import Setup
 from examples.report import positive
 
@@ -137,6 +137,8 @@ def main() -> None:
     if not results.runs:
         console.print("no runs yet")
         return
+    if arguments.grid:
+        console.print(grid_table(results))
     console.print(table(problem, results))
     written(results.path, console)
     save_figure(results.path.with_suffix(".png"), draw(problem, results), console)
@@ -152,7 +154,7 @@ def _arguments() -> argparse.Namespace:
     add("--problem", choices=list(PROBLEMS), required=True, help="of " + ", ".join(PROBLEMS), metavar="NAME")
     add("--method", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME",
         help="methods to run, of " + ", ".join(METHODS) + " (default: all)")  # fmt: skip
-    add("--grid", action="store_true", help="run all settings of each method's grid, not the best known alone")
+    add("--grid", action="store_true", help="run, and show, all settings of each method's grid, not the best alone")
     add("--again", action="store_true", help="run what the results have already, and replace it")
     add("--report", action="store_true", help="run nothing, show the results")
     add("--seed", type=int, default=0, metavar="S", help="first seed, of start, batches and noise (default: 0)")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from rich.table import Table
 
 from benchmarks.common import results_table
@@ -73,11 +74,11 @@ def at_edge(results: Results, line: Line) -> bool:
 
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Short: ``rate 0.01, cosine``."""
-    short = {"learning_rate": "rate ", "relative_rate": "rate ", "kl_clip": "clip ", "schedule": "", "rank": None}
+    short = {"learning_rate": "rate ", "relative_rate": "rate ", "kl_clip": "clip ", "schedule": ""}
     parts = []
     for name, value in settings.items():
         prefix = short.get(name, f"{name} ")
-        if prefix is not None and name != "refresh":
+        if name not in ("rank", "refresh"):
             parts.append(f"{prefix}{value:g}" if isinstance(value, float) else f"{prefix}{value}")
     return ", ".join(parts) or "none"
 
@@ -108,6 +109,21 @@ def table(problem: Problem, results: Results) -> Table:
     return results_table(problem.title, headings, rows)
 
 
+def grid_table(results: Results) -> Table:
+    """The final loss under every setting that ran, medians over seeds, the best first."""
+    rows = []
+    for name, method in METHODS.items():
+        by_settings: dict[str, list[Run]] = {}
+        for run in results.runs.values():
+            if run.method == name:
+                by_settings.setdefault(run.key.settings, []).append(run)
+        tried = [Line(name, method.label, runs) for runs in by_settings.values()]
+        for i, line in enumerate(sorted(tried, key=lambda line: line.loss)):
+            settings = settings_text(line.runs[0].settings)
+            rows.append(["" if i else line.label, settings, str(len(line.runs)), f"{line.loss:.5g}"])
+    return results_table("All settings", ["method", "settings", "seeds", "final loss"], rows)
+
+
 def median_curve(runs: Sequence[Run]) -> tuple[list[float], list[float], list[float]]:
     """Steps, seconds and loss, point by point the median over seeds, as far as every seed got."""
     length = min(len(run.steps) for run in runs)
@@ -126,13 +142,19 @@ def draw(problem: Problem, results: Results) -> Figure:
         for axis, x in zip(axes, (steps, seconds), strict=True):
             axis.plot(x, np.array(loss) - problem.floor, label=line.label, color=style.colour, linestyle=style.dashes,
                 linewidth=2.4 if style.ours else 1.5)  # fmt: skip
+    drawn = np.concatenate([median_curve(line.runs)[2] for line in found]) - problem.floor
+    rounded = {float(f"{gap + problem.floor:.3g}") for gap in np.geomspace(drawn.min(), drawn.max(), 10)}
+    ticks = sorted(value - problem.floor for value in rounded if value > problem.floor)
     for axis, label in zip(axes, ("steps", "training time [s], evaluation not counted"), strict=True):
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(FixedLocator(ticks))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y + problem.floor:.3g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.set_xlabel(label)
-        axis.set_xlim(left=0)
+        axis.margins(x=0)
         axis.grid(color="#DDDDDD", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-    above = f"\nabove its lower bound {problem.floor:.2f}" if problem.floor else ""
+    above = f", log scale above its lower bound {problem.floor:.2f}" if problem.floor else ""
     axes[0].set_ylabel(f"training loss [nats]{above}")
     figure.suptitle(problem.title, x=0.01, ha="left", fontsize=11)
     handles, labels = axes[0].get_legend_handles_labels()
