@@ -129,13 +129,18 @@ def adaptive(setup: Setup, settings: Settings) -> Trainer:
     return Functional(setup, lrkfac.adaptive_low_rank_kfac(setup.layers, rank=setup.rank))
 
 
+def averaged(setup: Setup, settings: Settings) -> Trainer:
+    """The same, judged by the running average of the parameters."""
+    transformation = lrkfac.adaptive_low_rank_kfac(setup.layers, rank=setup.rank)
+    return Functional(setup, transformation, lambda params, state: state[-1].average)
+
+
 ADAM_RATES = (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 3e-2)
 SCHEDULES = ("constant", "cosine")
 KFAC_GRID = product(damping=(0.003, 0.01, 0.03, 0.1), kl_clip=(1e-3, 1e-2))
 
 NO_MUON = "" if hasattr(torch.optim, "Muon") else "this torch has no torch.optim.Muon"
 NO_PACKAGE = "" if importlib.util.find_spec("pytorch_optimizer") else "needs the package pytorch-optimizer"
-NO_ADAPTIVE = "" if hasattr(lrkfac, "adaptive_low_rank_kfac") else "lrkfac.adaptive_low_rank_kfac does not exist yet"
 
 METHODS: dict[str, Method] = {
     "sgd": Method(
@@ -168,6 +173,9 @@ METHODS: dict[str, Method] = {
     "kfac": Method("dense K-FAC", dense_kfac, KFAC_GRID, "#000000", (0, (5, 2))),
     "low_rank_kfac": Method("low-rank K-FAC", low_rank_kfac, KFAC_GRID, "#009E73", ranked=True),
     "adaptive": Method(
-        "adaptive low-rank K-FAC", adaptive, ({},), "#D55E00", "-", NO_ADAPTIVE, ours=True, ranked=True,
+        "adaptive low-rank K-FAC", adaptive, ({},), "#D55E00", ours=True, ranked=True,
+    ),
+    "averaged": Method(
+        "adaptive, averaged", averaged, ({},), "#D55E00", (0, (5, 2)), ours=True, ranked=True,
     ),
 }  # fmt: skip

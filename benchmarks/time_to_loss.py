@@ -78,7 +78,7 @@ def rounds(arguments: argparse.Namespace, results: Results) -> Iterator[list[Run
 
 def with_rank(name: str, settings: Settings, rank: int | None, refresh: int) -> Settings:
     """The settings of a run: those of K-FAC say the steps between statistics, and the rank."""
-    if name not in ("kfac", "low_rank_kfac", "adaptive"):
+    if name not in ("kfac", "low_rank_kfac", "adaptive", "averaged"):
         return settings
     return {**settings, "refresh": refresh, **({} if rank is None else {"rank": rank})}
 
@@ -88,6 +88,7 @@ def perform(
 ) -> None:
     """Trains all runs in turn, a point of the curve at a time."""
     going = []
+    torch.compiler.reset()  # what was compiled for earlier runs
     for run in runs:
         params = optree.tree_map(lambda leaf: leaf.to(device), problem.init(run.seed))
         layers = lrkfac.find_layers(problem.model, params, problem.inputs[:2])
@@ -115,6 +116,7 @@ def main() -> None:
     arguments = _arguments()
     console = Console(width=max(Console().width, 132))
     device = torch.device(arguments.device)
+    torch._dynamo.config.recompile_limit = 100  # the step of every method and rank is one function to the compiler
     described = environment(arguments.threads, device, packages=["pytorch-optimizer"])
     problem = made_problem(arguments, device)
     results = Results(results_path(arguments, problem))

@@ -53,9 +53,17 @@ class Trainer(Protocol):
 
 
 class Functional:
-    """Training by a gradient transformation; compiled, the whole step is one graph."""
+    """Training by a gradient transformation; compiled, the whole step is one graph.
 
-    def __init__(self, setup: Setup, transformation: lrkfac.GradientTransformation) -> None:
+    ``read(params, state)`` are the parameters to be judged, by default those that are trained.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        transformation: lrkfac.GradientTransformation,
+        read: Callable[[Any, Any], Any] = lambda params, state: params,
+    ) -> None:
         evaluate = lrkfac.fisher(setup.problem.model, setup.problem.likelihood, setup.layers)
 
         def step(
@@ -69,6 +77,7 @@ class Functional:
         self._params, self._state = setup.params, transformation.init(setup.params)
         self._refresh, self._count = setup.refresh, 0
         self._noise = torch.Generator().manual_seed(setup.seed)
+        self._read = read
         self._terms = setup.problem.model(setup.params, setup.problem.inputs[:1]).shape[1:]
 
     def warm_up(self, inputs: Tensor, targets: Tensor) -> None:
@@ -85,7 +94,7 @@ class Functional:
         self._count += 1
 
     def params(self) -> Any:
-        return self._params
+        return self._read(self._params, self._state)
 
     def state_bytes(self) -> int:
         return tree_bytes(self._state)
@@ -98,16 +107,14 @@ class Leaves:
         self, setup: Setup, make: Callable[[dict[str, Tensor]], list[Optimizer]], cosine: bool = False
     ) -> None:
         paths, leaves, structure = optree.tree_flatten_with_path(setup.params)
-        shapes = [leaf.shape for leaf in leaves]
         flat = [leaf.flatten(1) if leaf.ndim > 2 else leaf for leaf in leaves]
         self._leaves = [leaf.detach().clone().requires_grad_() for leaf in flat]
-        self._tree = lambda leaves: optree.tree_unflatten(
-            structure, [leaf.view(shape) for leaf, shape in zip(leaves, shapes, strict=True)]
-        )
+        self._tree = optree.tree_unflatten(structure, self._leaves)
+        self._like = setup.params
         problem = setup.problem
 
-        def loss(leaves: list[Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-            outputs = problem.model(self._tree(leaves), inputs)
+        def loss(tree: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+            outputs = problem.model(reshaped(tree, setup.params), inputs)
             return problem.likelihood.negative_log_likelihood(outputs, targets).mean()
 
         self._loss = torch.compile(loss, fullgraph=True) if setup.compiled else loss
@@ -121,19 +128,19 @@ class Leaves:
             ]
 
     def warm_up(self, inputs: Tensor, targets: Tensor) -> None:
-        self._loss(self._leaves, inputs, targets).backward()
+        self._loss(self._tree, inputs, targets).backward()
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         for optimizer in self._optimizers:
             optimizer.zero_grad()
-        self._loss(self._leaves, inputs, targets).backward()
+        self._loss(self._tree, inputs, targets).backward()
         for optimizer in self._optimizers:
             optimizer.step()
         for scheduler in self._schedulers:
             scheduler.step()
 
     def params(self) -> Any:
-        return self._tree([leaf.detach() for leaf in self._leaves])
+        return reshaped(optree.tree_map(torch.detach, self._tree), self._like)
 
     def state_bytes(self) -> int:
         own = {leaf.data_ptr() for leaf in self._leaves}
@@ -141,6 +148,11 @@ class Leaves:
         for optimizer in self._optimizers:
             _collect(list(optimizer.state.values()), found)
         return sum(size for pointer, size in found.items() if pointer not in own)
+
+
+def reshaped(tree: Any, like: Any) -> Any:
+    """The leaves in the shapes of those of another tree."""
+    return optree.tree_map(lambda leaf, other: leaf.view(other.shape), tree, like)
 
 
 def _collect(value: Any, found: dict[int, int]) -> None:

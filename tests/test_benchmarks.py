@@ -1,5 +1,6 @@
 """The benchmarks: every problem builds, every method trains, results survive, files of images are read."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -20,6 +21,7 @@ from benchmarks.problems import PROBLEMS
 from benchmarks.runs import Results, Run, train
 from benchmarks.time_to_loss_report import Line, lines, table
 from benchmarks.trainers import Functional, Setup
+from tests.marks import requires_compiler
 
 CPU = torch.device("cpu")
 
@@ -83,6 +85,21 @@ def test_both_kinds_of_trainers_compute_the_same_steps():
             trainer.step(problem.inputs[batch], problem.targets[batch])
     for name, leaf in leaves.params().items():
         torch.testing.assert_close(leaf, functional.params()[name], rtol=0, atol=1e-4)  # of steps of 1e-2
+
+
+@requires_compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")  # torch's own aten.diagonal
+def test_compiled_steps_are_the_same():
+    problem, start = setup("regression")
+    for method, settings in (("low_rank_kfac", {}), ("adam", {"learning_rate": 0.01})):
+        losses = []
+        for compiled in (False, True):
+            run = Run(method, settings, 0)
+            trainer = METHODS[method].make(dataclasses.replace(start, compiled=compiled), settings)
+            list(train(problem, trainer, run, 64, 3, 3, CPU))
+            losses.append(run.loss)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_warming_up_changes_nothing():
