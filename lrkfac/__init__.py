@@ -17,14 +17,16 @@ from lrkfac.core.types import Evaluation, Layer, Layers, Statistics
 from lrkfac.transforms.adam import scale_by_adam
 from lrkfac.transforms.averaging import ema_params
 from lrkfac.transforms.base import GradientTransformation, apply_updates, chain, identity
-from lrkfac.transforms.clip import clip_by_global_norm, clip_by_kl
+from lrkfac.transforms.clip import clip_by_global_norm, clip_by_kl, clip_by_value
 from lrkfac.transforms.decay import add_decayed_weights
+from lrkfac.transforms.masking import masked, partition
 from lrkfac.transforms.momentum import trace
 from lrkfac.transforms.precondition import precondition_by_fisher
 from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
 from lrkfac.transforms.schedule import (
     constant_schedule,
     exponential_schedule,
+    join_schedules,
     piecewise_constant_schedule,
     scale,
     scale_by_learning_rate,
@@ -53,6 +55,7 @@ __all__ = [
     "chain",
     "clip_by_global_norm",
     "clip_by_kl",
+    "clip_by_value",
     "constant_schedule",
     "dense",
     "diagonal",
@@ -65,6 +68,7 @@ __all__ = [
     "gaussian",
     "identity",
     "inverse",
+    "join_schedules",
     "joint",
     "kfac",
     "kronecker",
@@ -72,6 +76,8 @@ __all__ = [
     "low_rank",
     "low_rank_kfac",
     "low_rank_plus_diagonal",
+    "masked",
+    "partition",
     "piecewise_constant_schedule",
     "poisson",
     "power_iteration",

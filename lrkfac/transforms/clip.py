@@ -1,10 +1,11 @@
-"""Clipping: by the length of a step in parameters, or in what the model says."""
+"""Clipping: entry by entry, by the length of a step in parameters, or in what the model says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
@@ -17,6 +18,20 @@ class ClipByKLState(NamedTuple):
     """``steps``: number of updates so far, int64 ``[]``."""
 
     steps: Tensor
+
+
+def clip_by_value(max_delta: float | Tensor) -> GradientTransformation:
+    """Each entry of the updates, at least ``-max_delta`` and at most ``max_delta``.
+
+    Raises:
+        ValueError: If ``max_delta`` is not a positive finite number.
+    """
+    need_number(max_delta, "max_delta", 0, includes_low=False)
+
+    def change(updates: Tree, params: Tree, **extra: Any) -> Tree:
+        return optree.tree_map(lambda u: u.clamp(-max_delta, max_delta).to(u.dtype), updates)
+
+    return stateless(change)
 
 
 def clip_by_global_norm(max_norm: float) -> GradientTransformation:

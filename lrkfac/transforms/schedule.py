@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -134,6 +134,42 @@ def piecewise_constant_schedule(initial_value: float, scales: Mapping[int, float
         return value
 
     return schedule
+
+
+def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
+    """One schedule after another: the next one starts, from its own step 0, at each boundary.
+
+    Args:
+        schedules: At least one.
+        boundaries: The steps at which the second, third, … begins, rising.
+
+    Raises:
+        ValueError: If there is not one boundary between each two schedules, or they are not positive and rising.
+        TypeError: If a schedule is not callable.
+    """
+    schedules, boundaries = tuple(schedules), tuple(boundaries)
+    for one in schedules:
+        if not callable(one):
+            raise TypeError(f"schedules: expected schedules, got {one!r} among them; use constant_schedule({one!r})")
+    if len(boundaries) != len(schedules) - 1:
+        raise ValueError(
+            f"boundaries: expected {max(len(schedules) - 1, 0)} for {len(schedules)} schedules, at least one, got "
+            f"{len(boundaries)}"
+        )
+    for low, high in zip((0, *boundaries), boundaries, strict=False):
+        need_number(high, "boundaries", low, includes_low=False)
+
+    def schedule(step: Tensor) -> Tensor:
+        value = _value(schedules[0](step), step)
+        for begin, one in zip(boundaries, schedules[1:], strict=True):
+            value = torch.where(step >= begin, _value(one((step - begin).clamp(min=0)), step), value)
+        return value
+
+    return schedule
+
+
+def _value(value: float | Tensor, step: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full_like(_real(step), value)
 
 
 def _real(step: Tensor) -> Tensor:

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrkfac import Evaluation, clip_by_global_norm, clip_by_kl, exponential_schedule, warmup_cosine_schedule
+from lrkfac import (
+    Evaluation,
+    clip_by_global_norm,
+    clip_by_kl,
+    clip_by_value,
+    exponential_schedule,
+    warmup_cosine_schedule,
+)
 from lrkfac.testing import check_transformation, seeds
 from tests import reference_optimizers as reference
 from tests.transforms.test_base import close, flat, nested, replayed, steps
@@ -29,11 +36,23 @@ def norm(tree):
 @dtypes
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e6])
 @pytest.mark.parametrize(
-    "tx", [clip_by_global_norm(0.5), clip_by_kl(0.5, 0.1), clip_by_kl(0.5, lambda step: 0.1 + step)]
+    "tx",
+    [clip_by_value(0.5), clip_by_global_norm(0.5), clip_by_kl(0.5, 0.1), clip_by_kl(0.5, lambda step: 0.1 + step)],
 )
 def test_laws(tx, size, dtype):
     grads = optree.tree_map(lambda g: size * g, nested(dtype, seed=1))
     check_transformation(tx, nested(dtype), lambda p: (grads, {"evaluation": evaluated(grads)}))
+
+
+@given(bounds, seeds, st.booleans())
+def test_value_bounds_each_entry(max_delta, seed, tensor):
+    grads = nested(seed=seed)
+    bound = torch.tensor(max_delta, dtype=torch.float64) if tensor else max_delta
+    found, _ = clip_by_value(bound).update(grads, ())
+    bounded = lambda g: [max(-max_delta, min(x, max_delta)) for x in g.flatten().tolist()]  # noqa: E731
+    expected = {k: torch.tensor(bounded(g), dtype=g.dtype).reshape(g.shape) for k, g in flat(grads).items()}
+    close(found, expected, rtol=0)
+    assert all(u.abs().amax() <= max_delta for u in flat(found).values() if u.numel())
 
 
 @given(bounds, seeds)
@@ -105,6 +124,8 @@ def test_half_precision_is_summed_in_float32(dtype):
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("inf"), float("nan")])
 def test_bounds_are_checked(bound):
+    with pytest.raises(ValueError, match=r"max_delta: expected a finite number in \(0"):
+        clip_by_value(bound)
     with pytest.raises(ValueError, match=r"max_norm: expected a finite number in \(0"):
         clip_by_global_norm(bound)
     with pytest.raises(ValueError, match=r"max_kl: expected a finite number in \(0"):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lrkfac import (
     constant_schedule,
     exponential_schedule,
+    join_schedules,
     piecewise_constant_schedule,
     scale,
     scale_by_learning_rate,
@@ -58,6 +59,24 @@ def test_piecewise_constant(initial, scales):
     check_schedule(schedule, lambda step: reference.piecewise_constant_schedule(step, boundaries, levels))
 
 
+@given(st.lists(st.integers(1, 8), max_size=3), st.data())
+def test_joined(lengths, data):
+    """Each of them counts from its own start."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    rates = data.draw(st.lists(st.floats(0.5, 1.5), min_size=len(starts), max_size=len(starts)))
+    schedules = [exponential_schedule(1.0 + i, rate) for i, rate in enumerate(rates)]
+    if lengths:
+        schedules[-1], rates[-1] = constant_schedule(float(len(lengths) + 1)), 1.0
+
+    def expected(step):
+        i = max(i for i, start in enumerate(starts) if start <= step)
+        return reference.exponential_schedule(step - starts[i], 1.0 + i, rates[i])
+
+    check_schedule(join_schedules(schedules, starts[1:]), expected)
+    whole = join_schedules([join_schedules(schedules, starts[1:]), lambda step: 7], [30])
+    check_schedule(whole, lambda step: expected(step) if step < 30 else 7, number=35)
+
+
 SCHEDULES = {
     "constant": (constant_schedule(0.3), lambda step: 0.3),
     "cosine": (warmup_cosine_schedule(0.5, 2, 5), lambda s: reference.warmup_cosine_schedule(s, 0.5, 2, 5)),
@@ -65,6 +84,10 @@ SCHEDULES = {
     "piecewise": (
         piecewise_constant_schedule(0.5, {2: 0.1, 4: 3.0}),
         lambda step: reference.piecewise_constant_schedule(step, [2, 4], [0.5, 0.05, 0.15]),
+    ),
+    "joined": (
+        join_schedules([exponential_schedule(0.5, 0.8), constant_schedule(0.1)], [3]),
+        lambda s: reference.exponential_schedule(s, 0.5, 0.8) if s < 3 else 0.1,
     ),
     "the user's own": (lambda step: 1 / (1 + step), lambda step: 1 / (1 + step)),
     "a number": (0.25, lambda step: 0.25),
@@ -112,6 +135,12 @@ def test_scale(factor, dtype):
         (lambda: exponential_schedule(float("nan"), 0.5), ValueError, "initial_value: expected"),
         (lambda: exponential_schedule(1.0, 0.0), ValueError, r"decay_rate: .*\(0, inf\), got 0"),
         (lambda: exponential_schedule(1.0, 0.5, 0), ValueError, r"steps: .*\[1, inf\), got 0"),
+        (lambda: join_schedules([], []), ValueError, "boundaries: expected 0 for 0 schedules, at least one, got 0"),
+        (lambda: join_schedules([abs, abs], []), ValueError, "boundaries: expected 1 for 2 schedules"),
+        (lambda: join_schedules([abs], [1]), ValueError, "boundaries: expected 0 for 1 schedules"),
+        (lambda: join_schedules([abs, 0.1], [1]), TypeError, "schedules: .* use constant_schedule"),
+        (lambda: join_schedules([abs] * 3, [2, 2]), ValueError, r"boundaries: .*\(2, inf\), got 2"),
+        (lambda: join_schedules([abs, abs], [0]), ValueError, r"boundaries: .*\(0, inf\), got 0"),
         (lambda: piecewise_constant_schedule(float("nan"), {}), ValueError, "initial_value: expected"),
         (lambda: piecewise_constant_schedule(1.0, {-1: 0.1}), ValueError, r"boundary: .* got -1"),
         (lambda: piecewise_constant_schedule(1.0, {1: float("inf")}), ValueError, "scale: .* got inf"),

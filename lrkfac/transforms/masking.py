@@ -1,0 +1,184 @@
+"""Different transformations for different parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from lrkfac.core.tree import paths
+from lrkfac.core.types import Evaluation, Tree
+from lrkfac.transforms.base import GradientTransformation, need_params
+
+
+class MaskedState(NamedTuple):
+    """``inner``: the state of the transformation."""
+
+    inner: Any
+
+
+class PartitionState(NamedTuple):
+    """``inner``: the state of each transformation by its label."""
+
+    inner: dict[Any, Any]
+
+
+def masked(inner: GradientTransformation, mask: Tree | Callable[[Tree], Tree]) -> GradientTransformation:
+    """``inner`` where the mask is ``True``; elsewhere updates pass unchanged. What ``inner`` sees: ``partition``.
+
+    Args:
+        inner: The transformation.
+        mask: A tree of ``bool`` like the parameters, or one that ends earlier: ``{"encoder": True, "head": False}``;
+            or a function that makes it from a tree like the parameters.
+
+    Raises:
+        ValueError: In ``init`` and ``update``, if the mask does not fit the parameters, or the state is another's.
+        TypeError: If ``inner`` is no ``GradientTransformation``; in ``init`` and ``update``, if a leaf of the mask is
+            no ``bool``.
+    """
+    _need_transformation("inner", inner)
+
+    def own(tree: Tree) -> list[bool]:
+        chosen = _spread("mask", mask, tree)
+        for i, one in enumerate(chosen):
+            if not isinstance(one, bool):
+                raise TypeError(
+                    f"mask: expected True or False for {paths(tree)[i]!r}, got {one!r}; it is fixed, not a tensor"
+                )
+        return chosen
+
+    def init(params: Tree) -> MaskedState:
+        return MaskedState(inner.init(_only(own(params), params)))
+
+    def update(updates: Tree, state: MaskedState, params: Tree = None, **extra: Any) -> tuple[Tree, MaskedState]:
+        if not isinstance(state, MaskedState):
+            raise ValueError(_OTHER_STATE.format(expected="MaskedState", got=type(state).__name__))
+        chosen = own(updates)
+        changed, new = _restricted(inner, chosen, updates, state.inner, params, extra)
+        leaves = zip(chosen, changed, optree.tree_leaves(updates), strict=True)
+        return _like(updates, [x if one else u for one, x, u in leaves]), MaskedState(new)
+
+    return GradientTransformation(init, update)
+
+
+def partition(
+    transformations: Mapping[Any, GradientTransformation], labels: Tree | Callable[[Tree], Tree]
+) -> GradientTransformation:
+    """For each parameter the transformation of its label.
+
+    K-FAC where a layer covers the parameter and Adam for the rest is ``partition({"kfac": low_rank_kfac(layers, 0.1),
+    "adam": chain(scale_by_adam(), scale(-1e-3))}, optree.tree_map(lambda p: "kfac" if p.index in layers.covered else
+    "adam", layers.tree))``.
+
+    Each transformation sees the loss as a function of its own parameters, all others held fixed, in a tree of the
+    whole structure: there ``params``, ``updates`` and ``evaluation.grads`` of the others are zero (so that norms and
+    ``clip_by_kl`` count its own alone), ``evaluation.product``, ``quadratic`` and ``gram`` are the Fisher matrix of its
+    own, and ``evaluation.loss_at`` keeps the others where they are. A weight and its joint bias, which
+    ``precondition_by_fisher`` treats as one matrix, belong under one label.
+
+    Args:
+        transformations: One for each label.
+        labels: A tree of labels like the parameters, or one that ends earlier: ``{"encoder": "kfac", "head":
+            "adam"}``; or a function that makes it from a tree like the parameters. Strings or numbers.
+
+    Raises:
+        ValueError: In ``init`` and ``update``, if the labels do not fit the parameters, one has no transformation, or
+            the state is another's.
+        TypeError: If something is no ``GradientTransformation``.
+    """
+    transformations = dict(transformations)
+    for label, transformation in transformations.items():
+        _need_transformation(f"transformations[{label!r}]", transformation)
+
+    def of_leaves(tree: Tree) -> list[Any]:
+        found = _spread("labels", labels, tree)
+        for i, label in enumerate(found):
+            if label not in transformations:
+                raise ValueError(
+                    f"labels: expected one of {list(transformations)} for {paths(tree)[i]!r}, got {label!r}; give a "
+                    "transformation for it, such as identity()"
+                )
+        return found
+
+    def init(params: Tree) -> PartitionState:
+        found = of_leaves(params)
+        return PartitionState(
+            {label: tx.init(_only([x == label for x in found], params)) for label, tx in transformations.items()}
+        )
+
+    def update(updates: Tree, state: PartitionState, params: Tree = None, **extra: Any) -> tuple[Tree, PartitionState]:
+        if not isinstance(state, PartitionState) or state.inner.keys() != transformations.keys():
+            got = f"one of {list(state.inner)}" if isinstance(state, PartitionState) else type(state).__name__
+            raise ValueError(_OTHER_STATE.format(expected=f"PartitionState of {list(transformations)}", got=got))
+        found, leaves, states = of_leaves(updates), optree.tree_leaves(updates), {}
+        for label, tx in transformations.items():
+            chosen = [x == label for x in found]
+            changed, states[label] = _restricted(tx, chosen, updates, state.inner[label], params, extra)
+            leaves = [x if one else old for one, x, old in zip(chosen, changed, leaves, strict=True)]
+        return _like(updates, leaves), PartitionState(states)
+
+    return GradientTransformation(init, update)
+
+
+_OTHER_STATE = (
+    "state: expected a {expected}, got {got}; pass what init() or the last update() of this transformation returned"
+)
+
+
+def _restricted(
+    inner: GradientTransformation, own: list[bool], updates: Tree, state: Any, params: Tree, extra: dict[str, Any]
+) -> tuple[list[Tensor], Any]:
+    """What ``inner`` makes of its own parameters; leaves of the others are there, and mean nothing."""
+    known = None if params is None else _only(own, params)
+    evaluation = extra.get("evaluation")
+    if evaluation is not None:
+        extra = {**extra, "evaluation": _of_own(own, evaluation, params)}
+    changed, new = inner.update(_only(own, updates), state, known, **extra)
+    return optree.tree_leaves(changed), new
+
+
+def _of_own(own: list[bool], evaluation: Evaluation, params: Tree) -> Evaluation:
+    """The evaluation of the loss as a function of some parameters."""
+
+    def loss_at(moved: Tree) -> Tensor:
+        fixed = optree.tree_leaves(need_params(params, "masked, partition: loss_at"))
+        leaves = zip(own, optree.tree_leaves(moved), fixed, strict=True)
+        return evaluation.loss_at(_like(moved, [x if one else p for one, x, p in leaves]))
+
+    return evaluation._replace(
+        grads=_only(own, evaluation.grads),
+        product=lambda tangent: _only(own, evaluation.product(_only(own, tangent))),
+        quadratic=lambda u, v: evaluation.quadratic(_only(own, u), _only(own, v)),
+        gram=lambda tangents: evaluation.gram(_only(own, tangents)),
+        loss_at=loss_at,
+    )
+
+
+def _only(own: list[bool], tree: Tree) -> Tree:
+    """The tree with zeros for the leaves of others."""
+    leaves = zip(own, optree.tree_leaves(tree), strict=True)
+    return _like(tree, [x if one else torch.zeros_like(x) for one, x in leaves])
+
+
+def _like(tree: Tree, leaves: list[Any]) -> Tree:
+    return optree.tree_unflatten(optree.tree_structure(tree), leaves)
+
+
+def _spread(name: str, given: Any, tree: Tree) -> list[Any]:
+    """One value for each leaf of the tree, from a tree of values that may end earlier."""
+    given = given(tree) if callable(given) else given
+    try:
+        whole = optree.tree_map(lambda value, part: optree.tree_map(lambda _: value, part), given, tree)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: expected a tree like the parameters, or one that ends earlier, got {given!r} ({error})"
+        ) from error
+    return optree.tree_leaves(whole)
+
+
+def _need_transformation(name: str, given: Any) -> None:
+    if not isinstance(given, GradientTransformation):
+        raise TypeError(f"{name}: expected a GradientTransformation, got {type(given).__name__}")
