@@ -23,6 +23,7 @@ from lrkfac.transforms.masking import masked, partition
 from lrkfac.transforms.momentum import trace
 from lrkfac.transforms.precondition import precondition_by_fisher
 from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
+from lrkfac.transforms.robust import apply_if_finite
 from lrkfac.transforms.schedule import (
     constant_schedule,
     exponential_schedule,
@@ -49,6 +50,7 @@ __all__ = [
     "Weights",
     "adaptive_low_rank_kfac",
     "add_decayed_weights",
+    "apply_if_finite",
     "apply_updates",
     "bernoulli",
     "categorical",

@@ -1,0 +1,91 @@
+"""Steps that go wrong are left out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from lrkfac.core.tree import counter
+from lrkfac.core.types import Evaluation, Tree
+from lrkfac.transforms.base import GradientTransformation
+
+
+class ApplyIfFiniteState(NamedTuple):
+    """``inner``: the state of the transformation; ``consecutive``: the number of steps left out since the last good
+    one, and ``total``: in all, int64 ``[]``.
+    """
+
+    inner: Any
+    consecutive: Tensor
+    total: Tensor
+
+
+def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) -> GradientTransformation:
+    """``inner`` where all is finite; else updates of zero, and the state of ``inner`` as it was.
+
+    What must be finite is what goes in (updates, and of ``evaluation`` the loss and the statistics) and what comes
+    out (updates). After ``max_consecutive_errors`` steps in a row that were left out, it gives up: the next one that
+    is not finite goes to ``inner`` as it is, so that its result shows (or ``precondition_by_fisher`` refuses it), until
+    a finite one comes. Momentum and weight decay rest in a step that is left out if they stand within ``inner``.
+
+    Args:
+        inner: The transformation, such as a whole chain.
+        max_consecutive_errors: At least 1.
+
+    Raises:
+        ValueError: If ``max_consecutive_errors`` is below 1; in ``update``, if the state is another's.
+        TypeError: If an argument has the wrong type.
+    """
+    if not isinstance(inner, GradientTransformation):
+        raise TypeError(f"inner: expected a GradientTransformation, got {type(inner).__name__}")
+    if isinstance(max_consecutive_errors, bool) or not isinstance(max_consecutive_errors, int):
+        raise TypeError(f"max_consecutive_errors: expected an integer, got {max_consecutive_errors!r}")
+    if max_consecutive_errors < 1:
+        raise ValueError(f"max_consecutive_errors: expected an integer >= 1, got {max_consecutive_errors}")
+
+    def init(params: Tree) -> ApplyIfFiniteState:
+        return ApplyIfFiniteState(inner.init(params), counter(params), counter(params))
+
+    def update(
+        updates: Tree,
+        state: ApplyIfFiniteState,
+        params: Tree = None,
+        *,
+        evaluation: Evaluation | None = None,
+        **extra: Any,
+    ) -> tuple[Tree, ApplyIfFiniteState]:
+        if not isinstance(state, ApplyIfFiniteState):
+            raise ValueError(
+                f"state: expected an ApplyIfFiniteState, got {type(state).__name__}; pass what init() or the last "
+                "update() of this transformation returned"
+            )
+        said = None if evaluation is None else (evaluation.loss, evaluation.statistics)
+        sound = _all_finite((updates, said))
+        gives_up = state.consecutive >= max_consecutive_errors
+        # A decomposition of what is not finite raises, even where its result is then not used.
+        passed = sound | gives_up
+        if evaluation is not None:
+            of_step = (evaluation.loss, evaluation.grads, evaluation.statistics)
+            loss, grads, statistics = _else_zero(passed, of_step)
+            extra["evaluation"] = evaluation._replace(loss=loss, grads=grads, statistics=statistics)
+        changed, new = inner.update(_else_zero(passed, updates), state.inner, params, **extra)
+        sound = sound & _all_finite(changed)
+        passed = sound | gives_up
+        kept = optree.tree_map(lambda x, y: x if x is y else torch.where(passed, x, y), new, state.inner)
+        failed = (~sound).to(torch.int64)
+        counted = (failed * (state.consecutive + 1), state.total + failed)
+        return _else_zero(passed, changed), ApplyIfFiniteState(kept, *counted)
+
+    return GradientTransformation(init, update)
+
+
+def _all_finite(tree: Tree) -> Tensor:
+    leaves = [x.isfinite().all() for x in optree.tree_leaves(tree)]
+    return torch.stack(leaves).all() if leaves else torch.ones((), dtype=torch.bool)
+
+
+def _else_zero(condition: Tensor, tree: Tree) -> Tree:
+    return optree.tree_map(lambda x: torch.where(condition, x, 0), tree)
