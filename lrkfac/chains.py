@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lrkfac.core.factors import dense
 from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
-from lrkfac.core.structures import KroneckerStructure, kronecker
+from lrkfac.core.structures import ProductStructure, kronecker
 from lrkfac.core.types import Layers
 from lrkfac.transforms.averaging import ema_params
 from lrkfac.transforms.base import GradientTransformation, chain, need_number
@@ -93,7 +93,7 @@ def adaptive_low_rank_kfac(
 
 def _kfac(
     layers: Layers,
-    structure: KroneckerStructure,
+    structure: ProductStructure,
     learning_rate: float | Tensor | Schedule,
     damping: float | Tensor,
     decay: float | Tensor,

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from lrkfac.core.corrected import CorrectedStructure
 from lrkfac.core.covariances import Uses, example_gradients, factors, split_groups
+from lrkfac.core.examples import ExampleGradients
 from lrkfac.core.factors import DiagonalStructure, FactorStructure, diagonal
+from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.layers import KINDS
 from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
-from lrkfac.core.structures import BlockStructure, KroneckerStructure, Structure, kronecker, unit_wise
+from lrkfac.core.structures import BlockStructure, ProductStructure, Structure, kronecker, unit_wise
 from lrkfac.core.tree import wide
 from lrkfac.core.types import Layer, Layers, Statistics
 
@@ -64,12 +67,14 @@ def blocks(layers: Layers, structure: Chosen, rank: int | None) -> tuple[Block, 
     found, takes_default = [], structure is None
     for layer in layers:
         chosen = _chosen(layer, structure)
-        implied = chosen is None or (isinstance(structure, KroneckerStructure) and _unit_wise(layer))
+        implied = chosen is None or (isinstance(structure, ProductStructure) and _unit_wise(layer))
         if implied:
             held: Structure = unit_wise() if _unit_wise(layer) else default
             takes_default = takes_default or held is default
         else:
             held = _checked(layer, chosen)
+        if isinstance(held, CorrectedStructure) and any(KINDS[kind].one_hot for kind in layer.kinds):
+            held = held.factors  # a basis of the one-hot side would be a square of the vocabulary
         if isinstance(held, KroneckerStructure) and layer.kind == "embedding":
             held = replace(held, output=diagonal())  # the one-hot side; with treatment="expand", exactly
         found.append(Block(layer.name, (layer,), held.fitted(layer.d_in, layer.d_out), implied))
@@ -84,7 +89,7 @@ _NO_DEFAULT = (
 )
 
 
-def _default(rank: int) -> KroneckerStructure:
+def _default(rank: int) -> ProductStructure:
     return kronecker(low_rank(rank), low_rank_plus_diagonal(rank))
 
 
@@ -117,18 +122,18 @@ def _unit_wise(layer: Layer) -> bool:
 def _checked(layer: Layer, structure: Any) -> Structure:
     if isinstance(structure, DiagonalStructure):
         structure = BlockStructure(structure, "layer")
-    if isinstance(structure, BlockStructure) or (
+    if isinstance(structure, BlockStructure | CorrectedStructure) or (
         isinstance(structure, KroneckerStructure) and structure.treatment == "reduce"
     ):
         _need_examples(layer)
-    if isinstance(structure, KroneckerStructure) and _unit_wise(layer):
+    if isinstance(structure, ProductStructure) and _unit_wise(layer):
         raise ValueError(
             f"structure: layer {layer.name!r} is a {layer.kind}, whose block is no Kronecker product; use unit_wise(), "
             "layer_wise() or diagonal()"
         )
     if isinstance(structure, BlockStructure) and structure.per == "model":
         raise ValueError(f"structure: full() holds all layers together and cannot stand for {layer.name!r} alone")
-    if not isinstance(structure, KroneckerStructure | BlockStructure):
+    if not isinstance(structure, Structure):
         raise TypeError(
             f"structure: expected kronecker(input, output), unit_wise(), layer_wise() or diagonal() for layer "
             f"{layer.name!r}, got {structure!r}; a factor structure such as dense() stands inside: "
@@ -141,8 +146,8 @@ def _need_examples(layer: Layer) -> None:
     if not layer.batched:
         raise ValueError(
             f"structure: layer {layer.name!r} is used where the batch is not the leading axis: the gradients of "
-            'single examples are not known; use kronecker(...) with treatment="expand" for it, or write the batch as '
-            "the leading axis"
+            'single examples are not known; use kronecker(...) with treatment="expand", uncorrected, for it, or write '
+            "the batch as the leading axis"
         )
 
 
@@ -211,12 +216,15 @@ def refresh(
                 "same layers"
             )
     structure, scale = block.structure, statistics.scale
-    if isinstance(structure, BlockStructure) and not statistics.output_gradients[block.layers[0].name]:
+    exact = not isinstance(structure, KroneckerStructure)
+    if exact and not statistics.output_gradients[block.layers[0].name]:
         if block.implied:
             return state, inverse
+        held = "an exact" if isinstance(structure, BlockStructure) else "a corrected"
         raise ValueError(
-            f"structure: layer {block.layers[0].name!r} is held by an exact block, which needs the gradients at the "
-            'layer\'s outputs: the estimator "forward_only" takes none; use kronecker(...) or another estimator'
+            f"structure: layer {block.layers[0].name!r} is held by {held} block, which needs the "
+            'gradients at the layer\'s outputs: the estimator "forward_only" takes none; use kronecker(...), '
+            "uncorrected, or another estimator"
         )
     if _per_model(block):
         assert isinstance(structure, BlockStructure)
@@ -230,7 +238,10 @@ def refresh(
     def one_group(state: Any, inputs: Uses, gradients: Uses) -> tuple[Any, Any]:
         if isinstance(structure, KroneckerStructure):
             both = factors(layer, inputs, gradients, scale, structure.treatment)
-            new = structure.update(state, *both, decay)
+            new: Any = structure.update(state, *both, decay)
+        elif isinstance(structure, CorrectedStructure):
+            both = factors(layer, inputs, gradients, scale, structure.factors.treatment)
+            new = structure.update(state, *both, ExampleGradients(layer, inputs, gradients, scale), decay)
         else:
             rows = example_gradients(layer, inputs, gradients).flatten(0, 1)
             new = structure.update(state, rows, scale.to(rows.dtype), decay)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
+from lrkfac.core.operators import CorrectedKronecker, Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
 
 
 def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:
@@ -25,7 +25,7 @@ def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:
     """
     if not isinstance(damping, Tensor) and not (math.isfinite(damping) and damping >= 0):
         raise ValueError(f"damping: expected a finite number >= 0, got {damping}")
-    if not isinstance(operator, Diagonal | Dense | LowRankPlusDiagonal | Kronecker):
+    if not isinstance(operator, Operator):
         raise TypeError(f"operator: expected one of lrkfac's operators, got {type(operator).__name__}")
     return _inverse(operator.shifted(damping))
 
@@ -37,6 +37,8 @@ def _inverse(operator: Operator) -> Operator:
         return woodbury(operator)
     if isinstance(operator, Dense):
         return _cholesky_inverse(operator)
+    if isinstance(operator, CorrectedKronecker):
+        return _inverse_in_basis(operator)
     return Diagonal(1 / operator.diagonal)
 
 
@@ -46,6 +48,15 @@ def _cholesky_inverse(operator: Dense) -> Dense:
     norm = operator.matrix.abs().sum(dim=-1).amax(dim=-1)
     factor = torch.linalg.cholesky(operator.shifted(_margin(operator.matrix) * norm).matrix)
     return Dense(torch.cholesky_inverse(factor))
+
+
+def _inverse_in_basis(operator: CorrectedKronecker) -> CorrectedKronecker:
+    # Differences of eigenvalues are applied: those beyond the precision of the largest are raised to it, so that
+    # the inverse stays positive definite (see woodbury).
+    groups = operator.kept, operator.output, operator.input, operator.rest
+    largest = torch.stack([values.amax() for values in groups]).amax()
+    kept, output, input, rest = (1 / values.clamp(min=_margin(values) * largest) for values in groups)
+    return CorrectedKronecker(operator.output_vectors, operator.input_vectors, kept, output, input, rest)
 
 
 def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:

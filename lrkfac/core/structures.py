@@ -3,67 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import optree
 from torch import Tensor
 from torch.func import vmap
 
+from lrkfac.core.corrected import CorrectedStructure
 from lrkfac.core.factors import FactorStructure, dense
-from lrkfac.core.operators import Kronecker, Operator, split_damping
+from lrkfac.core.kronecker import KroneckerStructure
+from lrkfac.core.operators import Operator
 from lrkfac.core.rows import RowCovariance
-from lrkfac.core.types import Covariance, Treatment
-
-
-class KroneckerState(NamedTuple):
-    """The states of the output factor ``B`` and of the input factor ``A``."""
-
-    output: Any
-    input: Any
-
-
-@dataclass(frozen=True)
-class KroneckerStructure:
-    """See ``kronecker``."""
-
-    input: FactorStructure
-    output: FactorStructure
-    treatment: Treatment = "expand"
-
-    def fitted(self, d_in: int, d_out: int) -> KroneckerStructure:
-        """The structure to use for a layer of this size: each factor may prefer a smaller, exact form."""
-        return KroneckerStructure(self.input.fitted(d_in), self.output.fitted(d_out), self.treatment)
-
-    def init(self, d_in: int, d_out: int, like: Tensor) -> KroneckerState:
-        """The state before the first batch."""
-        return KroneckerState(self.output.init(d_out, like), self.input.init(d_in, like))
-
-    def update(
-        self,
-        state: KroneckerState,
-        output: Covariance,
-        input: Covariance,
-        decay: float | Tensor,
-    ) -> KroneckerState:
-        """The state after one more batch with these factors."""
-        return KroneckerState(
-            self.output.update(state.output, output, decay), self.input.update(state.input, input, decay)
-        )
-
-    def operator(self, state: KroneckerState) -> Kronecker:
-        """The running average, ``B ⊗ A``."""
-        return Kronecker(self.output.operator(state.output), self.input.operator(state.input))
-
-    def inverse(self, state: KroneckerState, damping: float | Tensor) -> Kronecker:
-        """``(B + δ_B I)⁻¹ ⊗ (A + δ_A I)⁻¹`` with ``δ_A δ_B = damping``, split as in ``Kronecker.shifted``."""
-        input_damping, output_damping = split_damping(self.operator(state), damping)
-        return Kronecker(
-            self.output.inverse(state.output, output_damping), self.input.inverse(state.input, input_damping)
-        )
-
-    def apply(self, inverse: Kronecker, gradient: Tensor) -> Tensor:
-        """The natural gradient ``[d_out, d_in]``."""
-        return inverse.two_sided(gradient)
+from lrkfac.core.types import Treatment
 
 
 @dataclass(frozen=True)
@@ -112,10 +63,13 @@ class BlockStructure:
         return vmap(lambda one, row: one.matvec(row))(inverse, gradient)
 
 
-Structure = KroneckerStructure | BlockStructure
+ProductStructure = KroneckerStructure | CorrectedStructure
+Structure = ProductStructure | BlockStructure
 
 
-def kronecker(input: FactorStructure, output: FactorStructure, treatment: Treatment = "expand") -> KroneckerStructure:
+def kronecker(
+    input: FactorStructure, output: FactorStructure, treatment: Treatment = "expand", corrected: bool = False
+) -> ProductStructure:
     """A layer's Fisher block as ``B ⊗ A`` (Martens & Grosse 2015, arXiv 1503.05671, section 3).
 
     Where an example uses the weight several times (positions of a convolution or a sequence, uses of a shared
@@ -129,19 +83,25 @@ def kronecker(input: FactorStructure, output: FactorStructure, treatment: Treatm
         output: What holds ``B``, the second moment of the gradients at the layer's outputs.
         treatment: ``"expand"`` or ``"reduce"``. An embedding's one-hot side is diagonal with the first alone; with
             the second, which makes histograms of it, the diagonal is what is held.
+        corrected: Whether eigenvalues are measured in the factors' eigenbasis instead of being products (EKFAC,
+            George et al. 2018, arXiv 1806.03884), see ``CorrectedStructure``: the best in that basis, at the price of
+            the gradients of single examples. Embeddings stay products.
 
     Raises:
-        TypeError: If an argument is not one of ``dense()``, ``diagonal()``, ``low_rank(rank)`` and
-            ``low_rank_plus_diagonal(rank)``, or an object with the same methods.
+        TypeError: If a factor is not one of ``dense()``, ``diagonal()``, ``low_rank(rank)`` and
+            ``low_rank_plus_diagonal(rank)``, or an object with the same methods; if ``corrected`` is no truth value.
         ValueError: If ``treatment`` is unknown.
     """
     for name, value in {"input": input, "output": output}.items():
         methods = ("fitted", "init", "update", "operator", "inverse")
-        if isinstance(value, KroneckerStructure) or not all(hasattr(value, method) for method in methods):
+        if isinstance(value, ProductStructure) or not all(hasattr(value, method) for method in methods):
             raise TypeError(f"{name}: expected a factor structure such as dense() or low_rank(32), got {value!r}")
     if treatment not in get_args(Treatment):
         raise ValueError(f"treatment: expected one of {get_args(Treatment)}, got {treatment!r}")
-    return KroneckerStructure(input, output, treatment)
+    if not isinstance(corrected, bool):
+        raise TypeError(f"corrected: expected True or False, got {corrected!r}")
+    factors = KroneckerStructure(input, output, treatment)
+    return CorrectedStructure(factors) if corrected else factors
 
 
 def unit_wise() -> BlockStructure:

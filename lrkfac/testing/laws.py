@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from lrkfac.core.corrected import CorrectedStructure
 from lrkfac.core.factors import FactorStructure
 from lrkfac.core.operators import Kronecker, LowRankPlusDiagonal, Operator
 from lrkfac.core.rows import RowCovariance
 from lrkfac.core.sherman_morrison import inverse
-from lrkfac.core.structures import KroneckerStructure
+from lrkfac.core.structures import ProductStructure
 from lrkfac.core.types import Tree
 from lrkfac.testing.strategies import generator_of, gradients
 from lrkfac.transforms.base import GradientTransformation, apply_updates, chain, identity
@@ -49,7 +50,7 @@ def check_inverse(operator: Operator, damping: float | Tensor) -> None:
 
 
 def check_structure(
-    structure: FactorStructure | KroneckerStructure,
+    structure: FactorStructure | ProductStructure,
     dimension: int = 12,
     damping: float = 1e-2,
     decay: float = 0.9,
@@ -60,7 +61,9 @@ def check_structure(
     symmetric, positive semi-definite and of the scale of the batches, its inverse positive definite and the
     inverse, and ``vmap`` over two factors equal to one after the other.
     """
-    if isinstance(structure, KroneckerStructure):
+    if isinstance(structure, CorrectedStructure):
+        structure = structure.factors
+    if isinstance(structure, ProductStructure):
         check_structure(structure.input, dimension, damping, decay, dtype, seed)
         check_structure(structure.output, dimension, damping, decay, dtype, seed + 1)
         return

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrkfac.core.layers import CONVOLUTIONS, LINEAR, ConvolutionOptions, LinearOptions
-from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
+from lrkfac.core.operators import CorrectedKronecker, Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
 from lrkfac.core.rows import RowCovariance
 from lrkfac.core.types import Layer, Parameter, Tree
 from lrkfac.core.views import Step
@@ -51,15 +51,41 @@ def operators(
 ) -> Operator:
     """Positive semi-definite operators of every class, with repeated values and zero columns among them."""
     dtype = dtype or draw(dtypes)
-    kind = draw(st.sampled_from([Diagonal, Dense, LowRankPlusDiagonal, Kronecker]))
+    kind = draw(st.sampled_from([Diagonal, Dense, LowRankPlusDiagonal, Kronecker, CorrectedKronecker]))
     if kind is Kronecker:
         small = max(int(max_dimension**0.5), 1)
-        factors = operators(small, dtype, max_condition**0.5).filter(lambda op: not isinstance(op, Kronecker))
+        products = Kronecker | CorrectedKronecker
+        factors = operators(small, dtype, max_condition**0.5).filter(lambda op: not isinstance(op, products))
         return Kronecker(draw(factors), draw(factors))
+    if kind is CorrectedKronecker:
+        return draw(corrected_kroneckers(max_dimension, dtype, max_condition))
     if kind is LowRankPlusDiagonal:
         return draw(low_rank_plus_diagonals(max_dimension, dtype, max_condition))
     covariance = draw(covariances(max_dimension, dtype, max_condition))
     return Diagonal(covariance.diagonal()) if kind is Diagonal else Dense(covariance.dense())
+
+
+@st.composite
+def corrected_kroneckers(
+    draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
+) -> CorrectedKronecker:
+    """Random bases, also complete ones, and eigenvalues up to 1 that spread over a condition number; some are 0."""
+    small = st.integers(1, max(int(max_dimension**0.5), 1))
+    (d_out, d_in), generator = (draw(small), draw(small)), generator_of(draw(seeds))
+    r_out, r_in = draw(st.integers(1, d_out)), draw(st.integers(1, d_in))
+    smallest = 10 ** -draw(st.floats(0, torch.tensor(max_condition).log10().item()))
+    zeros = draw(st.booleans())
+
+    def basis(d: int, r: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(d, r, generator=generator, dtype=torch.float64)).Q
+
+    def values(*shape: int) -> Tensor:
+        x = torch.rand(shape, generator=generator, dtype=torch.float64)
+        return torch.where(x < 0.2, 0.0, smallest**x) if zeros else smallest**x
+
+    dtype = dtype or draw(dtypes)
+    parts = basis(d_out, r_out), basis(d_in, r_in), values(r_out, r_in), values(r_out), values(r_in), values()
+    return CorrectedKronecker(*[part.to(dtype) for part in parts])
 
 
 @st.composite
