@@ -14,6 +14,7 @@ from lrkfac.core.power_iteration import power_iteration, subspace_iteration
 from lrkfac.core.sherman_morrison import inverse, sherman_morrison, woodbury
 from lrkfac.core.structures import full, kronecker, layer_wise, unit_wise
 from lrkfac.core.types import Evaluation, Layer, Layers, Statistics
+from lrkfac.transforms.accumulation import accumulate, merge_evaluations
 from lrkfac.transforms.adam import scale_by_adam
 from lrkfac.transforms.averaging import ema_params
 from lrkfac.transforms.base import GradientTransformation, apply_updates, chain, identity
@@ -48,6 +49,7 @@ __all__ = [
     "LowRankPlusDiagonal",
     "Statistics",
     "Weights",
+    "accumulate",
     "adaptive_low_rank_kfac",
     "add_decayed_weights",
     "apply_if_finite",
@@ -79,6 +81,7 @@ __all__ = [
     "low_rank_kfac",
     "low_rank_plus_diagonal",
     "masked",
+    "merge_evaluations",
     "partition",
     "piecewise_constant_schedule",
     "poisson",

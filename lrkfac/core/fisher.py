@@ -183,7 +183,8 @@ def fisher(
             check_like(layers.tree, params, "loss_at: params")
             return loss_of(params)[0]
 
-        return Evaluation(loss, grads, heads.unflatten(outputs), aux, found, product, quadratic, gram, loss_at)
+        weight = heads.total_weight(outputs, targets)
+        return Evaluation(loss, grads, heads.unflatten(outputs), aux, found, product, quadratic, gram, loss_at, weight)
 
     def captured(params: Tree, inputs: Tree, free: dict[int, Tensor], rest: list[Any]) -> tuple[Captured, list[Tensor]]:
         leaves, structure = optree.tree_flatten(params)

@@ -68,6 +68,12 @@ class Joint:
             total = total + weight * loss
         return total
 
+    def total_weight(self, outputs: Leaves, targets: Leaves) -> Tensor:
+        """``Σ wₙ`` of a single head, the number of examples for several, ``[]``."""
+        if len(self.heads) == 1:
+            return self.heads[0].total_weight(outputs[0], targets[0])
+        return torch.full((), outputs[0].shape[0], dtype=wide(outputs[0]).dtype, device=outputs[0].device)
+
     def normalization(self, outputs: Leaves, targets: Leaves) -> tuple[Tensor, list[Tensor | float]]:
         """What sums over rows are multiplied by, ``[]``, and for each head the factor of its rows.
 

@@ -163,6 +163,8 @@ class Evaluation(NamedTuple):
         gram: ``gram(tangents)``, for a tree of ``k`` tangents along a leading axis, is ``uᵢᵀ F uⱼ``, ``[k, k]``, at
             the price of one forward pass and ``k`` forward derivatives.
         loss_at: ``loss_at(params)`` is the loss of this batch at other parameters, ``[]``.
+        weight: With what this batch counts beside others: of a single likelihood the weights of all terms together
+            (their number, where none has a weight), of several heads the number of examples, ``[]``.
     """
 
     loss: Tensor
@@ -174,6 +176,7 @@ class Evaluation(NamedTuple):
     quadratic: Callable[[Tree, Tree], Tensor]
     gram: Callable[[Tree], Tensor]
     loss_at: Callable[[Tree], Tensor]
+    weight: Tensor
 
 
 @runtime_checkable

@@ -1,0 +1,299 @@
+"""Micro-batches are one batch: by ``merge_evaluations`` with statistics, by ``accumulate`` for gradients alone."""
+
+from functools import cache, partial
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lrkfac
+from lrkfac import accumulate, apply_updates, chain, kronecker, merge_evaluations, precondition_by_fisher, scale_by_adam
+from lrkfac.core.structures import KroneckerStructure
+from lrkfac.testing import check_transformation, seeds
+from lrkfac.testing.architectures import architectures
+from tests import cases, reference_kinds, reference_optimizers
+from tests.marks import requires_compiler
+from tests.test_every_combination import BLOCKS, ESTIMATORS, FACTORS
+from tests.transforms.test_base import close, nested, replayed, steps
+from tests.transforms.test_precondition import evaluator
+
+MLP = cases.LINEAR[0]
+OPERATIONS = reference_kinds.operations()
+STRUCTURES = {
+    **{name: kronecker(factor, factor) for name, factor in FACTORS.items()},
+    "low rank 1": kronecker(lrkfac.low_rank(1), lrkfac.low_rank_plus_diagonal(1)),
+    "reduce": kronecker(lrkfac.dense(), lrkfac.dense(), treatment="reduce"),
+    **BLOCKS,
+}
+LIKELIHOOD = lrkfac.categorical(ignore_index=-1, class_weights=torch.tensor([0.5, 1.0, 2.0]))
+TARGETS = torch.tensor([2, -1, 1, 0])
+INNER = chain(scale_by_adam(), lrkfac.trace(0.9), lrkfac.add_decayed_weights(0.1))
+
+
+def split(tree, sizes, axis=0):
+    """The micro-batches of a batch."""
+    parts = optree.tree_map(lambda x: x.split(sizes, axis), tree)
+    return [optree.tree_map(lambda _, p, i=i: p[i], tree, parts) for i in range(len(sizes))]
+
+
+def both(evaluate, params, inputs, targets, sizes, noise=None, **options):
+    """The evaluation of one batch, and that merged of its micro-batches."""
+    of_each = zip(split(inputs, sizes), split(targets, sizes), strict=True)
+    noises = [None] * len(sizes) if noise is None else split(noise, sizes, axis=1)
+    merged = [evaluate(params, x, y, noise=u, **options) for (x, y), u in zip(of_each, noises, strict=True)]
+    return evaluate(params, inputs, targets, noise=noise, **options), merge_evaluations(merged)
+
+
+@cache
+def of_operation(name, estimator, sizes):
+    """3 and 2 terms, or 2 and 1, of different weights, and one term without any."""
+    operation = OPERATIONS[name]
+    params, model = reference_kinds.with_head(operation), partial(reference_kinds.network, operation)
+    layers = lrkfac.find_layers(model, params, operation.inputs, bias="separate" if name == "bias" else "joint")
+    noise = torch.rand(2, 4, reference_kinds.CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    evaluate = lrkfac.fisher(model, LIKELIHOOD, layers, estimator, samples=2)
+    return layers, params, both(evaluate, params, operation.inputs, TARGETS, list(sizes), noise)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("sizes", [(1, 3), (2, 2)])
+def test_micro_batches_are_one_batch_for_every_layer_estimator_and_structure(name, estimator, sizes):
+    layers, params, (whole, merged) = of_operation(name, estimator, sizes)
+    close(merged.grads, whole.grads)
+    close((merged.loss, merged.outputs, merged.weight), (whole.loss, whole.outputs, whole.weight))
+    for structure in STRUCTURES.values():
+        tx = precondition_by_fisher(layers, structure, damping=0.03)
+        if estimator == "forward_only" and not isinstance(structure, KroneckerStructure):
+            continue
+        expected, _ = tx.update(whole.grads, tx.init(params), params, evaluation=whole)
+        found, _ = tx.update(merged.grads, tx.init(params), params, evaluation=merged)
+        close(found, expected, rtol=1e-8)
+
+
+@given(architectures(dtype=torch.float64), st.sampled_from(ESTIMATORS), st.data())
+def test_micro_batches_of_any_model(architecture, estimator, data):
+    """Statistics give the same step of K-FAC, Fisher products and losses at other parameters the same numbers."""
+    model, params, inputs, targets, likelihood, _ = architecture
+    layers = lrkfac.find_layers(model, params, inputs)
+    n = targets.shape[0]
+    cuts = sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=3))) if n > 1 else []
+    sizes = [high - low for low, high in zip([0, *cuts], [*cuts, n], strict=True)]
+    if any(not layer.batched for layer in layers):
+        sizes = [1] * n
+    noise = torch.rand(1, *model(params, inputs).shape, dtype=torch.float64)
+    evaluate = lrkfac.fisher(model, likelihood, layers, estimator)
+    whole, merged = both(evaluate, params, inputs, targets, sizes, noise)
+    close(merged.grads, whole.grads, rtol=1e-10)
+    if len(layers):
+        tx = lrkfac.kfac(layers, 0.1, damping=0.1)
+        expected, _ = tx.update(whole.grads, tx.init(params), params, evaluation=whole)
+        found, _ = tx.update(merged.grads, tx.init(params), params, evaluation=merged)
+        close(found, expected, rtol=1e-8)
+    u, v = (optree.tree_map(function, params) for function in (torch.cos, torch.sin))
+    pair = optree.tree_map(lambda a, b: torch.stack([a, b]), u, v)
+    for one, other in zip(products(merged, u, v, pair), products(whole, u, v, pair), strict=True):
+        close(one, other, rtol=1e-9)
+
+
+def products(e, u, v, pair):
+    return e.product(u), e.quadratic(u, v), e.gram(pair), e.loss_at(u), e.loss
+
+
+def test_a_run_by_the_quadratic_model():
+    """Step size, momentum and damping come from the union, too."""
+    layers, evaluate = evaluator(MLP)
+    likelihood = getattr(lrkfac, MLP.likelihood)(**MLP.likelihood_options)
+    of_any = lrkfac.fisher(MLP.model, likelihood, layers, "exact")
+    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=2)
+    params, state = MLP.params, tx.init(MLP.params)
+    other, held = MLP.params, tx.init(MLP.params)
+    n = MLP.targets.shape[0]
+    for i in range(4):
+        e = evaluate(params, statistics=i % 2 == 0)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        params = apply_updates(params, updates)
+        _, e = both(of_any, other, MLP.inputs, MLP.targets, [1, n - 1], statistics=i % 2 == 0)
+        updates, held = tx.update(e.grads, held, other, evaluation=e)
+        other = apply_updates(other, updates)
+    close(other, params, rtol=1e-7)
+
+
+def test_one_micro_batch_and_what_a_micro_batch_without_terms_says():
+    _, _, (whole, _) = of_operation("linear", "empirical", (2, 2))
+    alone = merge_evaluations([whole])
+    close(alone[:5], whole[:5], rtol=1e-14)
+    nothing = optree.tree_map(lambda x: torch.full_like(x, float("nan")), (whole.loss, whole.grads))
+    gradients = optree.tree_map(lambda x: x * float("nan"), whole.statistics.output_gradients)
+    scale = torch.tensor(1 / torch.finfo(torch.float64).tiny, dtype=torch.float64)
+    statistics = whole.statistics._replace(output_gradients=gradients, scale=scale)
+    empty = whole._replace(
+        loss=nothing[0], grads=nothing[1], statistics=statistics, weight=torch.zeros_like(whole.loss)
+    )
+    merged = merge_evaluations([empty, whole])
+    close((merged.loss, merged.grads, merged.weight), (whole.loss, whole.grads, whole.weight), rtol=1e-14)
+    close(merged.statistics.scale, whole.statistics.scale)
+    n = whole.outputs.shape[0]
+    for name, uses in whole.statistics.output_gradients.items():
+        for found, g in zip(merged.statistics.output_gradients[name], uses, strict=True):
+            assert torch.equal(found[:, n:], g) and not found[:, :n].any()
+
+
+def test_heads():
+    """Of several likelihoods, each with one term for each example or position."""
+    heads = lrkfac.joint({"a": lrkfac.gaussian(), "b": lrkfac.categorical()}, {"a": 0.3, "b": 2.0})
+    params = {"a": torch.randn(2, 3).double(), "b": torch.randn(3, 3).double()}
+    model = lambda p, x: {"a": x @ p["a"].mT, "b": torch.tanh(x @ p["b"].mT)}  # noqa: E731
+    inputs, targets = torch.randn(5, 3).double(), {"a": torch.randn(5, 2).double(), "b": torch.tensor([0, 1, 2, 1, 0])}
+    layers = lrkfac.find_layers(model, params, inputs)
+    for estimator in ESTIMATORS:
+        noise = {k: torch.rand(1, 5, f.shape[1], dtype=torch.float64) for k, f in model(params, inputs).items()}
+        whole, merged = both(lrkfac.fisher(model, heads, layers, estimator), params, inputs, targets, [1, 4], noise)
+        tx = precondition_by_fisher(layers, kronecker(lrkfac.dense(), lrkfac.dense()))
+        close(merged.grads, whole.grads)
+        expected, _ = tx.update(whole.grads, tx.init(params), params, evaluation=whole)
+        close(tx.update(merged.grads, tx.init(params), params, evaluation=merged)[0], expected, rtol=1e-9)
+        close(merged.outputs, whole.outputs)
+
+
+def test_aux_and_no_statistics():
+    _, evaluate = evaluator(MLP)
+    e = evaluate(MLP.params, statistics=False)
+    merged = merge_evaluations([e, e._replace(aux={"x": 1})])
+    assert merged.statistics is None and merged.aux == (None, {"x": 1})
+    assert merge_evaluations([e, e]).aux is None
+
+
+@pytest.mark.slow
+@requires_compiler
+def test_compiled_equals_eager():
+    layers, _ = evaluator(MLP)
+    tx, n = lrkfac.kfac(layers, 0.1), MLP.targets.shape[0]
+    likelihood = getattr(lrkfac, MLP.likelihood)(**MLP.likelihood_options)
+    of_any = lrkfac.fisher(MLP.model, likelihood, layers, "exact")
+    first, last = split(MLP.inputs, [2, n - 2]), split(MLP.targets, [2, n - 2])
+    gathered = accumulate(scale_by_adam(), 2)
+
+    def step(params, state, other):
+        e = merge_evaluations([of_any(params, x, y) for x, y in zip(first, last, strict=True)])
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        return updates, state, gathered.update(e.grads, other, params, evaluation=e._replace(statistics=None))
+
+    given = MLP.params, tx.init(MLP.params), gathered.init(MLP.params)
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*given)
+    close(found, step(*given), rtol=1e-8)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_laws_of_accumulate(every, dtype):
+    check_transformation(accumulate(INNER, every), nested(dtype), steps=5)
+
+
+@given(st.integers(1, 4), st.integers(0, 9), seeds)
+def test_accumulate_equals_the_loop(every, number, seed):
+    params, grads = nested(seed=seed), steps(number)
+    tx, state = accumulate(INNER, every), INNER.init(params)
+    gathered = []
+    for found, g in zip(replayed(tx, grads, params) if grads else [], grads, strict=True):
+        gathered.append(g)
+        if len(gathered) < every:
+            assert not any(u.any() for u in optree.tree_leaves(found))
+        else:
+            mean = optree.tree_map(lambda *x: sum(x) / len(x), *gathered)
+            expected, state = INNER.update(mean, state, params)
+            close(found, expected, rtol=1e-9)
+            gathered = []
+
+
+def test_accumulate_equals_the_reference():
+    grads = [{"w": torch.randn(3, 2).double()} for _ in range(8)]
+    means = [{"w": (a["w"] + b["w"]) / 2} for a, b in zip(grads[::2], grads[1::2], strict=True)]
+    found = replayed(accumulate(scale_by_adam(), 2), grads)[1::2]
+    for updates, expected in zip(found, reference_optimizers.adam(means), strict=True):
+        close(updates, expected)
+
+
+def test_accumulate_counts_the_terms():
+    """Micro-batches of 1 and of the other valid targets, and one without any, are one batch."""
+    operation = OPERATIONS["linear"]
+    params, model = reference_kinds.with_head(operation), partial(reference_kinds.network, operation)
+    evaluate = lrkfac.fisher(model, LIKELIHOOD, lrkfac.find_layers(model, params, operation.inputs))
+    whole = evaluate(params, operation.inputs, TARGETS, statistics=False)
+    tx = accumulate(chain(), 3)
+    state = tx.init(params)
+    for x, y in zip(split(operation.inputs, [1, 3]), split(TARGETS, [1, 3]), strict=True):
+        e = evaluate(params, x, y, statistics=False)
+        _, state = tx.update(e.grads, state, params, evaluation=e)
+    empty = e._replace(weight=torch.zeros_like(e.weight))
+    nothing = optree.tree_map(lambda g: g * float("nan"), e.grads)
+    updates, state = tx.update(nothing, state, params, evaluation=empty)
+    close(updates, whole.grads)
+    assert state.steps == 0 and state.weight == 0
+
+
+def test_half_precision_is_added_in_float32():
+    grads = [{"w": torch.full((2,), 1.0 if i else 256.0, dtype=torch.bfloat16)} for i in range(256)]
+    assert replayed(accumulate(chain(), 256), grads)[-1]["w"].tolist() == [2.0, 2.0]  # 511 / 256, rounded
+
+
+def evaluations():
+    return list(of_operation("linear", "exact", (2, 2))[2])
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: merge_evaluations([]), ValueError, "evaluations: expected at least one, got none"),
+        (
+            lambda: merge_evaluations([*evaluations(), 1]),
+            TypeError,
+            r"evaluations\[2\]: expected an Eval.*got int",
+        ),
+        (
+            lambda: merge_evaluations([evaluations()[0], evaluations()[0]._replace(grads={})]),
+            ValueError,
+            r"evaluations\[1\].grads: the tree differs",
+        ),
+        (
+            lambda: merge_evaluations([evaluations()[0], evaluations()[0]._replace(statistics=None)]),
+            ValueError,
+            "evaluations: expected statistics of all or of none",
+        ),
+        (
+            lambda: merge_evaluations(
+                [evaluations()[0], evaluations()[0]._replace(statistics=lrkfac.Statistics({}, {}, torch.ones(())))]
+            ),
+            ValueError,
+            r"evaluations\[1\]: expected statistics of the same layers",
+        ),
+        (
+            lambda: merge_evaluations([evaluations()[0], evaluations()[0]._replace(outputs=torch.ones(4, 7))]),
+            ValueError,
+            "evaluations: outputs have the shapes .*padding",
+        ),
+        (lambda: accumulate(scale_by_adam, 2), TypeError, "inner: expected a GradientTransformation, got function"),
+        (lambda: accumulate(INNER, 0), ValueError, "every: expected an integer >= 1, got 0"),
+        (lambda: accumulate(INNER, 2.0), TypeError, "every: expected an integer, got 2.0"),
+        (
+            lambda: accumulate(INNER, 2).update(nested(), ()),
+            ValueError,
+            "state: expected an Accum.* got tuple",
+        ),
+        (
+            lambda: (tx := accumulate(INNER, 2)).update(nested(), tx.init(nested()), evaluation=evaluations()[0]),
+            ValueError,
+            "accumulate: expected an evaluation without statistics.*merge_evaluations",
+        ),
+        (
+            lambda: (tx := accumulate(INNER, 2)).update({}, tx.init(nested()), nested()),
+            ValueError,
+            "accumulate: the tree differs",
+        ),
+    ],
+)
+def test_bad_input(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
