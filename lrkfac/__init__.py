@@ -20,6 +20,7 @@ from lrkfac.transforms.averaging import ema_params
 from lrkfac.transforms.base import GradientTransformation, apply_updates, chain, identity
 from lrkfac.transforms.clip import clip_by_global_norm, clip_by_kl, clip_by_value
 from lrkfac.transforms.decay import add_decayed_weights
+from lrkfac.transforms.hyperparameters import inject_hyperparameters
 from lrkfac.transforms.masking import masked, partition
 from lrkfac.transforms.momentum import trace
 from lrkfac.transforms.precondition import precondition_by_fisher
@@ -71,6 +72,7 @@ __all__ = [
     "full",
     "gaussian",
     "identity",
+    "inject_hyperparameters",
     "inverse",
     "join_schedules",
     "joint",

@@ -19,7 +19,7 @@ PROMISED = """
     power_iteration subspace_iteration sherman_morrison woodbury
     GradientTransformation chain identity precondition_by_fisher clip_by_kl clip_by_global_norm trace
     add_decayed_weights scale scale_by_learning_rate scale_by_adam apply_updates
-    masked partition apply_if_finite accumulate
+    masked partition apply_if_finite accumulate merge_evaluations inject_hyperparameters clip_by_value join_schedules
     low_rank_kfac kfac
 """.split()
 CHECKERS = ["check_inverse", "check_structure", "check_transformation"]

@@ -121,6 +121,8 @@ def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "d k"]
         columns: Number of columns.
         seed: int64, ``[]``.
     """
+    if seed.device.type == "meta":  # shapes alone, for which torch would go through Python operation by operation
+        return torch.empty(rows, columns, dtype=torch.float32, device=seed.device)
     mask = 0xFFFFFFFF
     place = torch.arange(rows * columns, dtype=torch.int64, device=seed.device).reshape(rows, columns)
     x = (place + seed * 0x9E3779B9 + 1) & mask

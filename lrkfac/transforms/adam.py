@@ -42,8 +42,8 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
     def update(updates: Tree, state: AdamState, params: Tree = None, **extra: Any) -> tuple[Tree, AdamState]:
         check_like(state.mean, updates, "scale_by_adam")
         steps = state.steps + 1
-        mean = optree.tree_map(lambda m, u: b1 * m + (1 - b1) * u, state.mean, updates)
-        square = optree.tree_map(lambda v, u: b2 * v + (1 - b2) * u.square(), state.square, updates)
+        mean = optree.tree_map(lambda m, u: (b1 * m + (1 - b1) * u).to(m.dtype), state.mean, updates)
+        square = optree.tree_map(lambda v, u: (b2 * v + (1 - b2) * u.square()).to(v.dtype), state.square, updates)
 
         def scaled(m: Tensor, v: Tensor) -> Tensor:
             t = steps.to(torch.promote_types(m.dtype, torch.float32))

@@ -1,0 +1,210 @@
+"""``inject_hyperparameters``: the same as a transformation made with these values, which may change in the state."""
+
+import optree
+import pytest
+import torch
+from torch.func import vmap
+
+import lrkfac
+from lrkfac import apply_updates, chain, exponential_schedule, inject_hyperparameters, low_rank_kfac, scale, trace
+from lrkfac.testing import check_transformation
+from tests import cases
+from tests.marks import requires_compiler
+from tests.transforms.test_base import close, nested, replayed, steps
+from tests.transforms.test_precondition import evaluator
+
+MLP, GROUPS = cases.LINEAR[0], cases.CONVOLUTION[3]
+OPTIONS = {"damping": 0.03, "decay": 0.8, "momentum": 0.8, "weight_decay": 0.02, "kl_clip": 5e-3}
+FACTORIES = {
+    "adam": (lrkfac.scale_by_adam, {"b1": 0.8, "b2": 0.99, "eps": 1e-6}),
+    "trace": (trace, {"decay": 0.7, "nesterov": True}),
+    "decay": (lrkfac.add_decayed_weights, {"weight_decay": 0.1}),
+    "learning rate": (lrkfac.scale_by_learning_rate, {"learning_rate": 1}),
+    "value": (lrkfac.clip_by_value, {"max_delta": 0.3}),
+    "norm": (lrkfac.clip_by_global_norm, {"max_norm": 0.3}),
+    "average": (lrkfac.ema_params, {"decay": 0.8}),
+    "own": (lambda rate, decay: chain(trace(decay), scale(rate)), {"rate": -0.1, "decay": 0.5}),
+}
+each_factory = pytest.mark.parametrize("factory, options", FACTORIES.values(), ids=FACTORIES.keys())
+
+
+def changed(state, **values):
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    return state._replace(hyperparameters={**state.hyperparameters, **tensors})
+
+
+@each_factory
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_laws(factory, options, dtype):
+    check_transformation(inject_hyperparameters(factory)(**options), nested(dtype))
+
+
+@each_factory
+def test_equals_the_transformation_with_these_values(factory, options):
+    params = nested(seed=3)
+    found = replayed(inject_hyperparameters(factory)(**options), steps(), params)
+    for updates, expected in zip(found, replayed(factory(**options), steps(), params), strict=True):
+        close(updates, expected)
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1), exponential_schedule(0.1, 0.5)])
+@pytest.mark.parametrize("case", [MLP, GROUPS], ids=lambda case: case.name)
+def test_laws_with_kfac(case, rate):
+    layers, evaluate = evaluator(case)
+    tx = inject_hyperparameters(low_rank_kfac)(layers, learning_rate=rate, rank=2, **OPTIONS)
+    assert sorted(tx.init(case.params).hyperparameters) == sorted([*OPTIONS, "learning_rate"])
+    check_transformation(tx, case.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e}))
+
+
+def test_kfac_with_schedules_and_live_changes():
+    """In each step as the chain that is made with the values of this step, on one state."""
+    layers, evaluate = evaluator(MLP)
+    rate, damping = exponential_schedule(0.1, 0.5), lambda step: 0.1 / (1 + step)
+    tx = inject_hyperparameters(low_rank_kfac)(
+        layers, learning_rate=rate, rank=2, **{**OPTIONS, "damping": damping, "kl_clip": 1e9}
+    )
+    params, state = MLP.params, tx.init(MLP.params)
+    inner = state.inner
+    for i in range(4):
+        e = evaluate(params)
+        values = {**OPTIONS, "learning_rate": 0.1 * 0.5**i, "damping": 0.1 / (1 + i), "kl_clip": 1e9}
+        if i == 2:
+            state = changed(state, momentum=0.2)
+        if i >= 2:
+            values["momentum"] = 0.2
+        by_hand = low_rank_kfac(layers, rank=2, **values)
+        expected, inner = by_hand.update(e.grads, inner, params, evaluation=e)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        close(updates, expected, rtol=1e-6)  # the damping of the schedule, 1 over an integer, is float32
+        assert {k: pytest.approx(float(x), rel=1e-6) for k, x in state.hyperparameters.items()} == values
+        params = apply_updates(params, updates)
+    assert state.steps == 4
+
+
+def test_what_follows_a_schedule_is_set_anew():
+    tx = inject_hyperparameters(scale)(factor=lambda step: 2.0 + step)
+    grads, state = nested(), tx.init(nested())
+    for i in range(3):
+        updates, state = tx.update(grads, changed(state, factor=100.0), grads)
+        close(updates, optree.tree_map(lambda g, i=i: (2.0 + i) * g, grads))
+        assert state.hyperparameters["factor"] == 2.0 + i
+
+
+@pytest.mark.parametrize("value", [3, torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_put_into_the_state_gets_its_dtype(value, dtype):
+    """At least float32, in which 0.1 is not rounded to bfloat16."""
+    tx = inject_hyperparameters(scale)(factor=0.1)
+    state, held = tx.init(nested(dtype)), torch.promote_types(dtype, torch.float32)
+    assert torch.equal(state.hyperparameters["factor"], torch.tensor(0.1, dtype=held))
+    updates, state = tx.update(nested(dtype), state._replace(hyperparameters={"factor": value}))
+    close(updates, optree.tree_map(lambda g: 3 * g, nested(dtype)))
+    assert state.hyperparameters["factor"].dtype == held
+
+
+def test_a_grid_of_hyperparameters_by_vmap():
+    layers, evaluate = evaluator(MLP)
+    tx, e = inject_hyperparameters(low_rank_kfac)(layers, learning_rate=0.1, damping=0.1, rank=2), evaluate(MLP.params)
+    damping = torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64)
+    rate = torch.tensor([0.5, 0.1], dtype=torch.float64)
+
+    def step(damping, rate):
+        state = changed(tx.init(MLP.params))
+        state = state._replace(hyperparameters={"damping": damping, "learning_rate": rate})
+        return tx.update(e.grads, state, MLP.params, evaluation=e)[0]
+
+    found = vmap(vmap(step, (None, 0)), (0, None))(damping, rate)
+    for i, one in enumerate(damping):
+        for j, other in enumerate(rate):
+            by_hand = low_rank_kfac(layers, other.item(), damping=one.item(), rank=2)
+            expected, _ = by_hand.update(e.grads, by_hand.init(MLP.params), MLP.params, evaluation=e)
+            close(optree.tree_map(lambda x, i=i, j=j: x[i, j], found), expected, rtol=1e-9)
+
+
+def test_fixed_arguments_pass():
+    layers, evaluate = evaluator(MLP)
+    structure = lambda layer: lrkfac.kronecker(lrkfac.dense(), lrkfac.dense())  # noqa: E731
+    tx = inject_hyperparameters(lrkfac.precondition_by_fisher)(
+        layers, structure, damping=0.1, fallback=lrkfac.scale_by_adam()
+    )
+    by_hand, e = lrkfac.precondition_by_fisher(layers, structure, damping=0.1), evaluate(MLP.params)
+    found, _ = tx.update(e.grads, tx.init(MLP.params), evaluation=e)
+    close(found, by_hand.update(e.grads, by_hand.init(MLP.params), evaluation=e)[0])
+
+
+@pytest.mark.slow
+@requires_compiler
+def test_compiled_once_for_all_values():
+    layers, evaluate = evaluator(MLP)
+    e = evaluate(MLP.params)
+    tx = inject_hyperparameters(low_rank_kfac)(
+        layers, learning_rate=exponential_schedule(0.1, 0.5), damping=0.1, rank=100
+    )
+
+    def step(grads, state, statistics):
+        return tx.update(grads, state, MLP.params, evaluation=e._replace(grads=grads, statistics=statistics))
+
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, state = torch.compile(step, fullgraph=True, backend="aot_eager"), tx.init(MLP.params)
+    for damping in (0.1, 1.0, 0.01):
+        state = changed(state, damping=damping)
+        expected = step(e.grads, state, e.statistics)
+        close(compiled(e.grads, state, e.statistics), expected, rtol=1e-8)
+        state = expected[1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def kfac(**options):
+    layers, _ = evaluator(MLP)
+    return inject_hyperparameters(low_rank_kfac)(layers, **options)
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: inject_hyperparameters(trace(0.9)), TypeError, "factory: expected a function .*leave the call"),
+        (lambda: inject_hyperparameters(3), TypeError, "factory: expected a function .* got int"),
+        (lambda: inject_hyperparameters(lambda decay: decay)(decay=1.0), TypeError, "factory: .* got float"),
+        (lambda: inject_hyperparameters(trace)(0.9), TypeError, "expected a number, .* by keyword, .*got none"),
+        (lambda: inject_hyperparameters(trace)(decay=1.5), ValueError, "decay: expected a finite number in .* got 1.5"),
+        (lambda: inject_hyperparameters(trace)(decay=lambda step: 1.5), ValueError, "decay: expected .* got 1.5"),
+        (
+            lambda: inject_hyperparameters(trace)(decay=lambda layer: layer.name),
+            TypeError,
+            "decay: .* a schedule",
+        ),
+        (lambda: inject_hyperparameters(trace)(decay=lambda step: "a"), TypeError, "decay: .* a schedule"),
+        (lambda: inject_hyperparameters(trace)(rate=0.9), TypeError, "rate"),
+        (
+            lambda: inject_hyperparameters(lrkfac.accumulate)(trace(0.9), every=2),
+            TypeError,
+            "every: expected an integer, got tensor",
+        ),
+        (lambda: kfac(learning_rate=0.1, rank=torch.tensor(3)), ValueError, "rank: expected a fixed integer.*shapes"),
+        (lambda: kfac(learning_rate=0.1, rank=lambda step: 3), ValueError, "rank: expected a fixed integer.*shapes"),
+        (lambda: kfac(learning_rate=0.1, rank=0), ValueError, "rank"),
+        (
+            lambda: (tx := kfac(learning_rate=0.1)).update(
+                MLP.params, changed(tx.init(MLP.params), rank=3.0), MLP.params
+            ),
+            ValueError,
+            r"hyperparameters: expected \['learning_rate'\], got \['learning_rate', 'rank'\]",
+        ),
+        (
+            lambda: (tx := inject_hyperparameters(scale)(factor=1.0)).update(
+                nested(), tx.init(nested())._replace(hyperparameters={"factor": torch.ones(2)})
+            ),
+            ValueError,
+            r"factor: expected a number or a tensor \[\], got the shape \(2,\)",
+        ),
+        (
+            lambda: inject_hyperparameters(scale)(factor=1.0).update(nested(), ()),
+            ValueError,
+            "state: expected a HyperparametersState, got tuple",
+        ),
+    ],
+)
+def test_bad_input(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
