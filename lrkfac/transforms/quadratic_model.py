@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.tree import check_like, vdot, wide, zeros_like
+from lrkfac.core.tree import check_like, vdot, wide
 from lrkfac.core.types import Evaluation, Tree
 from lrkfac.transforms.base import GradientTransformation, apply_updates, need_number, need_params
 
@@ -26,11 +26,11 @@ COLLINEAR = 1e-4
 
 
 class QuadraticModelState(NamedTuple):
-    """What is carried from step to step; all but the trees are tensors ``[]``.
+    """What is carried from step to step; tensors ``[]`` but for the first two.
 
     Attributes:
         preconditioner: The state of the preconditioner.
-        last: The last update, a tree like the parameters.
+        last: The last update, all parameters in one row, ``[P]``.
         damping: ``λ`` of the quadratic model.
         factor_damping: ``γ`` of the preconditioner, the product of the two factors' dampings.
         since: Steps since the last statistics; int64.
@@ -42,7 +42,7 @@ class QuadraticModelState(NamedTuple):
     """
 
     preconditioner: Any
-    last: Tree
+    last: Tensor
     damping: Tensor
     factor_damping: Tensor
     since: Tensor
@@ -118,12 +118,13 @@ def scale_by_quadratic_model(
             raise ValueError(
                 "preconditioner: nothing in it preconditions; pass precondition_by_fisher(layers) or a chain with it"
             )
-        leaves = optree.tree_leaves(params)
-        like = torch.zeros((), dtype=wide(leaves[0]).dtype, device=leaves[0].device)
-        start = like + damping
-        zero = torch.zeros_like(like, dtype=torch.int64)
-        a, b, c, d = (like.clone() for _ in range(4))
-        return QuadraticModelState(inner, zeros_like(params), start, start.clone(), zero, a, b, c, d, zero.clone())
+        last = torch.zeros_like(_row(params))
+        start = last.new_zeros(()) + damping
+        since = torch.zeros_like(start, dtype=torch.int64)
+        rate, speed, predicted, ratio = (torch.zeros_like(start) for _ in range(4))
+        return QuadraticModelState(
+            inner, last, start, start.clone(), since, rate, speed, predicted, ratio, since.clone()
+        )
 
     def update(
         updates: Tree,
@@ -139,20 +140,27 @@ def scale_by_quadratic_model(
                 "update(evaluation.grads, state, params, evaluation=fisher(params, inputs, targets))"
             )
         need_params(params, "scale_by_quadratic_model")
-        check_like(state.last, updates, "updates")
+        check_like(params, updates, "updates")
         grads = optree.tree_map(lambda g, p: g + weight_decay * p, updates, params) if decays else updates
-        sound = evaluation.loss.isfinite() & vdot(grads, grads).isfinite()
+        slope = _row(grads)
+        if slope.shape != state.last.shape:
+            raise ValueError(
+                f"state: expected one of {len(slope)} parameters, got one of {len(state.last)}; pass what init() or "
+                "the last update() of this transformation returned"
+            )
+        sound = evaluation.loss.isfinite() & slope.isfinite().all()
         since = state.since + 1
 
-        def precondition(candidate: Tensor) -> tuple[Tree, Any]:
-            return preconditioner.update(
+        def precondition(candidate: Tensor) -> tuple[Tensor, Any]:
+            found, inner = preconditioner.update(
                 grads, state.preconditioner, params, evaluation=evaluation, factor_damping=candidate, **extra
             )
+            return -_row(found), inner
 
         if evaluation.statistics is None:
             candidates = state.factor_damping[None]
-            found, inner = precondition(state.factor_damping)
-            directions = optree.tree_map(lambda x: x[None], found)
+            direction, inner = precondition(state.factor_damping)
+            rows = torch.stack([direction, state.last])
         else:
             statistics = optree.tree_map(lambda x: torch.where(sound, x, 0), evaluation.statistics)
             evaluation = evaluation._replace(statistics=statistics)
@@ -160,18 +168,18 @@ def scale_by_quadratic_model(
             around = torch.stack([1 / change, torch.ones_like(change), change])
             candidates = (state.factor_damping * around).clamp(SMALLEST, LARGEST)
             directions, inner = vmap(precondition)(candidates)
+            rows = torch.cat([directions, state.last[None]])
 
-        tangents = optree.tree_map(lambda d, last: torch.cat([-d, last[None]]), directions, state.last)
-        slopes, lengths = _inner_products(tangents, grads)
-        curvature = evaluation.gram(tangents).to(lengths.dtype) + (state.damping + weight_decay) * lengths
-        minimum = _minimum(curvature, slopes, learning_rate, momentum)
+        curvature = evaluation.gram(vmap(lambda row: _tree(row, params))(rows)).to(rows.dtype)
+        curvature = curvature + (state.damping + weight_decay) * (rows @ rows.mT)
+        minimum = _minimum(curvature, rows @ slope, learning_rate, momentum)
         best = minimum.value.argmin(keepdim=True)
         rate, speed, predicted, kept = (_pick(x, best) for x in (*minimum, candidates))
         if evaluation.statistics is not None:
             inner = optree.tree_map(lambda x: _pick(x, best), inner)
-        step = optree.tree_map(lambda x: (rate * _pick(x[:-1], best) + speed * x[-1]).to(x.dtype), tangents)
+        step = rate * _pick(rows[:-1], best) + speed * rows[-1]
 
-        moved = apply_updates(params, step)
+        moved = apply_updates(params, _tree(step, params))
         before, after = evaluation.loss, evaluation.loss_at(moved)
         if decays:
             before = before + 0.5 * weight_decay * vdot(params, params)
@@ -183,9 +191,10 @@ def scale_by_quadratic_model(
         one = torch.ones_like(ratio)
         factor = torch.where(ratio > GOOD, ADAPTATION * one, torch.where(ratio < POOR, one / ADAPTATION, one))
         factor = torch.where(accepted, factor, RAISED * one)
+        step = torch.where(accepted, step, 0)
         new = QuadraticModelState(
             inner,
-            optree.tree_map(lambda x: torch.where(accepted, x, 0), step),
+            step,
             (state.damping * factor).clamp(SMALLEST, LARGEST),
             kept,
             torch.zeros_like(since) if evaluation.statistics is not None else since,
@@ -195,19 +204,22 @@ def scale_by_quadratic_model(
             ratio,
             state.rejected + ~accepted,
         )
-        return new.last, _chosen(sound, new, state)
+        return _tree(step, params), _chosen(sound, new, state)
 
     return GradientTransformation(init, update)
 
 
-def _inner_products(tangents: Tree, grads: Tree) -> tuple[Tensor, Tensor]:
-    """``∇hᵀ uᵢ`` ``[k]`` and ``uᵢᵀ uⱼ`` ``[k, k]`` of the tangents ``u``, which lie along a leading axis."""
-    slopes, lengths = [], []
-    for u, g in zip(optree.tree_leaves(tangents), optree.tree_leaves(grads), strict=True):
-        rows = wide(u).flatten(1) if u.ndim > 1 else wide(u)[:, None]
-        slopes.append(rows @ wide(g).reshape(-1).to(rows.dtype))
-        lengths.append(rows @ rows.mT)
-    return torch.stack(slopes).sum(dim=0), torch.stack(lengths).sum(dim=0)
+def _row(tree: Tree) -> Tensor:
+    """All leaves in one row, ``[P]``, in the widest of their dtypes, at least float32."""
+    return torch.cat([wide(leaf).reshape(-1) for leaf in optree.tree_leaves(tree)])
+
+
+def _tree(row: Tensor, like: Tree) -> Tree:
+    """The inverse of ``_row``: a tree with the shapes and dtypes of another."""
+    leaves, structure = optree.tree_flatten(like)
+    parts = row.split([leaf.numel() for leaf in leaves])
+    cast = [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+    return optree.tree_unflatten(structure, cast)
 
 
 def _minimum(

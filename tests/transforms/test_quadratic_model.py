@@ -27,6 +27,13 @@ def flat(case, tree):
     return torch.cat([tree[name].flatten() for name in case.params])
 
 
+def row(case, last):
+    """The row of a state, whose leaves are sorted by name, in the order of ``flat``."""
+    names = sorted(case.params)
+    parts = dict(zip(names, last.split([case.params[name].numel() for name in names]), strict=True))
+    return torch.cat([parts[name] for name in case.params])
+
+
 def make(case, structure=DENSE, **options):
     layers, evaluate = evaluator(case)
     return scale_by_quadratic_model(precondition_by_fisher(layers, structure, decay=0.8), **options), evaluate
@@ -60,7 +67,7 @@ def test_each_step_minimises_the_explicit_model(case, weight_decay):
         grads = optree.tree_map(lambda g, p: g + weight_decay * p, e.grads, params)
         span = ADAPTATION ** (int(old.since) + 1)
         tried = [old.factor_damping / span, old.factor_damping, old.factor_damping * span]
-        last = flat(case, old.last)
+        last = row(case, old.last)
         best = None
         for damping in tried if e.statistics else [old.factor_damping]:
             found, _ = evaluate_preconditioner(case, old, e, grads, params, damping)
@@ -103,7 +110,7 @@ def test_one_coefficient_fixed_the_other_is_best(case, fixed):
         if new.rejected > old.rejected:
             continue
         matrix, slope = model_of(case, params, old.damping, 0)
-        step, last = flat(case, updates), flat(case, old.last)
+        step, last = flat(case, updates), row(case, old.last)
         residual = matrix @ step + slope  # the gradient of the model at the step
         direction = (step - new.momentum * last) / new.learning_rate
         for name, along, value in (
