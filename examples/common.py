@@ -22,6 +22,10 @@ POINTS = 100
 """Number of points of a curve: evaluations of the whole training set, outside the clock."""
 
 
+NOTHING_TO_CHOOSE = (1.0, (1.0,))
+"""The learning rate of a method that finds its own, and the grid."""
+
+
 class Style(NamedTuple):
     """How a method is named and drawn."""
 
@@ -59,7 +63,7 @@ class Method:
 
     Attributes:
         make: ``(layers, learning_rate) -> transformation``.
-        learning_rates: The grid of five that ``--grid`` tries.
+        learning_rates: The grid that ``--grid`` tries.
         learning_rate: The best of them, used by default.
         style: How its curve is drawn.
         curvature: Whether it needs statistics of the layers.
@@ -128,10 +132,10 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def methods(learning_rates: Mapping[str, tuple[float, tuple[float, ...]]], **kfac: float) -> dict[str, Method]:
-    """The six methods.
+    """The seven methods.
 
     Args:
-        learning_rates: For each name the learning rate to use, and the grid it was chosen from.
+        learning_rates: For each name that has one the learning rate to use, and the grid it was chosen from.
         kfac: Settings of all K-FAC variants alike: ``damping``, ``decay``, ``kl_clip``.
     """
 
@@ -147,6 +151,9 @@ def methods(learning_rates: Mapping[str, tuple[float, tuple[float, ...]]], **kfa
     def low_rank(rank: int) -> Callable[[lrkfac.Layers, float], lrkfac.GradientTransformation]:
         return lambda layers, learning_rate: lrkfac.low_rank_kfac(layers, learning_rate, rank=rank, **kfac)
 
+    def adaptive(layers: lrkfac.Layers, _: float) -> lrkfac.GradientTransformation:
+        return lrkfac.adaptive_low_rank_kfac(layers, rank=16)
+
     # Okabe & Ito's colours; each line also differs by its dashes.
     first_order = {
         "sgd": (sgd, Style("SGD, momentum", "#666666", (0, (1, 1.2)))),
@@ -157,10 +164,11 @@ def methods(learning_rates: Mapping[str, tuple[float, tuple[float, ...]]], **kfa
         "rank-1": (low_rank(1), Style("low-rank K-FAC, rank 1", "#56B4E9")),
         "rank-4": (low_rank(4), Style("low-rank K-FAC, rank 4", "#009E73")),
         "rank-16": (low_rank(16), Style("low-rank K-FAC, rank 16", "#D55E00", width=2.2)),
+        "adaptive": (adaptive, Style("the same, nothing tuned", "#CC79A7", width=2.2)),
     }
     found = {}
     for name, (make, style) in {**first_order, **second_order}.items():
-        chosen, grid = learning_rates[name]
+        chosen, grid = learning_rates.get(name, NOTHING_TO_CHOOSE)
         found[name] = Method(make, grid, chosen, style, curvature=name in second_order)
     return found
 
