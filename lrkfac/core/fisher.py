@@ -70,6 +70,8 @@ def fisher(
         raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples: expected an integer >= 1, got {samples!r}")
+    if samples > 1 and estimator != "mc":
+        raise ValueError(f"samples: expected 1 for the estimator {estimator!r}, which draws nothing, got {samples}")
     if examples is not None and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 1):
         raise ValueError(f"examples: expected None or an integer >= 1, got {examples!r}")
     if not isinstance(likelihood, Likelihood | Joint):
