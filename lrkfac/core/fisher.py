@@ -211,15 +211,21 @@ def fisher(
         rest: list[Any] = []
         seen, tensors = captured(params, inputs, {i: x for i, x in enumerate(leaves) if i not in covered}, rest)
         cotangent, loss = grad_and_value(heads.loss)(seen.outputs, targets)
-        free_grads, at_probes = seen.transpose(cotangent)
+        scale = heads.normalization(seen.outputs, targets)[0] if estimator == "empirical" else None
+        free_grads, at_probes = seen.transpose(divided(cotangent, scale))
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
         of_loss = seen.standard_form_of_one(at_probes)
         matrices = [
             gradient_matrix(layer, of_loss[layer.name][0], tuple(g[0] for g in of_loss[layer.name][1]))
             for layer in layers
         ]
+        del at_probes
+        if estimator != "empirical":  # the rows of the loss make room for those of the estimator
+            of_loss = {name: (inputs_of, ()) for name, (inputs_of, _) in of_loss.items()}
         found = {**free_grads, **from_matrices(list(layers), matrices)}
-        grads = optree.tree_unflatten(structure, [found[i].to(leaf.dtype) for i, leaf in enumerate(leaves)])
+        of_leaves = [found[i] if scale is None else found[i] * scale for i in range(len(leaves))]
+        cast = [g.to(leaf.dtype) for g, leaf in zip(of_leaves, leaves, strict=True)]
+        grads = optree.tree_unflatten(structure, cast)
         statistics = statistics_of(seen, of_loss, heads, targets, estimator, samples, noise)
         return loss, grads, seen.outputs, with_others(tensors, rest), statistics
 
@@ -236,10 +242,16 @@ def fisher(
             )
         at_probes = seen.probes  # of which nothing but the shape matters
         if estimator == "empirical":
-            _, at_probes = seen.transpose(grad(heads.loss)(seen.outputs, targets))
+            scale, _ = heads.normalization(seen.outputs, targets)
+            _, at_probes = seen.transpose(divided(grad(heads.loss)(seen.outputs, targets), scale))
         return statistics_of(seen, seen.standard_form_of_one(at_probes), heads, targets, estimator, samples, noise)
 
     return evaluate
+
+
+def divided(cotangent: list[Tensor], scale: Tensor | None) -> list[Tensor]:
+    """The cotangent of the mean loss over the factor that makes a mean of the terms; as it is without one."""
+    return cotangent if scale is None else [(c / scale).to(c.dtype) for c in cotangent]
 
 
 def check_numbers(numbers: Tensor) -> None:

@@ -63,12 +63,12 @@ def statistics_of(
     samples: int,
     noise: Tree | None,
 ) -> Statistics:
-    """What an estimator makes of a pass and of the gradients of the mean loss, which only ``"empirical"`` uses."""
+    """What an estimator makes of a pass, and of the gradients of the terms' sum, which only ``"empirical"`` uses."""
     scale, factors = heads.normalization(seen.outputs, targets)
     if estimator == "forward_only":
         gradients: dict[str, Uses] = dict.fromkeys(of_loss, ())
     elif estimator == "empirical":
-        gradients = {name: tuple([(g / scale).to(g.dtype) for g in uses]) for name, (_, uses) in of_loss.items()}
+        gradients = {name: uses for name, (_, uses) in of_loss.items()}
     else:
         of_heads = (heads, seen.outputs, targets, factors, lambda cotangents: seen.transpose(cotangents)[1])
         at_probes = (
