@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -43,6 +44,7 @@ class LowRankStructure:
     residual: Residual = "isotropic"
     iterations: int = 1
     method: Method = "subspace"
+    weight: float = 1.0
 
     def fitted(self, dimension: int) -> FactorStructure:
         return dense() if dimension <= self.rank + 2 else self
@@ -54,7 +56,7 @@ class LowRankStructure:
     def update(self, state: LowRankState, covariance: Covariance, decay: float | Tensor) -> LowRankState:
         d, r = state.vectors.shape
         kept = kept_weight(state.steps, state.vectors, decay)
-        average = _Average(kept, self.operator(state), covariance)
+        average = _Average(kept, _isotropic(state, 1.0), covariance)
         vectors = state.vectors
         for i in range(self.iterations):
             vectors, values = _largest(self.method, average.matvec, vectors, state.steps + i)
@@ -64,16 +66,16 @@ class LowRankStructure:
         return LowRankState(vectors, values, residual, state.steps + 1)
 
     def operator(self, state: LowRankState) -> LowRankPlusDiagonal:
-        diagonal = state.residual.expand(state.vectors.shape[0])
-        return LowRankPlusDiagonal(state.vectors, state.values - state.residual, diagonal)
+        return _isotropic(state, self.weight)
 
     def inverse(self, state: LowRankState, damping: float | Tensor) -> LowRankPlusDiagonal:
         # Orthonormal vectors and a multiple of the identity: the inverse has the same vectors.
         # In float32 the damping is at least 4e-6 of the largest eigenvalue; below is only rounding.
         margin = 32 * torch.finfo(state.vectors.dtype).eps
-        damping = torch.clamp(margin * state.values.amax() - state.residual, min=damping)
-        rest = state.residual + damping
-        shrinkage = (state.values - state.residual) / (state.values + damping)
+        residual = self.weight * state.residual
+        damping = torch.clamp(margin * state.values.amax() - residual, min=damping)
+        rest = residual + damping
+        shrinkage = (state.values - residual) / (state.values + damping)
         values = -shrinkage.clamp(max=1 - margin) / rest
         return LowRankPlusDiagonal(state.vectors, values, (1 / rest).expand(state.vectors.shape[0]))
 
@@ -97,6 +99,7 @@ class LowRankPlusDiagonalStructure:
     fit: Fit = "alternating"
     iterations: int = 1
     method: Method = "subspace"
+    weight: float = 1.0
 
     def fitted(self, dimension: int) -> FactorStructure:
         return dense() if dimension <= self.rank + 2 else self
@@ -111,7 +114,7 @@ class LowRankPlusDiagonalStructure:
         self, state: LowRankPlusDiagonalState, covariance: Covariance, decay: float | Tensor
     ) -> LowRankPlusDiagonalState:
         kept = kept_weight(state.steps, state.vectors, decay)
-        average = _Average(kept, self.operator(state), covariance)
+        average = _Average(kept, LowRankPlusDiagonal(state.vectors, state.values, state.diagonal), covariance)
         whole = average.diagonal()
         vectors, values, rest = state.vectors, state.values, state.diagonal
         # The last diagonal as a share of the whole one: the factor's scale may have changed since.
@@ -130,10 +133,16 @@ class LowRankPlusDiagonalStructure:
         return LowRankPlusDiagonalState(shortened[:, None] * vectors, values, rest, state.steps + 1)
 
     def operator(self, state: LowRankPlusDiagonalState) -> LowRankPlusDiagonal:
-        return LowRankPlusDiagonal(state.vectors, state.values, state.diagonal)
+        return LowRankPlusDiagonal(state.vectors, state.values, self.weight * state.diagonal)
 
     def inverse(self, state: LowRankPlusDiagonalState, damping: float | Tensor) -> Operator:
         return inverse(self.operator(state), damping)
+
+
+def _isotropic(state: LowRankState, weight: float) -> LowRankPlusDiagonal:
+    """The average, the residual times a weight."""
+    residual = weight * state.residual
+    return LowRankPlusDiagonal(state.vectors, state.values - residual, residual.expand(state.vectors.shape[0]))
 
 
 class _Average(NamedTuple):
@@ -186,7 +195,11 @@ def _start(dimension: int, rank: int, like: Tensor) -> Tensor:
 
 
 def low_rank(
-    rank: int, residual: Residual = "isotropic", iterations: int = 1, method: Method = "subspace"
+    rank: int,
+    residual: Residual = "isotropic",
+    iterations: int = 1,
+    method: Method = "subspace",
+    weight: float = 1.0,
 ) -> LowRankStructure:
     """``rank`` eigenpairs, and the trace that they miss spread evenly over the other directions.
 
@@ -200,18 +213,25 @@ def low_rank(
             then acts on it, and a small damping makes the preconditioned step too long.
         iterations: Steps per batch; one is enough from a warm basis.
         method: ``"subspace"`` (all vectors at once) or ``"power"`` (one after another, by deflation).
+        weight: By how much the residual counts in ``operator`` and inverse (not in the average itself): above 1, the
+            directions of the missed ones that matter most, those next to the kept, are damped enough.
 
     Raises:
-        ValueError: If ``rank`` or ``iterations`` is below 1, or an option is unknown.
-        TypeError: If ``rank`` or ``iterations`` is not an integer.
+        ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` negative, or an option is unknown.
+        TypeError: If an argument has the wrong type.
     """
     _check_integers(rank=rank, iterations=iterations)
+    _check_weight(weight)
     _check_choices(residual=(residual, Residual), method=(method, Method))
-    return LowRankStructure(rank, residual, iterations, method)
+    return LowRankStructure(rank, residual, iterations, method, float(weight))
 
 
 def low_rank_plus_diagonal(
-    rank: int, fit: Fit = "alternating", iterations: int = 1, method: Method = "subspace"
+    rank: int,
+    fit: Fit = "alternating",
+    iterations: int = 1,
+    method: Method = "subspace",
+    weight: float = 1.0,
 ) -> LowRankPlusDiagonalStructure:
     """``rank`` eigenpairs and a diagonal such that the whole diagonal of the factor is kept exactly.
 
@@ -226,14 +246,16 @@ def low_rank_plus_diagonal(
             eigenpairs are sought, as low-rank ASDL does, but keeps only positive ones.
         iterations: Turns per batch; one is enough from a warm basis.
         method: ``"subspace"`` (all vectors at once) or ``"power"`` (one after another, by deflation).
+        weight: By how much the diagonal counts in ``operator`` and inverse (not in the average itself).
 
     Raises:
-        ValueError: If ``rank`` or ``iterations`` is below 1, or an option is unknown.
-        TypeError: If ``rank`` or ``iterations`` is not an integer.
+        ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` negative, or an option is unknown.
+        TypeError: If an argument has the wrong type.
     """
     _check_integers(rank=rank, iterations=iterations)
+    _check_weight(weight)
     _check_choices(fit=(fit, Fit), method=(method, Method))
-    return LowRankPlusDiagonalStructure(rank, fit, iterations, method)
+    return LowRankPlusDiagonalStructure(rank, fit, iterations, method, float(weight))
 
 
 def _check_integers(**values: Any) -> None:
@@ -242,6 +264,13 @@ def _check_integers(**values: Any) -> None:
             raise TypeError(f"{name}: expected an integer >= 1, got {value!r}")
         if value < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value}")
+
+
+def _check_weight(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"weight: expected a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"weight: expected a finite number >= 0, got {value}")
 
 
 def _check_choices(**values: tuple[str, Any]) -> None:

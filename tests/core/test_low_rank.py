@@ -19,6 +19,8 @@ STRUCTURES = {
     "plus diagonal": low_rank_plus_diagonal,
     "off-diagonal": lambda rank: low_rank_plus_diagonal(rank, fit="off_diagonal"),
     "plus diagonal by power iteration": lambda rank: low_rank_plus_diagonal(rank, method="power", iterations=2),
+    "low rank, weighted": lambda rank: low_rank(rank, weight=2.0),
+    "plus diagonal, weighted": lambda rank: low_rank_plus_diagonal(rank, weight=0.5),
 }
 EVERY = pytest.mark.parametrize("make", STRUCTURES.values(), ids=STRUCTURES.keys())
 
@@ -65,6 +67,22 @@ def test_low_rank_keeps_the_trace(covariance, rank, decay):
     eps = torch.finfo(covariance.rows.dtype).eps
     found = to_dense(low_rank(rank).operator(state)).trace().double()
     assert (found - expected.trace()).abs() <= 100 * eps * expected.trace()
+
+
+@given(covariances(16), st.integers(1, 6), st.floats(0, 0.99), st.floats(0, 10))
+def test_a_weight_multiplies_what_is_left_out_of_the_vectors_and_nothing_else(covariance, rank, decay, weight):
+    """The average goes on unweighted."""
+    batches = [covariance, RowCovariance(covariance.rows.flip(1), covariance.scale)]
+    for make in (low_rank, low_rank_plus_diagonal):
+        plain, weighted = make(rank), make(rank, weight=weight)
+        (state, _), (same, _) = averaged(plain, batches, decay), averaged(weighted, batches, decay)
+        assert all(torch.equal(x, y) for x, y in zip(state, same, strict=True))
+        V, values = state.vectors, state.values
+        d, identity = len(V), torch.eye(len(V), dtype=V.dtype)
+        rest = torch.diag(state.diagonal) if make is low_rank_plus_diagonal else state.residual * (identity - V @ V.mT)
+        expected = V * values @ V.mT + weight * rest
+        tolerance = 100 * d * torch.finfo(V.dtype).eps * (1 + weight)
+        assert (to_dense(weighted.operator(state)) - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("fit", ["alternating", "off_diagonal"])
