@@ -1,4 +1,4 @@
-"""A classifier of handwritten digits, an unmodified nn.Module trained six ways.
+"""A classifier of handwritten digits, an unmodified nn.Module trained seven ways.
 
 python -m examples.digits_classifier
 """
