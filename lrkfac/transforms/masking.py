@@ -77,7 +77,8 @@ def partition(
     whole structure: there ``params``, ``updates`` and ``evaluation.grads`` of the others are zero (so that norms and
     ``clip_by_kl`` count its own alone), ``evaluation.product``, ``quadratic`` and ``gram`` are the Fisher matrix of its
     own, and ``evaluation.loss_at`` keeps the others where they are. A weight and its joint bias, which
-    ``precondition_by_fisher`` treats as one matrix, belong under one label.
+    ``precondition_by_fisher`` treats as one matrix, belong under one label. States that are like the parameters, such
+    as averages, take the memory of all of them, once for each label.
 
     Args:
         transformations: One for each label.
