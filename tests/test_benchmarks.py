@@ -18,6 +18,7 @@ from benchmarks.common import interleaved, median_ratios, peak_bytes, write_json
 from benchmarks.data import read_idx, training_images
 from benchmarks.methods import GRID_SIZE, METHODS
 from benchmarks.problems import PROBLEMS
+from benchmarks.robustness import trained
 from benchmarks.runs import Results, Run, train
 from benchmarks.time_to_loss_report import Line, lines, table
 from benchmarks.trainers import Functional, Setup
@@ -235,3 +236,9 @@ def test_json_is_written_whole(tmp_path):
     write_json(tmp_path / "new" / "x.json", content)
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == content
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.json"]
+
+
+def test_a_run_of_the_robustness_benchmark_lowers_the_loss():
+    run = trained(seed=1, rank=1, batch_size=16, damping=1.0, refresh=2, steps=6)
+    assert run["finite"] and run["losses"][-1] < run["losses"][0] and len(run["losses"]) == 7
+    assert (run["seed"], run["rank"], run["batch size"], run["damping"], run["refresh"]) == (1, 1, 16, 1.0, 2)
