@@ -13,7 +13,9 @@ from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagona
 from lrkfac.core.power_iteration import power_iteration, subspace_iteration
 from lrkfac.core.sherman_morrison import inverse, sherman_morrison, woodbury
 from lrkfac.core.structures import full, kronecker, layer_wise, unit_wise
+from lrkfac.core.tree import formed
 from lrkfac.core.types import Evaluation, Layer, Layers, Statistics
+from lrkfac.core.unformed import Unformed
 from lrkfac.transforms.accumulation import accumulate, merge_evaluations
 from lrkfac.transforms.adam import scale_by_adam
 from lrkfac.transforms.averaging import ema_params
@@ -49,6 +51,7 @@ __all__ = [
     "Likelihood",
     "LowRankPlusDiagonal",
     "Statistics",
+    "Unformed",
     "Weights",
     "accumulate",
     "adaptive_low_rank_kfac",
@@ -68,6 +71,7 @@ __all__ = [
     "exponential_schedule",
     "find_layers",
     "fisher",
+    "formed",
     "from_module",
     "full",
     "gaussian",

@@ -20,8 +20,9 @@ from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.layers import KINDS
 from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
 from lrkfac.core.structures import BlockStructure, ProductStructure, Structure, kronecker, unit_wise
-from lrkfac.core.tree import wide
+from lrkfac.core.tree import formed, wide
 from lrkfac.core.types import Layer, Layers, Statistics
+from lrkfac.core.unformed import Unformed
 
 Choice = Structure | FactorStructure
 Chosen = Choice | Mapping[str, Choice] | Callable[[Layer], Choice | None] | None
@@ -256,14 +257,20 @@ def refresh(
         ) from error
 
 
-def apply(block: Block, inverse: Any, matrices: list[Tensor]) -> list[Tensor]:
-    """The layers' natural gradients as matrices, from their gradients as matrices, in the dtype of these."""
+def apply(block: Block, inverse: Any, matrices: list[Any]) -> list[Any]:
+    """The layers' natural gradients as matrices, from their gradients as matrices, in the dtype of these.
+
+    A gradient that is held by its rows stays so where the block is a Kronecker product.
+    """
+    if not isinstance(block.structure, KroneckerStructure):
+        matrices = formed(matrices)
     if _per_model(block):
         flat = torch.cat([wide(matrix).reshape(-1) for matrix in matrices])
         parts = inverse.matvec(flat).split([matrix.numel() for matrix in matrices])
         return [part.reshape(m.shape).to(m.dtype) for part, m in zip(parts, matrices, strict=True)]
     (matrix,) = matrices
-    return [_by_group(block, block.structure.apply)(inverse, wide(matrix)).contiguous().to(matrix.dtype)]
+    natural = _by_group(block, block.structure.apply)(inverse, wide(matrix))
+    return [natural if isinstance(natural, Unformed) else natural.contiguous().to(matrix.dtype)]
 
 
 def _per_model(block: Block) -> bool:

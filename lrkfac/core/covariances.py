@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from lrkfac.core.layers import KINDS, Kind, Options, counts
 from lrkfac.core.rows import DiagonalCovariance, RowCovariance, SumCovariance
 from lrkfac.core.tree import wide
 from lrkfac.core.types import Covariance, Layer, Treatment
+from lrkfac.core.unformed import Unformed
 from lrkfac.core.views import put, taken
 
 Uses = tuple[Tensor, ...]
@@ -77,7 +78,7 @@ class InputCovariance:
             return self.matvec(torch.eye(self.dimension, dtype=like.dtype, device=like.device))
         rows = torch.cat([self.kind.rows(wide(a), self.dimension - self.joint) for a in self.inputs])
         if self.joint:
-            rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+            rows = with_ones(rows)
         return rows.mT @ rows / rows.shape[0]
 
 
@@ -216,21 +217,46 @@ def prepared(layer: Layer, inputs: Uses, gradients: Uses, examples: int) -> tupl
     return tuple(a for a, _ in pairs), tuple(g for _, g in pairs)
 
 
-def to_matrix(layer: Layer, leaves: list[Tensor]) -> Tensor:
-    """The layer's part of a parameter tree as ``[d_out, d_in]``, or ``[groups, d_out, d_in]``."""
+def with_ones(rows: Tensor) -> Tensor:
+    """Rows with the trailing 1 of a joint bias."""
+    return torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+
+
+def to_matrix(layer: Layer, leaves: list[Any]) -> Any:
+    """The layer's part of a parameter tree as ``[d_out, d_in]``, or ``[groups, d_out, d_in]``; held by its rows where
+    the weight's leaf is an ``Unformed``.
+    """
+    weight = leaves[layer.weight.index]
+    if isinstance(weight, Unformed) and weight.terms:
+        weight = weight.dense()
+    if isinstance(weight, Unformed):
+        weight = _turned(layer, weight)
+        return weight if layer.bias is None else Unformed(weight.left, with_ones(weight.right), weight.dtype)
     shape = (layer.groups, layer.d_out, -1) if layer.groups > 1 else (layer.d_out, -1)
-    matrix = taken(layer.weight.view, leaves[layer.weight.index]).reshape(shape)
+    matrix = taken(layer.weight.view, weight).reshape(shape)
     if layer.bias is None:
         return matrix
     bias = taken(layer.bias.view, leaves[layer.bias.index])
     return torch.cat([matrix, bias.reshape(*shape[:-1], 1)], dim=-1)
 
 
-def from_matrices(layers: list[Layer], matrices: list[Tensor]) -> dict[int, Tensor]:
-    """The inverse of ``to_matrix``: from a parameter's index to the tensor that the layers' matrices make up."""
-    found: dict[int, Tensor] = {}
+def _turned(layer: Layer, weight: Unformed) -> Unformed:
+    """From the parameter to the matrix or back: views of what is held by its rows are transpositions alone."""
+    return weight.t() if len(layer.weight.view) % 2 else weight
+
+
+def from_matrices(layers: list[Layer], matrices: list[Any]) -> dict[int, Any]:
+    """The inverse of ``to_matrix``: from a parameter's index to the leaf that the layers' matrices make up."""
+    found: dict[int, Any] = {}
     for layer, matrix in zip(layers, matrices, strict=True):
         joint = layer.bias is not None
+        if isinstance(matrix, Unformed):
+            weight = Unformed(matrix.left, matrix.right[:, :-1], matrix.dtype) if joint else matrix
+            found[layer.weight.index] = _turned(layer, weight)
+            if layer.bias is not None:
+                bias = (matrix.left.mT @ matrix.right[:, -1]).to(matrix.dtype)
+                found[layer.bias.index] = put(layer.bias.view, layer.bias.shape, bias)
+            continue
         flat = matrix.reshape(layer.groups * layer.d_out, layer.d_in)
         parts = [(layer.weight, flat[:, :-1] if joint else flat)]
         if layer.bias is not None:

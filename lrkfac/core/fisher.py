@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import optree
@@ -14,9 +15,10 @@ from lrkfac.core.capture import OutputSpec, output_specs, run_captured, with_con
 from lrkfac.core.covariances import from_matrices, gradient_matrix
 from lrkfac.core.joint import Joint, joint
 from lrkfac.core.likelihoods import Likelihood
-from lrkfac.core.statistics import Captured, Estimator, examples_of, statistics_of, with_others, without_others
-from lrkfac.core.tree import check_like, wide
-from lrkfac.core.types import Evaluation, Layers, Statistics, Tree
+from lrkfac.core.statistics import Captured, Estimator, Form, examples_of, statistics_of, with_others, without_others
+from lrkfac.core.thin import by_rows, thin_layers
+from lrkfac.core.tree import check_like, formed, scaled, wide
+from lrkfac.core.types import Evaluation, Layer, Layers, Statistics, Tree
 
 ESTIMATORS = get_args(Estimator)
 
@@ -29,6 +31,7 @@ def fisher(
     samples: int = 1,
     has_aux: bool = False,
     examples: int | None = None,
+    thin: bool = False,
 ) -> Callable[..., Evaluation]:
     """Makes the function that evaluates a batch: loss, gradients and what K-FAC needs.
 
@@ -51,6 +54,9 @@ def fisher(
         has_aux: Whether the model returns ``(outputs, aux)``.
         examples: Statistics are taken from so many examples of the batch (or all, where it has fewer), drawn
             without replacement from torch's default generator, by a pass of their own; loss and gradients of all.
+        thin: Whether the gradient of a linear layer's weight is held by its rows, as an ``Unformed``, where these hold
+            at most half as many numbers, ``2 n (d_in + d_out) <= d_in d_out`` for ``n`` of them. K-FAC then
+            preconditions the rows, and the gradient itself is formed only where a transformation asks for it.
 
     Returns:
         ``evaluate(params, inputs, targets, statistics=True, noise=None) -> Evaluation``. With
@@ -66,6 +72,8 @@ def fisher(
         TypeError: At evaluation, if outputs or targets have another structure than the likelihood, or targets the
             wrong dtype.
     """
+    if not isinstance(thin, bool):
+        raise TypeError(f"thin: expected True or False, got {thin!r}")
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
@@ -77,7 +85,6 @@ def fisher(
     if not isinstance(likelihood, Likelihood | Joint):
         raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")
     heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)
-    covered = layers.covered
     specs: dict[Any, dict[str, list[OutputSpec]]] = {}
 
     def split(result: Any) -> tuple[list[Tensor], Any]:
@@ -138,8 +145,13 @@ def fisher(
             outputs, aux = split(model(params, inputs))
             return heads.loss(outputs, targets), (outputs, without_others(aux, rest))
 
+        rows = thin_layers(layers, specs_for(params, inputs)) if thin else ()
         if statistics is True and examples is None:
-            loss, grads, outputs, aux, found = with_statistics(params, inputs, targets, noise)
+            loss, grads, aux, seen, of_loss = by_capture(params, inputs, targets, layers, rows)
+            outputs, found = seen.outputs, statistics_of(seen, of_loss, heads, targets, estimator, samples, noise)
+        elif rows and statistics is False:
+            loss, grads, aux, seen, _ = by_capture(params, inputs, targets, replace(layers, layers=rows), rows)
+            outputs, found = seen.outputs, None
         else:
             grads, (loss, (outputs, tensors)) = grad_and_value(loss_of, has_aux=True)(params)
             aux, found = with_others(tensors, rest), None
@@ -162,6 +174,7 @@ def fisher(
 
         def product(tangent: Tree) -> Tree:
             check_like(layers.tree, tangent, "product: tangent")
+            tangent = formed(tangent)
             outputs, changed = change(tangent)
             _, transpose = vjp(outputs_of, params)
             return transpose(heads.product(outputs, targets, changed))[0]
@@ -178,7 +191,7 @@ def fisher(
         def quadratic(u: Tree, v: Tree) -> Tensor:
             check_like(layers.tree, u, "quadratic: u")
             check_like(layers.tree, v, "quadratic: v")
-            both = (u,) if v is u else (u, v)
+            both = (formed(u),) if v is u else (formed(u), formed(v))
             return gram(optree.tree_map(lambda *leaves: torch.stack(leaves), *both))[0, -1]
 
         def loss_at(params: Tree) -> Tensor:
@@ -188,7 +201,9 @@ def fisher(
         weight = heads.total_weight(outputs, targets)
         return Evaluation(loss, grads, heads.unflatten(outputs), aux, found, product, quadratic, gram, loss_at, weight)
 
-    def captured(params: Tree, inputs: Tree, free: dict[int, Tensor], rest: list[Any]) -> tuple[Captured, list[Tensor]]:
+    def captured(
+        params: Tree, inputs: Tree, layers: Layers, free: dict[int, Tensor], rest: list[Any]
+    ) -> tuple[Captured, list[Tensor]]:
         leaves, structure = optree.tree_flatten(params)
 
         def run(
@@ -200,41 +215,41 @@ def fisher(
             inputs_of = {k: tuple([use.input for use in uses]) for k, uses in records.items()}
             return outputs, (without_others(aux, rest), inputs_of)
 
-        probes = zero_probes(specs_for(params, inputs))
+        probes = zero_probes({k: s for k, s in specs_for(params, inputs).items() if k in layers.sources})
         outputs, transpose, (tensors, recorded) = vjp(run, free, probes, has_aux=True)
         return Captured(layers, outputs, recorded, probes, transpose), tensors
 
-    def with_statistics(
-        params: Tree, inputs: Tree, targets: list[Tensor], noise: Tree | None
-    ) -> tuple[Tensor, Tree, list[Tensor], Any, Statistics]:
+    def by_capture(
+        params: Tree, inputs: Tree, targets: list[Tensor], layers: Layers, rows: tuple[Layer, ...]
+    ) -> tuple[Tensor, Tree, Any, Captured, Form]:
+        """Loss, gradients (of ``rows`` held so), aux; what was captured of ``layers``."""
         leaves, structure = optree.tree_flatten(params)
         rest: list[Any] = []
-        seen, tensors = captured(params, inputs, {i: x for i, x in enumerate(leaves) if i not in covered}, rest)
+        free = {i: x for i, x in enumerate(leaves) if i not in layers.covered}
+        seen, tensors = captured(params, inputs, layers, free, rest)
         cotangent, loss = grad_and_value(heads.loss)(seen.outputs, targets)
         scale = heads.normalization(seen.outputs, targets)[0] if estimator == "empirical" else None
         free_grads, at_probes = seen.transpose(divided(cotangent, scale))
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
         of_loss = seen.standard_form_of_one(at_probes)
         matrices = [
-            gradient_matrix(layer, of_loss[layer.name][0], tuple(g[0] for g in of_loss[layer.name][1]))
-            for layer in layers
+            (by_rows if layer in rows else gradient_matrix)(layer, inputs_of, tuple(g[0] for g in gradients_of))
+            for layer, (inputs_of, gradients_of) in zip(layers, of_loss.values(), strict=True)
         ]
         del at_probes
         if estimator != "empirical":  # the rows of the loss make room for those of the estimator
             of_loss = {name: (inputs_of, ()) for name, (inputs_of, _) in of_loss.items()}
         found = {**free_grads, **from_matrices(list(layers), matrices)}
-        of_leaves = [found[i] if scale is None else found[i] * scale for i in range(len(leaves))]
+        of_leaves = [found[i] if scale is None else scaled(scale, found[i]) for i in range(len(leaves))]
         cast = [g.to(leaf.dtype) for g, leaf in zip(of_leaves, leaves, strict=True)]
-        grads = optree.tree_unflatten(structure, cast)
-        statistics = statistics_of(seen, of_loss, heads, targets, estimator, samples, noise)
-        return loss, grads, seen.outputs, with_others(tensors, rest), statistics
+        return loss, optree.tree_unflatten(structure, cast), with_others(tensors, rest), seen, of_loss
 
     def of_examples(
         params: Tree, inputs: Tree, targets: list[Tensor], numbers: Tensor, noise: Tree | None
     ) -> Statistics:
         size = targets[0].shape[0]
         inputs, targets = examples_of(inputs, numbers, size), examples_of(targets, numbers, size)
-        seen, _ = captured(params, inputs, {}, [])
+        seen, _ = captured(params, inputs, layers, {}, [])
         if seen.outputs[0].shape[0] != numbers.shape[0]:
             raise ValueError(
                 f"statistics: expected outputs of {numbers.shape[0]} examples, got the shape "

@@ -1,6 +1,6 @@
 """Symmetric matrices that are applied without being formed, as NamedTuples of tensors.
 
-Each class is a pytree for ``optree`` and ``torch.func`` alike. An operator knows ``matvec``,
+Each class is a pytree for ``optree`` and ``torch.func`` alike. An operator knows ``matvec``, ``of_rows``,
 ``to_dense``, ``trace`` and ``shifted`` (``M + shift I``) and nothing more.
 """
 
@@ -25,6 +25,10 @@ class Diagonal(NamedTuple):
         """``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``."""
         return _times_rows(self.diagonal, x)
 
+    def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """``x M``: the matrix applied to each row of ``x``."""
+        return x * self.diagonal
+
     def to_dense(self) -> Float[Tensor, "d d"]:
         """The matrix."""
         return torch.diag_embed(self.diagonal)
@@ -46,6 +50,10 @@ class Dense(NamedTuple):
     def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
         """``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``."""
         return self.matrix @ x
+
+    def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """``x M``: the matrix applied to each row of ``x``."""
+        return x @ self.matrix
 
     def to_dense(self) -> Float[Tensor, "d d"]:
         """The matrix."""
@@ -75,7 +83,13 @@ class LowRankPlusDiagonal(NamedTuple):
     def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
         """``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``, in O(d r k)."""
         inner = _times_rows(self.values, self.vectors.mT @ x)
-        return _times_rows(self.diagonal, x) + self.vectors @ inner
+        if x.ndim == 1:
+            return self.diagonal * x + self.vectors @ inner
+        return torch.addmm(self.diagonal[:, None] * x, self.vectors, inner)
+
+    def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """``x M``: the matrix applied to each row of ``x``, in O(n d r)."""
+        return torch.addmm(x * self.diagonal, (x @ self.vectors) * self.values, self.vectors.mT)
 
     def to_dense(self) -> Float[Tensor, "d d"]:
         """The matrix."""
@@ -98,7 +112,13 @@ class Kronecker(NamedTuple):
 
     def two_sided(self, gradient: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """``output G input`` for a matrix ``G`` of the layer's shape."""
-        return self.input.matvec(self.output.matvec(gradient).mT).mT
+        if isinstance(self.output, LowRankPlusDiagonal) and isinstance(self.input, LowRankPlusDiagonal):
+            return _two_sided(self.output, self.input, gradient)
+        return self.input.of_rows(self.output.matvec(gradient))
+
+    def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """``x (output ⊗ input)``: applied to each row of ``x``."""
+        return self.matvec(x.mT).mT
 
     def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
         """``(output ⊗ input) x`` for ``x`` of shape ``[d_out d_in]`` or ``[d_out d_in, k]``."""
@@ -150,6 +170,10 @@ class CorrectedKronecker(NamedTuple):
         left = (self.output - self.rest)[:, None] * left + both @ self.input_vectors.mT
         right = right * (self.input - self.rest)
         return self.rest * gradient + self.output_vectors @ left + right @ self.input_vectors.mT
+
+    def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """``x M``: the matrix applied to each row of ``x``."""
+        return self.matvec(x.mT).mT
 
     def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
         """``M x`` for ``x`` of shape ``[d_out d_in]`` or ``[d_out d_in, k]``."""
@@ -233,6 +257,16 @@ def split_damping(operator: Kronecker, damping: float | Tensor) -> tuple[Tensor,
     pi = ratio.clamp(1e-16, 1e16).sqrt()
     root = damping**0.5
     return root * pi, root / pi
+
+
+def _two_sided(output: LowRankPlusDiagonal, input: LowRankPlusDiagonal, gradient: Tensor) -> Tensor:
+    """``(D + V Λ Vᵀ) G (E + U Μ Uᵀ) = D G E + V Λ Vᵀ G (E + U Μ Uᵀ) + D G U Μ Uᵀ``: all that is not scaled by
+    diagonals is one product of inner dimension ``2 r``, so that the matrix is passed over as seldom as can be.
+    """
+    left = input.of_rows(_times_rows(output.values, output.vectors.mT @ gradient))
+    right = _times_rows(output.diagonal, (gradient @ input.vectors) * input.values)
+    scaled = gradient * output.diagonal[:, None] * input.diagonal
+    return torch.addmm(scaled, torch.cat([output.vectors, right], dim=1), torch.cat([left, input.vectors.mT]))
 
 
 def _times_rows(scale: Tensor, x: Tensor) -> Tensor:

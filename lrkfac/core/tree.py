@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.types import Tree
+from lrkfac.core.unformed import Unformed
 
 
 def vdot(x: Tree, y: Tree) -> Tensor:
@@ -16,23 +17,54 @@ def vdot(x: Tree, y: Tree) -> Tensor:
 
     Half-precision leaves are summed in float32.
     """
-    products = optree.tree_leaves(optree.tree_map(lambda a, b: (wide(a) * wide(b)).sum(), x, y))
+    products = optree.tree_leaves(optree.tree_map(_vdot, x, y))
     return torch.stack(products).sum() if products else torch.zeros(())
 
 
 def add_scaled(x: Tree, scale: float | Tensor, y: Tree) -> Tree:
-    """``x + scale * y`` leaf by leaf, in the dtype of ``x``."""
-    return optree.tree_map(lambda a, b: (a + scale * b).to(a.dtype), x, y)
+    """``x + scale * y`` leaf by leaf, in the dtype of ``x``; what is not formed in ``x`` stays so."""
+
+    def one(a: Any, b: Any) -> Any:
+        if isinstance(a, Unformed):
+            return a.plus(_formed(b), scale)
+        if isinstance(b, Unformed):
+            return b.scaled(scale).plus(a).form().to(a.dtype)
+        return (a + scale * b if isinstance(scale, Tensor) else torch.add(a, b, alpha=scale)).to(a.dtype)
+
+    return optree.tree_map(one, x, y)
 
 
 def scaled(scale: float | Tensor, x: Tree) -> Tree:
     """``scale * x`` leaf by leaf, in the dtype of ``x``."""
-    return optree.tree_map(lambda a: (scale * a).to(a.dtype), x)
+    return optree.tree_map(lambda a: a.scaled(scale) if isinstance(a, Unformed) else (scale * a).to(a.dtype), x)
 
 
 def zeros_like(x: Tree) -> Tree:
     """A tree of zeros with the shapes, dtypes and devices of ``x``."""
-    return optree.tree_map(torch.zeros_like, x)
+    return optree.tree_map(
+        lambda a: a.left.new_zeros(a.shape, dtype=a.dtype) if isinstance(a, Unformed) else torch.zeros_like(a), x
+    )
+
+
+def formed(x: Tree) -> Tree:
+    """The tree with tensors for all leaves."""
+    return optree.tree_map(_formed, x)
+
+
+def unformed_like(x: Tree, y: Tree) -> Tree:
+    """``y`` with leaves that are still to be scaled and added to where those of ``x`` are not formed."""
+    return optree.tree_map(lambda a, b: Unformed.of(b) if isinstance(a, Unformed) else b, x, y)
+
+
+def _formed(leaf: Any) -> Any:
+    return leaf.dense() if isinstance(leaf, Unformed) else leaf
+
+
+def _vdot(a: Any, b: Any) -> Tensor:
+    if isinstance(a, Unformed) or isinstance(b, Unformed):
+        a, b = (a, b) if isinstance(a, Unformed) else (b, a)
+        return wide(a).vdot(wide(b))
+    return torch.dot(wide(a).reshape(-1), wide(b).reshape(-1))
 
 
 def counter(x: Tree) -> Tensor:
@@ -41,8 +73,10 @@ def counter(x: Tree) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 
 
-def wide(x: Tensor) -> Tensor:
+def wide(x: Any) -> Any:
     """``x`` in at least float32, the least precision in which sums and factors are kept."""
+    if isinstance(x, Unformed):
+        return Unformed(wide(x.left), wide(x.right), x.dtype, tuple([(c, wide(t)) for c, t in x.terms]))
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
@@ -80,8 +114,8 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
             "or call find_layers() and init() again for others"
         )
     for i, (leaf, like) in enumerate(zip(leaves, optree.tree_leaves(expected), strict=True)):
-        if not isinstance(leaf, Tensor) or leaf.shape != like.shape:
-            there_is = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+        if not isinstance(leaf, Tensor | Unformed) or leaf.shape != like.shape:
+            there_is = tuple(leaf.shape) if isinstance(leaf, Tensor | Unformed) else type(leaf).__name__
             raise ValueError(
                 f"{what}: expected {paths(expected)[i]!r} of shape {tuple(like.shape)}, got {there_is}; pass a "
                 "tree like the parameters, or call find_layers() and init() again for others"

@@ -154,7 +154,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss: Mean negative log-likelihood, ``[]``.
-        grads: Its gradient, a tree like the parameters.
+        grads: Its gradient, a tree like the parameters; with ``thin=True``, some leaves are ``Unformed``.
         outputs: The model's outputs, ``[N, ...]``, or a tree of them.
         aux: What else the model returned (``has_aux=True``), else ``None``.
         statistics: For ``precondition_by_fisher``; ``None`` where they were not asked for.

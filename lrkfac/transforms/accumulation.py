@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import check_like, counter, difference, wide
+from lrkfac.core.tree import check_like, counter, difference, formed, wide
 from lrkfac.core.types import Evaluation, Statistics, Tree
 from lrkfac.transforms.base import GradientTransformation
 
@@ -70,7 +70,7 @@ def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
     aux = tuple(one.aux for one in evaluations)
     return Evaluation(
         loss=mean([one.loss for one in evaluations]),
-        grads=mean([one.grads for one in evaluations]),
+        grads=mean([formed(one.grads) for one in evaluations]),
         outputs=_joined([one.outputs for one in evaluations], 0, "outputs"),
         aux=None if all(one is None for one in aux) else aux,
         statistics=_merged([one.statistics for one in evaluations], shares),
@@ -133,6 +133,7 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
                 "the micro-batches, e = merge_evaluations([...]), and one update(e.grads, state, params, evaluation=e)"
             )
         check_like(state.total, updates, "accumulate")
+        updates = formed(updates)
         weight = torch.ones_like(state.weight) if evaluation is None else evaluation.weight.to(state.weight.dtype)
         total = optree.tree_map(lambda t, u: t + _weighted(weight, u).to(t.dtype), state.total, updates)
         weight, steps = state.weight + weight, state.steps + 1

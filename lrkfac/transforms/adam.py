@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import check_like, counter, zeros_like
+from lrkfac.core.tree import check_like, counter, formed, zeros_like
 from lrkfac.core.types import Tree
 from lrkfac.transforms.base import GradientTransformation, need_number
 
@@ -41,6 +41,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
 
     def update(updates: Tree, state: AdamState, params: Tree = None, **extra: Any) -> tuple[Tree, AdamState]:
         check_like(state.mean, updates, "scale_by_adam")
+        updates = formed(updates)
         steps = state.steps + 1
         mean = optree.tree_map(lambda m, u: (b1 * m + (1 - b1) * u).to(m.dtype), state.mean, updates)
         square = optree.tree_map(lambda v, u: (b2 * v + (1 - b2) * u.square()).to(v.dtype), state.square, updates)

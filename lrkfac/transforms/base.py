@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import optree
 from torch import Tensor
 
-from lrkfac.core.tree import check_like
+from lrkfac.core.tree import add_scaled, check_like
 from lrkfac.core.types import Tree
 
 
@@ -82,7 +81,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         ValueError: If the two trees differ in structure or shapes; names the leaf.
     """
     check_like(params, updates, "updates")
-    return optree.tree_map(lambda p, u: (p + u).to(p.dtype), params, updates)
+    return add_scaled(params, 1.0, updates)
 
 
 def need_params(params: Tree, name: str) -> Tree:

@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import counter, scaled, vdot
+from lrkfac.core.tree import counter, formed, scaled, vdot
 from lrkfac.core.types import Evaluation, Tree
 from lrkfac.transforms.base import GradientTransformation, need_number, stateless
 
@@ -29,7 +29,7 @@ def clip_by_value(max_delta: float | Tensor) -> GradientTransformation:
     need_number(max_delta, "max_delta", 0, includes_low=False)
 
     def change(updates: Tree, params: Tree, **extra: Any) -> Tree:
-        return optree.tree_map(lambda u: u.clamp(-max_delta, max_delta).to(u.dtype), updates)
+        return optree.tree_map(lambda u: u.clamp(-max_delta, max_delta).to(u.dtype), formed(updates))
 
     return stateless(change)
 

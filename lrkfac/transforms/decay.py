@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from lrkfac.core.tree import add_scaled, check_like
 from lrkfac.core.types import Tree
 from lrkfac.transforms.base import GradientTransformation, need_number, need_params, stateless
@@ -23,6 +25,7 @@ def add_decayed_weights(weight_decay: float) -> GradientTransformation:
 
     def change(updates: Tree, params: Tree, **extra: Any) -> Tree:
         check_like(updates, need_params(params, "add_decayed_weights"), "add_decayed_weights: params")
-        return add_scaled(updates, weight_decay, params)
+        decays = isinstance(weight_decay, Tensor) or weight_decay > 0
+        return add_scaled(updates, weight_decay, params) if decays else updates
 
     return stateless(change)

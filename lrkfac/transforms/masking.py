@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import optree
-import torch
 from torch import Tensor
 
-from lrkfac.core.tree import paths
+from lrkfac.core.tree import paths, zeros_like
 from lrkfac.core.types import Evaluation, Tree
 from lrkfac.transforms.base import GradientTransformation, need_params
 
@@ -161,7 +160,7 @@ def _of_own(own: list[bool], evaluation: Evaluation, params: Tree) -> Evaluation
 def _only(own: list[bool], tree: Tree) -> Tree:
     """The tree with zeros for the leaves of others."""
     leaves = zip(own, optree.tree_leaves(tree), strict=True)
-    return _like(tree, [x if one else torch.zeros_like(x) for one, x in leaves])
+    return _like(tree, [x if one else zeros_like(x) for one, x in leaves])
 
 
 def _like(tree: Tree, leaves: list[Any]) -> Tree:

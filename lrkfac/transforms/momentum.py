@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lrkfac.core.tree import add_scaled, check_like, zeros_like
+from lrkfac.core.tree import add_scaled, check_like, formed, unformed_like, zeros_like
 from lrkfac.core.types import Tree
 from lrkfac.transforms.base import GradientTransformation, need_number
 
@@ -32,7 +32,7 @@ def trace(decay: float, nesterov: bool = False) -> GradientTransformation:
 
     def update(updates: Tree, state: TraceState, params: Tree = None, **extra: Any) -> tuple[Tree, TraceState]:
         check_like(state.trace, updates, "trace")
-        new = add_scaled(updates, decay, state.trace)
-        return (add_scaled(updates, decay, new) if nesterov else new), TraceState(new)
+        new = formed(add_scaled(updates, decay, state.trace))
+        return (add_scaled(updates, decay, new) if nesterov else unformed_like(updates, new)), TraceState(new)
 
     return GradientTransformation(init, update)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.tree import check_like, vdot, wide
+from lrkfac.core.tree import check_like, formed, vdot, wide
 from lrkfac.core.types import Evaluation, Tree
 from lrkfac.transforms.base import GradientTransformation, apply_updates, need_number, need_params
 
@@ -141,6 +141,7 @@ def scale_by_quadratic_model(
             )
         need_params(params, "scale_by_quadratic_model")
         check_like(params, updates, "updates")
+        updates = formed(updates)
         grads = optree.tree_map(lambda g, p: g + weight_decay * p, updates, params) if decays else updates
         slope = _row(grads)
         if slope.shape != state.last.shape:

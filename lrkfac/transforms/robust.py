@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrkfac.core.tree import counter
 from lrkfac.core.types import Evaluation, Tree
+from lrkfac.core.unformed import Unformed
 from lrkfac.transforms.base import GradientTransformation
 
 
@@ -83,9 +84,16 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
 
 
 def _all_finite(tree: Tree) -> Tensor:
-    leaves = [x.isfinite().all() for x in optree.tree_leaves(tree)]
+    parts = optree.tree_map(lambda x: [x.left, x.right, *x.terms] if isinstance(x, Unformed) else x, tree)
+    tensors = [x for x in optree.tree_leaves(parts) if isinstance(x, Tensor)]
+    leaves = [x.isfinite().all() for x in tensors]
     return torch.stack(leaves).all() if leaves else torch.ones((), dtype=torch.bool)
 
 
 def _else_zero(condition: Tensor, tree: Tree) -> Tree:
-    return optree.tree_map(lambda x: torch.where(condition, x, 0), tree)
+    def one(x: Any) -> Any:
+        if not isinstance(x, Unformed):
+            return torch.where(condition, x, 0)
+        return Unformed(one(x.left), one(x.right), x.dtype, tuple([(c, one(t)) for c, t in x.terms]))
+
+    return optree.tree_map(one, tree)

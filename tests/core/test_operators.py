@@ -21,6 +21,7 @@ def test_matvec_is_the_dense_matrix(operator, k):
     assert dimension(operator) == matrix.shape[0]
     torch.testing.assert_close(operator.matvec(x), matrix @ x)
     torch.testing.assert_close(operator.matvec(x[:, 0]), matrix @ x[:, 0])
+    torch.testing.assert_close(operator.of_rows(x.mT), x.mT @ matrix)
     torch.testing.assert_close(operator.trace(), matrix.trace())
     torch.testing.assert_close(matrix, matrix.mT)
 
@@ -50,6 +51,14 @@ def test_a_zero_factor_splits_damping_evenly(zero):
     factors = {"input": Diagonal(torch.ones(2)), "output": Diagonal(torch.ones(3))}
     factors |= {name: Diagonal(torch.zeros(2)) for name in factors if zero in (name, "both")}
     assert split_damping(Kronecker(**factors), 0.25) == (torch.tensor(0.5), torch.tensor(0.5))
+
+
+@given(operators(dtype=torch.float64), operators(dtype=torch.float64), st.integers(0, 2**16))
+def test_two_sided_is_the_product_with_both_matrices(output, input, seed):
+    torch.manual_seed(seed)
+    gradient = torch.randn(dimension(output), dimension(input), dtype=torch.float64)
+    found = Kronecker(output, input).two_sided(gradient)
+    torch.testing.assert_close(found, to_dense(output) @ gradient @ to_dense(input), rtol=1e-9, atol=1e-9)
 
 
 def test_two_sided_is_the_kronecker_product_on_the_row_major_vector():

@@ -1,0 +1,47 @@
+"""Which gradients are held by their rows, and how."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from lrkfac.core.capture import OutputSpec
+from lrkfac.core.covariances import Uses, gradient_matrix, with_ones
+from lrkfac.core.layers import LINEAR
+from lrkfac.core.types import Layer, Layers
+from lrkfac.core.unformed import Unformed
+
+TRANSPOSITIONS = ("t", "T", "mT")
+
+
+def thin_layers(layers: Layers, specs: dict[str, list[OutputSpec]]) -> tuple[Layer, ...]:
+    """The layers whose gradient is cheaper to hold, precondition and measure by its rows than as a matrix.
+
+    With ``n`` rows and factors of rank ``r``, rows are preconditioned in ``4 n r (d_in + d_out)`` operations and their
+    inner products, which ``clip_by_kl`` needs, take ``2 n² (d_in + d_out)``; the matrix takes ``8 r d_in d_out`` and
+    some passes over memory, of the price of as many operations again. So rows win where ``2 n (d_in + d_out) ≤
+    d_in d_out``: where they hold at most half as many numbers. Only where the weight is a matrix of its own, used once.
+    """
+    found = []
+    shared = Counter(p.index for layer in layers for p in (layer.weight, layer.bias) if p is not None)
+    for layer in layers:
+        own = all(shared[p.index] == 1 for p in (layer.weight, layer.bias) if p is not None)
+        plain = len(layer.weight.shape) == 2 and all(step.name in TRANSPOSITIONS for step in layer.weight.view)
+        if layer.kinds == (LINEAR.name,) and own and plain:
+            ((source, use),) = layer.sites
+            rows = math.prod(specs[source][use].shape) // layer.d_out
+            if 2 * rows * (layer.d_in + layer.d_out) <= layer.d_in * layer.d_out:
+                found.append(layer)
+    return tuple(found)
+
+
+def by_rows(layer: Layer, inputs: Uses, gradients: Uses) -> Unformed | Tensor:
+    """The gradient of a thin layer, in the form of ``to_matrix``."""
+    a, g = inputs[0].reshape(-1, layer.d_in - (layer.bias is not None)), gradients[0].reshape(-1, layer.d_out)
+    if a.shape[0] != g.shape[0]:  # one input for all examples
+        return gradient_matrix(layer, inputs, gradients)
+    dtype = torch.promote_types(a.dtype, g.dtype)  # under autocast
+    return Unformed(g.to(dtype), with_ones(a.to(dtype)) if layer.bias is not None else a.to(dtype), dtype)

@@ -1,0 +1,88 @@
+"""A matrix that is not formed yet: gradients by their rows, and what a chain makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Unformed:
+    """``leftᵀ right + Σ cᵢ Xᵢ``: a linear layer's gradient ``Σ_n g_n a_nᵀ``, or a sum with it, not formed yet.
+
+    A leaf to ``optree``. What stands in a chain scales rows and coefficients; the sum is formed at its end, on top of
+    what it is added to: in the one product that the gradient needs anyway, and with one pass over memory for each
+    further term. ``lrkfac.formed(tree)`` forms the leaves of a tree.
+
+    Attributes:
+        left: ``[n, rows]``; ``n`` may be 0.
+        right: ``[n, columns]``.
+        dtype: Of the matrix; the rows may have a wider one.
+        terms: Pairs ``(c, X)`` with ``X`` ``[rows, columns]``.
+    """
+
+    left: Tensor
+    right: Tensor
+    dtype: torch.dtype
+    terms: tuple[tuple[float | Tensor, Tensor], ...] = ()
+
+    @staticmethod
+    def of(x: Tensor) -> Unformed:
+        """``x`` as the only term."""
+        return Unformed(x.new_empty(0, x.shape[0]), x.new_empty(0, x.shape[1]), x.dtype, ((1.0, x),))
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[rows, columns]``."""
+        return torch.Size((self.left.shape[1], self.right.shape[1]))
+
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return 2
+
+    def t(self) -> Unformed:
+        """The transpose."""
+        return Unformed(self.right, self.left, self.dtype, tuple([(c, x.t()) for c, x in self.terms]))
+
+    def to(self, dtype: torch.dtype) -> Unformed:
+        """The matrix in another dtype."""
+        return replace(self, dtype=dtype)
+
+    def scaled(self, scale: float | Tensor) -> Unformed:
+        """``scale`` times the matrix."""
+        terms = tuple([(scale * c, x) for c, x in self.terms])
+        return Unformed((scale * self.left).to(self.left.dtype), self.right, self.dtype, terms)
+
+    def plus(self, x: Tensor, scale: float | Tensor = 1.0) -> Unformed:
+        """The matrix and ``scale * x``."""
+        return replace(self, terms=((scale, x), *self.terms))
+
+    def form(self) -> Tensor:
+        """The matrix, in a dtype that holds all that it is made of."""
+        if not self.terms:
+            return self.left.mT @ self.right
+        (scale, total), *others = self.terms
+        if self.left.shape[0] == 0:
+            total = total if isinstance(scale, float) and scale == 1.0 else scale * total
+        elif isinstance(scale, Tensor) or total.dtype != self.left.dtype:
+            total = scale * total + self.left.mT @ self.right
+        else:
+            total = torch.addmm(total, self.left.mT, self.right, beta=scale)
+        for scale, x in others:
+            total = total + scale * x if isinstance(scale, Tensor) else torch.add(total, x, alpha=scale)
+        return total
+
+    def dense(self) -> Tensor:
+        """The matrix, in its own dtype."""
+        return self.form().to(self.dtype)
+
+    def vdot(self, other: Unformed | Tensor) -> Tensor:
+        """The sum of products of the entries, ``[]``; of two gradients by inner products of their rows."""
+        if self.terms:
+            return (self.form() * (other.form() if isinstance(other, Unformed) else other)).sum()
+        if isinstance(other, Unformed) and not other.terms:
+            return ((self.left @ other.left.mT) * (self.right @ other.right.mT)).sum()
+        return ((self.left @ (other.form() if isinstance(other, Unformed) else other)) * self.right).sum()
