@@ -53,7 +53,7 @@ def of_operation(name, estimator, sizes):
     params, model = reference_kinds.with_head(operation), partial(reference_kinds.network, operation)
     layers = lrkfac.find_layers(model, params, operation.inputs, bias="separate" if name == "bias" else "joint")
     noise = torch.rand(2, 4, reference_kinds.CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    evaluate = lrkfac.fisher(model, LIKELIHOOD, layers, estimator, samples=2)
+    evaluate = lrkfac.fisher(model, LIKELIHOOD, layers, estimator, samples=2 if estimator == "mc" else 1)
     return layers, params, both(evaluate, params, operation.inputs, TARGETS, list(sizes), noise)
 
 
