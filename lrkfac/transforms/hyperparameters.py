@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import counter, wide
+from lrkfac.core.tree import counter
 from lrkfac.core.types import Tree
 from lrkfac.transforms.base import GradientTransformation
 
@@ -81,18 +81,18 @@ def inject_hyperparameters(
                 )
             return found
 
-        def values(steps: Tensor, like: Tensor, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        def values(steps: Tensor, dtype: torch.dtype, held: dict[str, Tensor]) -> dict[str, Tensor]:
             found = {name: one(steps) if callable(one) else held.get(name, one) for name, one in given.items()}
-            return {name: _tensor(name, value, like) for name, value in found.items()}
+            return {name: _tensor(name, value, dtype, steps.device) for name, value in found.items()}
 
         start = torch.zeros((), dtype=torch.int64)
         first = {name: _first(name, one, start) for name, one in given.items()}
         transformation(first)
-        transformation(values(start, torch.zeros((), dtype=torch.float64), {}))
+        transformation(values(start, torch.float64, {}))
 
         def init(params: Tree) -> HyperparametersState:
             steps = counter(params)
-            found = values(steps, _like(params), {})
+            found = values(steps, _dtype(params), {})
             return HyperparametersState(found, transformation(found).init(params), steps)
 
         def update(
@@ -108,7 +108,7 @@ def inject_hyperparameters(
                     f"hyperparameters: expected {sorted(given)}, got {sorted(state.hyperparameters)}; others are fixed "
                     "where the transformation is made, rank always"
                 )
-            found = values(state.steps, _like(updates), state.hyperparameters)
+            found = values(state.steps, _dtype(updates), state.hyperparameters)
             changed, inner = transformation(found).update(updates, state.inner, params, **extra)
             return changed, HyperparametersState(found, inner, state.steps + 1)
 
@@ -142,14 +142,14 @@ _NO_SCHEDULE = (
 )
 
 
-def _tensor(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+def _tensor(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
-        return torch.full((), value, dtype=like.dtype, device=like.device)
+        return torch.full((), value, dtype=dtype, device=device)
     if value.ndim:
         raise ValueError(f"{name}: expected a number or a tensor [], got the shape {tuple(value.shape)}")
-    return value.to(dtype=like.dtype, device=like.device)
+    return value.to(dtype=dtype, device=device)
 
 
-def _like(tree: Tree) -> Tensor:
+def _dtype(tree: Tree) -> torch.dtype:
     leaves = optree.tree_leaves(tree)
-    return wide(leaves[0]) if leaves else torch.zeros(())
+    return torch.promote_types(leaves[0].dtype, torch.float32) if leaves else torch.float32

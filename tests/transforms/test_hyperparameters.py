@@ -132,6 +132,19 @@ def test_fixed_arguments_pass():
     close(found, by_hand.update(e.grads, by_hand.init(MLP.params), evaluation=e)[0])
 
 
+def test_gradients_that_are_held_by_their_rows():
+    params, x = {"w": torch.randn(40, 30).double()}, torch.randn(4, 30).double()
+    model = lambda p, x: torch.tanh(x @ p["w"].mT)  # noqa: E731
+    layers, found = lrkfac.find_layers(model, params, x), []
+    tx = inject_hyperparameters(low_rank_kfac)(layers, learning_rate=0.1, rank=2)
+    for thin in (False, True):
+        e = lrkfac.fisher(model, lrkfac.gaussian(), layers, "exact", thin=thin)(params, x, torch.cos(model(params, x)))
+        assert isinstance(e.grads["w"], lrkfac.Unformed if thin else torch.Tensor)
+        updates, _ = tx.update(e.grads, tx.init(params), params, evaluation=e)
+        found.append(apply_updates(params, updates))
+    close(found[1], found[0], rtol=1e-9)
+
+
 @pytest.mark.slow
 @requires_compiler
 def test_compiled_once_for_all_values():
