@@ -22,7 +22,7 @@ PROMISED = """
     masked partition apply_if_finite accumulate merge_evaluations inject_hyperparameters clip_by_value join_schedules
     low_rank_kfac kfac
 """.split()
-CHECKERS = ["check_inverse", "check_structure", "check_transformation"]
+CHECKERS = ["check_inverse", "check_likelihood", "check_structure", "check_transformation"]
 each_name = pytest.mark.parametrize("name", lrkfac.__all__)
 
 

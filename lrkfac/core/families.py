@@ -40,7 +40,7 @@ def categorical(
     Raises:
         ValueError: If an argument is out of range; at evaluation, if outputs have no such axis of classes, class
             weights or targets another shape. Where targets are on the CPU and their values known (neither compiled
-            nor under ``vmap`` over targets), also if one is no class number, or their weights add up to 0, such as
+            nor transformed by ``torch.func``), also if one is no class number, or their weights add up to 0, such as
             where all are ignored; elsewhere the latter shows as a loss that is not finite.
         TypeError: If an argument is of the wrong type; at evaluation, if targets are no integers.
     """

@@ -227,7 +227,7 @@ def fisher(
         rest: list[Any] = []
         free = {i: x for i, x in enumerate(leaves) if i not in layers.covered}
         seen, tensors = captured(params, inputs, layers, free, rest)
-        cotangent, loss = grad_and_value(heads.loss)(seen.outputs, targets)
+        cotangent, loss = grad_and_value(lambda f: heads.loss(f, targets))(seen.outputs)
         scale = heads.normalization(seen.outputs, targets)[0] if estimator == "empirical" else None
         free_grads, at_probes = seen.transpose(divided(cotangent, scale))
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
@@ -258,7 +258,7 @@ def fisher(
         at_probes = seen.probes  # of which nothing but the shape matters
         if estimator == "empirical":
             scale, _ = heads.normalization(seen.outputs, targets)
-            _, at_probes = seen.transpose(divided(grad(heads.loss)(seen.outputs, targets), scale))
+            _, at_probes = seen.transpose(divided(grad(lambda f: heads.loss(f, targets))(seen.outputs), scale))
         return statistics_of(seen, seen.standard_form_of_one(at_probes), heads, targets, estimator, samples, noise)
 
     return evaluate

@@ -57,8 +57,7 @@ class Joint:
 
     def unflatten(self, leaves: Leaves) -> Tree:
         """The inverse of ``leaves``."""
-        remaining = iter(leaves)
-        return optree.tree_map(lambda _: next(remaining), self.tree)
+        return optree.tree_unflatten(optree.tree_structure(self.tree), list(leaves))
 
     def loss(self, outputs: Leaves, targets: Leaves) -> Tensor:
         """``Σ weightₕ lossₕ``, ``[]``."""

@@ -7,6 +7,7 @@ arrays; what they return is made from them by ``torch.Generator``.
 
 from lrkfac.testing.architectures import Architecture, architectures
 from lrkfac.testing.laws import check_inverse, check_structure, check_transformation
+from lrkfac.testing.likelihoods import check_likelihood
 from lrkfac.testing.strategies import (
     LayerCase,
     covariances,
@@ -23,6 +24,7 @@ __all__ = [
     "LayerCase",
     "architectures",
     "check_inverse",
+    "check_likelihood",
     "check_structure",
     "check_transformation",
     "covariances",

@@ -1,4 +1,4 @@
-"""Likelihoods: loss, samples and Hessian belong to one distribution."""
+"""The families: loss, samples and Hessian belong to one distribution."""
 
 from dataclasses import replace
 
@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import grad, vjp, vmap
 
-from lrkfac import Likelihood, bernoulli, categorical, gaussian
+from lrkfac import Likelihood, bernoulli, categorical, gaussian, poisson
 from lrkfac.testing import gradients, seeds
 from tests import reference
 
 # Poisson counts from log-rates, one term an entry: a likelihood of one's own, without a product.
-poisson = Likelihood(
-    "poisson",
+own = Likelihood(
+    "own",
     lambda outputs, targets: outputs.exp() - targets * outputs,
     lambda outputs, noise: (noise < outputs.exp()).to(outputs.dtype),
     lambda outputs, coefficients: (outputs / 2).exp() * coefficients,
@@ -24,7 +24,9 @@ LIKELIHOODS = {
     "categorical": categorical(),
     "gaussian": gaussian(0.25),
     "bernoulli": bernoulli(),
-    "poisson": poisson,
+    "poisson": poisson(),
+    "own": own,
+    "gaussian of a tensor": gaussian(torch.tensor(0.25)),
     "categorical without product": replace(categorical(), product=None),
     "bernoulli without product": replace(bernoulli(), product=None),
 }
@@ -170,6 +172,15 @@ REFUSED = {
     "no broadcast": (gaussian(), OUTPUTS, OUTPUTS[:, :1], ValueError, r"shape \(4, 3\), got \(4, 1\)"),
     "no column": (gaussian(), OUTPUTS[:, 0], OUTPUTS[:, :1], ValueError, r"shape \(4,\), got \(4, 1\)"),
     "integer labels": (bernoulli(), OUTPUTS, OUTPUTS.int(), TypeError, "bernoulli: expected float.*int32"),
+    "no such axis": (categorical(2), OUTPUTS, torch.zeros(4).long(), ValueError, "axis 2, of more axes"),
+    "the batch": (categorical(-2), OUTPUTS, torch.zeros(3).long(), ValueError, "axis -2, of more axes"),
+    "classes in front": (
+        categorical(1), OUTPUTS[None], torch.zeros(1, 4).long(), ValueError, r"shape \(1, 3\), got \(1, 4\)"),
+    "too few weights": (
+        categorical(class_weights=[1, 2]), OUTPUTS, torch.zeros(4).long(), ValueError,
+        r"class_weights: expected one for each of 3 classes \(axis -1 of .*\(4, 3\)\), got 2"),
+    "counts as bools": (poisson(), OUTPUTS, OUTPUTS.bool(), TypeError, "poisson: expected counts.*bool"),
+    "counts of another shape": (poisson(), OUTPUTS, OUTPUTS[:2], ValueError, r"\(4, 3\), got \(2, 3\)"),
     "labels of another shape": (bernoulli(), OUTPUTS, OUTPUTS[:2], ValueError, r"\(4, 3\), got \(2, 3\)"),
 }  # fmt: skip
 
@@ -187,12 +198,6 @@ def test_labels_may_be_bools():
         bernoulli().negative_log_likelihood(OUTPUTS, targets),
         bernoulli().negative_log_likelihood(OUTPUTS, targets.float()),
     )
-
-
-@pytest.mark.parametrize("variance", [0.0, -1.0, float("inf"), float("nan")])
-def test_variance_is_positive(variance):
-    with pytest.raises(ValueError, match="variance: expected a positive finite number"):
-        gaussian(variance)
 
 
 @given(batches())

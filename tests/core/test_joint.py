@@ -1,0 +1,249 @@
+"""Several heads: outputs, targets and noise as trees, each head with its own mean."""
+
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import vmap
+
+import lrkfac
+from lrkfac import bernoulli, categorical, find_layers, fisher, from_module, gaussian, joint
+from lrkfac.testing import gradients
+from tests.marks import requires_compiler
+
+GENERATOR = torch.Generator().manual_seed(0)
+PARAMS = {
+    "a": torch.randn(4, 3, generator=GENERATOR, dtype=torch.float64),
+    "b": torch.randn(5, 4, generator=GENERATOR, dtype=torch.float64),
+}
+X = torch.randn(6, 3, generator=GENERATOR, dtype=torch.float64)
+MASK = torch.rand(6, 2, generator=GENERATOR, dtype=torch.float64)
+CLASS = torch.tensor([0, 2, 1, -1, 2, -1])
+HEADS = (bernoulli(), categorical(ignore_index=-1, label_smoothing=0.1))
+WEIGHTS = (1.0, 0.3)
+
+
+class Pair(NamedTuple):
+    mask: Any
+    label: Any
+
+
+WRAPPED = {
+    "tuple": lambda m, c: (m, c),
+    "list": lambda m, c: [m, c],
+    "dictionary": lambda m, c: {"mask": m, "class": c},
+    "NamedTuple": Pair,
+    "nested": lambda m, c: {"z": (m,), "a": [{"x": c}]},
+}
+each_tree = pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
+each_estimator = pytest.mark.parametrize("estimator", ["mc", "exact", "empirical"])
+
+
+def forward(params, inputs):
+    outputs = F.linear(F.linear(inputs, params["a"]).tanh(), params["b"])
+    return outputs[:, :2], outputs[:, 2:]
+
+
+def evaluator(wrap, estimator="exact", **options):
+    model = lambda p, x: wrap(*forward(p, x))  # noqa: E731
+    likelihood = joint(wrap(*HEADS), wrap(*WEIGHTS))
+    return fisher(model, likelihood, find_layers(model, PARAMS, X), estimator, **options)
+
+
+def alone(i, estimator="exact"):
+    model = lambda p, x: forward(p, x)[i]  # noqa: E731
+    f = fisher(model, HEADS[i], find_layers(model, PARAMS, X), estimator)
+    return f(PARAMS, X, (MASK, CLASS)[i])
+
+
+def close(found, expected, tolerance=1e-10):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def B(evaluation, name):
+    (g,) = evaluation.statistics.output_gradients[name]
+    rows = g.flatten(0, -2)
+    return evaluation.statistics.scale * rows.mT @ rows
+
+
+@each_tree
+def test_everything_is_the_weighted_sum_of_the_heads(wrap):
+    found, heads = evaluator(wrap)(PARAMS, X, wrap(MASK, CLASS)), [alone(0), alone(1)]
+    total = lambda of: sum(weight * of(one) for weight, one in zip(WEIGHTS, heads, strict=True))  # noqa: E731
+    u, v = gradients(PARAMS, 1), gradients(PARAMS, 2)
+    close(found.loss, total(lambda e: e.loss))
+    close(found.loss_at(u), total(lambda e: e.loss_at(u)))
+    close(found.quadratic(u, v), total(lambda e: e.quadratic(u, v)))
+    close(found.gram(optree.tree_map(lambda x, y: torch.stack([x, y]), u, v))[0, 1], found.quadratic(u, v))
+    for name in PARAMS:
+        close(found.grads[name], total(lambda e, name=name: e.grads[name]))
+        close(found.product(u)[name], total(lambda e, name=name: e.product(u)[name]))
+        close(B(found, name), total(lambda e, name=name: B(e, name)))
+    assert optree.tree_structure(found.outputs) == optree.tree_structure(wrap(0, 0))
+    assert optree.tree_all(optree.tree_map(torch.equal, found.outputs, wrap(*forward(PARAMS, X))))
+
+
+@each_tree
+def test_noise_is_a_tree(wrap):
+    noise = [
+        torch.rand(3, *f.shape, generator=torch.Generator().manual_seed(i)) for i, f in enumerate(forward(PARAMS, X))
+    ]
+    f = evaluator(wrap, "mc", samples=3)
+    found, again = (f(PARAMS, X, wrap(MASK, CLASS), noise=wrap(*noise)) for _ in range(2))
+    close(found.statistics, again.statistics)
+    close(B(found, "a"), B(evaluator(Pair, "mc", samples=3)(PARAMS, X, Pair(MASK, CLASS), noise=Pair(*noise)), "a"))
+    assert found.statistics.output_gradients["a"][0].shape == (3, 6, 4)
+
+
+def test_heads_are_drawn_independently():
+    """The products across heads vanish in the mean over 20000 copies of the batch, within six standard errors."""
+    many = 20_000
+    torch.manual_seed(0)
+    f = evaluator(Pair, "mc")
+    found = f(PARAMS, X.repeat(many, 1), Pair(MASK.repeat(many, 1), CLASS.repeat(many)))
+    g = found.statistics.output_gradients["b"][0][0].unflatten(0, (many, 6))
+    across = (g[..., :2, None] * g[..., None, 2:]).sum(1)
+    assert (across.mean(0).abs() <= 6 * across.std(0) / many**0.5).all() and across.any()
+
+
+@each_estimator
+def test_statistics_of_some_examples(estimator):
+    f, numbers = evaluator(Pair, estimator), torch.tensor([4, 0, 1])
+    noise = Pair(torch.rand(1, 3, 2), torch.rand(1, 3, 3))
+    found = f(PARAMS, X, Pair(MASK, CLASS), statistics=numbers, noise=noise)
+    close(found.statistics, f(PARAMS, X[numbers], Pair(MASK[numbers], CLASS[numbers]), noise=noise).statistics)
+
+
+@each_estimator
+def test_a_head_of_which_nothing_counts_leaves_the_statistics_of_the_others(estimator):
+    """Known by ``vmap`` over targets, where values are not looked at."""
+    f = evaluator(Pair, estimator)
+    noise = Pair(torch.rand(1, 6, 2, dtype=torch.float64), torch.rand(1, 6, 3, dtype=torch.float64))
+    run = lambda classes: itemgetter(0, 4)(f(PARAMS, X, Pair(MASK, classes), noise=noise))  # noqa: E731
+    loss, statistics = vmap(run)(torch.stack([CLASS, torch.full((6,), -1)]))
+    assert loss[0].isfinite() and loss[1].isnan()
+    if estimator != "empirical":
+        g = statistics.output_gradients["b"][0][1]
+        assert g[..., :2].any() and not g[..., 2:].any() and statistics.scale.isfinite().all()
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True))
+        self.mask, self.label = nn.Linear(8, 2), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.trunk(x)
+        return {"mask": self.mask(hidden), "class": self.label(hidden)}
+
+
+@each_estimator
+def test_a_module_with_two_heads_trains(estimator):
+    torch.manual_seed(0)
+    model, params, buffers = from_module(TwoHeads(), buffers=True)
+    inputs, targets = X.float(), {"class": CLASS, "mask": MASK.float()}
+    layers = find_layers(model, params, (buffers, inputs), strict=True)
+    assert [layer.name for layer in layers] == ["trunk.0", "trunk.1", "mask", "label"]
+    f = fisher(model, joint({"mask": HEADS[0], "class": HEADS[1]}), layers, estimator, has_aux=True)
+    tx = lrkfac.low_rank_kfac(layers, learning_rate=0.1, rank=2, kl_clip=1e-1)
+    state, losses = tx.init(params), []
+    for _ in range(10):
+        evaluation = f(params, (buffers, inputs), targets)
+        updates, state = tx.update(evaluation.grads, state, params, evaluation=evaluation)
+        params, buffers = lrkfac.apply_updates(params, updates), evaluation.aux
+        losses.append(evaluation.loss)
+    assert losses[-1] < 0.9 * losses[0] and set(evaluation.outputs) == {"mask", "class"}
+
+
+@each_estimator
+def test_ensemble_under_vmap(estimator):
+    f = evaluator(Pair, estimator)
+    noise = Pair(torch.rand(1, 6, 2, dtype=torch.float64), torch.rand(1, 6, 3, dtype=torch.float64))
+    run = lambda p: itemgetter(0, 1, 2, 4)(f(p, X, Pair(MASK, CLASS), noise=noise))  # noqa: E731
+    both = optree.tree_map(lambda p: torch.stack([p, p + 0.1]), PARAMS)
+    member, params = (optree.tree_map(lambda x: x[1], tree) for tree in (vmap(run)(both), both))
+    optree.tree_map(close, member, run(params))
+
+
+@pytest.mark.slow
+@requires_compiler
+@each_estimator
+def test_compiled_the_same_as_eager(estimator):
+    wrap = WRAPPED["dictionary"]
+    f = evaluator(wrap, estimator)
+    noise = wrap(torch.rand(1, 6, 2, dtype=torch.float64), torch.rand(1, 6, 3, dtype=torch.float64))
+
+    def run(p):
+        e = f(p, X, wrap(MASK, CLASS), noise=noise)
+        return e.loss, e.grads, e.outputs, e.statistics, e.product(p), e.quadratic(p, p)
+
+    optree.tree_map(close, torch.compile(run, fullgraph=True)(PARAMS), run(PARAMS))
+
+
+DICTIONARY = WRAPPED["dictionary"]
+REFUSED = {
+    "targets without a head": ({"targets": {"mask": MASK}}, TypeError, r"targets: .*joint.*missing \['class'\]"),
+    "targets of more heads": ({"targets": {**DICTIONARY(MASK, CLASS), "x": X}}, TypeError, r"unexpected \['x'\]"),
+    "targets in a tuple": ({"targets": (MASK, CLASS)}, TypeError, "targets: expected a tree in the structure of joint"),
+    "no tensors": ({"targets": DICTIONARY(MASK, 1)}, TypeError, "targets: expected a tree of tensors, got int"),
+    "a head's targets": ({"targets": DICTIONARY(MASK, MASK)}, TypeError, "categorical: expected class numbers"),
+    "noise": ({"noise": torch.rand(1, 6, 5), "statistics": True}, TypeError, "noise: expected a tree"),
+    "noise of one sample": (
+        {"noise": DICTIONARY(MASK, torch.rand(1, 6, 3)), "statistics": True}, ValueError, r"\(1, 6, 2\), got \(6, 2\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize(("wrong", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_trees_that_do_not_fit(wrong, error, message, statistics):
+    f = evaluator(DICTIONARY, "mc")
+    with pytest.raises(error, match=message):
+        f(**{"params": PARAMS, "inputs": X, "targets": DICTIONARY(MASK, CLASS), "statistics": statistics, **wrong})
+
+
+OUTPUTS = {
+    "one head": (
+        lambda m, c: {"mask": m},
+        TypeError,
+        r"model: expected outputs as a tree .*missing \['class'\].*has_aux",
+    ),
+    "a tensor": (lambda m, c: m, TypeError, "model: expected outputs as a tree in the structure of joint"),
+    "other batch": (lambda m, c: DICTIONARY(m, c[:3]), ValueError, r"same batch axis .*\(3, 3\) and \(6, 2\)"),
+    "no batch": (lambda m, c: DICTIONARY(m.sum(), c), ValueError, "outputs with a batch axis, got .*float64"),
+    "integers": (lambda m, c: DICTIONARY(m.long(), c), ValueError, "floating-point outputs .*int64"),
+    "no tensors": (
+        lambda m, c: DICTIONARY(1.0, c),
+        TypeError,
+        "model: expected outputs as a tree of tensors, got float",
+    ),
+}
+
+
+@pytest.mark.parametrize(("wrap", "error", "message"), OUTPUTS.values(), ids=OUTPUTS.keys())
+def test_outputs_that_do_not_fit(wrap, error, message):
+    layers = find_layers(lambda p, x: forward(p, x), PARAMS, X)
+    f = fisher(lambda p, x: wrap(*forward(p, x)), joint(DICTIONARY(*HEADS)), layers)
+    with pytest.raises(error, match=message):
+        f(PARAMS, X, DICTIONARY(MASK, CLASS))
+
+
+ARGUMENTS = [
+    (({},), ValueError, "likelihoods: expected at least one head"),
+    (({"a": "categorical"},), TypeError, "likelihoods: expected a tree of likelihoods .* got 'categorical'"),
+    (([joint([bernoulli()])],), TypeError, "likelihoods: expected a tree of likelihoods .* got Joint"),
+    (([bernoulli()], [1.0, 2.0]), ValueError, r"weights: expected a number for each .* unexpected \['1'\]"),
+    (([bernoulli()], 1.0), ValueError, "weights: expected a number for each likelihood, in their structure"),
+    *[(([gaussian()], [w]), ValueError, "weights: expected finite numbers >= 0") for w in (-1, float("nan"))],
+    *[(([gaussian()], [w]), TypeError, "weights: expected numbers") for w in ("1", True, torch.ones(()))],
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), ARGUMENTS)
+def test_arguments_are_checked(arguments, error, message):
+    with pytest.raises(error, match=message):
+        joint(*arguments)
