@@ -19,6 +19,7 @@ from lrkfac.core.factors import DiagonalStructure, FactorStructure, diagonal
 from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.layers import KINDS
 from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
+from lrkfac.core.profiling import profiled
 from lrkfac.core.structures import BlockStructure, ProductStructure, Structure, kronecker, unit_wise
 from lrkfac.core.tree import formed, wide
 from lrkfac.core.types import Layer, Layers, Statistics
@@ -231,7 +232,8 @@ def refresh(
         assert isinstance(structure, BlockStructure)
         rows = [_example_rows(layer, statistics).flatten(1) for layer in block.layers]
         new = structure.update(state, torch.cat(rows, dim=1)[:, :, None], scale, decay)
-        return new, structure.inverse(new, damping)
+        with profiled("inverse"):
+            return new, structure.inverse(new, damping)
     (layer,) = block.layers
     inputs = split_groups(layer, statistics.inputs[layer.name])
     gradients = split_groups(layer, statistics.output_gradients[layer.name])
@@ -246,7 +248,8 @@ def refresh(
         else:
             rows = example_gradients(layer, inputs, gradients).flatten(0, 1)
             new = structure.update(state, rows, scale.to(rows.dtype), decay)
-        return new, structure.inverse(new, damping)
+        with profiled("inverse"):
+            return new, structure.inverse(new, damping)
 
     try:
         return _by_group(block, one_group)(state, inputs, gradients)

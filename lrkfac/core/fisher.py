@@ -15,6 +15,7 @@ from lrkfac.core.capture import OutputSpec, output_specs, run_captured, with_con
 from lrkfac.core.covariances import from_matrices, gradient_matrix
 from lrkfac.core.joint import Joint, joint
 from lrkfac.core.likelihoods import Likelihood
+from lrkfac.core.profiling import profiled
 from lrkfac.core.statistics import Captured, Estimator, Form, examples_of, statistics_of, with_others, without_others
 from lrkfac.core.thin import by_rows, thin_layers
 from lrkfac.core.tree import check_like, formed, scaled, wide
@@ -147,10 +148,13 @@ def fisher(
 
         rows = thin_layers(layers, specs_for(params, inputs)) if thin else ()
         if statistics is True and examples is None:
-            loss, grads, aux, seen, of_loss = by_capture(params, inputs, targets, layers, rows)
-            outputs, found = seen.outputs, statistics_of(seen, of_loss, heads, targets, estimator, samples, noise)
+            with profiled("capture"):
+                loss, grads, aux, seen, of_loss = by_capture(params, inputs, targets, layers, rows)
+                found = statistics_of(seen, of_loss, heads, targets, estimator, samples, noise)
+            outputs = seen.outputs
         elif rows and statistics is False:
-            loss, grads, aux, seen, _ = by_capture(params, inputs, targets, replace(layers, layers=rows), rows)
+            with profiled("capture"):
+                loss, grads, aux, seen, _ = by_capture(params, inputs, targets, replace(layers, layers=rows), rows)
             outputs, found = seen.outputs, None
         else:
             grads, (loss, (outputs, tensors)) = grad_and_value(loss_of, has_aux=True)(params)
@@ -158,7 +162,8 @@ def fisher(
             if statistics is not False:
                 if statistics is True:
                     statistics = torch.randperm(outputs[0].shape[0], device=outputs[0].device)[:examples]
-                found = of_examples(params, inputs, targets, statistics, noise)
+                with profiled("capture"):
+                    found = of_examples(params, inputs, targets, statistics, noise)
 
         def outputs_of(params: Tree) -> list[Tensor]:
             with with_constant_padding(layers):

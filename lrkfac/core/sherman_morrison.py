@@ -47,7 +47,7 @@ def _cholesky_inverse(operator: Dense) -> Dense:
     # is within the factorisation's own error and keeps both the factor and the inverse positive definite.
     norm = operator.matrix.abs().sum(dim=-1).amax(dim=-1)
     factor = torch.linalg.cholesky(operator.shifted(_margin(operator.matrix) * norm).matrix)
-    return Dense(torch.cholesky_inverse(factor))
+    return Dense(torch.cholesky_inverse(factor).mT)  # symmetric, and row-major so
 
 
 def _inverse_in_basis(operator: CorrectedKronecker) -> CorrectedKronecker:

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import optree
 from torch import Tensor
 
-from lrkfac.core.blocks import Chosen, apply, blocks, check_state, forms, identity, init, refresh
+from lrkfac.core.blocks import Chosen, apply, blocks, check_state, forms, identity, init
 from lrkfac.core.covariances import from_matrices, to_matrix
+from lrkfac.core.groups import refresh_all
+from lrkfac.core.profiling import profiled
 from lrkfac.core.tree import check_like
 from lrkfac.core.types import Evaluation, Layer, Layers, Tree
 from lrkfac.transforms.base import GradientTransformation, need_number
@@ -105,20 +107,17 @@ def precondition_by_fisher(
         statistics = evaluation.statistics
         used = damping if factor_damping is None else factor_damping
         if statistics is not None:
-            refreshed = {
-                block.name: refresh(block, factors[block.name], inverses[block.name], statistics, used, decay)
-                for block in held
-            }
-            factors = {name: factor for name, (factor, _) in refreshed.items()}
-            inverses = {name: inverse for name, (_, inverse) in refreshed.items()}
+            with profiled("refresh"):
+                factors, inverses = refresh_all(held, factors, inverses, statistics, used, decay)
         owners: list[Layer] = []
         natural: list[Tensor] = []
-        for block in held:
-            matrices = [to_matrix(layer, leaves) for layer in block.layers]
-            owners += block.layers
-            natural += apply(block, inverses[block.name], matrices)
-        for i, leaf in from_matrices(owners, natural).items():
-            leaves[i] = leaf
+        with profiled("apply"):
+            for block in held:
+                matrices = [to_matrix(layer, leaves) for layer in block.layers]
+                owners += block.layers
+                natural += apply(block, inverses[block.name], matrices)
+            for i, leaf in from_matrices(owners, natural).items():
+                leaves[i] = leaf
         other = state.fallback
         if fallback:
             own = None if known is None else [known[i] for i in free]
