@@ -142,7 +142,8 @@ def draw(problem: Problem, results: Results) -> Figure:
         for axis, x in zip(axes, (steps, seconds), strict=True):
             axis.plot(x, np.array(loss) - problem.floor, label=line.label, color=style.colour, linestyle=style.dashes,
                 linewidth=2.4 if style.ours else 1.5)  # fmt: skip
-    drawn = np.concatenate([median_curve(line.runs)[2] for line in found]) - problem.floor
+    gaps = np.concatenate([median_curve(line.runs)[2] for line in found]) - problem.floor
+    drawn = gaps[gaps > 0]  # a loss may round to its lower bound
     rounded = {float(f"{gap + problem.floor:.3g}") for gap in np.geomspace(drawn.min(), drawn.max(), 10)}
     ticks = sorted(value - problem.floor for value in rounded if value > problem.floor)
     for axis, label in zip(axes, ("steps", "training time [s], evaluation not counted"), strict=True):

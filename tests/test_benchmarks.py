@@ -20,7 +20,7 @@ from benchmarks.methods import GRID_SIZE, METHODS
 from benchmarks.problems import PROBLEMS
 from benchmarks.robustness import trained
 from benchmarks.runs import Results, Run, train
-from benchmarks.time_to_loss_report import Line, lines, table
+from benchmarks.time_to_loss_report import Line, draw, lines, table
 from benchmarks.trainers import Functional, Setup
 from tests.marks import requires_compiler
 
@@ -154,6 +154,13 @@ def test_the_target_is_reached_between_points(tmp_path):
     assert line.reaches(3.0) == pytest.approx((5.0, 0.05))
     assert line.reaches(4.0) == (0, 0.0)
     assert line.reaches(0.5) == (math.inf, math.inf)
+
+
+def test_a_loss_that_rounds_to_its_lower_bound_is_drawn(tmp_path):
+    results = Results(tmp_path / "results.json")
+    results.add([curve("sgd", {}, 0, [4.0, 1e-6, 0.0])], {})
+    left, _ = draw(PROBLEMS["digits_classifier"](None, "relu"), results).axes
+    assert list(left.lines[0].get_ydata()) == [4.0, 1e-6, 0.0] and left.get_yscale() == "log"
 
 
 def test_the_command_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
