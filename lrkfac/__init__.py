@@ -1,6 +1,7 @@
 """Low-rank K-FAC as pure functions: natural gradient for functional PyTorch."""
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
+from lrkfac.checkpoint import load, save
 from lrkfac.core.factors import dense, diagonal
 from lrkfac.core.families import bernoulli, categorical, gaussian, poisson
 from lrkfac.core.find import find_layers
@@ -16,6 +17,8 @@ from lrkfac.core.structures import full, kronecker, layer_wise, unit_wise
 from lrkfac.core.tree import formed
 from lrkfac.core.types import Evaluation, Layer, Layers, Statistics
 from lrkfac.core.unformed import Unformed
+from lrkfac.optim import LowRankKFAC
+from lrkfac.state_dicts import from_state_dict, state_dict
 from lrkfac.transforms.accumulation import accumulate, merge_evaluations
 from lrkfac.transforms.adam import scale_by_adam
 from lrkfac.transforms.averaging import ema_params
@@ -37,8 +40,7 @@ from lrkfac.transforms.schedule import (
     scale_by_learning_rate,
     warmup_cosine_schedule,
 )
-
-__version__ = "0.1.0"
+from lrkfac.version import __version__ as __version__
 
 __all__ = [
     "Dense",
@@ -49,6 +51,7 @@ __all__ = [
     "Layer",
     "Layers",
     "Likelihood",
+    "LowRankKFAC",
     "LowRankPlusDiagonal",
     "Statistics",
     "Unformed",
@@ -73,6 +76,7 @@ __all__ = [
     "fisher",
     "formed",
     "from_module",
+    "from_state_dict",
     "full",
     "gaussian",
     "identity",
@@ -83,6 +87,7 @@ __all__ = [
     "kfac",
     "kronecker",
     "layer_wise",
+    "load",
     "low_rank",
     "low_rank_kfac",
     "low_rank_plus_diagonal",
@@ -93,11 +98,13 @@ __all__ = [
     "poisson",
     "power_iteration",
     "precondition_by_fisher",
+    "save",
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
     "scale_by_quadratic_model",
     "sherman_morrison",
+    "state_dict",
     "subspace_iteration",
     "to_dense",
     "trace",

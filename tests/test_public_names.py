@@ -20,7 +20,7 @@ PROMISED = """
     GradientTransformation chain identity precondition_by_fisher clip_by_kl clip_by_global_norm trace
     add_decayed_weights scale scale_by_learning_rate scale_by_adam apply_updates
     masked partition apply_if_finite accumulate merge_evaluations inject_hyperparameters clip_by_value join_schedules
-    low_rank_kfac kfac
+    low_rank_kfac kfac LowRankKFAC save load state_dict from_state_dict
 """.split()
 CHECKERS = ["check_inverse", "check_likelihood", "check_structure", "check_transformation"]
 each_name = pytest.mark.parametrize("name", lrkfac.__all__)
@@ -97,7 +97,7 @@ def test_signatures_that_users_rely_on(name):
 
 def test_importing_the_package_does_not_import_what_only_tests_need():
     code = "import sys, lrkfac; print([m for m in sys.argv[1:] if m in sys.modules])"
-    modules = ["hypothesis", "lrkfac.testing", "pytest", "torch._dynamo"]
+    modules = ["hypothesis", "lrkfac.testing", "pytest", "safetensors", "torch._dynamo"]
     done = subprocess.run(
         [sys.executable, "-c", code, *modules],
         cwd=Path(lrkfac.__file__).parents[1],

@@ -1,0 +1,266 @@
+"""A chain as a ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from lrkfac.chains import low_rank_kfac
+from lrkfac.core.find import find_layers
+from lrkfac.core.fisher import fisher
+from lrkfac.core.joint import Joint
+from lrkfac.core.likelihoods import Likelihood
+from lrkfac.core.module import from_module
+from lrkfac.core.statistics import Estimator
+from lrkfac.core.tree import formed
+from lrkfac.core.types import Evaluation, Tree
+from lrkfac.state_dicts import from_state_dict, state_dict
+from lrkfac.transforms.base import GradientTransformation, apply_updates
+
+CHAIN = "chain"
+"""Key of the state of the chain in the state of the optimizer."""
+
+
+class LowRankKFAC(torch.optim.Optimizer):
+    """``low_rank_kfac``, or another chain, for an ``nn.Module``: the functional loop, with the same numbers.
+
+    Curvature needs the model and the likelihood, a loss alone does not tell it: ``step(inputs, targets)`` takes the
+    place of ``zero_grad``, forward and backward pass, and ``step``. To work on ``.grad`` in between, as
+    ``clip_grad_norm_`` does,
+
+        ``loss = optimizer.evaluate(inputs, targets).loss; clip_grad_norm_(net.parameters(), 1.0); optimizer.step()``.
+
+    The evaluation runs under the ``torch.autocast`` around it, the linear algebra never does. bfloat16 needs no
+    ``GradScaler``, and there is nothing that one could scale. Buffers, such as BatchNorm's, are updated by each
+    evaluation, as by a forward pass. Of ``param_groups`` there is one; its ``lr`` is read in each step, so that
+    ``torch.optim.lr_scheduler`` works (with ``cycle_momentum=False``).
+
+    Attributes:
+        layers: The layers that were found.
+        transformation: The chain.
+        chain_state: Its state; ``chain_state[-1].average`` are the averaged parameters of ``adaptive_low_rank_kfac``.
+        steps: Number of steps so far.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        likelihood: Likelihood | Joint,
+        inputs: Tree,
+        lr: float | Tensor | None = None,
+        *,
+        transformation: Callable[..., GradientTransformation] = low_rank_kfac,
+        estimator: Estimator = "mc",
+        samples: int = 1,
+        thin: bool = False,
+        statistics_every: int = 10,
+        **options: Any,
+    ) -> None:
+        """Finds the layers of a module, and makes the chain.
+
+        Args:
+            module: In the mode (``train`` or ``eval``) in which it is trained; see ``from_module``.
+            likelihood: What its outputs mean.
+            inputs: Of a batch, to find the layers; a tuple is spread as positional, a dictionary as keyword arguments.
+            lr: Learning rate, for a transformation that takes one.
+            transformation: ``transformation(layers, lr, **options)``, or without ``lr`` if none is given, such as
+                ``kfac``, or ``adaptive_low_rank_kfac`` without ``lr``; or one's own function. It is handed ``lr`` as a
+                schedule that returns the number that stands in ``param_groups`` just then.
+            estimator: See ``fisher``.
+            samples: See ``fisher``.
+            thin: See ``fisher``; for ``step(inputs, targets)``.
+            statistics_every: Statistics are taken in the first of so many steps, unless a step says otherwise.
+            **options: For the transformation, such as ``rank=16, damping=1e-3``.
+
+        Raises:
+            ValueError: If a number is out of range, or as ``from_module``, ``find_layers`` and ``fisher``.
+            TypeError: If an argument has the wrong type or is missing.
+        """
+        if lr is None and transformation is low_rank_kfac:
+            raise TypeError("lr: missing; pass a number, or transformation=adaptive_low_rank_kfac, which needs none")
+        if isinstance(statistics_every, bool) or not isinstance(statistics_every, int):
+            raise TypeError(f"statistics_every: expected an integer >= 1, got {statistics_every!r}")
+        if statistics_every < 1:
+            raise ValueError(f"statistics_every: expected an integer >= 1, got {statistics_every}")
+        if lr is not None:
+            _check_rate(lr)
+        self._buffered = isinstance(module, nn.Module) and next(module.buffers(), None) is not None
+        model, params, *_ = from_module(module, buffers=self._buffered)
+        self._module = module
+        self._parameters = {name: p for name, p in module.named_parameters() if name in params}
+        super().__init__(list(self._parameters.values()), {} if lr is None else {"lr": lr})
+        self._modes = [(name, part, part.training) for name, part in module.named_modules()]
+        self.layers = find_layers(model, params, self._with_buffers(inputs))
+        self._fisher = fisher(model, likelihood, self.layers, estimator, samples, has_aux=self._buffered, thin=thin)
+        rate = () if lr is None else (self._rate,)
+        self.transformation = transformation(self.layers, *rate, **options)
+        if not isinstance(self.transformation, GradientTransformation):
+            raise TypeError(
+                "transformation: expected a function that makes a GradientTransformation, such as kfac, got one of "
+                f"{type(self.transformation).__name__}"
+            )
+        self.statistics_every = statistics_every
+        self.chain_state = self.transformation.init(self.params)
+        self.steps = 0
+        self._held: Evaluation | None = None
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The parameters as a tree of the functions; it shares memory with the module's."""
+        return {name: p.detach() for name, p in self._parameters.items()}
+
+    def evaluate(self, inputs: Tree, targets: Tree, statistics: bool | Tensor | None = None) -> Evaluation:
+        """Evaluates a batch, sets each ``.grad`` to its gradient, and holds it for ``step()``.
+
+        Args:
+            inputs: Of the batch.
+            targets: As the likelihood takes them.
+            statistics: See ``fisher``; by default, in the first of each ``statistics_every`` steps.
+
+        Returns:
+            The evaluation. ``merge_evaluations`` makes one of several: ``step(lambda: merge_evaluations(parts))``.
+
+        Raises:
+            ValueError: If the mode of the module has changed, or as the function of ``fisher``.
+            TypeError: As the function of ``fisher``.
+        """
+        evaluation = self._evaluate(inputs, targets, statistics)
+        evaluation = evaluation._replace(grads=formed(evaluation.grads))
+        for name, parameter in self._parameters.items():
+            parameter.grad = evaluation.grads[name]
+        self._held = evaluation
+        return evaluation
+
+    @overload  # type: ignore[override]
+    def step(self) -> Tensor: ...
+    @overload
+    def step(self, closure: Callable[[], Evaluation]) -> Tensor: ...
+    @overload
+    def step(self, closure: Tree, targets: Tree, statistics: bool | Tensor | None = None) -> Tensor: ...
+    def step(self, closure: Any = None, targets: Any = None, statistics: bool | Tensor | None = None) -> Tensor:
+        """``step(inputs, targets)``, ``step(closure)``, or ``step()`` after ``evaluate``: changes the parameters.
+
+        Gradients are those of the evaluation; if it is the one that ``evaluate`` returned last, ``.grad`` as it is now.
+
+        Args:
+            closure: A function that returns an ``Evaluation``, or the inputs of a batch.
+            targets: Of the batch.
+            statistics: For a batch, as in ``evaluate``.
+
+        Returns:
+            The loss before the step, ``[]``.
+
+        Raises:
+            TypeError: If the closure returns something else, such as a loss, which does not tell the curvature; if
+                there is neither batch nor closure, nor an evaluation held.
+            ValueError: If a ``.grad`` is missing, or as ``evaluate`` and the transformation.
+        """
+        if targets is None and statistics is not None:
+            raise TypeError(
+                "step: statistics are chosen by evaluate(), or for a batch: step(inputs, targets, statistics)"
+            )
+        if targets is not None:
+            evaluation = self._evaluate(closure, targets, statistics)
+        elif closure is None:
+            if self._held is None:
+                raise TypeError(
+                    "step: nothing to step with; call step(inputs, targets), or evaluate(inputs, targets) first"
+                )
+            evaluation = self._held
+        else:
+            evaluation = closure() if callable(closure) else closure
+            if not isinstance(evaluation, Evaluation):
+                raise TypeError(
+                    f"step: expected a closure that returns an Evaluation, got {type(evaluation).__name__}; a loss "
+                    "does not tell the curvature: call step(inputs, targets), or "
+                    "step(lambda: optimizer.evaluate(inputs, targets))"
+                )
+        if evaluation is self._held:
+            absent = [name for name, p in self._parameters.items() if p.grad is None]
+            if absent:
+                raise ValueError(
+                    f"step: {absent} have no .grad any more; call zero_grad() before evaluate(), or not at all"
+                )
+            evaluation = evaluation._replace(grads={name: p.grad for name, p in self._parameters.items()})
+        params = self.params
+        with torch.no_grad(), torch.autocast(evaluation.loss.device.type, enabled=False):
+            updates, self.chain_state = self.transformation.update(
+                evaluation.grads, self.chain_state, params, evaluation=evaluation
+            )
+            torch._foreach_copy_(list(params.values()), list(apply_updates(params, updates).values()))
+        self.steps += 1
+        self._held = None
+        return evaluation.loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and containers: ``torch.load(..., weights_only=True)`` reads them."""
+        self.state[CHAIN] = {"state": state_dict(self.chain_state), "steps": self.steps}  # type: ignore[index]
+        try:
+            return super().state_dict()
+        finally:
+            self.state.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the optimizer of a ``state_dict`` was.
+
+        Raises:
+            ValueError: If it is of another module, transformation or class of optimizer; nothing has changed then.
+        """
+        held = state_dict.get("state", {}).get(CHAIN)
+        if held is None:
+            raise ValueError("state_dict: expected that of a LowRankKFAC, got one of another optimizer")
+        state = from_state_dict(self.chain_state, held["state"])
+        super().load_state_dict(state_dict)
+        self.state.clear()
+        self.chain_state, self.steps, self._held = state, held["steps"], None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuses a second group.
+
+        Raises:
+            ValueError: If there is a group already.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "param_group: expected one group of all parameters that require a gradient; use transformation=... "
+                "with lrkfac.partition for parameters of several kinds, and make another optimizer for more parameters"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("LowRankKFAC: functions cannot be pickled or copied; make another one, and load_state_dict()")
+
+    def _evaluate(self, inputs: Tree, targets: Tree, statistics: bool | Tensor | None) -> Evaluation:
+        for name, part, training in self._modes:
+            if part.training != training:
+                was, now = ("train", "eval") if training else ("eval", "train")
+                raise ValueError(
+                    f"module: {name or type(part).__name__!r} is in {now} mode, and was in {was} mode when the "
+                    f"optimizer was made; call {was}() on it, or make the optimizer again"
+                )
+        chosen = self.steps % self.statistics_every == 0 if statistics is None else statistics
+        evaluation = self._fisher(self.params, self._with_buffers(inputs), targets, statistics=chosen)
+        if self._buffered:
+            with torch.no_grad():
+                own = dict(self._module.named_buffers())
+                torch._foreach_copy_(list(own.values()), [evaluation.aux[name] for name in own])
+        return evaluation
+
+    def _with_buffers(self, inputs: Tree) -> Tree:
+        return (dict(self._module.named_buffers()), inputs) if self._buffered else inputs
+
+    def _rate(self, step: Tensor) -> float | Tensor:
+        rate: float | Tensor = self.param_groups[0]["lr"]
+        return rate
+
+
+def _check_rate(rate: Any) -> None:
+    if isinstance(rate, Tensor) and rate.ndim == 0:
+        return
+    if isinstance(rate, bool) or not isinstance(rate, int | float):
+        raise TypeError(f"lr: expected a number or a tensor [], got {type(rate).__name__}")
+    if not 0 <= rate < float("inf"):
+        raise ValueError(f"lr: expected a finite number >= 0, got {rate}")

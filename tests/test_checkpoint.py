@@ -1,0 +1,244 @@
+"""Checkpoints: what comes back is what was saved, a run goes on as if it had not stopped, and nothing else loads."""
+
+import io
+import os
+import subprocess
+import sys
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import lrkfac
+from lrkfac import from_state_dict, state_dict
+
+safetensors = pytest.importorskip("safetensors", reason="the extra `checkpoint`")
+WIDTHS = (5, 8, 8, 8, 3)  # layers of equal form are refreshed together
+CHAINS = {
+    "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=3, kl_clip=1e-2),
+    "dense": lambda layers: lrkfac.kfac(layers, lrkfac.warmup_cosine_schedule(0.1, 2, 20)),
+    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3),
+    "corrected": lambda layers: lrkfac.precondition_by_fisher(
+        layers, lrkfac.kronecker(lrkfac.low_rank(2), lrkfac.low_rank(2), corrected=True)
+    ),
+    "units": lambda layers: lrkfac.chain(
+        lrkfac.precondition_by_fisher(layers, lrkfac.unit_wise()), lrkfac.scale(-0.01)
+    ),
+    "wrapped": lambda layers: lrkfac.apply_if_finite(
+        lrkfac.inject_hyperparameters(lrkfac.low_rank_kfac)(layers, learning_rate=0.1, rank=2), 3
+    ),
+}
+
+
+class Run:
+    """A training run: everything that a checkpoint must hold, and what it is for."""
+
+    def __init__(self, chain="low rank", widths=WIDTHS, dtype=torch.float32, seed=0):
+        torch.manual_seed(seed)
+        stages = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in pairwise(widths)]
+        model, self.params = lrkfac.from_module(nn.Sequential(*stages).to(dtype))
+        self.data = [(torch.randn(16, widths[0], dtype=dtype), torch.randint(3, (16,))) for _ in range(4)]
+        self.layers = lrkfac.find_layers(model, self.params, self.data[0][0])
+        self.fisher = lrkfac.fisher(model, lrkfac.categorical(), self.layers)
+        self.tx = CHAINS[chain](self.layers)
+        self.state, self.step = self.tx.init(self.params), 0
+
+    def train(self, steps):
+        for _ in range(steps):
+            e = self.fisher(self.params, *self.data[self.step % 4], statistics=self.step % 3 == 0)
+            updates, self.state = self.tx.update(e.grads, self.state, self.params, evaluation=e)
+            self.params, self.step = lrkfac.apply_updates(self.params, updates), self.step + 1
+        return self
+
+    @property
+    def progress(self):
+        return {"params": self.params, "step": self.step, "generator": torch.get_rng_state()}
+
+    def go_on(self, progress, state):
+        self.params, self.step, self.state = progress["params"], progress["step"], state
+        torch.set_rng_state(progress["generator"])
+        return self
+
+
+def by_save(run, folder):
+    lrkfac.save(folder / "run.safetensors", run.progress, run.state, run.layers)
+    return lambda new: lrkfac.load(folder / "run.safetensors", new.progress, new.state, new.layers)
+
+
+def by_torch(run, folder):
+    torch.save({"progress": run.progress, "state": state_dict(run.state)}, folder / "run.pt")
+
+    def read(new):
+        found = torch.load(folder / "run.pt", weights_only=True)
+        return found["progress"], from_state_dict(new.state, found["state"])
+
+    return read
+
+
+def by_distributed_checkpoint(run, folder):
+    from torch.distributed import checkpoint
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own: no process group, its storage
+        parts = {"progress": state_dict(run.progress), "state": state_dict(run.state)}
+        checkpoint.save(parts, checkpoint_id=folder / "run")
+
+    def read(new):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = {"progress": state_dict(new.progress), "state": state_dict(new.state)}
+            checkpoint.load(found, checkpoint_id=folder / "run")
+        return from_state_dict(new.progress, found["progress"]), from_state_dict(new.state, found["state"])
+
+    return read
+
+
+WAYS = {"save": by_save, "torch.save": by_torch, "torch.distributed.checkpoint": by_distributed_checkpoint}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_resuming_equals_not_stopping_bit_for_bit(chain, way, dtype, tmp_path):
+    expected = Run(chain, dtype=dtype).train(14)
+    read = way(Run(chain, dtype=dtype).train(7), tmp_path)
+    new = Run(chain, dtype=dtype, seed=1)
+    data = Run(chain, dtype=dtype).data
+    found = new.go_on(*read(new))
+    found.data = data
+    found.train(7)
+    assert optree.tree_all(optree.tree_map(torch.equal, found.params, expected.params))
+    assert optree.tree_all(optree.tree_map(torch.equal, found.state, expected.state))
+    assert optree.tree_structure(found.state) == optree.tree_structure(expected.state)
+
+
+class Pair(NamedTuple):
+    left: object
+    right: object
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+
+
+@st.composite
+def tensors(draw):
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    x = torch.randint(0, 2, shape).to(draw(st.sampled_from(DTYPES)))
+    x = x.permute(draw(st.permutations(range(x.ndim))))
+    return x.expand(3, *x.shape) if draw(st.booleans()) else x[..., :1] if x.ndim and draw(st.booleans()) else x
+
+
+LEAVES = st.one_of(tensors(), st.integers(-5, 5), st.floats(allow_nan=False), st.booleans(), st.text(max_size=3))
+KEYS = st.sampled_from(["a", "a.b", "b", "0", "", "a#1", "ü"])
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.dictionaries(KEYS, inner, max_size=3),
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.tuples(inner, inner).map(lambda both: Pair(*both)),
+    ),
+    max_leaves=8,
+)
+
+
+def equal(x, y):
+    if isinstance(x, torch.Tensor):
+        return torch.equal(x, y) and x.dtype == y.dtype
+    return type(x) is type(y) and x == y
+
+
+def zeroed(x):
+    return torch.zeros_like(x) if isinstance(x, torch.Tensor) else type(x)()
+
+
+@given(params=TREES, state=TREES)
+def test_any_tree_comes_back(tmp_path_factory, params, state):
+    path = tmp_path_factory.mktemp("any") / "run.safetensors"
+    like = optree.tree_map(zeroed, (params, state))
+    lrkfac.save(path, params, state)
+    found = lrkfac.load(path, *like)
+    assert optree.tree_structure(found) == optree.tree_structure((params, state))
+    assert all(map(equal, optree.tree_leaves(found), optree.tree_leaves((params, state))))
+    for x, y in zip(optree.tree_leaves(found), optree.tree_leaves((params, state)), strict=True):
+        if isinstance(x, torch.Tensor) and y.is_contiguous():
+            assert x.is_contiguous()
+
+
+@given(tree=TREES)
+def test_any_tree_is_a_flat_dictionary_and_back(tree):
+    flat = state_dict(tree)
+    assert len(flat) == len(optree.tree_leaves(tree))
+    file = io.BytesIO()
+    torch.save(flat, file)
+    file.seek(0)
+    found = from_state_dict(optree.tree_map(zeroed, tree), torch.load(file, weights_only=True))
+    assert optree.tree_structure(found) == optree.tree_structure(tree)
+    assert all(map(equal, optree.tree_leaves(found), optree.tree_leaves(tree)))
+    assert all(isinstance(x, torch.Tensor | int | float | str) for x in flat.values())
+
+
+def test_a_flat_dictionary_is_a_copy():
+    run = Run()
+    kept = optree.tree_map(torch.clone, run.state)
+    for x in state_dict(run.state).values():
+        x.add_(1)
+    assert optree.tree_all(optree.tree_map(torch.equal, run.state, kept))
+
+
+def test_matrices_lie_in_memory_as_they_did(tmp_path):
+    x = torch.randn(4, 3)
+    state = {"columns": x.mT, "repeated": x[:3, :1].expand(3, 5), "part": x[1:3]}
+    lrkfac.save(tmp_path / "x", {}, state)
+    _, found = lrkfac.load(tmp_path / "x", {}, optree.tree_map(torch.zeros_like, state))
+    strides = {"columns": (1, 3), "repeated": (1, 0), "part": (3, 1)}
+    assert {name: x.stride() for name, x in found.items()} == strides
+    assert os.path.getsize(tmp_path / "x") < 2000
+
+
+def test_written_then_forced_to_disk_then_renamed_then_the_folder(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def seen_fsync(number):
+        name = os.readlink(f"/proc/self/fd/{number}")
+        calls.append(("folder" if os.path.isdir(name) else "file", os.path.exists(tmp_path / "x")))
+        fsync(number)
+
+    def seen_replace(source, target):
+        assert Path(source).parent == Path(target).parent
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "replace", seen_replace)
+    lrkfac.save(tmp_path / "x", {"w": torch.ones(3)}, ())
+    assert calls == [("file", False), "rename", ("folder", True)]
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_failure_leaves_the_last_one(tmp_path, monkeypatch):
+    lrkfac.save(tmp_path / "x", {"w": torch.ones(3)}, ())
+
+    def fails(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="no space"):
+        lrkfac.save(tmp_path / "x", {"w": torch.zeros(3)}, ())
+    assert os.listdir(tmp_path) == ["x"]
+    assert lrkfac.load(tmp_path / "x", {"w": torch.zeros(3)}, ())[0]["w"].sum() == 3
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_last_good_one_is_there(tmp_path):
+    command = [sys.executable, "-m", "tests.killed_while_saving", "20", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "20 kills" in done.stdout

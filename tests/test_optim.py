@@ -1,0 +1,240 @@
+"""``LowRankKFAC`` is the functional loop in the form of ``torch.optim``, and fits what is built for that."""
+
+import copy
+import warnings
+from functools import partial
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import lrkfac
+from lrkfac import LowRankKFAC
+
+OPTIONS = {"rank": 2, "damping": 0.05, "weight_decay": 0.01, "kl_clip": 5e-3}
+
+
+def plain(dtype):
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def normalised(dtype):
+    net = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Linear(8, 3))
+    return net.to(dtype)
+
+
+def partly_frozen(dtype):
+    net = plain(dtype)
+    net[0].requires_grad_(False)
+    return net
+
+
+MODELS = {"plain": plain, "BatchNorm": normalised, "partly frozen": partly_frozen}
+CHAIN = partial(lrkfac.low_rank_kfac, learning_rate=0.2)
+each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+
+
+def batches(number, dtype=torch.float64, size=5):
+    return [(torch.randn(size, 6, dtype=dtype), torch.randint(3, (size,))) for _ in range(number)]
+
+
+def functional(net, data, make, rates=None, every=3, thin=False, **options):
+    """The loop of the README, with BatchNorm's buffers; parameters and buffers after it."""
+    model, params, buffers = lrkfac.from_module(net, buffers=True)
+    with_buffers = bool(buffers)
+    if not with_buffers:
+        model, params = lrkfac.from_module(net)
+    given = lambda x: (buffers, x) if with_buffers else x  # noqa: E731
+    layers = lrkfac.find_layers(model, params, given(data[0][0]))
+    fisher = lrkfac.fisher(model, lrkfac.categorical(), layers, has_aux=with_buffers, thin=thin)
+    state = make(layers, *(rates or [])[:1], **options).init(params)
+    for i, (x, y) in enumerate(data):
+        tx = make(layers, **options) if rates is None else make(layers, rates[i], **options)
+        e = fisher(params, given(x), y, statistics=i % every == 0)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        params, buffers = lrkfac.apply_updates(params, updates), e.aux if with_buffers else {}
+    return params | buffers
+
+
+def by_class(net, data, **options):
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], statistics_every=3, **options)
+    for x, y in data:
+        optimizer.step(x, y)
+    return optimizer
+
+
+def trained(net):
+    """Everything that training changes."""
+    return {n: x.detach() for n, x in (*net.named_parameters(), *net.named_buffers()) if n not in _frozen(net)}
+
+
+def _frozen(net):
+    return {n for n, p in net.named_parameters() if not p.requires_grad}
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    assert {k for k in found if not torch.equal(found[k], expected[k])} == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("thin", [False, True], ids=["", "thin"])
+@each_model
+def test_equals_the_functional_loop_bit_for_bit(make, thin, dtype):
+    if thin:
+        make = partial(wide, make)
+    net, data = make(dtype), batches(7, dtype)
+    kept = {n: x.clone() for n, x in net.state_dict().items()}
+    torch.manual_seed(1)
+    expected = functional(copy.deepcopy(net), data, CHAIN, thin=thin, **OPTIONS)
+    torch.manual_seed(1)
+    by_class(net, data, lr=0.2, thin=thin, **OPTIONS)
+    same(trained(net), expected)
+    for name in _frozen(net):
+        assert torch.equal(kept[name], net.state_dict()[name])
+
+
+def wide(make, dtype):
+    net = make(dtype)
+    net[-1] = nn.Sequential(nn.Linear(net[-1].in_features, 64), nn.Linear(64, 64), nn.Linear(64, 3)).to(dtype)
+    return net
+
+
+@each_model
+def test_any_chain(make):
+    data = batches(6)
+    for transformation in (lrkfac.kfac, lambda layers, lr: lrkfac.chain(lrkfac.trace(0.5), lrkfac.scale(-0.1))):
+        net = make(torch.float64)
+        torch.manual_seed(1)
+        expected = functional(copy.deepcopy(net), data, transformation, rates=[0.2] * 6)
+        torch.manual_seed(1)
+        by_class(net, data, lr=0.2, transformation=transformation)
+        same(trained(net), expected)
+
+
+def test_nothing_to_tune():
+    net, data = plain(torch.float64), batches(6)
+    torch.manual_seed(1)
+    expected = functional(copy.deepcopy(net), data, lrkfac.adaptive_low_rank_kfac, rank=2)
+    torch.manual_seed(1)
+    optimizer = by_class(net, data, transformation=lrkfac.adaptive_low_rank_kfac, rank=2)
+    same(trained(net), expected)
+    assert optimizer.chain_state[-1].average.keys() == optimizer.params.keys()
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_schedulers_set_the_learning_rate_of_each_step(as_tensor):
+    net, data = plain(torch.float64), batches(6)
+    rate = torch.tensor(0.2, dtype=torch.float64) if as_tensor else 0.2
+    expected_rates = [0.2 * 0.5 ** (i // 2) for i in range(6)]
+    torch.manual_seed(1)
+    expected = functional(copy.deepcopy(net), data, lrkfac.low_rank_kfac, rates=expected_rates, **OPTIONS)
+    torch.manual_seed(1)
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], lr=rate, statistics_every=3, **OPTIONS)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where it sees no step between two of the scheduler
+        for (x, y), rate in zip(data, expected_rates, strict=True):
+            assert float(optimizer.param_groups[0]["lr"]) == rate
+            optimizer.step(x, y)
+            scheduler.step()
+    same(trained(net), expected)
+
+
+@given(seed=st.integers(0, 2**31), scale=st.floats(1e-3, 1e3), make=st.sampled_from(list(MODELS.values())))
+def test_between_evaluate_and_step_gradients_are_those_of_the_module(seed, scale, make):
+    """They are what autograd says, and what is made of them is what the chain sees, ``clip_by_kl`` included."""
+    torch.manual_seed(seed)
+    net, (batch, *_) = make(torch.float64), batches(1)
+    other = copy.deepcopy(net)
+    torch.nn.functional.cross_entropy(other(batch[0]), batch[1]).backward()
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), batch[0], lr=0.2, estimator="exact", **OPTIONS)
+    evaluation = optimizer.evaluate(*batch)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad if p.requires_grad else None, rtol=1e-9, atol=1e-12)
+        if p.grad is not None:
+            p.grad.mul_(scale)
+    params, state = optree.tree_map(torch.clone, optimizer.params), optimizer.chain_state
+    grads = {n: p.grad.clone() for n, p in net.named_parameters() if p.requires_grad}
+    updates, _ = optimizer.transformation.update(grads, state, params, evaluation=evaluation._replace(grads=grads))
+    assert torch.equal(optimizer.step(), evaluation.loss)
+    same(optimizer.params, lrkfac.apply_updates(params, updates))
+
+
+def test_clipped_gradients():
+    net, (batch, *_) = plain(torch.float64), batches(1)
+    optimizer = LowRankKFAC(
+        net, lrkfac.categorical(), batch[0], lr=1.0, transformation=lambda layers, lr: lrkfac.scale_by_learning_rate(lr)
+    )
+    before = {n: p.clone() for n, p in optimizer.params.items()}
+    optimizer.evaluate(*batch)
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    optimizer.step()
+    moved = torch.cat([(p - before[n]).flatten() for n, p in optimizer.params.items()]).norm()
+    assert abs(moved.item() - 1e-3) < 1e-8
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in net.parameters())
+
+
+@each_model
+def test_three_ways_to_step_are_one(make):
+    data = batches(4)
+    ways = {
+        "batch": lambda o, x, y: o.step(x, y),
+        "closure": lambda o, x, y: o.step(lambda: o.evaluate(x, y)),
+        "closure by name": lambda o, x, y: o.step(closure=lambda: o.evaluate(x, y)),
+        "before": lambda o, x, y: (o.zero_grad(), o.evaluate(x, y), o.step()),
+    }
+    start, found = make(torch.float64), []
+    for step in ways.values():
+        net = copy.deepcopy(start)
+        optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], lr=0.2, statistics_every=3, **OPTIONS)
+        torch.manual_seed(1)
+        for x, y in data:
+            step(optimizer, x, y)
+        found.append(trained(net))
+    for other in found[1:]:
+        same(other, found[0])
+
+
+def test_micro_batches_are_one_batch():
+    net, data = plain(torch.float64), batches(2)
+    other = copy.deepcopy(net)
+    whole = tuple(torch.cat(parts) for parts in zip(*data, strict=True))
+    options = {"lr": 0.2, "estimator": "exact", **OPTIONS}
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), whole[0], **options)
+    optimizer.step(lambda: lrkfac.merge_evaluations([optimizer.evaluate(*batch) for batch in data]))
+    LowRankKFAC(other, lrkfac.categorical(), whole[0], **options).step(*whole)
+    torch.testing.assert_close(trained(net), trained(other), rtol=1e-8, atol=1e-10)
+
+
+def test_batch_norm_sees_each_batch_as_in_a_forward_pass():
+    net, data = normalised(torch.float64), batches(3)
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], lr=0.2, **OPTIONS)
+    assert net[1].num_batches_tracked == 0
+    for i, (x, y) in enumerate(data):
+        other = copy.deepcopy(net)
+        other(x)
+        optimizer.step(x, y)
+        assert net[1].num_batches_tracked == i + 1
+        torch.testing.assert_close(dict(net.named_buffers()), dict(other.named_buffers()))
+
+
+def test_autocast_is_for_the_model_alone():
+    """Under autocast the outputs are in bfloat16; factors and steps are those of the functional loop without it."""
+    net, data = plain(torch.float32), batches(4, torch.float32, size=16)
+    start = copy.deepcopy(net)
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], lr=0.2, estimator="exact", **OPTIONS)
+    for x, y in data:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert optimizer.evaluate(x, y).outputs.dtype == torch.bfloat16
+            params, kept = optree.tree_map(torch.clone, optimizer.params), optimizer.chain_state
+            held = optimizer._held
+            optimizer.step()
+        updates, _ = optimizer.transformation.update(held.grads, kept, params, evaluation=held)
+        same(optimizer.params, lrkfac.apply_updates(params, updates))
+    losses = [torch.nn.functional.cross_entropy(n(data[0][0]), data[0][1]) for n in (start, net)]
+    assert losses[1] < losses[0]
