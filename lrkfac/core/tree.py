@@ -77,7 +77,9 @@ def wide(x: Any) -> Any:
     """``x`` in at least float32, the least precision in which sums and factors are kept."""
     if isinstance(x, Unformed):
         return Unformed(wide(x.left), wide(x.right), x.dtype, tuple([(c, wide(t)) for c, t in x.terms]))
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+    if x.dtype in (torch.float32, torch.float64) or not x.is_floating_point():
+        return x
+    return x.to(torch.float32)
 
 
 def paths(x: Tree) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from torch.func import vmap
 from lrkfac import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
 from lrkfac.core.operators import dimension, split_damping
 from lrkfac.testing import operators
+from lrkfac.testing.strategies import low_rank_plus_diagonals
 from tests import reference
 from tests.dispatch import LargestTensor
 
@@ -53,8 +54,13 @@ def test_a_zero_factor_splits_damping_evenly(zero):
     assert split_damping(Kronecker(**factors), 0.25) == (torch.tensor(0.5), torch.tensor(0.5))
 
 
-@given(operators(dtype=torch.float64), operators(dtype=torch.float64), st.integers(0, 2**16))
-def test_two_sided_is_the_product_with_both_matrices(output, input, seed):
+low_rank = low_rank_plus_diagonals(dtype=torch.float64)
+any_two = st.tuples(operators(dtype=torch.float64), operators(dtype=torch.float64)) | st.tuples(low_rank, low_rank)
+
+
+@given(any_two, st.integers(0, 2**16))
+def test_two_sided_is_the_product_with_both_matrices(both, seed):
+    output, input = both
     torch.manual_seed(seed)
     gradient = torch.randn(dimension(output), dimension(input), dtype=torch.float64)
     found = Kronecker(output, input).two_sided(gradient)
