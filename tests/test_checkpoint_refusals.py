@@ -169,9 +169,7 @@ def test_other_flat_dictionaries():
     like = (torch.ones(3), {"step": 1})
     with pytest.raises(ValueError, match=r"state_dict: .*missing \['1.step'\], unexpected \['2'\]"):
         from_state_dict(like, {"0": torch.ones(3), "2": 1})
-    with pytest.raises(
-        ValueError, match=r"state_dict: expected '0' to be torch\.float32 .*\(3,\), got .*\(2,\)"
-    ):
+    with pytest.raises(ValueError, match=r"state_dict: expected '0' to be torch\.float32 .*\(3,\), got .*\(2,\)"):
         from_state_dict(like, {"0": torch.ones(2), "1.step": 1})
     with pytest.raises(ValueError, match=r"state_dict: expected '1\.step' to be of type int, got of type float"):
         from_state_dict(like, {"0": torch.ones(3), "1.step": 1.0})
