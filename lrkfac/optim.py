@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, overload
 
 import torch
@@ -113,7 +114,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         return {name: p.detach() for name, p in self._parameters.items()}
 
     def evaluate(self, inputs: Tree, targets: Tree, statistics: bool | Tensor | None = None) -> Evaluation:
-        """Evaluates a batch, sets each ``.grad`` to its gradient, and holds it for ``step()``.
+        """Evaluates a batch, sets each ``.grad`` to a copy of its gradient, and holds it for ``step()``.
 
         Args:
             inputs: Of the batch.
@@ -128,9 +129,10 @@ class LowRankKFAC(torch.optim.Optimizer):
             TypeError: As the function of ``fisher``.
         """
         evaluation = self._evaluate(inputs, targets, statistics)
-        evaluation = evaluation._replace(grads=formed(evaluation.grads))
+        grads = formed(evaluation.grads)
         for name, parameter in self._parameters.items():
-            parameter.grad = evaluation.grads[name]
+            # A copy: several parameters may have the same gradient, and each may be changed in place.
+            parameter.grad = grads[name].clone()
         self._held = evaluation
         return evaluation
 
@@ -185,8 +187,9 @@ class LowRankKFAC(torch.optim.Optimizer):
                     f"step: {absent} have no .grad any more; call zero_grad() before evaluate(), or not at all"
                 )
             evaluation = evaluation._replace(grads={name: p.grad for name, p in self._parameters.items()})
-        params = self.params
-        with torch.no_grad(), torch.autocast(evaluation.loss.device.type, enabled=False):
+        params, device = self.params, evaluation.loss.device.type
+        full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with torch.no_grad(), full:
             updates, self.chain_state = self.transformation.update(
                 evaluation.grads, self.chain_state, params, evaluation=evaluation
             )

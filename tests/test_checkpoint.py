@@ -12,7 +12,7 @@ from typing import NamedTuple
 import optree
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -173,6 +173,7 @@ def test_any_tree_comes_back(tmp_path_factory, params, state):
 
 
 @given(tree=TREES)
+@example(tree={"a": {"b": 1}, "a.b": 2.0, "a.b#1": "3"})
 def test_any_tree_is_a_flat_dictionary_and_back(tree):
     flat = state_dict(tree)
     assert len(flat) == len(optree.tree_leaves(tree))

@@ -69,12 +69,12 @@ def test_other_layers(tmp_path):
         lrkfac.save(tmp_path / "x", {}, (), [])
 
 
-def rewritten(path, change):
+def rewritten(path, change, dtype=None):
     """The file with another description beside its tensors."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}
         found = json.loads(file.metadata()["lrkfac"])
     save_file(tensors, path, metadata={"lrkfac": json.dumps(change(found))})
 
@@ -96,6 +96,13 @@ def test_other_versions(change, match, tmp_path):
     major, minor, *_ = lrkfac.__version__.split(".")
     rewritten(path, lambda found: found | {"format": 1, "version": f"{major}.{minor}.99"})
     load(path, Run())
+
+
+def test_other_tensors_than_described(tmp_path):
+    path = saved(tmp_path)
+    rewritten(path, lambda found: found, torch.float64)
+    with pytest.raises(ValueError, match=r"damaged .*is of torch\.float64"):
+        load(path, Run())
 
 
 class Trap:

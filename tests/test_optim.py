@@ -59,6 +59,10 @@ def functional(net, data, make, rates=None, every=3, thin=False, **options):
     return params | buffers
 
 
+def plain_descent(layers, lr):
+    return lrkfac.scale_by_learning_rate(lr)
+
+
 def by_class(net, data, **options):
     optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], statistics_every=3, **options)
     for x, y in data:
@@ -164,11 +168,31 @@ def test_between_evaluate_and_step_gradients_are_those_of_the_module(seed, scale
     same(optimizer.params, lrkfac.apply_updates(params, updates))
 
 
+def test_gradients_may_be_changed_in_place_one_by_one():
+    """Also where two parameters have the same gradient, for all entries the same number."""
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            return x + self.one + self.two
+
+    net, x = Shifted(), torch.randn(4, 3)
+    optimizer = LowRankKFAC(net, lrkfac.gaussian(1.0), x, lr=1.0, transformation=plain_descent)
+    evaluation = optimizer.evaluate(x, torch.zeros(4, 3))
+    grads = {n: g.clone() for n, g in evaluation.grads.items()}
+    net.one.grad.mul_(2)
+    net.two.grad.add_(1)
+    same(evaluation.grads, grads)
+    optimizer.step()
+    same(optimizer.params, {"one": -2 * grads["one"], "two": -grads["two"] - 1})
+
+
 def test_clipped_gradients():
     net, (batch, *_) = plain(torch.float64), batches(1)
-    optimizer = LowRankKFAC(
-        net, lrkfac.categorical(), batch[0], lr=1.0, transformation=lambda layers, lr: lrkfac.scale_by_learning_rate(lr)
-    )
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), batch[0], lr=1.0, transformation=plain_descent)
     before = {n: p.clone() for n, p in optimizer.params.items()}
     optimizer.evaluate(*batch)
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)

@@ -100,6 +100,7 @@ REFUSED = {
     "a loss": (_with_loss, TypeError, "step: expected a closure that returns an Evaluation, got Tensor"),
     "nothing": (lambda o, x, y: o.step(), TypeError, "step: nothing to step with"),
     "nothing new": (lambda o, x, y: (o.step(x, y), o.step()), TypeError, "step: nothing to step with"),
+    "nothing newer": (lambda o, x, y: (o.evaluate(x, y), o.step(), o.step()), TypeError, "step: nothing to step with"),
     "inputs alone": (lambda o, x, y: o.step(x), TypeError, "step: expected a closure"),
     "statistics alone": (lambda o, x, y: o.step(statistics=True), TypeError, "step: statistics"),
     "no gradient": (_without_grad, ValueError, r"step: .* have no \.grad"),
