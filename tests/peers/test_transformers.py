@@ -71,8 +71,9 @@ def test_every_parameter_is_covered_and_gradients_are_right(make, estimator):
     torch.testing.assert_close(e.loss, loss(params))
     leaves = zip(optree.tree_leaves(e.grads), optree.tree_leaves(grad(loss)(params)), strict=True)
     scale = max(g.abs().max() for g in optree.tree_leaves(e.grads))
+    tolerance = 1e-6 if make is llama else 1e-10  # its RMSNorm computes in float32, whatever the parameters' dtype
     for parameter, (found, expected) in zip(layers.parameters, leaves, strict=True):
-        assert (found - expected).abs().max() <= 1e-10 * scale, parameter.path
+        assert (found - expected).abs().max() <= tolerance * scale, parameter.path
     tx = lrkfac.low_rank_kfac(layers, 0.05, rank=2)
     updates, _ = tx.update(e.grads, tx.init(params), params, evaluation=e)
     assert sum((u * g).sum() for u, g in zip(*map(optree.tree_leaves, (updates, e.grads)), strict=True)) < 0
