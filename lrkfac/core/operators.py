@@ -166,10 +166,14 @@ class CorrectedKronecker(NamedTuple):
     def two_sided(self, gradient: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """``M vec(G)`` as a matrix, in O((r_A + r_B) d_in d_out)."""
         left, right = self.output_vectors.mT @ gradient, gradient @ self.input_vectors
-        both = (self.kept - self.output[:, None] - self.input + self.rest) * (left @ self.input_vectors)
-        left = (self.output - self.rest)[:, None] * left + both @ self.input_vectors.mT
-        right = right * (self.input - self.rest)
-        return self.rest * gradient + self.output_vectors @ left + right @ self.input_vectors.mT
+        all_out, all_in = (w.shape[0] == w.shape[1] for w in (self.output_vectors, self.input_vectors))
+        # What has no meaning is left out: large, it would not cancel but for rounding.
+        output = torch.zeros_like(self.output) if all_in else self.output
+        input = torch.zeros_like(self.input) if all_out else self.input
+        rest = torch.zeros_like(self.rest) if all_in or all_out else self.rest
+        both = (self.kept - output[:, None] - input + rest) * (left @ self.input_vectors)
+        left = (output - rest)[:, None] * left + both @ self.input_vectors.mT
+        return rest * gradient + self.output_vectors @ left + (right * (input - rest)) @ self.input_vectors.mT
 
     def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """``x M``: the matrix applied to each row of ``x``."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 from lrkfac import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
-from lrkfac.core.operators import dimension, split_damping
+from lrkfac.core.operators import CorrectedKronecker, dimension, split_damping
 from lrkfac.testing import operators
 from lrkfac.testing.strategies import low_rank_plus_diagonals
 from tests import reference
@@ -93,3 +93,11 @@ def test_low_rank_matvec_never_makes_a_square_matrix():
     with largest:
         operator.matvec(torch.ones(d, 2))
     assert 0 < largest.numel <= d * r
+
+
+def test_what_complete_vectors_leave_has_no_effect():
+    """Not even by rounding: the numbers for it may be larger by twelve orders."""
+    one, huge = torch.ones(1, 1, dtype=torch.float64), torch.full((1,), 1e12, dtype=torch.float64)
+    operator = CorrectedKronecker(one, one, 0.3 * one, huge, huge, huge[0])
+    x = torch.tensor([0.7], dtype=torch.float64)
+    torch.testing.assert_close(operator.matvec(x), 0.3 * x, rtol=1e-15, atol=0)
