@@ -46,6 +46,22 @@ def zeros_like(x: Tree) -> Tree:
     )
 
 
+def selected(condition: Tensor, new: Tree, old: Tree) -> Tree:
+    """``new`` where the condition ``[]`` holds, else ``old``; what has not changed is passed on."""
+    return optree.tree_map(lambda x, y: x if x is y else torch.where(condition, x, y), new, old)
+
+
+def zero_unless(condition: Tensor, x: Tree) -> Tree:
+    """The tree where the condition ``[]`` holds, else zeros, whatever the entries are."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Unformed):
+            return torch.where(condition, leaf, 0)
+        return Unformed(one(leaf.left), one(leaf.right), leaf.dtype, tuple([(c, one(t)) for c, t in leaf.terms]))
+
+    return optree.tree_map(one, x)
+
+
 def formed(x: Tree) -> Tree:
     """The tree with tensors for all leaves."""
     return optree.tree_map(_formed, x)

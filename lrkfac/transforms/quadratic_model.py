@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.tree import check_like, formed, vdot, wide
+from lrkfac.core.tree import add_scaled, check_like, formed, selected, vdot, wide, zero_unless
 from lrkfac.core.types import Evaluation, Tree
 from lrkfac.transforms.base import GradientTransformation, apply_updates, need_number, need_params
 
@@ -142,7 +142,7 @@ def scale_by_quadratic_model(
         need_params(params, "scale_by_quadratic_model")
         check_like(params, updates, "updates")
         updates = formed(updates)
-        grads = optree.tree_map(lambda g, p: g + weight_decay * p, updates, params) if decays else updates
+        grads = add_scaled(updates, weight_decay, params) if decays else updates
         slope = _row(grads)
         if slope.shape != state.last.shape:
             raise ValueError(
@@ -163,8 +163,7 @@ def scale_by_quadratic_model(
             direction, inner = precondition(state.factor_damping)
             rows = torch.stack([direction, state.last])
         else:
-            statistics = optree.tree_map(lambda x: torch.where(sound, x, 0), evaluation.statistics)
-            evaluation = evaluation._replace(statistics=statistics)
+            evaluation = evaluation._replace(statistics=zero_unless(sound, evaluation.statistics))
             change = ADAPTATION ** since.to(state.damping.dtype)
             around = torch.stack([1 / change, torch.ones_like(change), change])
             candidates = (state.factor_damping * around).clamp(SMALLEST, LARGEST)
@@ -205,7 +204,7 @@ def scale_by_quadratic_model(
             ratio,
             state.rejected + ~accepted,
         )
-        return _tree(step, params), _chosen(sound, new, state)
+        return _tree(step, params), selected(sound, new, state)
 
     return GradientTransformation(init, update)
 
@@ -253,11 +252,6 @@ def _minimum(
 def _pick(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]`` for an index ``[1]``, without asking for its value."""
     return x.index_select(0, index)[0]
-
-
-def _chosen(condition: Tensor, new: Tree, old: Tree) -> Tree:
-    """``new`` where the condition holds, else ``old``; what has not changed is passed on."""
-    return optree.tree_map(lambda x, y: x if x is y else torch.where(condition, x, y), new, old)
 
 
 def _preconditions(state: Any) -> bool:

@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import counter
+from lrkfac.core.tree import counter, selected, zero_unless
 from lrkfac.core.types import Evaluation, Tree
 from lrkfac.core.unformed import Unformed
 from lrkfac.transforms.base import GradientTransformation
@@ -70,15 +70,15 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
         passed = sound | gives_up
         if evaluation is not None:
             of_step = (evaluation.loss, evaluation.grads, evaluation.statistics)
-            loss, grads, statistics = _else_zero(passed, of_step)
+            loss, grads, statistics = zero_unless(passed, of_step)
             extra["evaluation"] = evaluation._replace(loss=loss, grads=grads, statistics=statistics)
-        changed, new = inner.update(_else_zero(passed, updates), state.inner, params, **extra)
+        changed, new = inner.update(zero_unless(passed, updates), state.inner, params, **extra)
         sound = sound & _all_finite(changed)
         passed = sound | gives_up
-        kept = optree.tree_map(lambda x, y: x if x is y else torch.where(passed, x, y), new, state.inner)
+        kept = selected(passed, new, state.inner)
         failed = (~sound).to(torch.int64)
         counted = (failed * (state.consecutive + 1), state.total + failed)
-        return _else_zero(passed, changed), ApplyIfFiniteState(kept, *counted)
+        return zero_unless(passed, changed), ApplyIfFiniteState(kept, *counted)
 
     return GradientTransformation(init, update)
 
@@ -88,12 +88,3 @@ def _all_finite(tree: Tree) -> Tensor:
     tensors = [x for x in optree.tree_leaves(parts) if isinstance(x, Tensor)]
     leaves = [x.isfinite().all() for x in tensors]
     return torch.stack(leaves).all() if leaves else torch.ones((), dtype=torch.bool)
-
-
-def _else_zero(condition: Tensor, tree: Tree) -> Tree:
-    def one(x: Any) -> Any:
-        if not isinstance(x, Unformed):
-            return torch.where(condition, x, 0)
-        return Unformed(one(x.left), one(x.right), x.dtype, tuple([(c, one(t)) for c, t in x.terms]))
-
-    return optree.tree_map(one, tree)
