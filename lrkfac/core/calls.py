@@ -1,4 +1,7 @@
-"""Which functions of torch are which kind of layer: from the arguments of a call to its standard form."""
+"""Which functions of torch are which kind of layer: from the arguments of a call to its standard form.
+
+Parsers name their arguments as torch does: callers may, too.
+"""
 
 from __future__ import annotations
 
@@ -57,27 +60,33 @@ def _linear(known: Known, input: Tensor, weight: Tensor, bias: Tensor | None = N
     return Call(LINEAR, input, weight, bias, LinearOptions()) if known(weight) else None
 
 
-def _matmul(known: Known, left: Tensor, right: Tensor) -> Call | None:
-    if known(right) and right.ndim == 2:
-        return Call(LINEAR, left, right, None, LinearOptions(), TURNED)
-    if known(left) and left.ndim == 2:
-        if right.ndim == 1:
+def _matmul(known: Known, input: Tensor, other: Tensor, *, out: Any = None) -> Call | None:
+    if out is not None:
+        return None
+    if known(other) and other.ndim == 2:
+        return Call(LINEAR, input, other, None, LinearOptions(), TURNED)
+    if known(input) and input.ndim == 2:
+        if other.ndim == 1:
             return None
-        columns = (*range(right.ndim - 2), right.ndim - 1, right.ndim - 2)
-        return Call(LINEAR, right, left, None, LinearOptions(columns, 1, columns, 1))
+        columns = (*range(other.ndim - 2), other.ndim - 1, other.ndim - 2)
+        return Call(LINEAR, other, input, None, LinearOptions(columns, 1, columns, 1))
     return None
 
 
-def _reversed_matmul(known: Known, right: Tensor, left: Tensor) -> Call | None:
-    return _matmul(known, left, right)
+def _reversed_matmul(known: Known, other: Tensor, input: Tensor) -> Call | None:
+    return _matmul(known, input, other)
+
+
+def _mm(known: Known, input: Tensor, mat2: Tensor, *, out: Any = None) -> Call | None:
+    return _matmul(known, input, mat2, out=out)
 
 
 def _addmm(
-    known: Known, bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
+    known: Known, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Any = None
 ) -> Call | None:
-    if beta != 1 or alpha != 1 or not known(right):
+    if beta != 1 or alpha != 1 or out is not None or not known(mat2):
         return None
-    return Call(LINEAR, left, right, bias, LinearOptions(), TURNED)
+    return Call(LINEAR, mat1, mat2, input, LinearOptions(), TURNED)
 
 
 def _einsum(known: Known, equation: str, *operands: Any) -> Call | None:
@@ -244,16 +253,17 @@ def _instance_norm(
     return weight, bias, without, _channels(x)
 
 
-def _multiplied(known: Known, left: Any, right: Any) -> Call | None:
-    scale, x = (left, right) if known(left) else (right, left)
-    if not known(scale) or known(x) or not isinstance(x, Tensor) or x.ndim < max(scale.ndim, 1):
+def _multiplied(known: Known, input: Any, other: Any, *, out: Any = None) -> Call | None:
+    scale, x = (input, other) if known(input) else (other, input)
+    if out is not None or not known(scale) or known(x) or not isinstance(x, Tensor) or x.ndim < max(scale.ndim, 1):
         return None
     return Call(SCALE, x, scale, None, (tuple(scale.shape),), COLUMN)
 
 
-def _added(known: Known, left: Any, right: Any, *, alpha: float = 1) -> Call | None:
-    shift, x = (left, right) if known(left) else (right, left)
-    if alpha != 1 or not known(shift) or known(x) or not isinstance(x, Tensor) or x.ndim < max(shift.ndim, 1):
+def _added(known: Known, input: Any, other: Any, *, alpha: float = 1, out: Any = None) -> Call | None:
+    shift, x = (input, other) if known(input) else (other, input)
+    plain = alpha == 1 and out is None
+    if not plain or not known(shift) or known(x) or not isinstance(x, Tensor) or x.ndim < max(shift.ndim, 1):
         return None
     return Call(SHIFT, x.new_ones(()), shift, None, (tuple(shift.shape),), COLUMN)
 
@@ -265,7 +275,7 @@ def _expanded(known: Known, shift: Tensor, *sizes: Any, **kwargs: Any) -> Call |
 PARSERS: dict[Callable[..., Any], Parser] = {
     F.linear: _linear,
     torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, Tensor.__rmatmul__: _reversed_matmul,
-    torch.mm: _matmul, Tensor.mm: _matmul, torch.addmm: _addmm, Tensor.addmm: _addmm, torch.einsum: _einsum,
+    torch.mm: _mm, Tensor.mm: _mm, torch.addmm: _addmm, Tensor.addmm: _addmm, torch.einsum: _einsum,
     F.conv1d: _convolution, F.conv2d: _convolution, F.conv3d: _convolution,
     F.conv_transpose1d: _transposed_convolution, F.conv_transpose2d: _transposed_convolution,
     F.conv_transpose3d: _transposed_convolution,

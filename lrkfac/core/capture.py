@@ -23,7 +23,7 @@ from lrkfac.core.calls import PARSERS, Call
 from lrkfac.core.hidden_effects import RefuseRandomNumbers, refuse_hidden_effects
 from lrkfac.core.layers import EMBEDDING
 from lrkfac.core.types import Layers, Tree
-from lrkfac.core.views import View, is_view, steps_of
+from lrkfac.core.views import View, is_view, picks_by_tensor, steps_of
 
 Tracked = list[tuple[str, View, Tensor]]
 """``(path of the parameter, view, tensor)``: what is followed."""
@@ -83,7 +83,7 @@ class Follow(TorchFunctionMode):
                 return opened(*args, **kwargs)
         result = func(*args, **kwargs)
         name = is_view(func)
-        if name is not None:
+        if name is not None and not picks_by_tensor(args, kwargs):
             place = self.place(args[0]) if args else None
             if place is not None:
                 for step, part in steps_of(name, args, kwargs, result):
@@ -201,6 +201,9 @@ def output_specs(
     In eager mode the pass sees fake tensors; under the compiler the true ones, whose computation is then
     removed as dead code. What a layer returns once for all examples (positions) is repeated for each, so that
     their gradients stay apart.
+
+    Raises:
+        ValueError: If the model cannot take what is repeated.
     """
     if torch.compiler.is_compiling():
         result, records = run_captured(model, layers, params, inputs)
@@ -208,10 +211,34 @@ def output_specs(
         with fake_mode(), RefuseRandomNumbers():
             result, records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)
     n = batch_size(result)
-    return {
+    specs = {
         source: [OutputSpec(repeated(tuple(r.output.shape), n), r.output.dtype, r.output.device) for r in uses]
         for source, uses in records.items()
     }
+    shared = [k for k, uses in records.items() if [r.output.shape for r in uses] != [s.shape for s in specs[k]]]
+    if shared and not torch.compiler.is_compiling():
+        expected = _shapes(result)
+        try:
+            with fake_mode():
+                found = _shapes(
+                    run_captured(model, layers, like_fake(params), like_fake(inputs), zero_probes(specs))[0]
+                )
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(_NOT_REPEATED.format(shared)) from error
+        if found != expected:
+            raise ValueError(_NOT_REPEATED.format(shared))
+    return specs
+
+
+_NOT_REPEATED = (
+    "model: the weights {} are applied to one row for all examples (an axis of length 1 in front), and the model "
+    "cannot take the result once for each example; expand the input over the batch, or leave that axis away: the "
+    "weight is then not covered"
+)
+
+
+def _shapes(result: Any) -> list[torch.Size]:
+    return [x.shape for x in optree.tree_leaves(result) if isinstance(x, Tensor)]
 
 
 def batch_size(result: Any) -> int:

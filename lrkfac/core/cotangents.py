@@ -46,11 +46,14 @@ def sampled_cotangents(
 
     Raises:
         ValueError: If ``noise`` is not ``[samples, *outputs.shape]``.
+        TypeError: If it is of integers.
     """
     given = None if noise is None else heads.leaves(noise, "noise")
     for f, u in zip(outputs, given or (), strict=given is not None):
         if tuple(u.shape) != (samples, *f.shape):
             raise ValueError(f"noise: expected uniform numbers of shape {(samples, *f.shape)}, got {tuple(u.shape)}")
+        if not u.is_floating_point():
+            raise TypeError(f"noise: expected floating-point numbers on [0, 1), got {u.dtype}; see torch.rand")
     parts = []
     for i in range(samples):
         draws = [None] * len(outputs) if given is None else [u[i] for u in given]

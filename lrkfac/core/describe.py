@@ -20,8 +20,8 @@ from lrkfac.core.views import View, taken
 
 
 class Use(NamedTuple):
-    """One use of a weight: the call, views of weight and bias, what it returned, the input's version then, and
-    whether the batch is the leading axis.
+    """One use of a weight: the call, views of weight and bias, what it returned, the input's version then, whether
+    the batch is the leading axis, and whether each row belongs to one example, or one to all by broadcasting.
     """
 
     call: Call
@@ -31,6 +31,7 @@ class Use(NamedTuple):
     output: Tensor
     version: int
     batched: bool = True
+    of_examples: bool = True
 
 
 @dataclass
@@ -149,6 +150,8 @@ def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str 
                 over_batch = len(aligned) == len(shape) and aligned[0] != 1
                 if not shape or shape[0] not in (1, examples) or over_batch:
                     return f"used by {use.call.kind.name} on a tensor of shape {shape} without the batch in front"
+            if not use.of_examples and not use.call.kind.one_hot:
+                return f"used by {use.call.kind.name} on what all examples share, without an axis for the batch"
             if not use.batched and (use.call.kind.unit_wise or use.call.kind.one_hot):
                 return f"used by {use.call.kind.name} where the batch is not the leading axis"
     return None
@@ -160,6 +163,11 @@ def is_batched(call: Call, output: Tensor, twice: Call, output_twice: Tensor) ->
     if call.input.ndim:
         pairs.append((_leading(call.input, call, 0), _leading(twice.input, call, 0)))
     return all(after == 2 * before or after == before == 1 for before, after in pairs)
+
+
+def is_of_examples(output: Tensor, output_twice: Tensor) -> bool:
+    """Whether what a use returns grows with the batch, or has an axis of length 1 that stands for it."""
+    return output_twice.numel() > output.numel() or (output.ndim > 1 and output.shape[0] == 1)
 
 
 def _leading(x: Tensor, call: Call, side: int) -> int:

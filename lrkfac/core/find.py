@@ -12,7 +12,7 @@ from torch.overrides import resolve_name
 
 from lrkfac.core.calls import Call
 from lrkfac.core.capture import Follow, batch_size, fake_mode, label, like_fake
-from lrkfac.core.describe import Use, describe, is_batched
+from lrkfac.core.describe import Use, describe, is_batched, is_of_examples
 from lrkfac.core.hidden_effects import RefuseRandomNumbers
 from lrkfac.core.layers import LINEAR, SHIFT, LinearOptions
 from lrkfac.core.tree import paths
@@ -46,9 +46,9 @@ def find_layers(
 
     Raises:
         ValueError: If no layer is found, or ``strict`` and a parameter is not covered; if a parameter is on the
-            device "meta"; if the model changes in place a parameter, an input, a tensor of its own, or a layer's
-            input after its use; if it draws hidden random numbers for dropout, depends on values in its control
-            flow, or uses what depends on parameters under ``no_grad``.
+            device "meta"; if the outputs depend on no parameter; if the model changes in place a parameter, an input,
+            a tensor of its own, or a layer's input after its use; if it draws hidden random numbers for dropout,
+            depends on values in its control flow, or uses what depends on parameters under ``no_grad``.
         TypeError: If what the model returns does not start with a tensor, or ``params`` has other leaves than
             floating-point tensors.
     """
@@ -62,12 +62,14 @@ def find_layers(
         discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)])
         with RefuseRandomNumbers(), discovery:
             result = _run(model, optree.tree_unflatten(structure, leaves), given)
+        _check_attached(result)
         _check_unchanged("params", [p.path for p in parameters], leaves)
         _check_unchanged("inputs", paths(given), optree.tree_leaves(given))
         discovery.separate_reused_products()
-        twice = _uses_of_twice_the_batch(model, params, inputs, parameters)
+        twice, examples_twice = _uses_of_twice_the_batch(model, params, inputs, parameters)
     examples = batch_size(result)
-    uses = {name: _with_batch(name, seen, twice) for name, seen in discovery.uses.items()}
+    grows = examples_twice > examples
+    uses = {name: _with_batch(name, seen, twice, grows) for name, seen in discovery.uses.items()}
     layers = describe(uses, discovery.others, parameters, structure, examples, bias == "joint")
     if not layers.layers:
         raise ValueError(f"no layer found; none of the parameters is covered:\n{layers}")
@@ -79,26 +81,31 @@ def find_layers(
 
 def _uses_of_twice_the_batch(
     model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree, parameters: tuple[Parameter, ...]
-) -> dict[str, list[Use]]:
-    """The uses with every input twice as long, to see which axes follow; none where the model cannot do that."""
+) -> tuple[dict[str, list[Use]], int]:
+    """The uses with every input twice as long, to see which axes follow, and the number of examples; none where the
+    model cannot do that.
+    """
     leaves = [like_fake(leaf) for leaf in optree.tree_leaves(params)]
     longer = optree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim else x, like_fake(inputs))
     discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)])
     try:
         with discovery:
-            model(optree.tree_unflatten(optree.tree_structure(params), leaves), longer)
+            result = model(optree.tree_unflatten(optree.tree_structure(params), leaves), longer)
     except Exception:
-        return {}  # such as buffers among the inputs, which must not grow
+        return {}, 0  # such as buffers among the inputs, which must not grow
     discovery.separate_reused_products()
-    return discovery.uses
+    return discovery.uses, batch_size(result)
 
 
-def _with_batch(name: str, seen: list[Use], twice: dict[str, list[Use]]) -> list[Use]:
-    """Notes for each use whether the batch is its leading axis; believed where nothing is known."""
+def _with_batch(name: str, seen: list[Use], twice: dict[str, list[Use]], grows: bool) -> list[Use]:
+    """Notes for each use how it follows the batch; that this is its leading axis is believed where nothing is known."""
     if len(twice.get(name, ())) != len(seen):
         return seen
     return [
-        use._replace(batched=is_batched(use.call, use.output, other.call, other.output))
+        use._replace(
+            batched=is_batched(use.call, use.output, other.call, other.output),
+            of_examples=not grows or is_of_examples(use.output, other.output),
+        )
         for use, other in zip(seen, twice[name], strict=True)
     ]
 
@@ -129,6 +136,15 @@ def _check_unchanged(what: str, names: Iterable[str], tensors: list[Any]) -> Non
                 f"model: it changes {what}{place} in place; use the operation that returns a new tensor, or change a "
                 "clone()"
             )
+
+
+def _check_attached(result: Any) -> None:
+    tensors = [x for x in optree.tree_leaves(result) if isinstance(x, Tensor)]
+    if tensors and not any(x.requires_grad for x in tensors):
+        raise ValueError(
+            "model: its outputs depend on no parameter; does it detach() them, or does it use other tensors than "
+            "those of params?"
+        )
 
 
 def _run(model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree) -> Any:
@@ -178,7 +194,8 @@ class _Discovery(Follow):
             )
         if call is not None:
             weight = self.place(call.weight)
-            if call.kind is SHIFT and weight is not None and self._completes(args, call, weight, result):
+            given = (*args, *kwargs.values())
+            if call.kind is SHIFT and weight is not None and self._completes(given, call, weight, result):
                 return result
             bias = self.place(call.bias)
             if weight is not None:

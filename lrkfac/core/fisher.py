@@ -174,7 +174,9 @@ def fisher(
                 return jvp(outputs_of, (params,), (tangent,))
             except NotImplementedError as error:
                 raise NotImplementedError(
-                    f"model: an operation has no forward derivative, which products with the Fisher need: {error}"
+                    f"model: an operation has no forward derivative, which products with the Fisher need: {error}; "
+                    "attention has one under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), its modules in eval mode "
+                    "after torch.backends.mha.set_fastpath_enabled(False)"
                 ) from error
 
         def product(tangent: Tree) -> Tree:

@@ -91,7 +91,13 @@ def _arranged(x: Tensor, permutation: tuple[int, ...], trailing: int) -> Tensor:
 def _prepare_linear(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
     o = LinearOptions(*options)
     a, g = _arranged(a, o.input, o.contracted), _arranged(g, o.output, o.kept)
-    return _batched(a, n), _batched(g, n, leading=1)
+    a, g = _batched(a, n), _batched(g, n, leading=1)
+    return (_of_each(a, g) if a.ndim > 1 else a), g
+
+
+def _of_each(a: Tensor, g: Tensor) -> Tensor:
+    """The input of each example, where all share one."""
+    return a.expand(g.shape[1], *a.shape[1:]) if a.shape[0] == 1 else a
 
 
 def _batched(x: Tensor, n: int, leading: int = 0) -> Tensor:
@@ -137,7 +143,7 @@ def _prepare_convolution(a: Tensor, g: Tensor, n: int, options: Options) -> tupl
     if any(before != after for before, after in o.padding):
         sides = [side for pair in reversed(o.padding) for side in pair]
         a = F.pad(a, sides)
-    return a, g
+    return _of_each(a, g), g
 
 
 def _symmetric_padding(o: ConvolutionOptions) -> list[int]:
@@ -189,10 +195,7 @@ TRANSPOSED_CONVOLUTIONS = {axes: _convolution_kind(f"conv_transpose{axes}d") for
 
 
 def _prepare_embedding(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
-    if a.shape[0] != n and a.shape[0] == 1:  # positions, the same for every example
-        a = a.expand(n, *a.shape[1:])
-        g = g.expand(g.shape[0], n, *g.shape[2:]) / n if g.shape[1] == 1 else g
-    return a, g
+    return _of_each(a, g), g
 
 
 def counts(numbers: Tensor, size: int, padding: int | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 from torch.func import vjp
@@ -62,6 +63,11 @@ def put(view: View, shape: tuple[int, ...], x: Tensor) -> Tensor:
 def is_view(func: Callable[..., Any]) -> str | None:
     """The name of the method or attribute if ``func`` is one that only rearranges a tensor."""
     return _NAMES.get(func)
+
+
+def picks_by_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether entries are picked by a tensor of numbers, as in ``w[numbers]``: no static description."""
+    return any(isinstance(x, Tensor) for x in optree.tree_leaves((args[1:], kwargs)))
 
 
 def steps_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> list[tuple[Step, Tensor]]:

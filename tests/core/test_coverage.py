@@ -49,6 +49,7 @@ COVERED = {
     "batch norm": (
         lambda p, x: F.batch_norm(x @ p["w"], None, None, p["b"], p["c"], True), ["w linear", "b scale b, c"],
     ),
+    "multiplied by name": (lambda p, x: torch.mul(input=linear(p, x), other=p["c"]), ["w linear w, b", "c scale"]),
     "added to the input": (lambda p, x: linear(p, x + p["c"]), ["c shift", "w linear w, b"]),
     "multiplied": (lambda p, x: linear(p, x) * p["c"], ["w linear w, b", "c scale"]),
     "halves": (

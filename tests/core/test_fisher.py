@@ -1,6 +1,6 @@
 """Evaluations of a batch: loss, gradients and factors are the reference's for every network."""
 
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 
 import optree
 import pytest
@@ -13,7 +13,6 @@ from lrkfac import find_layers, fisher
 from lrkfac.core import covariances
 from lrkfac.testing import gradients
 from tests import cases, reference_networks
-from tests.marks import requires_compiler
 
 CASE = cases.LINEAR[0]
 P, X, Y = CASE.params, CASE.inputs, CASE.targets
@@ -275,28 +274,3 @@ def test_autocast_keeps_the_dtype_of_gradients():
     assert {g.dtype for g in optree.tree_leaves(found.grads)} == {torch.float32}
     after = f(single.params, single.inputs, Y)
     optree.tree_map(close, after[:5], evaluate(single, "exact")[:5])
-
-
-def results(f, case, noise):
-    """Those of an evaluation that are tensors, as a function of the parameters."""
-    return lambda p: itemgetter(0, 1, 2, 4)(f(p, case.inputs, case.targets, noise=noise))
-
-
-@each_estimator
-def test_ensemble_under_vmap(estimator):
-    f = evaluator(CASE, estimator)
-    params, run = optree.tree_map(lambda p: torch.stack([p, p + 0.1]), P), results(f, CASE, noise_for(CASE))
-    found = vmap(run)(params)
-    member, alone = (optree.tree_map(lambda x: x[1], tree) for tree in (found, params))
-    optree.tree_map(close, member, run(alone))
-    same = optree.tree_map(lambda p: torch.stack([p, p]), P)
-    drawn = optree.tree_leaves(vmap(results(f, CASE, None), randomness="different")(same)[-1])
-    assert all(torch.equal(g[0], g[1]) for g in drawn) == (estimator != "mc")
-
-
-@pytest.mark.slow
-@requires_compiler
-@each_estimator
-def test_compiled_the_same_as_eager(estimator):
-    run = results(evaluator(CASE, estimator), CASE, noise_for(CASE))
-    optree.tree_map(close, torch.compile(run, fullgraph=True)(P), run(P))

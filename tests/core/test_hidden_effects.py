@@ -4,7 +4,7 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import jacrev
+from torch.func import grad, jacrev, jvp, vmap
 
 import lrkfac
 from lrkfac import find_layers, fisher
@@ -164,3 +164,17 @@ PARAMETERS = {
 def test_parameters_have_real_values(q, error, message):
     with pytest.raises(error, match=f"params: {message}"):
         find_layers(lambda p, x: linear(p["a"], x), {"a": {**P, "q": q}}, X)
+
+
+TRANSFORMED = {
+    "vmap": lambda p, x: vmap(lambda row: linear(p, row))(x),
+    "grad": lambda p, x: grad(lambda x: linear(p, x).square().sum())(x),
+    "jvp": lambda p, x: jvp(lambda x: linear(p, x).square(), (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("model", TRANSFORMED.values(), ids=TRANSFORMED.keys())
+def test_uses_inside_a_transformation_cannot_be_captured(model):
+    """There the records are wrapped, and the derivative has ways to the weight that no probe sees."""
+    with pytest.raises(ValueError, match="transform"):
+        find_layers(model, P, X)

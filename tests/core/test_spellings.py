@@ -64,6 +64,15 @@ SPELLINGS = {
     "addmm": product(lambda x, w, b: x.mm(w) if b is None else torch.addmm(b, x, w), weight=turned),
     "einsum": product(lambda x, w, b: plus(torch.einsum("ntd,dk->ntk", x, w), b), 2, 4, weight=turned),
     "w.T": product(lambda x, w, b: plus(x @ w.T, b)),
+    "linear by name": product(lambda x, w, b: F.linear(input=x, weight=w, bias=b)),
+    "matmul and add by name": product(
+        lambda x, w, b: (lambda s: s if b is None else torch.add(input=s, other=b))(torch.matmul(input=x, other=w)),
+        weight=turned,
+    ),
+    "mm by name": product(lambda x, w, b: plus(torch.mm(input=x, mat2=w), b), weight=turned),
+    "addmm by name": product(
+        lambda x, w, b: x.mm(mat2=w) if b is None else torch.addmm(input=b, mat1=x, mat2=w), weight=turned
+    ),
     "linear with a turned weight": product(lambda x, w, b: F.linear(x, w.t(), b), weight=turned),
     "linear with a reshaped weight": product(lambda x, w, b: F.linear(x, w.view(3, 4), b), weight=torch.flatten),
     "[d_in, heads, d_head] weights": product(

@@ -1,0 +1,43 @@
+"""Evaluations under ``vmap`` and the compiler are those of each member and of eager mode."""
+
+from operator import itemgetter
+
+import optree
+import pytest
+import torch
+from torch.func import vmap
+
+from tests.core.test_fisher import (
+    CASE,
+    P,
+    close,
+    each_estimator,
+    evaluator,
+    noise_for,
+)
+from tests.marks import requires_compiler
+
+
+def results(f, case, noise):
+    """Those of an evaluation that are tensors, as a function of the parameters."""
+    return lambda p: itemgetter(0, 1, 2, 4)(f(p, case.inputs, case.targets, noise=noise))
+
+
+@each_estimator
+def test_ensemble_under_vmap(estimator):
+    f = evaluator(CASE, estimator)
+    params, run = optree.tree_map(lambda p: torch.stack([p, p + 0.1]), P), results(f, CASE, noise_for(CASE))
+    found = vmap(run)(params)
+    member, alone = (optree.tree_map(lambda x: x[1], tree) for tree in (found, params))
+    optree.tree_map(close, member, run(alone))
+    same = optree.tree_map(lambda p: torch.stack([p, p]), P)
+    drawn = optree.tree_leaves(vmap(results(f, CASE, None), randomness="different")(same)[-1])
+    assert all(torch.equal(g[0], g[1]) for g in drawn) == (estimator != "mc")
+
+
+@pytest.mark.slow
+@requires_compiler
+@each_estimator
+def test_compiled_the_same_as_eager(estimator):
+    run = results(evaluator(CASE, estimator), CASE, noise_for(CASE))
+    optree.tree_map(close, torch.compile(run, fullgraph=True)(P), run(P))

@@ -1,0 +1,99 @@
+"""What a layer makes of an input that all examples share: one row for each example, or no layer at all."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import hessian, jacrev
+
+import lrkfac
+from lrkfac import find_layers, fisher, layer_wise, precondition_by_fisher
+
+N, POSITIONS = 3, 4
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+SHARED = normal(1, POSITIONS, 3, seed=1)
+SHARED_OF_3 = normal(1, 3, 3, seed=2)
+V = normal(2, 3, seed=3)
+HEADS = {
+    "linear": ((3, 3), lambda w: F.linear(SHARED, w)),
+    "conv1d": ((3, 3, 3), lambda w: F.conv1d(SHARED.mT, w, padding="same").mT),
+    "conv1d, uneven": ((3, 3, 2), lambda w: F.conv1d(SHARED.mT, w, padding="same").mT),
+    "conv_transpose1d": ((3, 3, 3), lambda w: F.conv_transpose1d(SHARED.mT, w, padding=1).mT),
+    "embedding": ((2, 3), lambda w: F.embedding(torch.tensor([[0, 1, 1, 0]]), w)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", HEADS)
+def test_a_leading_axis_of_one_stands_for_all_examples(name):
+    """Gradients and exact blocks are those by autograd."""
+    shape, operation = HEADS[name]
+    x, y, params = normal(N, POSITIONS, 3), normal(N, POSITIONS, 2, seed=4), {"w": normal(*shape, seed=5)}
+    model = lambda p, x: torch.tanh(x + operation(p["w"])) @ V.T  # noqa: E731
+    layers = find_layers(model, params, x, strict=True)
+    e = fisher(model, lrkfac.gaussian(), layers, "exact")(params, x, y)
+    tx = precondition_by_fisher(layers, layer_wise(), damping=0.1, decay=0.0)
+    found, _ = tx.update(e.grads, tx.init(params), params, evaluation=e)
+
+    def outputs(w):
+        return model({"w": w.reshape(shape)}, x)
+
+    loss = lambda f: (f - y).square().sum() / (2 * N)  # noqa: E731
+    w = params["w"].flatten()
+    J = jacrev(outputs)(w).flatten(0, -2)
+    F_block = J.mT @ hessian(loss)(outputs(w)).reshape(len(J), len(J)) @ J
+    gradient = jacrev(lambda w: loss(outputs(w)))(w)
+    torch.testing.assert_close(e.grads["w"].flatten(), gradient)
+    expected = torch.linalg.solve(F_block + 0.1 * torch.eye(len(w), dtype=w.dtype), gradient)
+    torch.testing.assert_close(found["w"].flatten(), expected)
+
+
+NO_AXIS = {
+    "linear": lambda p, x: F.linear(SHARED_OF_3[0, 0], p["w"]),
+    "matrix": lambda p, x: torch.diagonal(F.linear(SHARED_OF_3[0], p["w"])),
+    "scale": lambda p, x: p["s"] * torch.ones(1, dtype=torch.float64),
+    "shift": lambda p, x: torch.ones(1, dtype=torch.float64) + p["s"],
+}
+
+
+@pytest.mark.parametrize("name", NO_AXIS)
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_without_an_axis_for_the_batch_there_are_no_rows_of_examples(name, n):
+    """Also where the batch is by chance as long as another axis."""
+    params, x = {"s": normal(1), "w": normal(3, 3), "v": normal(2, 3)}, normal(n, 3)
+    layers = find_layers(lambda p, x: F.linear(x * NO_AXIS[name](p, x), p["v"]), params, x)
+    assert [layer.name for layer in layers] == ["v"]
+
+
+def test_what_cannot_be_repeated_is_refused():
+    """A weight that another layer makes."""
+    params, x = {"w": normal(3, 3), "v": normal(2, 1)}, normal(N, 3)
+    model = lambda p, x: F.linear(F.linear(x, F.linear(SHARED[:, 0], p["w"])), p["v"])  # noqa: E731
+    layers = find_layers(model, params, x)
+    with pytest.raises(ValueError, match=r"weights \['w'\] are applied to one row for all examples"):
+        fisher(model, lrkfac.gaussian(), layers)(params, x, normal(N, 2))
+
+
+@pytest.mark.parametrize("numbers", [torch.tensor([2, 0, 1]), None], ids=["constant", "input"])
+def test_entries_picked_by_a_tensor_are_no_view(numbers):
+    params, x = {"w": normal(3, 3), "v": normal(2, 3)}, normal(N, 3)
+    model = lambda p, i: F.linear(F.linear(i[0], p["w"][i[1] if numbers is None else numbers]), p["v"])  # noqa: E731
+    layers = find_layers(model, params, (x, torch.tensor([2, 0, 1])))
+    assert [(p.path, reason) for p, reason in layers.uncovered] == [("w", "used by torch.Tensor.__getitem__")]
+
+
+def test_outputs_that_depend_on_no_parameter_are_refused():
+    with pytest.raises(ValueError, match="outputs depend on no parameter"):
+        find_layers(lambda p, x: F.linear(x, p["w"]).detach(), {"w": normal(3, 3)}, normal(N, 3))
+
+
+def test_noise_of_integers_is_refused():
+    params, x = {"w": normal(3, 3)}, normal(N, 3)
+    model = lambda p, x: F.linear(x, p["w"])  # noqa: E731
+    evaluate = fisher(model, lrkfac.categorical(), find_layers(model, params, x))
+    with pytest.raises(TypeError, match="noise: expected floating-point"):
+        evaluate(params, x, torch.zeros(N, dtype=torch.int64), noise=torch.zeros(1, N, 3, dtype=torch.int64))
