@@ -22,6 +22,8 @@ from lrkfac.core.tree import check_like, formed, scaled, wide
 from lrkfac.core.types import Evaluation, Layer, Layers, Statistics, Tree
 
 ESTIMATORS = get_args(Estimator)
+Specs = dict[str, list[OutputSpec]]
+"""What the probes of each source must look like."""
 
 
 def fisher(
@@ -86,7 +88,7 @@ def fisher(
     if not isinstance(likelihood, Likelihood | Joint):
         raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")
     heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)
-    specs: dict[Any, dict[str, list[OutputSpec]]] = {}
+    specs: dict[Any, Specs] = {}
 
     def split(result: Any) -> tuple[list[Tensor], Any]:
         """Outputs, head by head, and what else the model returned."""
@@ -115,7 +117,7 @@ def fisher(
                 )
         return outputs, aux
 
-    def specs_for(params: Tree, inputs: Tree) -> dict[str, list[OutputSpec]]:
+    def specs_for(params: Tree, inputs: Tree) -> Specs:
         if torch.compiler.is_compiling():
             return output_specs(model, layers, params, inputs)
         tensors = _tensors((params, inputs))
@@ -138,23 +140,26 @@ def fisher(
             check_numbers(statistics)
         elif not isinstance(statistics, bool):
             raise TypeError(f"statistics: expected True, False or a tensor of numbers of examples, got {statistics!r}")
-        if statistics is False and not (torch.compiler.is_compiling() or specs):
-            specs_for(params, inputs)  # refuses hidden effects, at the first batch
+        whole = statistics is True and examples is None
+        first = not (torch.compiler.is_compiling() or specs)  # refuses hidden effects, at the first batch
+        known = specs_for(params, inputs) if whole or thin or (first and statistics is False) else {}
         rest: list[Any] = []
 
         def loss_of(params: Tree) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
             outputs, aux = split(model(params, inputs))
             return heads.loss(outputs, targets), (outputs, without_others(aux, rest))
 
-        rows = thin_layers(layers, specs_for(params, inputs)) if thin else ()
-        if statistics is True and examples is None:
+        rows = thin_layers(layers, known) if thin else ()
+        if whole:
             with profiled("capture"):
-                loss, grads, aux, seen, of_loss = by_capture(params, inputs, targets, layers, rows)
+                loss, grads, aux, seen, of_loss = by_capture(params, inputs, targets, known, layers, rows)
                 found = statistics_of(seen, of_loss, heads, targets, estimator, samples, noise)
             outputs = seen.outputs
         elif rows and statistics is False:
             with profiled("capture"):
-                loss, grads, aux, seen, _ = by_capture(params, inputs, targets, replace(layers, layers=rows), rows)
+                loss, grads, aux, seen, _ = by_capture(
+                    params, inputs, targets, known, replace(layers, layers=rows), rows
+                )
             outputs, found = seen.outputs, None
         else:
             grads, (loss, (outputs, tensors)) = grad_and_value(loss_of, has_aux=True)(params)
@@ -209,7 +214,7 @@ def fisher(
         return Evaluation(loss, grads, heads.unflatten(outputs), aux, found, product, quadratic, gram, loss_at, weight)
 
     def captured(
-        params: Tree, inputs: Tree, layers: Layers, free: dict[int, Tensor], rest: list[Any]
+        params: Tree, inputs: Tree, known: Specs, layers: Layers, free: dict[int, Tensor], rest: list[Any]
     ) -> tuple[Captured, list[Tensor]]:
         leaves, structure = optree.tree_flatten(params)
 
@@ -222,18 +227,18 @@ def fisher(
             inputs_of = {k: tuple([use.input for use in uses]) for k, uses in records.items()}
             return outputs, (without_others(aux, rest), inputs_of)
 
-        probes = zero_probes({k: s for k, s in specs_for(params, inputs).items() if k in layers.sources})
+        probes = zero_probes({k: s for k, s in known.items() if k in layers.sources})
         outputs, transpose, (tensors, recorded) = vjp(run, free, probes, has_aux=True)
         return Captured(layers, outputs, recorded, probes, transpose), tensors
 
     def by_capture(
-        params: Tree, inputs: Tree, targets: list[Tensor], layers: Layers, rows: tuple[Layer, ...]
+        params: Tree, inputs: Tree, targets: list[Tensor], known: Specs, layers: Layers, rows: tuple[Layer, ...]
     ) -> tuple[Tensor, Tree, Any, Captured, Form]:
         """Loss, gradients (of ``rows`` held so), aux; what was captured of ``layers``."""
         leaves, structure = optree.tree_flatten(params)
         rest: list[Any] = []
         free = {i: x for i, x in enumerate(leaves) if i not in layers.covered}
-        seen, tensors = captured(params, inputs, layers, free, rest)
+        seen, tensors = captured(params, inputs, known, layers, free, rest)
         cotangent, loss = grad_and_value(lambda f: heads.loss(f, targets))(seen.outputs)
         scale = heads.normalization(seen.outputs, targets)[0] if estimator == "empirical" else None
         free_grads, at_probes = seen.transpose(divided(cotangent, scale))
@@ -256,7 +261,7 @@ def fisher(
     ) -> Statistics:
         size = targets[0].shape[0]
         inputs, targets = examples_of(inputs, numbers, size), examples_of(targets, numbers, size)
-        seen, _ = captured(params, inputs, layers, {}, [])
+        seen, _ = captured(params, inputs, specs_for(params, inputs), layers, {}, [])
         if seen.outputs[0].shape[0] != numbers.shape[0]:
             raise ValueError(
                 f"statistics: expected outputs of {numbers.shape[0]} examples, got the shape "

@@ -6,10 +6,9 @@ import math
 from collections import Counter
 
 import torch
-from torch import Tensor
 
 from lrkfac.core.capture import OutputSpec
-from lrkfac.core.covariances import Uses, gradient_matrix, with_ones
+from lrkfac.core.covariances import Uses, with_ones
 from lrkfac.core.layers import LINEAR
 from lrkfac.core.types import Layer, Layers
 from lrkfac.core.unformed import Unformed
@@ -38,10 +37,8 @@ def thin_layers(layers: Layers, specs: dict[str, list[OutputSpec]]) -> tuple[Lay
     return tuple(found)
 
 
-def by_rows(layer: Layer, inputs: Uses, gradients: Uses) -> Unformed | Tensor:
+def by_rows(layer: Layer, inputs: Uses, gradients: Uses) -> Unformed:
     """The gradient of a thin layer, in the form of ``to_matrix``."""
     a, g = inputs[0].reshape(-1, layer.d_in - (layer.bias is not None)), gradients[0].reshape(-1, layer.d_out)
-    if a.shape[0] != g.shape[0]:  # one input for all examples
-        return gradient_matrix(layer, inputs, gradients)
     dtype = torch.promote_types(a.dtype, g.dtype)  # under autocast
     return Unformed(g.to(dtype), with_ones(a.to(dtype)) if layer.bias is not None else a.to(dtype), dtype)
