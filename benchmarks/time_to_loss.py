@@ -46,17 +46,20 @@ def made_problem(arguments: argparse.Namespace, device: torch.device) -> Problem
     )
 
 
-def results_path(arguments: argparse.Namespace, problem: Problem) -> Path:
+def results_path(arguments: argparse.Namespace, problem: Problem, steps: int) -> Path:
     """One file for what is compared: the same work on the same device."""
     parts = ["time_to_loss", arguments.problem]
     if arguments.problem == "deep_autoencoder":
         parts += [arguments.activation, arguments.data.resolve().name if arguments.data else "enlarged_digits"]
-    parts += [f"batch{problem.batch_size}", f"steps{problem.steps}", arguments.device]
+    parts += [f"batch{problem.batch_size}", f"steps{steps}", arguments.device]
     return arguments.output / ("-".join(parts + ["compiled"] * arguments.compile) + ".json")
 
 
-def rounds(arguments: argparse.Namespace, results: Results) -> Iterator[list[Run]]:
-    """The runs to be made, in rounds of one per method (and rank), which then train in turn."""
+def rounds(arguments: argparse.Namespace, results: Results, tuned: Results) -> Iterator[list[Run]]:
+    """The runs to be made, in rounds of one per method (and rank), which then train in turn.
+
+    Without ``--grid``, each method has its best settings of ``tuned``.
+    """
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         for i in range(max(len(METHODS[name].grid) for name in arguments.method) if arguments.grid else 1):
             runs = []
@@ -66,7 +69,7 @@ def rounds(arguments: argparse.Namespace, results: Results) -> Iterator[list[Run
                     if arguments.grid and i < len(grid):
                         runs.append(Run(name, with_rank(name, grid[i], rank, arguments.refresh), seed))
                     elif not arguments.grid:
-                        best = results.best(name, rank)
+                        best = tuned.best(name, rank)
                         chosen = (
                             best[0].settings
                             if best
@@ -119,7 +122,8 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 100  # the step of every method and rank is one function to the compiler
     described = environment(arguments.threads, device, packages=["pytorch-optimizer"])
     problem = made_problem(arguments, device)
-    results = Results(results_path(arguments, problem))
+    results = Results(results_path(arguments, problem, problem.steps))
+    tuned = Results(results_path(arguments, problem, arguments.tuned_at)) if arguments.tuned_at else results
     console.print(problem.title, highlight=False)
     for name in [name for name in arguments.method if METHODS[name].missing]:
         console.print(f"not run: {METHODS[name].label}: {METHODS[name].missing}", highlight=False)
@@ -131,7 +135,7 @@ def main() -> None:
         columns = (TextColumn("{task.description:<26}"), BarColumn(bar_width=24), MofNCompleteColumn(),
                    TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("loss {task.fields[loss]}"))  # fmt: skip
         with Progress(*columns, console=console, auto_refresh=False) as progress:
-            for runs in rounds(arguments, results):
+            for runs in rounds(arguments, results, tuned):
                 perform(runs, problem, arguments, device, progress)
                 if runs:
                     results.add(runs, described)
@@ -162,6 +166,12 @@ def _arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="S", help="first seed, of start, batches and noise (default: 0)")
     add("--seeds", type=positive, default=1, metavar="N", help="number of seeds (default: 1)")
     add("--steps", type=positive, metavar="N", help="training steps (default: the problem's)")
+    add(
+        "--tuned-at",
+        type=positive,
+        metavar="N",
+        help="steps of the runs whose best settings are taken (default: the same)",
+    )
     add("--batch-size", type=positive, metavar="N", help="examples per step (default: the problem's)")
     add("--points", type=positive, default=50, metavar="N", help="points of a curve (default: 50)")
     add("--rank", type=positive, nargs="+", default=[16], metavar="R", help="ranks of low-rank K-FAC (default: 16)")
