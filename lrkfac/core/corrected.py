@@ -80,6 +80,10 @@ class CorrectedStructure:
         """The running average."""
         return state.average
 
+    def dampings(self, state: CorrectedState, damping: float | Tensor) -> Tensor:
+        """The damping in the inverse, ``[]``."""
+        return (torch.zeros_like(state.average.rest) + damping).to(state.average.rest.dtype)
+
     def inverse(self, state: CorrectedState, damping: float | Tensor) -> Operator:
         """``(average + damping I)⁻¹``: plain Tikhonov damping."""
         return inverse(state.average, damping)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.blocks import Block, refresh
+from lrkfac.core.blocks import Held, refresh
+from lrkfac.core.choice import Block
 from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.layers import BIAS, LINEAR
 from lrkfac.core.types import Statistics
@@ -21,42 +22,41 @@ LARGEST = 2**24
 
 def refresh_all(
     blocks: Sequence[Block],
-    states: dict[str, Any],
-    inverses: dict[str, Any],
+    held: dict[str, Held],
     statistics: Statistics,
     damping: float | Tensor,
     decay: float | Tensor,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``blocks.refresh`` of each block: new averages and inverses by name.
+) -> dict[str, Held]:
+    """``blocks.refresh`` of each block, by name.
 
     Blocks of linear layers with equal structure, sizes and shapes of statistics are stacked and refreshed together.
 
     Raises:
         ValueError: As ``blocks.refresh``.
     """
-    found: dict[str, tuple[Any, Any]] = {}
-    for group in _groups(blocks, states, statistics):
+    found: dict[str, Held] = {}
+    for group in _groups(blocks, held, statistics):
         if len(group) > 1:
             try:
-                found.update(_together(group, states, statistics, damping, decay))
+                found.update(_together(group, held, statistics, damping, decay))
                 continue
             except ValueError:
                 pass  # one of them is refused, by name, below
         for block in group:
-            found[block.name] = refresh(block, states[block.name], inverses[block.name], statistics, damping, decay)
-    return {b.name: found[b.name][0] for b in blocks}, {b.name: found[b.name][1] for b in blocks}
+            found[block.name] = refresh(block, held[block.name], statistics, damping, decay)
+    return {block.name: found[block.name] for block in blocks}
 
 
 def _together(
-    group: list[Block], states: dict[str, Any], statistics: Statistics, damping: float | Tensor, decay: float | Tensor
-) -> dict[str, tuple[Any, Any]]:
+    group: list[Block], held: dict[str, Held], statistics: Statistics, damping: float | Tensor, decay: float | Tensor
+) -> dict[str, Held]:
     first = group[0]
 
-    def one(state: Any, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    def one(state: Any, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Held:
         own = Statistics({first.name: inputs}, {first.name: gradients}, statistics.scale)
-        return refresh(first, state, None, own, damping, decay)
+        return refresh(first, Held(state, (), ()), own, damping, decay)
 
-    each = [(states[b.name], statistics.inputs[b.name], statistics.output_gradients[b.name]) for b in group]
+    each = [(held[b.name].state, statistics.inputs[b.name], statistics.output_gradients[b.name]) for b in group]
     leaves, structure = optree.tree_flatten(vmap(one)(*optree.tree_map(lambda *x: torch.stack(x), *each)))
     # Laid out as those of a block alone; what is repeated along an axis stays so.
     tidy = [x if 0 in x.stride() else x.contiguous() for x in leaves]
@@ -64,27 +64,27 @@ def _together(
     return {b.name: optree.tree_unflatten(structure, list(own)) for b, own in zip(group, members, strict=True)}
 
 
-def _groups(blocks: Sequence[Block], states: dict[str, Any], statistics: Statistics) -> list[list[Block]]:
+def _groups(blocks: Sequence[Block], held: dict[str, Held], statistics: Statistics) -> list[list[Block]]:
     """Blocks that may be stacked, in the order of their first; the others alone."""
     found: list[tuple[Any, int, list[Block]]] = []
     for block in blocks:
-        form, size = _form(block, states, statistics)
-        for i, (other, held, group) in enumerate(found):
-            if form is not None and form == other and held + size <= LARGEST:
-                found[i] = (other, held + size, [*group, block])
+        form, size = _form(block, held, statistics)
+        for i, (other, stacked, group) in enumerate(found):
+            if form is not None and form == other and stacked + size <= LARGEST:
+                found[i] = (other, stacked + size, [*group, block])
                 break
         else:
             found.append((form, size, [block]))
     return [group for _, _, group in found]
 
 
-def _form(block: Block, states: dict[str, Any], statistics: Statistics) -> tuple[Any, int]:
+def _form(block: Block, held: dict[str, Held], statistics: Statistics) -> tuple[Any, int]:
     """What blocks must have in common, and the numbers in their statistics; ``None`` for a block that stays alone."""
     (layer, *others) = block.layers
     stackable = isinstance(block.structure, KroneckerStructure) and set(layer.kinds) <= {LINEAR.name, BIAS.name}
     if others or not stackable or layer.name not in statistics.inputs:
         return None, 0
     rows = [*statistics.inputs[layer.name], *statistics.output_gradients[layer.name]]
-    tensors = [(tuple(x.shape), x.dtype, x.device) for x in (*rows, *optree.tree_leaves(states[block.name]))]
+    tensors = [(tuple(x.shape), x.dtype, x.device) for x in (*rows, *optree.tree_leaves(held[block.name].state))]
     sizes = (layer.d_in, layer.d_out, layer.groups, layer.bias is None)
     return (block.structure, layer.kinds, layer.options, sizes, tensors), sum(x.numel() for x in rows)

@@ -50,6 +50,11 @@ class BlockStructure:
 
         return vmap(one, in_dims=(0, 1))(state, rows)
 
+    def dampings(self, state: Any, damping: float | Tensor) -> Tensor:
+        """The damping in the inverse, ``[]``."""
+        like = next(x for x in optree.tree_leaves(state) if x.is_floating_point())
+        return (like.new_zeros(()) + damping).to(like.dtype)
+
     def inverse(self, state: Any, damping: float | Tensor) -> Operator:
         """``(block + damping I)⁻¹``, of every unit where there is a block for each."""
         if self.per != "unit":

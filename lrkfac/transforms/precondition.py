@@ -5,24 +5,34 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import optree
+import torch
 from torch import Tensor
 
-from lrkfac.core.blocks import Chosen, apply, blocks, check_state, forms, identity, init
+from lrkfac.core.blocks import Held, apply, check_state, forms, identity, init
+from lrkfac.core.choice import Chosen, blocks
 from lrkfac.core.covariances import from_matrices, to_matrix
 from lrkfac.core.groups import refresh_all
 from lrkfac.core.profiling import profiled
-from lrkfac.core.tree import check_like
+from lrkfac.core.tree import check_like, counter
 from lrkfac.core.types import Evaluation, Layer, Layers, Tree
 from lrkfac.transforms.base import GradientTransformation, need_number
 
 
 class PreconditionState(NamedTuple):
-    """``factors``: the running averages, and ``inverses``: their damped inverses as of the last statistics,
-    both by layer name; ``fallback``: the state of the transformation of all other parameters.
+    """What is held between steps; the first three by layer name, with a leading axis for groups.
+
+    Attributes:
+        factors: The running averages.
+        inverses: Their damped inverses as of the last statistics.
+        dampings: What these have on top of the averages: ``δ_B`` and ``δ_A`` of a product, ``[2]``, else ``λ``, ``[]``.
+        since: The number of steps since the last statistics; int64, ``[]``.
+        fallback: The state of the transformation of all other parameters.
     """
 
     factors: dict[str, Any]
     inverses: dict[str, Any]
+    dampings: dict[str, Any]
+    since: Tensor
     fallback: Any
 
     @property
@@ -77,9 +87,9 @@ def precondition_by_fisher(
 
     def init_state(params: Tree) -> PreconditionState:
         leaves = leaves_of(params, "params")
-        factors = {block.name: init(block, leaves) for block in held}
-        inverses = {block.name: identity(block, factors[block.name]) for block in held}
-        return PreconditionState(factors, inverses, fallback.init([leaves[i] for i in free]) if fallback else ())
+        start = {block.name: identity(block, init(block, leaves)) for block in held}
+        other = fallback.init([leaves[i] for i in free]) if fallback else ()
+        return PreconditionState(*_by_part(start), counter(leaves), other)
 
     def update(
         updates: Tree,
@@ -103,12 +113,14 @@ def precondition_by_fisher(
         check_state(expected, state.factors)
         leaves = leaves_of(updates, "updates")
         known = None if params is None else leaves_of(params, "params")
-        factors, inverses = state.factors, state.inverses
+        factors, inverses, dampings, since = state.factors, state.inverses, state.dampings, state.since + 1
         statistics = evaluation.statistics
         used = damping if factor_damping is None else factor_damping
         if statistics is not None:
             with profiled("refresh"):
-                factors, inverses = refresh_all(held, factors, inverses, statistics, used, decay)
+                last = {block.name: Held(*[part[block.name] for part in state[:3]]) for block in held}
+                factors, inverses, dampings = _by_part(refresh_all(held, last, statistics, used, decay))
+                since = torch.zeros_like(since)
         owners: list[Layer] = []
         natural: list[Tensor] = []
         with profiled("apply"):
@@ -125,6 +137,12 @@ def precondition_by_fisher(
             for i, leaf in zip(free, changed, strict=True):
                 leaves[i] = leaf
         new_updates = optree.tree_unflatten(optree.tree_structure(updates), leaves)
-        return new_updates, PreconditionState(factors, inverses, other)
+        return new_updates, PreconditionState(factors, inverses, dampings, since, other)
 
     return GradientTransformation(init_state, update)
+
+
+def _by_part(found: dict[str, Held]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Averages, inverses and dampings, each by name."""
+    states, inverses, dampings = ({name: held[i] for name, held in found.items()} for i in range(3))
+    return states, inverses, dampings

@@ -10,7 +10,8 @@ from torch.func import grad
 import lrkfac
 from lrkfac import dense, diagonal, find_layers, fisher, kronecker, low_rank, low_rank_plus_diagonal
 from lrkfac import precondition_by_fisher as by_fisher
-from lrkfac.core.blocks import blocks, init, refresh
+from lrkfac.core.blocks import Held, identity, init, refresh
+from lrkfac.core.choice import blocks
 from lrkfac.core.corrected import CorrectedStructure, basis
 from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.operators import CorrectedKronecker
@@ -49,7 +50,7 @@ def states(case, structure):
     layers, e = evaluate(case)
     leaves = [case.params[p.path] for p in layers.parameters]
     for block in blocks(layers, structure, None):
-        state, _ = refresh(block, init(block, leaves), None, e.statistics, 0.1, 0.9)
+        state, *_ = refresh(block, identity(block, init(block, leaves)), e.statistics, 0.1, 0.9)
         (layer,) = block.layers
         for i in range(layer.groups):
             one = optree.tree_map(lambda x, i=i: x[i], state) if layer.groups > 1 else state
@@ -181,7 +182,7 @@ def test_traces_are_averaged_exactly(name):
     for block in blocks(layers, kronecker(*FACTORS[name], corrected=True), None):
         state = init(block, [case.params[p.path] for p in layers.parameters])
         for one in (e, other):
-            state, _ = refresh(block, state, None, one.statistics, 0.1, decay)
+            state, *_ = refresh(block, Held(state, (), ()), one.statistics, 0.1, decay)
         found = state.average
         matrices = [reference_networks.gauss_newton_blocks(c, block.name)[0] for c in (case, second)]
         expected = (decay * matrices[0] + matrices[1]) / (1 + decay)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lrkfac
 from lrkfac import dense, find_layers, kronecker, precondition_by_fisher
 from lrkfac.core import examples
-from lrkfac.core.blocks import blocks
+from lrkfac.core.choice import blocks
 from lrkfac.core.covariances import split_groups
 from lrkfac.core.examples import ExampleGradients
 from lrkfac.core.kronecker import KroneckerStructure

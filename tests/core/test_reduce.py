@@ -14,7 +14,8 @@ from torch.func import jacrev
 
 import lrkfac
 from lrkfac import dense, find_layers, fisher, kronecker, low_rank, precondition_by_fisher
-from lrkfac.core.blocks import blocks, init, refresh
+from lrkfac.core.blocks import Held, identity, init, refresh
+from lrkfac.core.choice import blocks
 from lrkfac.core.covariances import factors, split_groups, to_matrix
 from lrkfac.testing import check_transformation, layers
 from tests import cases, reference, reference_networks
@@ -56,7 +57,7 @@ def test_without_sharing_the_same_as_expand(case):
     described, e = evaluation(case.model, case.params, case.inputs, case.targets, case.likelihood, case)
     for one, other in zip(blocks(described, REDUCE, None), blocks(described, EXPAND, None), strict=True):
         leaves = list(case.params.values())
-        found, expected = ((refresh(b, init(b, leaves), (), e.statistics, 0.1, 0.9))[0] for b in (one, other))
+        found, expected = ((refresh(b, identity(b, init(b, leaves)), e.statistics, 0.1, 0.9))[0] for b in (one, other))
         close(found.input.matrix, expected.input.matrix)
         close(found.output.matrix, expected.output.matrix)
 
@@ -143,7 +144,7 @@ def block_of(model, params, inputs, targets, structure):
     described, e = evaluation(model, params, inputs, targets)
     (block,) = blocks(described, structure, None)
     start = init(block, [params[p.path] for p in described.parameters])
-    state, _ = refresh(block, start, (), e.statistics, 0.1, 0.9)
+    state, *_ = refresh(block, Held(start, (), ()), e.statistics, 0.1, 0.9)
     return block.structure.operator(state).to_dense()
 
 

@@ -94,6 +94,7 @@ def test_what_the_state_holds_is_inverted_and_applied(case, structure, damping):
         params = optree.tree_map(lambda p, g: p - 0.1 * g, params, e.grads)
     expected = dict(e.grads)
     for layer in layers:
+        close(state.dampings[layer.name].prod(dim=-1), torch.full((layer.groups,), damping).double().squeeze(), 1e-6)
         fitted = structure.fitted(layer.d_in, layer.d_out)
 
         def factors(state, fitted=fitted):
@@ -102,6 +103,12 @@ def test_what_the_state_holds_is_inverted_and_applied(case, structure, damping):
         held = state.factors[layer.name]
         one = optree.tree_map(lambda x: x[None], held) if layer.groups == 1 else held
         B, A = vmap(factors)(one)
+        inverses = state.inverses[layer.name]
+        inverses = optree.tree_map(lambda x: x[None], inverses) if layer.groups == 1 else inverses
+        inverted = vmap(lambda i: optree.tree_map(to_dense, tuple(i), is_leaf=_is_operator))(inverses)
+        for M, shift, inverse in zip((B, A), state.dampings[layer.name].reshape(-1, 2).T, inverted, strict=True):
+            found = inverse @ (M + shift[:, None, None] * torch.eye(M.shape[-1], dtype=M.dtype))
+            close(found, torch.eye(M.shape[-1], dtype=M.dtype).expand_as(found), 1e-6)
         G = reference_networks.gradient_matrix(case, layer.name, e.grads)
         natural = reference.kronecker_preconditioned(G, A, B, damping)
         expected.update(reference_networks.layer_gradients(case, layer.name, natural))
@@ -200,9 +207,11 @@ def test_without_statistics_factors_and_inverses_stay(case, structure):
     _, refreshed = tx.update(e.grads, tx.init(case.params), case.params, evaluation=e)
     e = evaluate(case.params, statistics=False)
     updates, kept = tx.update(e.grads, refreshed, case.params, evaluation=e)
-    assert optree.tree_all(optree.tree_map(torch.equal, kept, refreshed))
+    assert kept.since == 1 and refreshed.since == 0
+    assert optree.tree_all(optree.tree_map(torch.equal, kept._replace(since=refreshed.since), refreshed))
     _, again = tx.update(e.grads, kept, case.params, evaluation=e._replace(grads=None))
-    assert optree.tree_all(optree.tree_map(torch.equal, again, refreshed))
+    assert again.since == 2
+    assert optree.tree_all(optree.tree_map(torch.equal, again._replace(since=refreshed.since), refreshed))
     close(updates, updates_of(tx, case, evaluate), rtol=1e-10)
 
 
