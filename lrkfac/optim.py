@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from lrkfac.chains import low_rank_kfac
+from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.core.find import find_layers
 from lrkfac.core.fisher import fisher
 from lrkfac.core.joint import Joint
@@ -56,7 +56,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         transformation: Callable[..., GradientTransformation] = low_rank_kfac,
         estimator: Estimator = "mc",
         samples: int = 1,
-        thin: bool = False,
+        thin: bool | None = None,
         statistics_every: int = 10,
         **options: Any,
     ) -> None:
@@ -72,7 +72,8 @@ class LowRankKFAC(torch.optim.Optimizer):
                 schedule that returns the number that stands in ``param_groups`` just then.
             estimator: See ``fisher``.
             samples: See ``fisher``.
-            thin: See ``fisher``; for ``step(inputs, targets)``.
+            thin: See ``fisher``; by default where the transformation is one of lrkfac's. It is for ``step(inputs,
+                targets)`` alone: ``evaluate`` forms all gradients.
             statistics_every: Statistics are taken in the first of so many steps, unless a step says otherwise.
             **options: For the transformation, such as ``rank=16, damping=1e-3``.
 
@@ -95,6 +96,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         super().__init__(list(self._parameters.values()), {} if lr is None else {"lr": lr})
         self._modes = [(name, part, part.training) for name, part in module.named_modules()]
         self.layers = find_layers(model, params, self._with_buffers(inputs))
+        thin = transformation in (low_rank_kfac, kfac, adaptive_low_rank_kfac) if thin is None else thin
         self._fisher = fisher(model, likelihood, self.layers, estimator, samples, has_aux=self._buffered, thin=thin)
         rate = () if lr is None else (self._rate,)
         self.transformation = transformation(self.layers, *rate, **options)
@@ -129,10 +131,10 @@ class LowRankKFAC(torch.optim.Optimizer):
             TypeError: As the function of ``fisher``.
         """
         evaluation = self._evaluate(inputs, targets, statistics)
-        grads = formed(evaluation.grads)
+        evaluation = evaluation._replace(grads=formed(evaluation.grads))
         for name, parameter in self._parameters.items():
             # A copy: several parameters may have the same gradient, and each may be changed in place.
-            parameter.grad = grads[name].clone()
+            parameter.grad = evaluation.grads[name].clone()
         self._held = evaluation
         return evaluation
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lrkfac
-from lrkfac import LowRankKFAC
+from lrkfac import LowRankKFAC, Unformed
 
 OPTIONS = {"rank": 2, "damping": 0.05, "weight_decay": 0.01, "kl_clip": 5e-3}
 
@@ -105,6 +105,25 @@ def wide(make, dtype):
     net = make(dtype)
     net[-1] = nn.Sequential(nn.Linear(net[-1].in_features, 64), nn.Linear(64, 64), nn.Linear(64, 3)).to(dtype)
     return net
+
+
+def test_gradients_by_rows_are_for_ready_made_chains_and_steps_alone():
+    """What one's own code sees are tensors, unless it asks for something else."""
+    for options in ({}, {"transformation": lrkfac.kfac}, {"transformation": CHAIN}, {"thin": False}):
+        net, ((x, y),), seen = wide(plain, torch.float64), batches(1), []
+        rate = {} if options.get("transformation") is CHAIN else {"lr": 0.2}
+        optimizer = LowRankKFAC(net, lrkfac.categorical(), x, **rate, **options)
+        formed, update = not rate or not options.get("thin", True), optimizer.transformation.update
+        optimizer.transformation = optimizer.transformation._replace(
+            update=lambda grads, *args, seen=seen, update=update, **extra: (
+                seen.append(grads) or update(grads, *args, **extra)
+            )
+        )
+        evaluation = optimizer.evaluate(x, y)
+        assert all(isinstance(g, torch.Tensor) for g in evaluation.grads.values())
+        optimizer.step()
+        optimizer.step(x, y)
+        assert [any(isinstance(g, Unformed) for g in grads.values()) for grads in seen] == [False, not formed]
 
 
 @each_model

@@ -59,7 +59,8 @@ def fisher(
             without replacement from torch's default generator, by a pass of their own; loss and gradients of all.
         thin: Whether the gradient of a linear layer's weight is held by its rows, as an ``Unformed``, where these hold
             at most half as many numbers, ``2 n (d_in + d_out) <= d_in d_out`` for ``n`` of them. K-FAC then
-            preconditions the rows, and the gradient itself is formed only where a transformation asks for it.
+            preconditions the rows, and the gradient itself is formed only where a transformation asks for it. Not the
+            default, since ``evaluation.grads`` then holds leaves that are no tensors, until ``lrkfac.formed``.
 
     Returns:
         ``evaluate(params, inputs, targets, statistics=True, noise=None) -> Evaluation``. With
