@@ -8,7 +8,7 @@ function ``(parameters, probes) -> outputs``, without hooks and whatever the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -259,11 +259,12 @@ def repeated(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
     return (n, *shape[1:]) if shape and shape[0] == 1 else shape
 
 
-def zero_probes(specs: dict[str, list[OutputSpec]]) -> dict[str, list[Tensor]]:
-    """Probes that take no memory."""
+def zero_probes(specs: dict[str, list[OutputSpec]], sources: Container[str] | None = None) -> dict[str, list[Tensor]]:
+    """Probes that take no memory, of all sources or of some."""
     return {
         source: [torch.zeros((), dtype=s.dtype, device=s.device).expand(s.shape) for s in uses]
         for source, uses in specs.items()
+        if sources is None or source in sources
     }
 
 

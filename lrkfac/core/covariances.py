@@ -230,7 +230,7 @@ def to_matrix(layer: Layer, leaves: list[Any]) -> Any:
     if isinstance(weight, Unformed) and weight.terms:
         weight = weight.dense()
     if isinstance(weight, Unformed):
-        weight = _turned(layer, weight)
+        weight = turned(layer, weight)
         return weight if layer.bias is None else Unformed(weight.left, with_ones(weight.right), weight.dtype)
     shape = (layer.groups, layer.d_out, -1) if layer.groups > 1 else (layer.d_out, -1)
     matrix = taken(layer.weight.view, weight).reshape(shape)
@@ -240,7 +240,7 @@ def to_matrix(layer: Layer, leaves: list[Any]) -> Any:
     return torch.cat([matrix, bias.reshape(*shape[:-1], 1)], dim=-1)
 
 
-def _turned(layer: Layer, weight: Unformed) -> Unformed:
+def turned(layer: Layer, weight: Unformed) -> Unformed:
     """From the parameter to the matrix or back: views of what is held by its rows are transpositions alone."""
     return weight.t() if len(layer.weight.view) % 2 else weight
 
@@ -252,7 +252,7 @@ def from_matrices(layers: list[Layer], matrices: list[Any]) -> dict[int, Any]:
         joint = layer.bias is not None
         if isinstance(matrix, Unformed):
             weight = Unformed(matrix.left, matrix.right[:, :-1], matrix.dtype) if joint else matrix
-            found[layer.weight.index] = _turned(layer, weight)
+            found[layer.weight.index] = turned(layer, weight)
             if layer.bias is not None:
                 bias = (matrix.left.mT @ matrix.right[:, -1]).to(matrix.dtype)
                 found[layer.bias.index] = put(layer.bias.view, layer.bias.shape, bias)

@@ -58,7 +58,8 @@ def categorical(
     plain = ignore_index is None and importance is None and label_smoothing == 0
 
     def log_probabilities(outputs: Tensor) -> Tensor:
-        return wide(outputs).movedim(axis, -1).log_softmax(dim=-1)
+        outputs = wide(outputs)
+        return (outputs if axis in (-1, outputs.ndim - 1) else outputs.movedim(axis, -1)).log_softmax(dim=-1)
 
     def valid(targets: Tensor) -> Tensor:
         return torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets.long() != ignore_index
@@ -71,8 +72,9 @@ def categorical(
         return importance.to(device=outputs.device, dtype=wide(outputs).dtype)
 
     def negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
-        # Without the ignored ones: a label drawn from the model may well have the number that marks these.
-        return -log_probabilities(outputs).gather(-1, targets.long()[..., None])[..., 0]
+        # Nothing is ignored: a label drawn from the model may well have the number that marks what is.
+        terms = log_probabilities(outputs).flatten(0, -2), targets.long().flatten()
+        return F.nll_loss(*terms, reduction="none", ignore_index=-(2**63)).reshape(targets.shape)
 
     def weights(outputs: Tensor, targets: Tensor) -> Weights:
         counted = valid(targets).to(wide(outputs).dtype)
@@ -121,8 +123,8 @@ def categorical(
         _check_shape(
             "categorical", targets, tuple([s for i, s in enumerate(outputs.shape) if i != axis % outputs.ndim])
         )
-        if not _has_values(targets):
-            return
+        if not _has_values(targets) or (plain and 0 <= int(targets.min()) and int(targets.max()) < classes):
+            return  # after few operations: under torch.func each is dear
         outside = valid(targets) & ((targets.long() < 0) | (targets.long() >= classes))
         if outside.any():
             raise ValueError(

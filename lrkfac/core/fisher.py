@@ -13,10 +13,21 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from lrkfac.core.capture import OutputSpec, output_specs, run_captured, with_constant_padding, zero_probes
 from lrkfac.core.covariances import from_matrices, gradient_matrix
+from lrkfac.core.derivatives import gradient, transposed
 from lrkfac.core.joint import Joint, joint
 from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.profiling import profiled
-from lrkfac.core.statistics import Captured, Estimator, Form, examples_of, statistics_of, with_others, without_others
+from lrkfac.core.statistics import (
+    Captured,
+    Estimator,
+    Form,
+    check_numbers,
+    examples_of,
+    standard_form,
+    statistics_of,
+    with_others,
+    without_others,
+)
 from lrkfac.core.thin import by_rows, thin_layers
 from lrkfac.core.tree import check_like, formed, scaled, wide
 from lrkfac.core.types import Evaluation, Layer, Layers, Statistics, Tree
@@ -24,6 +35,9 @@ from lrkfac.core.types import Evaluation, Layer, Layers, Statistics, Tree
 ESTIMATORS = get_args(Estimator)
 Specs = dict[str, list[OutputSpec]]
 """What the probes of each source must look like."""
+
+Free = tuple[dict[int, Tensor], dict[str, list[Tensor]]]
+"""Leaves of the parameters, by number, and the probes of each source."""
 
 
 def fisher(
@@ -91,33 +105,6 @@ def fisher(
     heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)
     specs: dict[Any, Specs] = {}
 
-    def split(result: Any) -> tuple[list[Tensor], Any]:
-        """Outputs, head by head, and what else the model returned."""
-        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(f"model: expected (outputs, aux) with has_aux=True, got {type(result).__name__}")
-        result, aux = result if has_aux else (result, None)
-        try:
-            outputs = heads.leaves(result, "model", "outputs as ")
-        except TypeError as error:
-            raise TypeError(
-                f"{error}; pass has_aux=True if, and only if, the model returns (outputs, aux), and joint(...) as the "
-                "likelihood of several outputs"
-            ) from error
-        for one in outputs:
-            if one.ndim == 0 or not one.is_floating_point():
-                raise ValueError(
-                    "model: expected floating-point outputs with a batch axis, got "
-                    f"{one.dtype} of shape {tuple(one.shape)}"
-                )
-            if one.numel() == 0:
-                raise ValueError(f"inputs: the batch is empty: outputs have the shape {tuple(one.shape)}")
-            if one.shape[0] != outputs[0].shape[0]:
-                raise ValueError(
-                    "model: expected outputs of all heads with the same batch axis in front, got shapes "
-                    f"{tuple(outputs[0].shape)} and {tuple(one.shape)}"
-                )
-        return outputs, aux
-
     def specs_for(params: Tree, inputs: Tree) -> Specs:
         if torch.compiler.is_compiling():
             return output_specs(model, layers, params, inputs)
@@ -146,8 +133,8 @@ def fisher(
         known = specs_for(params, inputs) if whole or thin or (first and statistics is False) else {}
         rest: list[Any] = []
 
-        def loss_of(params: Tree) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
-            outputs, aux = split(model(params, inputs))
+        def loss_of(params: Tree) -> tuple[Tensor, Any]:
+            outputs, aux = heads.split(model(params, inputs), has_aux)
             return heads.loss(outputs, targets), (outputs, without_others(aux, rest))
 
         rows = thin_layers(layers, known) if thin else ()
@@ -158,12 +145,10 @@ def fisher(
             outputs = seen.outputs
         elif rows and statistics is False:
             with profiled("capture"):
-                loss, grads, aux, seen, _ = by_capture(
-                    params, inputs, targets, known, replace(layers, layers=rows), rows
-                )
-            outputs, found = seen.outputs, None
+                loss, grads, aux, outputs = held_by_rows(params, inputs, targets, known, rows)
+            found = None
         else:
-            grads, (loss, (outputs, tensors)) = grad_and_value(loss_of, has_aux=True)(params)
+            grads, loss, (outputs, tensors) = gradient(loss_of, params)
             aux, found = with_others(tensors, rest), None
             if statistics is not False:
                 if statistics is True:
@@ -173,7 +158,7 @@ def fisher(
 
         def outputs_of(params: Tree) -> list[Tensor]:
             with with_constant_padding(layers):
-                return split(model(params, inputs))[0]
+                return heads.split(model(params, inputs), has_aux)[0]
 
         def change(tangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
             try:
@@ -214,23 +199,46 @@ def fisher(
         weight = heads.total_weight(outputs, targets)
         return Evaluation(loss, grads, heads.unflatten(outputs), aux, found, product, quadratic, gram, loss_at, weight)
 
+    def runner(params: Tree, inputs: Tree, layers: Layers, rest: list[Any]) -> Callable[[Free], tuple[Any, Any]]:
+        """The model as a function of some leaves, by number, and of the probes of some layers."""
+        leaves, structure = optree.tree_flatten(params)
+
+        def run(both: Free) -> tuple[list[Tensor], tuple[list[Tensor], dict[str, list[Tensor]]]]:
+            free, probes = both
+            merged = [free.get(i, leaf) for i, leaf in enumerate(leaves)]
+            result, records = run_captured(model, layers, optree.tree_unflatten(structure, merged), inputs, probes)
+            outputs, aux = heads.split(result, has_aux)
+            inputs_of = {source: [use.input for use in uses] for source, uses in records.items()}
+            return outputs, (without_others(aux, rest), inputs_of)
+
+        return run
+
     def captured(
         params: Tree, inputs: Tree, known: Specs, layers: Layers, free: dict[int, Tensor], rest: list[Any]
     ) -> tuple[Captured, list[Tensor]]:
-        leaves, structure = optree.tree_flatten(params)
-
-        def run(
-            free: dict[int, Tensor], probes: dict[str, list[Tensor]]
-        ) -> tuple[list[Tensor], tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]]:
-            merged = [free.get(i, leaf) for i, leaf in enumerate(leaves)]
-            result, records = run_captured(model, layers, optree.tree_unflatten(structure, merged), inputs, probes)
-            outputs, aux = split(result)
-            inputs_of = {k: tuple([use.input for use in uses]) for k, uses in records.items()}
-            return outputs, (without_others(aux, rest), inputs_of)
-
-        probes = zero_probes({k: s for k, s in known.items() if k in layers.sources})
-        outputs, transpose, (tensors, recorded) = vjp(run, free, probes, has_aux=True)
+        probes, run = zero_probes(known, layers.sources), runner(params, inputs, layers, rest)
+        outputs, transpose, (tensors, recorded) = transposed(run, (free, probes))
         return Captured(layers, outputs, recorded, probes, transpose), tensors
+
+    def held_by_rows(
+        params: Tree, inputs: Tree, targets: list[Tensor], known: Specs, rows: tuple[Layer, ...]
+    ) -> tuple[Tensor, Tree, Any, list[Tensor]]:
+        """Loss, gradients (of ``rows`` held so), aux and outputs, by one derivative."""
+        leaves, structure = optree.tree_flatten(params)
+        own, rest = replace(layers, layers=rows), list[Any]()
+        run = runner(params, inputs, own, rest)
+
+        def loss_of(both: Free) -> tuple[Tensor, Any]:
+            outputs, others = run(both)
+            return heads.loss(outputs, targets), (outputs, *others)
+
+        free = {i: x for i, x in enumerate(leaves) if i not in own.covered}
+        (found, at_probes), loss, (outputs, *others) = gradient(loss_of, (free, zero_probes(known, own.sources)))
+        form = standard_form(own, others[1], {k: [g[None] for g in uses] for k, uses in at_probes.items()}, outputs)
+        for layer in rows:
+            found |= by_rows(layer, *form[layer.name])
+        grads = optree.tree_unflatten(structure, [found[i].to(leaf.dtype) for i, leaf in enumerate(leaves)])
+        return loss, grads, with_others(others[0], rest), outputs
 
     def by_capture(
         params: Tree, inputs: Tree, targets: list[Tensor], known: Specs, layers: Layers, rows: tuple[Layer, ...]
@@ -245,14 +253,17 @@ def fisher(
         free_grads, at_probes = seen.transpose(divided(cotangent, scale))
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
         of_loss = seen.standard_form_of_one(at_probes)
+        found, formed_layers = dict(free_grads), [layer for layer in layers if layer not in rows]
+        for layer in rows:
+            found |= by_rows(layer, *of_loss[layer.name])
         matrices = [
-            (by_rows if layer in rows else gradient_matrix)(layer, inputs_of, tuple(g[0] for g in gradients_of))
-            for layer, (inputs_of, gradients_of) in zip(layers, of_loss.values(), strict=True)
+            gradient_matrix(layer, of_loss[layer.name][0], tuple(g[0] for g in of_loss[layer.name][1]))
+            for layer in formed_layers
         ]
+        found |= from_matrices(formed_layers, matrices)
         del at_probes
         if estimator != "empirical":  # the rows of the loss make room for those of the estimator
             of_loss = {name: (inputs_of, ()) for name, (inputs_of, _) in of_loss.items()}
-        found = {**free_grads, **from_matrices(list(layers), matrices)}
         of_leaves = [found[i] if scale is None else scaled(scale, found[i]) for i in range(len(leaves))]
         cast = [g.to(leaf.dtype) for g, leaf in zip(of_leaves, leaves, strict=True)]
         return loss, optree.tree_unflatten(structure, cast), with_others(tensors, rest), seen, of_loss
@@ -280,15 +291,6 @@ def fisher(
 def divided(cotangent: list[Tensor], scale: Tensor | None) -> list[Tensor]:
     """The cotangent of the mean loss over the factor that makes a mean of the terms; as it is without one."""
     return cotangent if scale is None else [(c / scale).to(c.dtype) for c in cotangent]
-
-
-def check_numbers(numbers: Tensor) -> None:
-    """Refuses what does not choose examples by number."""
-    if numbers.ndim != 1 or numbers.dtype not in (torch.int64, torch.int32) or not numbers.numel():
-        raise ValueError(
-            "statistics: expected True, False or the numbers of some examples, int64 of shape [n], got "
-            f"{numbers.dtype} of shape {tuple(numbers.shape)}"
-        )
 
 
 def _tensors(tree: Tree) -> list[Tensor]:

@@ -55,6 +55,38 @@ class Joint:
                 raise TypeError(f"{source}: expected {what}a tree of tensors, got {type(leaf).__name__} in it")
         return leaves
 
+    def split(self, result: Any, has_aux: bool) -> tuple[list[Tensor], Any]:
+        """Outputs of a model, head by head, and what else it returned (``None`` without ``has_aux``).
+
+        Raises:
+            TypeError: If the outputs have another structure than the likelihood.
+            ValueError: If they are no floating-point numbers with a batch axis in front, or the batch is empty.
+        """
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"model: expected (outputs, aux) with has_aux=True, got {type(result).__name__}")
+        result, aux = result if has_aux else (result, None)
+        try:
+            outputs = self.leaves(result, "model", "outputs as ")
+        except TypeError as error:
+            raise TypeError(
+                f"{error}; pass has_aux=True if, and only if, the model returns (outputs, aux), and joint(...) as the "
+                "likelihood of several outputs"
+            ) from error
+        for one in outputs:
+            if one.ndim == 0 or not one.is_floating_point():
+                raise ValueError(
+                    "model: expected floating-point outputs with a batch axis, got "
+                    f"{one.dtype} of shape {tuple(one.shape)}"
+                )
+            if one.numel() == 0:
+                raise ValueError(f"inputs: the batch is empty: outputs have the shape {tuple(one.shape)}")
+            if one.shape[0] != outputs[0].shape[0]:
+                raise ValueError(
+                    "model: expected outputs of all heads with the same batch axis in front, got shapes "
+                    f"{tuple(outputs[0].shape)} and {tuple(one.shape)}"
+                )
+        return outputs, aux
+
     def unflatten(self, leaves: Leaves) -> Tree:
         """The inverse of ``leaves``."""
         return optree.tree_unflatten(optree.tree_structure(self.tree), list(leaves))

@@ -85,11 +85,11 @@ class LowRankPlusDiagonal(NamedTuple):
         inner = _times_rows(self.values, self.vectors.mT @ x)
         if x.ndim == 1:
             return self.diagonal * x + self.vectors @ inner
-        return torch.addmm(self.diagonal[:, None] * x, self.vectors, inner)
+        return torch.addcmul(self.vectors @ inner, self.diagonal[:, None], x)
 
     def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """``x M``: the matrix applied to each row of ``x``, in O(n d r)."""
-        return torch.addmm(x * self.diagonal, (x @ self.vectors) * self.values, self.vectors.mT)
+        return torch.addcmul(((x @ self.vectors) * self.values) @ self.vectors.mT, x, self.diagonal)
 
     def to_dense(self) -> Float[Tensor, "d d"]:
         """The matrix."""
@@ -269,8 +269,8 @@ def _two_sided(output: LowRankPlusDiagonal, input: LowRankPlusDiagonal, gradient
     """
     left = input.of_rows(_times_rows(output.values, output.vectors.mT @ gradient))
     right = _times_rows(output.diagonal, (gradient @ input.vectors) * input.values)
-    scaled = gradient * output.diagonal[:, None] * input.diagonal
-    return torch.addmm(scaled, torch.cat([output.vectors, right], dim=1), torch.cat([left, input.vectors.mT]))
+    product = torch.cat([output.vectors, right], dim=1) @ torch.cat([left, input.vectors.mT])
+    return torch.addcmul(product, gradient * output.diagonal[:, None], input.diagonal)
 
 
 def _times_rows(scale: Tensor, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import optree
+import torch
 from torch import Tensor
 
 from lrkfac.core.cotangents import exact_cotangents, sampled_cotangents
@@ -36,22 +37,29 @@ class Captured:
 
     layers: Layers
     outputs: list[Tensor]
-    recorded: dict[str, tuple[Tensor, ...]]
+    recorded: Mapping[str, Sequence[Tensor]]
     probes: AtProbes
     transpose: Callable[[list[Tensor]], tuple[dict[int, Tensor], AtProbes]]
 
     def standard_form(self, at_probes: AtProbes) -> Form:
         """Of all layers, from gradients at the probes with a leading axis ``k``."""
-        form = {}
-        for layer in self.layers:
-            inputs = tuple([self.recorded[source][use] for source, use in layer.sites])
-            gradients = tuple([at_probes[source][use] for source, use in layer.sites])
-            form[layer.name] = prepared(layer, inputs, gradients, self.outputs[0].shape[0])
-        return form
+        return standard_form(self.layers, self.recorded, at_probes, self.outputs)
 
     def standard_form_of_one(self, at_probes: AtProbes) -> Form:
         """The same from gradients without that axis, ``k = 1``."""
         return self.standard_form({source: [g[None] for g in uses] for source, uses in at_probes.items()})
+
+
+def standard_form(
+    layers: Layers, recorded: Mapping[str, Sequence[Tensor]], at_probes: AtProbes, outputs: list[Tensor]
+) -> Form:
+    """What was captured of some layers, as ``lrkfac.core.layers`` takes it; gradients with a leading axis ``k``."""
+    form = {}
+    for layer in layers:
+        inputs = tuple([recorded[source][use] for source, use in layer.sites])
+        gradients = tuple([at_probes[source][use] for source, use in layer.sites])
+        form[layer.name] = prepared(layer, inputs, gradients, outputs[0].shape[0])
+    return form
 
 
 def statistics_of(
@@ -78,6 +86,15 @@ def statistics_of(
     if estimator == "mc":
         scale = scale / samples
     return Statistics({name: inputs for name, (inputs, _) in of_loss.items()}, gradients, scale)
+
+
+def check_numbers(numbers: Tensor) -> None:
+    """Refuses what does not choose examples by number."""
+    if numbers.ndim != 1 or numbers.dtype not in (torch.int64, torch.int32) or not numbers.numel():
+        raise ValueError(
+            "statistics: expected True, False or the numbers of some examples, int64 of shape [n], got "
+            f"{numbers.dtype} of shape {tuple(numbers.shape)}"
+        )
 
 
 def examples_of(tree: Tree, numbers: Tensor, size: int) -> Tree:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import torch
 
 from lrkfac.core.capture import OutputSpec
-from lrkfac.core.covariances import Uses, with_ones
+from lrkfac.core.covariances import Uses, turned
 from lrkfac.core.layers import LINEAR
 from lrkfac.core.types import Layer, Layers
 from lrkfac.core.unformed import Unformed
+from lrkfac.core.views import put
 
 TRANSPOSITIONS = ("t", "T", "mT")
 
@@ -37,8 +39,12 @@ def thin_layers(layers: Layers, specs: dict[str, list[OutputSpec]]) -> tuple[Lay
     return tuple(found)
 
 
-def by_rows(layer: Layer, inputs: Uses, gradients: Uses) -> Unformed:
-    """The gradient of a thin layer, in the form of ``to_matrix``."""
-    a, g = inputs[0].reshape(-1, layer.d_in - (layer.bias is not None)), gradients[0].reshape(-1, layer.d_out)
-    dtype = torch.promote_types(a.dtype, g.dtype)  # under autocast
-    return Unformed(g.to(dtype), with_ones(a.to(dtype)) if layer.bias is not None else a.to(dtype), dtype)
+def by_rows(layer: Layer, inputs: Uses, gradients: Uses) -> dict[int, Any]:
+    """The gradients of a thin layer's parameters, by their index; that of the weight not formed."""
+    joint = layer.bias is not None
+    a, g = inputs[0].reshape(-1, layer.d_in - joint), gradients[0].reshape(-1, layer.d_out)
+    dtype = torch.promote_types(a.dtype, g.dtype) if a.dtype != g.dtype else g.dtype  # under autocast
+    found: dict[int, Any] = {layer.weight.index: turned(layer, Unformed(g.to(dtype), a.to(dtype), dtype))}
+    if layer.bias is not None:
+        found[layer.bias.index] = put(layer.bias.view, layer.bias.shape, g.to(dtype).sum(dim=0))
+    return found

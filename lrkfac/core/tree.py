@@ -125,13 +125,16 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
     Raises:
         ValueError: Names the leaf that is missing, unexpected or of another shape.
     """
-    leaves, differs = optree.tree_leaves(got), difference(expected, got)
+    leaves, structure = optree.tree_flatten(got)
+    likes, wanted = optree.tree_flatten(expected)
+    same = not torch.compiler.is_compiling() and structure == wanted
+    differs = None if same else difference(expected, got)
     if differs is not None:
         raise ValueError(
             f"{what}: the tree differs from the one at the start: {differs}; pass a tree like the parameters, "
             "or call find_layers() and init() again for others"
         )
-    for i, (leaf, like) in enumerate(zip(leaves, optree.tree_leaves(expected), strict=True)):
+    for i, (leaf, like) in enumerate(zip(leaves, likes, strict=True)):
         if not isinstance(leaf, Tensor | Unformed) or leaf.shape != like.shape:
             there_is = tuple(leaf.shape) if isinstance(leaf, Tensor | Unformed) else type(leaf).__name__
             raise ValueError(
