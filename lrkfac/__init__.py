@@ -2,6 +2,7 @@
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.checkpoint import load, save
+from lrkfac.core.costs import Explanation, explain
 from lrkfac.core.factors import dense, diagonal
 from lrkfac.core.families import bernoulli, categorical, gaussian, poisson
 from lrkfac.core.find import find_layers
@@ -17,6 +18,7 @@ from lrkfac.core.structures import full, kronecker, layer_wise, unit_wise
 from lrkfac.core.tree import formed
 from lrkfac.core.types import Evaluation, Layer, Layers, Statistics
 from lrkfac.core.unformed import Unformed
+from lrkfac.diagnostics import Diagnosis, diagnose, ranks_by_trace
 from lrkfac.optim import LowRankKFAC
 from lrkfac.state_dicts import from_state_dict, state_dict
 from lrkfac.transforms.accumulation import accumulate, merge_evaluations
@@ -44,8 +46,10 @@ from lrkfac.version import __version__ as __version__
 
 __all__ = [
     "Dense",
+    "Diagnosis",
     "Diagonal",
     "Evaluation",
+    "Explanation",
     "GradientTransformation",
     "Kronecker",
     "Layer",
@@ -69,8 +73,10 @@ __all__ = [
     "clip_by_value",
     "constant_schedule",
     "dense",
+    "diagnose",
     "diagonal",
     "ema_params",
+    "explain",
     "exponential_schedule",
     "find_layers",
     "fisher",
@@ -98,6 +104,7 @@ __all__ = [
     "poisson",
     "power_iteration",
     "precondition_by_fisher",
+    "ranks_by_trace",
     "save",
     "scale",
     "scale_by_adam",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lrkfac.core.choice import Chosen
 from lrkfac.core.factors import dense
 from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
-from lrkfac.core.structures import ProductStructure, kronecker
+from lrkfac.core.ranks import AutoRank, ranked
+from lrkfac.core.structures import kronecker
 from lrkfac.core.types import Layers
 from lrkfac.transforms.averaging import ema_params
 from lrkfac.transforms.base import GradientTransformation, chain, need_number
@@ -21,7 +23,7 @@ from lrkfac.transforms.schedule import Schedule, scale_by_learning_rate
 def low_rank_kfac(
     layers: Layers,
     learning_rate: float | Tensor | Schedule,
-    rank: int = 32,
+    rank: AutoRank = 32,
     damping: float | Tensor = 1e-2,
     decay: float | Tensor = 0.95,
     momentum: float = 0.9,
@@ -33,7 +35,8 @@ def low_rank_kfac(
     Args:
         layers: From ``find_layers``.
         learning_rate: A number, a tensor ``[]`` or a schedule.
-        rank: Rank of the factors; at ``rank ≥ d`` this is ``kfac``.
+        rank: Rank of the factors; at ``rank ≥ d`` this is ``kfac``. An integer, one for each pattern of layer names, or
+            ``"auto"``, see ``precondition_by_fisher``.
         damping: Tikhonov damping, see ``precondition_by_fisher``.
         decay: Decay of the factors' running averages.
         momentum: See ``trace``.
@@ -44,7 +47,7 @@ def low_rank_kfac(
     Raises:
         ValueError: If an argument is out of range.
     """
-    both = kronecker(low_rank(rank), low_rank_plus_diagonal(rank))
+    both = ranked(layers, rank, lambda r: kronecker(low_rank(r), low_rank_plus_diagonal(r)))
     return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip)
 
 
@@ -64,7 +67,7 @@ def kfac(
 
 def adaptive_low_rank_kfac(
     layers: Layers,
-    rank: int = 32,
+    rank: AutoRank = 32,
     damping: float | Tensor = 0.1,
     decay: float | Tensor = 0.8,
     weight_decay: float | Tensor = 0.0,
@@ -77,7 +80,7 @@ def adaptive_low_rank_kfac(
 
     Args:
         layers: From ``find_layers``.
-        rank: Rank of the factors; more is better and costs more.
+        rank: Rank of the factors; more is better and costs more. See ``low_rank_kfac``.
         damping: Where the dampings start; they soon forget it.
         decay: Decay of the factors' running averages.
         weight_decay: ``η`` of the penalty ``½ η ‖θ‖²``, which enters the model.
@@ -87,7 +90,7 @@ def adaptive_low_rank_kfac(
     """
     # The weights were found on the digits autoencoder; on four other problems of benchmarks/ they are better than
     # 1, too, or make no difference.
-    both = kronecker(low_rank(rank, weight=2.0), low_rank_plus_diagonal(rank, weight=0.5))
+    both = ranked(layers, rank, lambda r: kronecker(low_rank(r, weight=2.0), low_rank_plus_diagonal(r, weight=0.5)))
     return chain(
         scale_by_quadratic_model(precondition_by_fisher(layers, both, decay=decay), damping, weight_decay),
         ema_params(),
@@ -96,7 +99,7 @@ def adaptive_low_rank_kfac(
 
 def _kfac(
     layers: Layers,
-    structure: ProductStructure,
+    structure: Chosen,
     learning_rate: float | Tensor | Schedule,
     damping: float | Tensor,
     decay: float | Tensor,

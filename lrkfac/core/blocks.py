@@ -22,7 +22,7 @@ from lrkfac.core.types import Layer, Layers, Statistics
 from lrkfac.core.unformed import Unformed
 
 
-def init(block: Block, leaves: list[Tensor]) -> Any:
+def init(block: Block, leaves: list[Tensor] | dict[int, Tensor]) -> Any:
     """The averages before the first statistics."""
     layer = block.layers[0]
     like = leaves[layer.weight.index]

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from lrkfac.core.table import table
 from lrkfac.core.views import View
 
 Tree = Any
@@ -123,9 +124,7 @@ class Layers:
             if layer.name != layer.weight.path and layer.name.startswith(layer.weight.path):
                 paths = layer.name
             rows.append((layer.name, layer.kind, paths, shape, factors, str(layer.uses)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * w for w in widths))
+        lines = [table(rows)]
         if self.uncovered:
             lines += ["", "not covered (plain gradient):"]
             lines += [f"  {p.path} {tuple(p.shape)}: {reason}" for p, reason in self.uncovered]

@@ -13,6 +13,7 @@ from lrkfac.core.choice import Chosen, blocks
 from lrkfac.core.covariances import from_matrices, to_matrix
 from lrkfac.core.groups import refresh_all
 from lrkfac.core.profiling import profiled
+from lrkfac.core.ranks import AutoRank, resolved
 from lrkfac.core.tree import check_like, counter
 from lrkfac.core.types import Evaluation, Layer, Layers, Tree
 from lrkfac.transforms.base import GradientTransformation, need_number
@@ -45,7 +46,7 @@ def precondition_by_fisher(
     layers: Layers,
     structure: Chosen = None,
     *,
-    rank: int | None = None,
+    rank: AutoRank | None = None,
     damping: float | Tensor = 1e-2,
     decay: float | Tensor = 0.95,
     fallback: GradientTransformation | None = None,
@@ -63,7 +64,10 @@ def precondition_by_fisher(
             ``layer_wise()``, ``unit_wise()``, ``diagonal()``, and ``full()`` for all layers together. Scales and
             shifts, whose blocks are no products, are held ``unit_wise()`` unless a pattern or function says
             otherwise; the one-hot side of an embedding is always held as the diagonal that it is.
-        rank: Rank of that default, 32 unless given.
+        rank: Rank of that default, 32 unless given: an integer, a mapping from patterns of layer names to integers, or
+            ``"auto"``: the largest common to all layers with which the state takes no more memory than the averages of
+            Adam, and at most 64. It is fixed when the transformation is made. See ``explain`` for a budget in bytes and
+            ``ranks_by_trace`` for ranks by what eigenpairs hold.
         damping: Tikhonov damping ``λ > 0``, in the square of the gradient's unit, split between the factors.
         decay: Decay of the running averages per batch of statistics, in [0, 1).
         fallback: Transformation of the parameters that no layer covers; by default they pass as plain
@@ -77,7 +81,7 @@ def precondition_by_fisher(
     """
     need_number(damping, "damping", 0, includes_low=False)
     need_number(decay, "decay", 0, 1)
-    held = blocks(layers, structure, rank)
+    held = blocks(layers, structure, resolved(layers, structure, rank))
     expected = forms(held, layers)
     covered = layers.covered
     free = [p.index for p in layers.parameters if p.index not in covered]

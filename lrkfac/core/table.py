@@ -1,0 +1,23 @@
+"""Tables as plain text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
+    """Rows under a heading, the first of them; cells after the first column on the right, if wanted."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [x.rjust(w) if right and i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def short(number: float) -> str:
+    """Three digits and a prefix of the units: 1.23 M."""
+    powers = min(int(math.log10(number) / 3 + 1e-4), 5) if number >= 1 else 0
+    return f"{number / 1000**powers:.3g} {' kMGTP'[powers]}".rstrip()

@@ -1,0 +1,253 @@
+"""How a preconditioner is doing, from its state: numbers for a logger, and a table."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrkfac.core.blocks import Held, form
+from lrkfac.core.corrected import CorrectedState
+from lrkfac.core.covariances import to_matrix
+from lrkfac.core.diagnosis import SIDES, WHOLE, LayerDiagnosis, needed_rank, of_block
+from lrkfac.core.factors import DiagonalState
+from lrkfac.core.kronecker import KroneckerState
+from lrkfac.core.operators import CorrectedKronecker, Kronecker, dimension
+from lrkfac.core.table import table
+from lrkfac.core.tree import check_like, formed, wide
+from lrkfac.core.types import Layer, Layers, Tree
+from lrkfac.transforms.base import need_number
+from lrkfac.transforms.hyperparameters import HyperparametersState
+from lrkfac.transforms.precondition import PreconditionState
+from lrkfac.transforms.quadratic_model import QuadraticModelState
+from lrkfac.transforms.robust import ApplyIfFiniteState
+
+
+class Diagnosis(NamedTuple):
+    """What ``diagnose`` found: a tree of numbers; ``print`` shows it as a table, as does ``rich.print``.
+
+    Attributes:
+        layers: By name; under ``""`` where one block holds them all.
+        chain: What the chain tells apart from layers, tensors ``[]``.
+    """
+
+    layers: dict[str, LayerDiagnosis]
+    chain: dict[str, Tensor]
+
+    def metrics(self, prefix: str = "lrkfac") -> dict[str, Tensor]:
+        """All numbers by names such as ``"lrkfac/0/A/captured"`` and ``"lrkfac/damping"``, tensors ``[]``.
+
+        Ready for ``for name, x in metrics.items(): writer.add_scalar(name, x, step)``, or ``wandb.log(metrics)``.
+        """
+        found = {name: x for name, x in self.chain.items()}
+        for name, layer in self.layers.items():
+            for part, numbers in layer.numbers.items():
+                found.update({f"{name or 'all'}/{part}/{what}": x for what, x in numbers.items()})
+        return {f"{prefix}/{name}" if prefix else name: x for name, x in found.items()}
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The cells of the table, a heading first; ``x | y`` is of A and of B."""
+        found = [("layer (A | B)", *[heading for heading, *_ in COLUMNS])]
+        for name, layer in self.layers.items():
+            found.append((name or "(all layers)", *[_cell(layer, *column[1:]) for column in COLUMNS]))
+        used = [i for i, column in enumerate(zip(*found[1:], strict=True)) if any(column)]
+        return [tuple(row[i] for i in used) for row in found]
+
+    def __str__(self) -> str:
+        of_chain = [f"{name}: {x.item():.4g}" for name, x in self.chain.items()]
+        return "\n".join([table(self.rows(), right=True), "", *of_chain])
+
+    def __rich__(self) -> Any:
+        """The table in the terms of rich, which calls this."""
+        from rich.box import SIMPLE
+        from rich.markup import escape
+        from rich.table import Table
+
+        caption = ", ".join(f"{name.replace('_', ' ')} {x.item():.4g}" for name, x in self.chain.items())
+        heading, *rows = self.rows()
+        shown = Table(box=SIMPLE, caption=caption, caption_justify="left")
+        for i, name in enumerate(heading):
+            shown.add_column(escape(name), justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            shown.add_row(*[escape(cell) for cell in row])
+        return shown
+
+
+COLUMNS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("rank", "rank", (*reversed(SIDES), WHOLE), "{:.0f}"),
+    ("captured", "captured", (*reversed(SIDES), WHOLE), "{:.0%}"),
+    ("damping", "damping", (*reversed(SIDES), WHOLE), "{:.2g}"),
+    ("eff. dim.", "effective_dimension", (WHOLE,), "{:.1f}"),
+    ("condition", "condition", (WHOLE,), "{:.1e}"),
+    ("drift", "drift", (*reversed(SIDES), WHOLE), "{:.0%}"),
+    ("update", "update_norm", (WHOLE,), "{:.2e}"),
+)
+"""Heading, number, parts and form of a cell of the table."""
+
+
+def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree = None) -> Diagnosis:
+    """What the state of a transformation tells about its preconditioner, wherever it stands within.
+
+    For each layer, and each factor ``A``, ``B`` or block ``F`` of it:
+
+    * ``rank``: number of eigenpairs held; all, where the matrix is held whole.
+    * ``captured``: the share that these hold of the trace of the running average. What ``residual="none"`` drops is not
+      in the state, and not counted.
+    * ``damping``: what the inverse has on top of the average, ``δ_A``, ``δ_B`` or ``λ``; of groups, the mean.
+    * ``effective_dimension``: ``tr(M (M + δ I)⁻¹)``, the number of directions in which the curvature outweighs the
+      damping; of a product, those of its factors multiplied.
+    * ``condition``: the largest over the smallest eigenvalue of what was inverted; with ``low_rank_plus_diagonal`` a
+      bound above it, from at most twice the largest eigenvalue and the smallest entry of the damped diagonal.
+    * ``drift``: with ``previous``, the change of the running average since then, ``‖M - M'‖ / ‖M‖`` in Frobenius norm.
+    * ``update_norm``: the length of the update of the layer's weight and joint bias.
+
+    Of the chain: ``since_statistics``, the number of steps that the inverses are old; ``learning_rate``, ``momentum``,
+    ``damping``, ``factor_damping``, ``predicted``, ``reduction_ratio`` and ``rejected`` (steps) of the quadratic model;
+    ``left_out`` (steps) of ``apply_if_finite``; ``hyperparameters/…`` of ``inject_hyperparameters``.
+
+    Eigenvalues of dense factors are computed, in O(d³). Nothing leaves the device, so that it can be mapped over an
+    ensemble: ``vmap(lambda s: diagnose(s, layers).metrics())(states)``.
+
+    Args:
+        state: Of ``precondition_by_fisher``, or of any chain with it; of a ``LowRankKFAC``, its ``chain_state``.
+        layers: From ``find_layers``.
+        previous: An earlier state of the same transformation.
+        updates: What the transformation returned last. Without it, the last update of the quadratic model is used,
+            where there is one.
+
+    Raises:
+        ValueError: If no preconditioner is in the state, or one of other layers; if ``previous`` or ``updates`` do not
+            fit.
+        TypeError: If an argument has the wrong type, or a factor is held by a structure that is not lrkfac's.
+    """
+    if not isinstance(layers, Layers):
+        raise TypeError(f"layers: expected what find_layers() returned, got {type(layers).__name__}")
+    found = _blocks("state", state, layers)
+    before = {} if previous is None else _blocks("previous", previous, layers)
+    forms = [{name: form(block.state) for name, block in blocks.items()} for blocks in (found, before)]
+    if previous is not None and forms[0] != forms[1]:
+        raise ValueError("previous: expected an earlier state of the same transformation, got one of another form")
+    diagnosed = {name: of_block(held, before.get(name)) for name, held in found.items()}
+    leaves = _updates(state, layers, updates)
+    for name, one in diagnosed.items() if leaves is not None else ():
+        own = [layer for layer in layers if name in ("", layer.name)]
+        squares = [wide(formed(to_matrix(layer, leaves or []))).square().sum() for layer in own]
+        one.numbers[WHOLE]["update_norm"] = torch.stack(squares).sum().sqrt()
+    return Diagnosis(diagnosed, _of_chain(state))
+
+
+def _blocks(what: str, state: Any, layers: Layers) -> dict[str, Held]:
+    """What the preconditioners in a state hold, by layer."""
+    found: dict[str, Held] = {}
+    for _, one in _within(state, PreconditionState):
+        for name in one.factors:
+            if name in found:
+                raise ValueError(
+                    f"{what}: layer {name!r} has two preconditioners in it; diagnose the state of each by itself"
+                )
+            found[name] = Held(one.factors[name], one.inverses[name], one.dampings[name])
+    if not found:
+        raise ValueError(
+            f"{what}: expected the state of precondition_by_fisher(layers), or of a chain with it, got "
+            f"{type(state).__name__} without one; of a LowRankKFAC, pass its chain_state"
+        )
+    names = [layer.name for layer in layers]
+    for name, held in found.items():
+        if name and name not in names:
+            raise ValueError(f"{what}: expected one of the layers {names}, got one with {name!r}; pass its layers")
+        if isinstance(held.inverse, Kronecker | CorrectedKronecker):
+            _check(what, layers[name], held)
+    return found
+
+
+def _check(what: str, layer: Layer, held: Held) -> None:
+    product = held.state.factors if isinstance(held.state, CorrectedState) else held.state
+    expected = (layer.d_out * layer.d_in, int(layer.groups > 1))
+    if (dimension(held.inverse), product.input.steps.ndim) != expected:
+        raise ValueError(
+            f"{what}: expected factors of B {layer.d_out} and A {layer.d_in} for layer {layer.name!r}, got the form "
+            f"{form(held.state)}; pass the layers of its transformation, and map over the states of an ensemble: "
+            "vmap(lambda s: diagnose(s, layers).metrics())(states)"
+        )
+
+
+def _updates(state: Any, layers: Layers, updates: Tree) -> list[Any] | None:
+    """The leaves of the updates, or of the last ones of the quadratic models in a state."""
+    if updates is not None:
+        return check_like(layers.tree, updates, "updates")
+    rows = [one.last for _, one in _within(state, QuadraticModelState)]
+    sizes = [math.prod(p.shape) for p in layers.parameters]
+    if not rows or any(row.shape != (sum(sizes),) for row in rows):
+        return None
+    parts = torch.stack(rows).sum(dim=0).split(sizes)
+    return [part.reshape(p.shape) for part, p in zip(parts, layers.parameters, strict=True)]
+
+
+def _of_chain(state: Any) -> dict[str, Tensor]:
+    found: list[tuple[str, str, Tensor]] = []
+    for path, one in _within(
+        state, PreconditionState | QuadraticModelState | HyperparametersState | ApplyIfFiniteState
+    ):
+        if isinstance(one, PreconditionState):
+            found.append((path, "since_statistics", one.since))
+        elif isinstance(one, QuadraticModelState):
+            found += [(path, name, getattr(one, name)) for name in QUADRATIC]
+        elif isinstance(one, HyperparametersState):
+            found += [(path, f"hyperparameters/{name}", x) for name, x in one.hyperparameters.items()]
+        else:
+            found.append((path, "left_out", one.total))
+    often = Counter(name for _, name, _ in found)
+    return {name if often[name] == 1 else f"{path}/{name}": x for path, name, x in found}
+
+
+QUADRATIC = ("learning_rate", "momentum", "damping", "factor_damping", "predicted", "reduction_ratio", "rejected")
+
+
+def _within(state: Any, kind: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """All states of a kind within a state, each with its path."""
+    if isinstance(state, kind):
+        yield path, state
+    named = state._asdict() if hasattr(state, "_asdict") else state
+    parts = named.items() if isinstance(named, dict) else enumerate(named) if isinstance(named, tuple | list) else ()
+    for name, part in parts:
+        yield from _within(part, kind, f"{path}.{name}" if path else str(name))
+
+
+def _cell(layer: LayerDiagnosis, what: str, parts: tuple[str, ...], pattern: str) -> str:
+    """The numbers of one name, of each part that has it."""
+    found = [layer.numbers[part][what] for part in parts if what in layer.numbers.get(part, {})]
+    return " | ".join(pattern.format(x.item()) for x in found)
+
+
+def ranks_by_trace(state: Any, layers: Layers, share: float = 0.95) -> dict[str, int]:
+    """For each layer the least rank with which the eigenpairs of both factors hold a share of their traces.
+
+    From the eigenvalues in the state, after some batches of statistics. A rank is a shape, fixed when a transformation
+    is made: make another, ``low_rank_kfac(layers, 0.1, rank=ranks_by_trace(state, layers))``, and begin with its
+    ``init(params)``; its first statistics find the averages anew. To drop the other eigenpairs within a state of fixed
+    shape would save neither memory nor operations, and know less.
+
+    Args:
+        state: As for ``diagnose``. Layers that are no products, and factors that are diagonal, are left out.
+        layers: From ``find_layers``.
+        share: Of the trace, in (0, 1).
+
+    Returns:
+        From names to ranks. Where all eigenpairs together hold less, their number: make it larger and look again.
+
+    Raises:
+        ValueError: If ``share`` is out of range, or as ``diagnose``.
+        TypeError: If an argument has the wrong type, or as ``diagnose``.
+    """
+    need_number(share, "share", 0, 1, includes_low=False)
+    ranks: dict[str, int] = {}
+    for name, held in _blocks("state", state, layers).items():
+        products = held.state.factors if isinstance(held.state, CorrectedState) else held.state
+        if isinstance(products, KroneckerState):
+            sides = [side for side in products if not isinstance(side, DiagonalState)]
+            ranks[name] = max([1, *[int(needed_rank(side, share)) for side in sides]])
+    return ranks

@@ -1,0 +1,189 @@
+"""What ``diagnose`` finds, in any chain, against dense matrices."""
+
+import io
+
+import optree
+import pytest
+import torch
+from torch.func import vmap
+
+import lrkfac
+from lrkfac import diagnose, low_rank_kfac, precondition_by_fisher, ranks_by_trace, to_dense
+from tests import cases
+from tests.transforms.test_precondition import STRUCTURES, each_structure, evaluator, some_cases
+
+MLP, GROUPS = cases.LINEAR[0], cases.CONVOLUTION[3]
+
+
+def trained(tx, case, steps=4):
+    """The states after each step, and the last updates."""
+    _, evaluate = evaluator(case)
+    params, states = case.params, [tx.init(case.params)]
+    for i in range(steps):
+        e = evaluate(params, statistics=i % 2 == 0)
+        updates, state = tx.update(e.grads, states[-1], params, evaluation=e)
+        params = optree.tree_map(lambda p, u: p - 0.1 * u, params, updates)
+        states.append(state)
+    return states, updates
+
+
+def blocks(held, layer):
+    """The dense matrices of all groups, block-diagonal."""
+    each = [held] if layer.groups == 1 else [optree.tree_map(lambda x, i=i: x[i], held) for i in range(layer.groups)]
+    return [(to_dense(one.output), to_dense(one.input)) for one in each]
+
+
+@some_cases
+@each_structure
+def test_numbers_are_those_of_dense_matrices(case, structure):
+    layers, _ = evaluator(case)
+    states, updates = trained(precondition_by_fisher(layers, structure, damping=0.05), case)
+    found = diagnose(states[-1], layers, previous=states[1], updates=updates)
+    assert found.chain == {"since_statistics": torch.tensor(1)}
+    for layer in layers:
+        numbers = found.layers[layer.name].numbers
+        fitted = structure.fitted(layer.d_in, layer.d_out)
+        operator = fitted.operator if layer.groups == 1 else vmap(fitted.operator)
+        now, old = (blocks(operator(s.factors[layer.name]), layer) for s in (states[-1], states[1]))
+        inverses = blocks(states[-1].inverses[layer.name], layer)
+        effective = torch.stack(
+            [(B @ C).trace() * (A @ D).trace() for (B, A), (C, D) in zip(now, inverses, strict=True)]
+        )
+        torch.testing.assert_close(numbers["F"]["effective_dimension"], effective.sum(), rtol=1e-6, atol=1e-9)
+        spectra = [1 / torch.linalg.eigvalsh(torch.kron(C, D)) for C, D in inverses]
+        condition = torch.cat(spectra).amax() / torch.cat(spectra).amin()
+        assert numbers["F"]["condition"] >= condition * (1 - 1e-6)
+        if structure in (STRUCTURES["dense"], STRUCTURES["diagonal"]):
+            torch.testing.assert_close(numbers["F"]["condition"], condition, rtol=1e-6, atol=0)
+        for i, side in enumerate("BA"):
+            M, N = (torch.block_diag(*[pair[i] for pair in pairs]) for pairs in (now, old))
+            torch.testing.assert_close(numbers[side]["drift"], (M - N).norm() / M.norm(), rtol=1e-5, atol=1e-7)
+            held = found.layers[layer.name].eigenvalues[side]
+            assert numbers[side]["rank"] == len(held) <= len(M)
+            torch.testing.assert_close(numbers[side]["captured"], held.sum() / M.trace(), rtol=1e-9, atol=1e-12)
+            expected = states[-1].dampings[layer.name][..., i].mean()
+            assert numbers[side]["damping"] == expected
+        own = [updates[p.path] for p in (layer.weight, layer.bias) if p is not None]
+        norm = torch.cat([x.reshape(-1) for x in own]).norm()
+        torch.testing.assert_close(numbers["F"]["update_norm"], norm)
+
+
+LAYERS, EVALUATE = evaluator(MLP)
+KFAC = low_rank_kfac(LAYERS, 0.1, rank=2)
+CHAINS = {
+    "masked": lrkfac.masked(KFAC, lambda p: optree.tree_map(lambda _: True, p)),
+    "partition": lrkfac.partition({"a": KFAC, "b": lrkfac.scale(-1.0)}, lambda p: optree.tree_map(lambda _: "a", p)),
+    "inject": lrkfac.inject_hyperparameters(low_rank_kfac)(LAYERS, learning_rate=0.1, rank=2),
+    "apply if finite": lrkfac.apply_if_finite(KFAC, 3),
+    "chain": lrkfac.chain(lrkfac.identity(), KFAC),
+}
+
+
+@pytest.mark.parametrize("tx", CHAINS.values(), ids=CHAINS.keys())
+def test_the_preconditioner_is_found_in_any_chain(tx):
+    expected, found = (diagnose(trained(one, MLP)[0][-1], LAYERS).metrics() for one in (KFAC, tx))
+    more = {"inject": {"lrkfac/hyperparameters/learning_rate"}, "apply if finite": {"lrkfac/left_out"}}
+    wanted = next((more[name] for name in more if CHAINS[name] is tx), set())
+    assert found.keys() - expected.keys() == wanted
+    for name, x in expected.items():
+        assert x.shape == () and torch.allclose(found[name], x, rtol=1e-9)
+
+
+def test_the_adaptive_chain_tells_what_it_has_chosen():
+    states, updates = trained(lrkfac.adaptive_low_rank_kfac(LAYERS, rank=2), MLP)
+    found, model = diagnose(states[-1], LAYERS), states[-1][0]
+    for name in ("learning_rate", "momentum", "damping", "factor_damping", "reduction_ratio", "rejected"):
+        assert found.chain[name] is getattr(model, name)
+    given = diagnose(states[-1], LAYERS, updates=updates)
+    for name, x in found.metrics().items():
+        torch.testing.assert_close(given.metrics()[name], x)
+    assert "update_norm" in found.layers["0"].numbers["F"]
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        lrkfac.kronecker(lrkfac.low_rank(2), lrkfac.low_rank(1), corrected=True),
+        lrkfac.unit_wise(),
+        lrkfac.layer_wise(),
+        lrkfac.full(),
+        lrkfac.diagonal(),
+    ],
+)
+@pytest.mark.parametrize("case", [MLP, GROUPS], ids=lambda case: case.name)
+def test_exact_and_corrected_blocks(structure, case):
+    """The effective dimension is the trace of the block's average times its inverse."""
+    layers, _ = evaluator(case)
+    state = trained(precondition_by_fisher(layers, structure, damping=0.05), case)[0][-1]
+    for name, layer in diagnose(state, layers).layers.items():
+        numbers, inverse = layer.numbers["F"], state.inverses[name]
+        lead = state.factors[name].steps.ndim
+        for _ in range(max(lead - 1, 0)):
+            inverse = optree.tree_map(lambda x: x.flatten(0, 1), inverse)
+        dense = vmap(to_dense)(inverse) if lead else to_dense(inverse)[None]
+        eigenvalues = 1 / torch.linalg.eigvalsh(dense).reshape(-1)
+        effective = (1 - numbers["damping"] / eigenvalues).sum()
+        torch.testing.assert_close(numbers["effective_dimension"], effective, rtol=1e-5, atol=1e-7)
+        condition = eigenvalues.amax() / eigenvalues.amin()
+        torch.testing.assert_close(numbers["condition"], condition, rtol=1e-6, atol=0)
+        assert numbers["captured"] <= 1 + 1e-9
+
+
+def test_an_ensemble_by_vmap():
+    states, _ = trained(lrkfac.adaptive_low_rank_kfac(LAYERS, rank=2), MLP)
+    both = optree.tree_map(lambda *x: torch.stack(x), *states[-2:])
+    found = vmap(lambda s: diagnose(s, LAYERS).metrics())(both)
+    for i, state in enumerate(states[-2:]):
+        torch.testing.assert_close({k: x[i] for k, x in found.items()}, diagnose(state, LAYERS).metrics())
+    with pytest.raises(ValueError, match=r"state: expected factors of .* for layer '0'.*vmap"):
+        diagnose(both, LAYERS)
+
+
+def test_ranks_by_trace_make_a_chain():
+    states, _ = trained(precondition_by_fisher(LAYERS, lrkfac.kronecker(lrkfac.dense(), lrkfac.dense())), MLP)
+    ranks = ranks_by_trace(states[-1], LAYERS, 0.9)
+    for name, rank in ranks.items():
+        spectra = diagnose(states[-1], LAYERS).layers[name].eigenvalues.values()
+        enough = [all(x[:r].sum() >= 0.9 * x.sum() for x in spectra) for r in range(1, 20)]
+        assert rank == 1 + enough.index(True)
+    assert low_rank_kfac(LAYERS, 0.1, rank=ranks).init(MLP.params)
+    for share in (0, 1.0, -1, float("nan")):
+        with pytest.raises(ValueError, match="share: expected a finite number"):
+            ranks_by_trace(states[-1], LAYERS, share)
+
+
+def test_tables():
+    rich = pytest.importorskip("rich.console")
+    found = diagnose(trained(KFAC, MLP)[0][-1], LAYERS)
+    lines = str(found).splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["0", "2", "4"] and "since_statistics: 1" in lines
+    stream = io.StringIO()
+    rich.Console(file=stream, width=140).print(found)
+    assert all(word in stream.getvalue() for word in ("captured", "condition", "since statistics 1"))
+    assert "A | B" in stream.getvalue() and str(diagnose(KFAC.init(MLP.params), LAYERS))
+
+
+STATE = KFAC.init(MLP.params)
+OTHER, _ = evaluator(GROUPS)
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: diagnose(STATE, list(LAYERS)), TypeError, "layers: expected what find_layers"),
+        (lambda: diagnose((), LAYERS), ValueError, "state: expected the state of precondition_by_fisher"),
+        (lambda: diagnose(lrkfac.trace(0.9).init(MLP.params), LAYERS), ValueError, "state: expected .* chain_state"),
+        (lambda: diagnose(STATE, OTHER), ValueError, "state: expected"),
+        (lambda: diagnose((STATE, STATE), LAYERS), ValueError, "state: layer '0' has two preconditioners"),
+        (lambda: diagnose(STATE, LAYERS, previous=()), ValueError, "previous: expected the state"),
+        (lambda: diagnose(STATE, LAYERS, updates={}), ValueError, r"updates: .*missing \['0.bias'"),
+        (
+            lambda: diagnose(STATE, LAYERS, previous=low_rank_kfac(LAYERS, 0.1, rank=1).init(MLP.params)),
+            ValueError,
+            "previous: expected an earlier state of the same transformation",
+        ),
+    ],
+)
+def test_refusals(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
