@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -100,6 +101,13 @@ def tree_bytes(tree: Any) -> int:
     return sum(x.numel() * x.element_size() for x in optree.tree_leaves(tree) if isinstance(x, Tensor))
 
 
+def held_bytes(tree: Any, beside: Any = ()) -> int:
+    """Bytes of memory that the tensors of a tree hold, beside those of another: shared memory counts once."""
+    known, found = ({x.untyped_storage()._cdata: x for x in optree.tree_leaves(t) if isinstance(x, Tensor)}
+                    for t in (beside, tree))  # fmt: skip
+    return sum(x.untyped_storage().nbytes() for key, x in found.items() if key not in known)
+
+
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     """The most bytes allocated at one time during a call, beyond what was allocated before it.
 
@@ -129,12 +137,12 @@ def peak_resident_bytes(function: Callable[[], Any]) -> int:
     In a process of its own, whose allocator has not kept memory of earlier calls.
     """
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     function()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
@@ -146,6 +154,11 @@ def printed_by_child(module: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=variables).stdout
 
 
+def wide_console() -> Console:
+    """As wide as the terminal, or wide enough for the tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 150)
+
+
 def results_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table whose first column is text and whose others are numbers."""
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
@@ -154,6 +167,33 @@ def results_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[s
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def argument_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """With what all tables have in common: device, threads, folder of the results."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=(description or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to measure")
+    add("--threads", type=int, default=2, metavar="N", help="CPU threads")
+    add("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
+    return parser
+
+
+def command_of(module: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, for the record."""
+    shown = {name: value for name, value in options.items() if name != "output"}
+    return {"command": f"python -m {module}", "options": shown, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def write_results(path: Path, content: Any, figure: Figure, console: Console) -> None:
+    """Writes JSON and picture, and says so."""
+    write_json(path, content)
+    written(path, console)
+    save_figure(path.with_suffix(".png"), figure, console)
 
 
 def write_json(path: Path, content: Any) -> None:

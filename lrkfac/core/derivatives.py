@@ -1,4 +1,8 @@
-"""Derivatives of functions of trees, by ``torch.func`` on lists: torch walks each tree it is given ten times."""
+"""Derivatives of functions of trees, by ``torch.func`` on lists: torch walks each tree it is given ten times.
+
+The compiler, which walks trees once, cannot flatten a dictionary that was made within what it compiles: there the tree
+is handed to torch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp
 
@@ -14,6 +19,9 @@ from lrkfac.core.types import Tree
 
 def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], tree: Tree) -> tuple[Tree, Tensor, Tree]:
     """Gradient, value and aux of ``function(tree) -> (value, aux)``; aux holds tensors alone."""
+    if torch.compiler.is_compiling():
+        found, (value, aux) = grad_and_value(function, has_aux=True)(tree)
+        return found, value, aux
     leaves, structure = optree.tree_flatten(tree)
     held: list[Any] = []
 
@@ -29,6 +37,9 @@ def transposed(
     function: Callable[[Tree], tuple[list[Tensor], Tree]], tree: Tree
 ) -> tuple[list[Tensor], Callable[[list[Tensor]], Tree], Tree]:
     """Outputs, the way back from a cotangent like them, and aux of ``function(tree) -> (outputs, aux)``."""
+    if torch.compiler.is_compiling():
+        outputs, back, aux = vjp(function, tree, has_aux=True)
+        return outputs, lambda cotangent: back(cotangent)[0], aux
     leaves, structure = optree.tree_flatten(tree)
     held: list[Any] = []
 

@@ -1,0 +1,201 @@
+"""The benchmark tables: each command runs at a tiny size and counts what it says; the state is as small as promised."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import convolutions, depth, memory, memory_steps, quality, refresh, step, transformer
+from benchmarks.common import held_bytes
+from benchmarks.depth import dispatched, per_layer
+from benchmarks.floors import Cost, Rates, cost
+from benchmarks.networks import Work, gpt, perceptron
+from benchmarks.ratios import Functional
+from benchmarks.resnet18 import ResNet18
+from lrkfac.core.profiling import profiled
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs a benchmark and returns what it wrote and printed."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--threads", "1", "--output", str(tmp_path), *arguments])
+        module.main()
+        (path,) = tmp_path.glob("*.json")
+        assert path.with_suffix(".png").stat().st_size > 1000
+        return json.loads(path.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def check_ratios(one, sizes):
+    for row in one["rows"]:
+        assert row["seconds"] > 0 and row["ratio"] > 0
+        if "mean ratio" in row:
+            between = sorted((row["ratio"], row["refresh ratio"]))
+            assert between[0] <= row["mean ratio"] <= between[1]
+            assert 0 < row["floor"] < row["refresh floor"] and row["mean floor"] <= row["refresh floor"]
+    assert {name for name, row in by_name(one).items() if "mean ratio" in row} >= sizes
+
+
+def by_name(one):
+    return {row["step"]: row for row in one["rows"]}
+
+
+def test_the_table_of_steps(command):
+    options = ("--widths", "12", "16", "--ranks", "2", "3", "--repeats", "2", "--batch-size", "4", "--variants")
+    content, out = command(step, *options, "--dense-up-to", "12")
+    small, large = content["measured"]
+    check_ratios(small, {"rank 2", "rank 3", "rank 2, gradients formed", "dense K-FAC"})
+    assert set(by_name(small)) > set(by_name(large)) and "dense K-FAC" not in by_name(large)
+    assert small["capture ratio"] > 0 and "empirical statistics / plain gradient" in out
+    assert content["environment"]["operations per second"] > 1e8
+
+
+def test_the_table_of_compiled_steps(command, monkeypatch):
+    compiled = []
+
+    def traced(function, **options):
+        compiled.append(options)
+        return torch_compile(function, backend="eager", **options)  # in one graph, or not at all
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    content, _ = command(step, "--widths", "8", "--ranks", "2", "--repeats", "2", "--batch-size", "4", "--compile")
+    check_ratios(content["measured"][0], {"rank 2"})
+    assert len(compiled) == 6 and all(options["fullgraph"] for options in compiled)
+
+
+def test_the_tables_of_networks(command, monkeypatch, tmp_path):
+    def tiny(batch_size, device):
+        images = torch.randn(batch_size, 3, 8, 8)
+        return Work(ResNet18(10, (4, 4, 8, 8)), images, torch.randint(10, (batch_size,)))
+
+    options = ("--batch-sizes", "2", "--ranks", "2", "--repeats", "2")
+    monkeypatch.setattr(convolutions, "resnet18", tiny)
+    check_ratios(command(convolutions, *options)[0]["measured"][0], {"rank 2", "dense K-FAC"})
+    (tmp_path / "convolutions_eager_cpu.json").unlink()
+    monkeypatch.setattr(transformer, "gpt", partial(gpt, blocks=1, width=8, heads=2, context=4))
+    check_ratios(command(transformer, *options, "--no-dense")[0]["measured"][0], {"rank 2"})
+
+
+def test_gpt_is_causal():
+    work = gpt(2, CPU, blocks=2, width=8, heads=2, context=5)
+    changed = work.inputs.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % 256
+    same, other = work.module(work.inputs), work.module(changed)
+    torch.testing.assert_close(same[:, :3], other[:, :3])
+    assert not torch.allclose(same[:, 3:], other[:, 3:])
+    assert torch.equal(work.inputs[:, 1:], work.targets[:, :-1])
+
+
+def test_the_table_of_refreshes(command):
+    content, _ = command(refresh, "--widths", "16", "24", "32", "--rank", "2", "--repeats", "2", "--batch-size", "8",
+                         "--dense-up-to", "24", "--eigen-up-to", "16")  # fmt: skip
+    compared = [set(one["ratios"]) for one in content["widths"]]
+    assert compared == [{refresh.CHOLESKY, refresh.EIGEN}, {refresh.CHOLESKY}, set()]
+    assert all(floor > 0 for one in content["widths"] for floor in one["floors"].values())
+
+
+def test_the_operations_of_a_refresh_do_not_depend_on_depth(command):
+    content, out = command(
+        depth, "--depths", "2", "6", "--width", "8", "--rank", "2", "--repeats", "2", "--batch-size", "4"
+    )
+    assert content["growth"] <= depth.LIMIT and "ms per layer" in out
+    first, last = (one["operations"] for one in content["depths"])
+    assert first["SGD"] < last["SGD"] < last["step"] < last["refresh step"]
+    assert per_layer([1, 2, 3], [5.0, 7.0, 9.0]) == pytest.approx(2)
+
+
+def test_the_table_of_quality(command):
+    content, _ = command(quality, "--steps", "3", "--refreshes", "2", "--ranks", "1", "32", "--damping", "0.1")
+    rows = {(row["rank"], row["name"]): row for row in content["measured"][0]["rows"]}
+    assert {rank for rank, _ in rows} == {0, 1, 32, 129}
+    for name in (quality.OURS, quality.BEST):
+        errors = [rows[rank, name]["error"] for rank in (1, 32, 129)]
+        assert errors[0] > errors[1] > 10 * errors[2] and errors[2] < 1e-6
+        assert rows[32, name]["angle"] < rows[0, quality.PLAIN]["angle"]
+
+
+# Memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width, rank", [(20, 1), (41, 3), (90, 9), (64, 32), (12, 9)])
+def test_a_layer_holds_at_most_the_promised_numbers(width, rank):
+    found = memory_steps.state_numbers(width, rank, batch_size=2)
+    assert 2 * rank * width < found["numbers"] <= found["promise"]
+
+
+def test_the_tables_of_memory(command, monkeypatch):
+    here = lambda method, width, limit=0, **options: {  # noqa: E731
+        "method": method, "width": width, **memory_steps.child(method, width, limit=0, **options)
+    }  # fmt: skip
+    monkeypatch.setattr(memory_steps, "in_child", here)
+    content, out = command(memory, "--parts", "steps", "largest", "--widths", "24", "--dense-up-to", "24",
+                           "--batch-size", "4", "--rank", "2", "--largest", "16", "24")  # fmt: skip
+    rows = {row["method"]: row for row in content["steps"]}
+    assert all(row["finite"] and row["peak"] >= 0 and row["floor"] > 0 for row in content["steps"])
+    parameters = rows[memory_steps.SGD]["parameters"]
+    assert rows[memory_steps.SGD]["state"] == rows[memory_steps.IN_PLACE]["state"] == parameters
+    assert parameters < rows[memory_steps.LOW_RANK]["state"] < rows[memory_steps.DENSE]["state"]
+    assert [row["completes"] for row in content["largest"]] == [True] * 4
+    assert "numbers, at most" in " ".join(out.split())
+
+
+def test_what_needs_too_much_memory_does_not_complete():
+    options = {"batch_size": 2, "rank": 2, "device": "cpu", "threads": 1}
+    assert memory_steps.in_child(memory_steps.IN_PLACE, 6144, limit=2**28, **options) is None
+
+
+# What is counted ---------------------------------------------------------------------------------------
+
+
+def test_costs_are_those_of_known_operations():
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    assert cost(lambda: a @ b, (a, b), again=a) == Cost(2 * 3 * 4 * 5, 4 * (12 + 20 + 12 + 15))
+    assert cost(lambda: (a, a[0]), a).bytes == 48  # nothing new is written
+    s = torch.eye(6)
+    assert cost(lambda: torch.linalg.cholesky(s), ()).operations == pytest.approx(6**3 / 3)
+    assert cost(lambda: torch.cholesky_inverse(s), ()).operations == pytest.approx(2 * 6**3 / 3)
+    assert cost(lambda: torch.linalg.eigh(s), ()).operations == 9 * 6**3
+    # Householder vectors, 2 m n² - 2/3 n³, and as many again for Q.
+    assert cost(lambda: torch.linalg.qr(torch.ones(2, 8, 3)), ()).operations == pytest.approx(2 * 2 * (2 * 72 - 18))
+    assert Cost(10, 30).floor(Rates(5, 10)) == 3
+
+
+def test_shared_memory_is_held_once():
+    x = torch.zeros(6)
+    assert held_bytes((x, x[:2], x.expand(3, 6))) == 24
+    assert held_bytes({"a": x, "b": torch.zeros(2)}, beside=[x]) == 8
+    assert memory_steps.unique_numbers((x, x, torch.ones(()).expand(5))) == 7
+
+
+def test_operations_are_counted_within_ranges():
+    def work():
+        x = torch.ones(3) + 1
+        with profiled("refresh"):
+            x = (x * 2).view(3, 1)
+            with profiled("inverse"):
+                x = x + 1
+        return x - 1
+
+    count = dispatched(work)
+    assert (count.total, dict(count.within)) == (5, {"lrkfac.refresh": 2, "lrkfac.inverse": 1})
+
+
+def test_steps_start_from_the_same_parameters_and_change_nothing():
+    work = perceptron(8, 4, CPU)
+    functional = Functional(work)
+    before = [p.clone() for p in work.module.parameters()]
+    ours = functional.low_rank(2)
+    first, second = ours.plain(), ours.plain()
+    assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
+    ours.refresh()
+    assert all(map(torch.equal, before, work.module.parameters()))
+    assert isinstance(work.module[0], nn.Linear)
