@@ -1,5 +1,6 @@
 """Low-rank K-FAC as pure functions: natural gradient for functional PyTorch."""
 
+from lrkfac import plot as plot
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.checkpoint import load, save
 from lrkfac.core.costs import Explanation, explain

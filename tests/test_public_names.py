@@ -97,7 +97,7 @@ def test_signatures_that_users_rely_on(name):
 
 def test_importing_the_package_does_not_import_what_only_tests_need():
     code = "import sys, lrkfac; print([m for m in sys.argv[1:] if m in sys.modules])"
-    modules = ["hypothesis", "lrkfac.testing", "pytest", "safetensors", "torch._dynamo"]
+    modules = ["hypothesis", "lrkfac.testing", "pytest", "safetensors", "matplotlib", "rich", "torch._dynamo"]
     done = subprocess.run(
         [sys.executable, "-c", code, *modules],
         cwd=Path(lrkfac.__file__).parents[1],

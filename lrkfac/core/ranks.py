@@ -17,7 +17,7 @@ from lrkfac.core.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
 from lrkfac.core.types import Layers
 
 LARGEST = 64
-"""Rank that ``rank="auto"`` does not exceed: beyond, a step costs more than it gains in the benchmarks."""
+"""Rank that ``rank="auto"`` does not exceed, whatever the memory: operations grow with it."""
 COPIES = 2
 """Copies of the parameters that ``rank="auto"`` may take the memory of: as many as the averages of Adam."""
 COUNTER = 8

@@ -1,0 +1,200 @@
+"""Pictures of what ``diagnose`` finds, by matplotlib, the extra ``plot``.
+
+Each function returns a ``matplotlib.figure.Figure``, to be saved: ``spectra(diagnosis).savefig("spectra.png")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrkfac.diagnostics import Diagnosis
+
+FEW = 10
+"""Number of layers up to which each has a colour and a name of its own; more are coloured by depth."""
+FLOOR = 1e-7
+"""Share of the largest eigenvalue below which one is rounding, and not drawn."""
+OF_CHAIN = {
+    "damping": "damping $\\lambda$ of the model",
+    "factor_damping": "damping $\\gamma$ of the factors",
+    "hyperparameters/damping": "damping",
+}
+OF_STEPS = {
+    "learning_rate": "learning rate $\\alpha$",
+    "momentum": "momentum $\\mu$",
+    "hyperparameters/learning_rate": "learning rate",
+    "hyperparameters/momentum": "momentum",
+}
+
+
+def spectra(diagnosis: Diagnosis) -> Any:
+    """The eigenvalues that each layer's factors hold, against their number; both axes logarithmic.
+
+    Those below 1e-7 of the largest are not drawn.
+
+    Raises:
+        ImportError: Without matplotlib.
+        TypeError: If it is no ``Diagnosis``.
+    """
+    return _by_factor(diagnosis, "eigenvalue", lambda values, total: values, logarithmic=True)
+
+
+def captured(diagnosis: Diagnosis) -> Any:
+    """The share of the trace that the first ``r`` eigenpairs of each layer's factors hold, against ``r``.
+
+    Raises:
+        ImportError: Without matplotlib.
+        TypeError: If it is no ``Diagnosis``.
+    """
+
+    def shares(values: Tensor, total: Tensor) -> Tensor:
+        return 100 * values.cumsum(dim=0) / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+    return _by_factor(diagnosis, "captured trace [%]", shares, logarithmic=False)
+
+
+def history(diagnoses: Sequence[Diagnosis], steps: Sequence[int] | None = None) -> Any:
+    """Dampings, step sizes and captured trace over the steps of a run.
+
+    Dampings and step sizes are those of the chain where it tells them; else the dampings of the factors and the lengths
+    of the updates, each as median and range over layers.
+
+    Args:
+        diagnoses: One for each of some steps.
+        steps: Their numbers; by default 0, 1, …
+
+    Raises:
+        ImportError: Without matplotlib.
+        ValueError: If there is none, or the lengths differ.
+        TypeError: If one is no ``Diagnosis``.
+    """
+    for one in diagnoses:
+        _check(one)
+    at = list(range(len(diagnoses)) if steps is None else steps)
+    if not diagnoses or len(at) != len(diagnoses):
+        raise ValueError(f"diagnoses: expected at least one, and as many as steps, got {len(diagnoses)} and {len(at)}")
+    figure = _figure(9.5, 2.9)
+    damping, size, share = figure.subplots(1, 3)
+    if not _curves(damping, at, diagnoses, OF_CHAIN):
+        _ranges(damping, at, diagnoses, "damping")
+    if not _curves(size, at, diagnoses, OF_STEPS):
+        _ranges(size, at, diagnoses, "update_norm")
+    _ranges(share, at, diagnoses, "captured", scale=100)
+    labels = {damping: "damping", size: "step size", share: "captured trace [%]"}
+    for axis, label in labels.items():
+        axis.set(xlabel="step", ylabel=label)
+        axis.set_yscale("linear" if axis is share else "log")
+        _tidy(axis)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
+    share.set_ylim(0, 103)
+    return figure
+
+
+def _by_factor(diagnosis: Diagnosis, label: str, of: Callable[[Tensor, Tensor], Tensor], logarithmic: bool) -> Any:
+    """A panel for each factor, or for blocks, with a curve for each layer."""
+    _check(diagnosis)
+    figure = _figure(9.5, 3.8)
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    held = diagnosis.layers.values()
+    parts = [part for part in ("A", "B", "F") if any(part in layer.eigenvalues for layer in held)]
+    titles = {"A": "input factors A", "B": "output-gradient factors B", "F": "blocks F"}
+    names = [name or "all layers" for name in diagnosis.layers]
+    colours = _colours(len(names))
+    axes = figure.subplots(1, len(parts), squeeze=False, sharey=False)[0]
+    for axis, part in zip(axes, parts, strict=True):
+        for name, colour, layer in zip(names, colours, held, strict=True):
+            if part in layer.eigenvalues:
+                values = layer.eigenvalues[part].detach().cpu()
+                y = of(values, values.sum() + layer.rest[part].detach().cpu())
+                y = y[y > FLOOR * values.amax()] if logarithmic else y
+                axis.plot(range(1, len(y) + 1), y.tolist(), color=colour, label=name, marker=".", ms=4, lw=1.3)
+        axis.set(title=titles[part], xlabel="number of eigenpairs", ylabel=label, xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        if logarithmic:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(0, 103)
+        _tidy(axis)
+    if len(names) <= FEW:
+        found = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(found.values(), found.keys(), loc="outside right upper", frameon=False, title="layer", fontsize=8)
+    else:
+        _depth_bar(figure, axes, names)
+    return figure
+
+
+def _depth_bar(figure: Any, axes: Any, names: list[str]) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    bar = figure.colorbar(ScalarMappable(Normalize(1, len(names)), "viridis"), ax=list(axes), pad=0.02)
+    bar.set_label("layer, in the order of use")
+    ends = (1, len(names))
+    bar.set_ticks(ends, labels=[f"{i}: {names[i - 1]}" for i in ends])
+
+
+def _curves(axis: Any, steps: list[int], diagnoses: Sequence[Diagnosis], names: dict[str, str]) -> bool:
+    """Whether the chain tells one of these."""
+    drawn = False
+    for name, label in names.items():
+        if all(name in one.chain for one in diagnoses):
+            axis.plot(steps, [abs(float(one.chain[name])) or float("nan") for one in diagnoses], label=label, lw=1.4)
+            drawn = True
+    return drawn
+
+
+def _ranges(axis: Any, steps: list[int], diagnoses: Sequence[Diagnosis], what: str, scale: float = 1) -> None:
+    """For each part the median over layers of a number, and its range."""
+    for part, colour in {"A": "tab:blue", "B": "tab:orange", "F": "tab:green"}.items():
+        found = [
+            [scale * float(x.numbers[part][what]) for x in one.layers.values() if what in x.numbers.get(part, {})]
+            for one in diagnoses
+        ]
+        if all(found):
+            middle = [sorted(values)[len(values) // 2] for values in found]
+            label = {"A": "A", "B": "B", "F": "update norm" if what == "update_norm" else "blocks"}[part]
+            several = "and range over layers" if len(found[0]) > 1 else ""
+            axis.plot(steps, middle, color=colour, lw=1.4, label=f"{label}: median {several}" if several else label)
+            axis.fill_between(steps, list(map(min, found)), list(map(max, found)), color=colour, alpha=0.15, lw=0)
+
+
+def _colours(number: int) -> list[Any]:
+    matplotlib = _matplotlib()
+    if number <= FEW:
+        return list(matplotlib.colormaps["tab10"].colors[:number])
+    return [matplotlib.colormaps["viridis"](i / (number - 1)) for i in range(number)]
+
+
+def _figure(width: float, height: float) -> Any:
+    _matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _tidy(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="#DDDDDD", linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
+def _check(diagnosis: Any) -> None:
+    if not isinstance(diagnosis, Diagnosis):
+        raise TypeError(f"diagnosis: expected what diagnose() returned, got {type(diagnosis).__name__}")
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "matplotlib: pictures need it, and it is not installed; python -m pip install 'lrkfac[plot]'"
+        ) from error
+    return matplotlib
