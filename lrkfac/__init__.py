@@ -13,6 +13,7 @@ from lrkfac.core.likelihoods import Likelihood, Weights
 from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
 from lrkfac.core.module import from_module
 from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
+from lrkfac.core.policy import staggered, staleness
 from lrkfac.core.power_iteration import power_iteration, subspace_iteration
 from lrkfac.core.sherman_morrison import inverse, sherman_morrison, woodbury
 from lrkfac.core.structures import full, kronecker, layer_wise, unit_wise
@@ -112,6 +113,8 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_quadratic_model",
     "sherman_morrison",
+    "staggered",
+    "staleness",
     "state_dict",
     "subspace_iteration",
     "to_dense",

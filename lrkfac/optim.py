@@ -15,7 +15,7 @@ from lrkfac.core.fisher import fisher
 from lrkfac.core.joint import Joint
 from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.module import from_module
-from lrkfac.core.statistics import Estimator
+from lrkfac.core.statistics import Asked, Estimator
 from lrkfac.core.tree import formed
 from lrkfac.core.types import Evaluation, Tree
 from lrkfac.state_dicts import from_state_dict, state_dict
@@ -115,7 +115,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         """The parameters as a tree of the functions; it shares memory with the module's."""
         return {name: p.detach() for name, p in self._parameters.items()}
 
-    def evaluate(self, inputs: Tree, targets: Tree, statistics: bool | Tensor | None = None) -> Evaluation:
+    def evaluate(self, inputs: Tree, targets: Tree, statistics: Asked | None = None) -> Evaluation:
         """Evaluates a batch, sets each ``.grad`` to a copy of its gradient, and holds it for ``step()``.
 
         Args:
@@ -143,8 +143,8 @@ class LowRankKFAC(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], Evaluation]) -> Tensor: ...
     @overload
-    def step(self, closure: Tree, targets: Tree, statistics: bool | Tensor | None = None) -> Tensor: ...
-    def step(self, closure: Any = None, targets: Any = None, statistics: bool | Tensor | None = None) -> Tensor:
+    def step(self, closure: Tree, targets: Tree, statistics: Asked | None = None) -> Tensor: ...
+    def step(self, closure: Any = None, targets: Any = None, statistics: Asked | None = None) -> Tensor:
         """``step(inputs, targets)``, ``step(closure)``, or ``step()`` after ``evaluate``: changes the parameters.
 
         Gradients are those of the evaluation; if it is the one that ``evaluate`` returned last, ``.grad`` as it is now.
@@ -238,7 +238,7 @@ class LowRankKFAC(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("LowRankKFAC: functions cannot be pickled or copied; make another one, and load_state_dict()")
 
-    def _evaluate(self, inputs: Tree, targets: Tree, statistics: bool | Tensor | None) -> Evaluation:
+    def _evaluate(self, inputs: Tree, targets: Tree, statistics: Asked | None) -> Evaluation:
         for name, part, training in self._modes:
             if part.training != training:
                 was, now = ("train", "eval") if training else ("eval", "train")

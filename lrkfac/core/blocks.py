@@ -84,7 +84,8 @@ def _inverted(block: Block, state: Any, damping: float | Tensor) -> tuple[Any, T
 
 
 def refresh(block: Block, held: Held, statistics: Statistics, damping: float | Tensor, decay: float | Tensor) -> Held:
-    """New averages and their inverses; the last ones of a scale or shift where there are no output gradients.
+    """New averages and their inverses; the last ones where there are no statistics, or of a scale or shift where there
+    are no output gradients.
 
     Normalised inputs have the second moment 1: with ``B = I``, the identity is what the block of a scale would be.
 
@@ -97,6 +98,11 @@ def refresh(block: Block, held: Held, statistics: Statistics, damping: float | T
                 f"evaluation: no statistics of layer {layer.name!r}; make fisher() and the transformation from the "
                 "same layers"
             )
+    left_out = [layer.name for layer in block.layers if not statistics.inputs[layer.name]]
+    if len(left_out) == len(block.layers):
+        return held
+    if left_out:
+        raise ValueError(f"statistics: full() holds all layers together and cannot do without those of {left_out}")
     structure, scale = block.structure, statistics.scale
     exact = not isinstance(structure, KroneckerStructure)
     if exact and not statistics.output_gradients[block.layers[0].name]:

@@ -18,11 +18,13 @@ from lrkfac.core.joint import Joint, joint
 from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.profiling import profiled
 from lrkfac.core.statistics import (
+    Asked,
     Captured,
     Estimator,
     Form,
-    check_numbers,
+    chosen,
     examples_of,
+    of_layers,
     standard_form,
     statistics_of,
     with_others,
@@ -78,7 +80,9 @@ def fisher(
 
     Returns:
         ``evaluate(params, inputs, targets, statistics=True, noise=None) -> Evaluation``. With
-        ``statistics=False`` it costs a gradient and nothing more; where ``statistics`` are numbers of examples,
+        ``statistics=False`` it costs a gradient and nothing more; where ``statistics`` are names of layers (a tuple;
+        see ``staggered``), those of the other layers are empty and leave these as they are; where they are numbers of
+        examples,
         int64 ``[n]``, they are those of these examples alone (of every tensor of ``inputs`` whose leading axis
         is as long as that of ``targets``). ``noise`` is uniform on [0, 1), of shape ``[samples, *outputs.shape]`` (a
         tree of such where outputs are one) for these examples, for ``"mc"``; without it, it is drawn from torch's
@@ -120,14 +124,11 @@ def fisher(
         return specs[key]
 
     def evaluate(
-        params: Tree, inputs: Tree, targets: Tree, statistics: bool | Tensor = True, noise: Tree | None = None
+        params: Tree, inputs: Tree, targets: Tree, statistics: Asked = True, noise: Tree | None = None
     ) -> Evaluation:
         check_like(layers.tree, params, "params")
         targets = heads.leaves(targets, "targets")
-        if isinstance(statistics, Tensor):
-            check_numbers(statistics)
-        elif not isinstance(statistics, bool):
-            raise TypeError(f"statistics: expected True, False or a tensor of numbers of examples, got {statistics!r}")
+        statistics, names = chosen(statistics, layers)
         whole = statistics is True and examples is None
         first = not (torch.compiler.is_compiling() or specs)  # refuses hidden effects, at the first batch
         known = specs_for(params, inputs) if whole or thin or (first and statistics is False) else {}
@@ -196,7 +197,7 @@ def fisher(
             check_like(layers.tree, params, "loss_at: params")
             return loss_of(params)[0]
 
-        weight = heads.total_weight(outputs, targets)
+        weight, found = heads.total_weight(outputs, targets), found and of_layers(found, names)
         return Evaluation(loss, grads, heads.unflatten(outputs), aux, found, product, quadratic, gram, loss_at, weight)
 
     def runner(params: Tree, inputs: Tree, layers: Layers, rest: list[Any]) -> Callable[[Free], tuple[Any, Any]]:
@@ -225,7 +226,8 @@ def fisher(
     ) -> tuple[Tensor, Tree, Any, list[Tensor]]:
         """Loss, gradients (of ``rows`` held so), aux and outputs, by one derivative."""
         leaves, structure = optree.tree_flatten(params)
-        own, rest = replace(layers, layers=rows), list[Any]()
+        own = replace(layers, layers=rows)
+        rest: list[Any] = []
         run = runner(params, inputs, own, rest)
 
         def loss_of(both: Free) -> tuple[Tensor, Any]:

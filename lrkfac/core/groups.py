@@ -82,7 +82,7 @@ def _form(block: Block, held: dict[str, Held], statistics: Statistics) -> tuple[
     """What blocks must have in common, and the numbers in their statistics; ``None`` for a block that stays alone."""
     (layer, *others) = block.layers
     stackable = isinstance(block.structure, KroneckerStructure) and set(layer.kinds) <= {LINEAR.name, BIAS.name}
-    if others or not stackable or layer.name not in statistics.inputs:
+    if others or not stackable or not statistics.inputs.get(layer.name):
         return None, 0
     rows = [*statistics.inputs[layer.name], *statistics.output_gradients[layer.name]]
     tensors = [(tuple(x.shape), x.dtype, x.device) for x in (*rows, *optree.tree_leaves(held[block.name].state))]

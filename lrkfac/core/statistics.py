@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,9 @@ from lrkfac.core.joint import Joint, Leaves
 from lrkfac.core.types import Layers, Statistics, Tree
 
 Estimator = Literal["mc", "exact", "empirical", "forward_only"]
+Asked = bool | Tensor | Collection[str]
+"""All statistics or none, of some examples by number, or of some layers by name."""
+
 AtProbes = Mapping[str, Sequence[Tensor]]
 """Gradients at the probes of each source."""
 
@@ -88,13 +91,38 @@ def statistics_of(
     return Statistics({name: inputs for name, (inputs, _) in of_loss.items()}, gradients, scale)
 
 
-def check_numbers(numbers: Tensor) -> None:
-    """Refuses what does not choose examples by number."""
-    if numbers.ndim != 1 or numbers.dtype not in (torch.int64, torch.int32) or not numbers.numel():
-        raise ValueError(
-            "statistics: expected True, False or the numbers of some examples, int64 of shape [n], got "
-            f"{numbers.dtype} of shape {tuple(numbers.shape)}"
+def chosen(statistics: Any, layers: Layers) -> tuple[bool | Tensor, frozenset[str]]:
+    """What ``evaluate`` is asked for: statistics or not, or the numbers of examples; and of which layers.
+
+    Raises:
+        ValueError: If it names no layer, or does not choose examples by number.
+        TypeError: If it is something else.
+    """
+    names = frozenset([layer.name for layer in layers])
+    if isinstance(statistics, Tensor):
+        if statistics.ndim != 1 or statistics.dtype not in (torch.int64, torch.int32) or not statistics.numel():
+            raise ValueError(
+                "statistics: expected True, False, names of layers or the numbers of some examples, int64 of shape "
+                f"[n], got {statistics.dtype} of shape {tuple(statistics.shape)}"
+            )
+        return statistics, names
+    if isinstance(statistics, bool):
+        return statistics, names
+    if not isinstance(statistics, tuple | list | set | frozenset) or not all(isinstance(x, str) for x in statistics):
+        raise TypeError(
+            "statistics: expected True, False, a tuple of names of layers or a tensor of numbers of examples, got "
+            f"{statistics!r}"
         )
+    unknown = sorted(set(statistics) - names)
+    if unknown:
+        raise ValueError(f"statistics: no layers {unknown}; expected some of {sorted(names)}")
+    return len(statistics) > 0, frozenset(statistics)
+
+
+def of_layers(found: Statistics, names: frozenset[str]) -> Statistics:
+    """The statistics of some layers; those of the others are empty."""
+    parts = [{name: uses if name in names else () for name, uses in part.items()} for part in found[:2]]
+    return Statistics(parts[0], parts[1], found.scale)
 
 
 def examples_of(tree: Tree, numbers: Tensor, size: int) -> Tree:

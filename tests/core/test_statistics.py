@@ -156,8 +156,12 @@ def test_inputs_without_the_batch_in_front_are_refused():
         (torch.tensor([[0, 1]]), ValueError, r"of shape \(1, 2\)"),
         (torch.tensor([0.0]), ValueError, "got torch.float32"),
         (torch.tensor([7]), IndexError, "out of bounds"),
-        ([0, 1], TypeError, r"statistics: expected True, False or a tensor .* got \[0, 1\]"),
-        (1, TypeError, "statistics: expected True, False or a tensor .* got 1"),
+        (
+            [0, 1],
+            TypeError,
+            r"statistics: expected True, False, a tuple of names of layers or a tensor .* got \[0, 1\]",
+        ),
+        (1, TypeError, "statistics: expected True, False, a tuple of names of layers or a tensor .* got 1"),
     ],
 )
 def test_other_choices_of_statistics_are_refused(statistics, error, message):

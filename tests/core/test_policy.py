@@ -1,0 +1,125 @@
+"""Layers in turns: those named are refreshed as in a whole refresh, the others stand still; how far factors turn."""
+
+import math
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lrkfac
+from lrkfac import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, precondition_by_fisher, staggered
+
+D = 7
+STRUCTURES = {
+    "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
+    "dense": kronecker(dense(), dense()),
+    "diagonal": kronecker(diagonal(), diagonal()),
+    "corrected": kronecker(low_rank(2), dense(), corrected=True),
+    "unit-wise": lrkfac.unit_wise(),
+}
+each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
+
+
+def problem(depth=4, estimator="mc", **options):
+    generator = torch.Generator().manual_seed(depth)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    params = {f"l{i}": draw(D, D) / 2 for i in range(depth)}
+
+    def model(p, x):
+        for i in range(depth):
+            x = torch.tanh(F.linear(x, p[f"l{i}"]))
+        return x
+
+    x, y = draw(5, D), torch.randint(D, (5,), generator=generator)
+    noise = torch.rand(1, 5, D, generator=generator, dtype=torch.float64) if estimator == "mc" else None
+    layers = lrkfac.find_layers(model, params, x)
+    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator, **options)
+    return layers, params, lambda p, asked: evaluate(p, x, y, asked, noise)
+
+
+@each_structure
+@pytest.mark.parametrize("estimator", ["mc", "empirical", "exact"])
+def test_named_layers_alone_are_refreshed(structure, estimator):
+    layers, params, evaluate = problem(estimator=estimator)
+    tx = precondition_by_fisher(layers, structure)
+    e = evaluate(params, True)
+    state = tx.update(e.grads, tx.init(params), params, evaluation=e)[1]
+    moved = optree.tree_map(lambda p: 1.1 * p, params)
+    some, every = (evaluate(moved, asked) for asked in (("l3", "l1"), True))
+    found, whole = (tx.update(e.grads, state, moved, evaluation=e)[1] for e in (some, every))
+    assert all(map(torch.equal, optree.tree_leaves(some.grads), optree.tree_leaves(every.grads)))
+    for name in ("l0", "l1", "l2", "l3"):
+        expected = whole if name in ("l1", "l3") else state
+        for part, like in zip(found[:3], expected[:3], strict=True):
+            for a, b in zip(optree.tree_leaves(part[name]), optree.tree_leaves(like[name]), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert found.since == 0 and optree.tree_structure(found) == optree.tree_structure(state)
+
+
+def test_no_name_is_no_statistics():
+    _, params, evaluate = problem(thin=True)
+    assert evaluate(params, ()).statistics is None
+
+
+def test_refused():
+    layers, params, evaluate = problem()
+    with pytest.raises(
+        ValueError, match=r"statistics: no layers \['l9'\]; expected some of \['l0', 'l1', 'l2', 'l3'\]"
+    ):
+        evaluate(params, ("l0", "l9"))
+    with pytest.raises(TypeError, match=r"statistics: expected True, False, a tuple of names of layers or .* got 'l0'"):
+        evaluate(params, "l0")
+    tx, e = precondition_by_fisher(layers, lrkfac.full()), evaluate(params, ("l0",))
+    with pytest.raises(ValueError, match=r"full\(\) holds all layers together and cannot do without .*'l1'"):
+        tx.update(e.grads, tx.init(params), params, evaluation=e)
+    with pytest.raises(ValueError, match="every: expected an integer >= 1, got 0"):
+        staggered(layers, 0)
+    with pytest.raises(TypeError, match=r"every: expected an integer >= 1, got 1\.5"):
+        staggered(layers, 1.5)
+
+
+@given(depth=st.integers(1, 9), every=st.integers(1, 12))
+def test_each_layer_has_one_turn_and_turns_are_spread(depth, every):
+    layers = problem(depth)[0]
+    refreshed = staggered(layers, every)
+    assert refreshed(0) is True
+    turns = [refreshed(step) for step in range(every, 2 * every)]
+    named = [names for names in turns if names is not False]
+    assert sorted(name for names in named for name in names) == [f"l{i}" for i in range(depth)]
+    assert max(len(names) for names in named) == math.ceil(depth / every)
+    at = [i for i, names in enumerate(turns) if names is not False]
+    gaps = [b - a for a, b in zip(at, [*at[1:], at[0] + every], strict=True)]
+    assert max(gaps) - min(gaps) <= 1
+    assert turns == [refreshed(step) for step in range(2 * every, 3 * every)]
+
+
+@each_structure
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_staleness_is_the_angle_between_matrices(structure, dtype):
+    if structure is STRUCTURES["corrected"]:
+        dtype = torch.float64
+    layers, params, evaluate = problem()
+    params = optree.tree_map(lambda p: p.to(torch.float64), params)
+    tx, states = precondition_by_fisher(layers, structure, decay=0.3), []
+    state = tx.init(params)
+    for scale in (1.0, 2.0):
+        e = evaluate(optree.tree_map(lambda p, scale=scale: scale * p, params), True)
+        state = tx.update(e.grads, state, params, evaluation=e)[1]
+        states.append(optree.tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, state.factors))
+    found = lrkfac.staleness(*states)
+    assert set(found) == {"l0", "l1", "l2", "l3"}
+    for name, angle in found.items():
+        if structure in (STRUCTURES["low rank"], STRUCTURES["dense"], STRUCTURES["diagonal"]):
+            pairs = [
+                [held.operator(state).to_dense() for state in (states[0][name][i], states[1][name][i])]
+                for i, held in enumerate((structure.output.fitted(D), structure.input.fitted(D)))
+            ]
+            expected = max(torch.acos((m * n).sum() / (m.norm() * n.norm())).item() for m, n in pairs)
+            assert abs(angle.item() - expected) <= (1e-6 if dtype == torch.float64 else 2e-3)
+        assert 1e-3 < angle.item() <= math.pi / 2
+    assert all(angle <= 3e-3 for angle in lrkfac.staleness(states[0], states[0]).values())
+    with pytest.raises(ValueError, match="after: expected factors of the layers"):
+        lrkfac.staleness(states[0], {})
