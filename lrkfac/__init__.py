@@ -12,7 +12,8 @@ from lrkfac.core.joint import joint
 from lrkfac.core.likelihoods import Likelihood, Weights
 from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
 from lrkfac.core.module import from_module
-from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
+from lrkfac.core.operator_entries import to_dense
+from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal
 from lrkfac.core.policy import staggered, staleness
 from lrkfac.core.power_iteration import power_iteration, subspace_iteration
 from lrkfac.core.sherman_morrison import inverse, sherman_morrison, woodbury

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lrkfac.core.checks import need_number
 from lrkfac.core.choice import Chosen
 from lrkfac.core.factors import dense
 from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
@@ -11,7 +12,7 @@ from lrkfac.core.ranks import AutoRank, ranked
 from lrkfac.core.structures import kronecker
 from lrkfac.core.types import Layers
 from lrkfac.transforms.averaging import ema_params
-from lrkfac.transforms.base import GradientTransformation, chain, need_number
+from lrkfac.transforms.base import GradientTransformation, chain
 from lrkfac.transforms.clip import clip_by_kl
 from lrkfac.transforms.decay import add_decayed_weights
 from lrkfac.transforms.momentum import trace

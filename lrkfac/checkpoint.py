@@ -12,6 +12,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
+from lrkfac.core.checks import need_values
 from lrkfac.core.types import Layers, Tree
 from lrkfac.state_dicts import form, named
 from lrkfac.version import __version__
@@ -37,10 +38,12 @@ def save(path: str | os.PathLike[str], params: Tree, state: Tree, layers: Layers
     Raises:
         ImportError: Without safetensors, the extra ``checkpoint``.
         FileNotFoundError: If there is no such folder.
-        TypeError: If a leaf is neither tensor, number nor string, or ``layers`` no layers; names it.
+        ValueError: If ``path`` is a folder, or a tensor is on the device "meta".
+        TypeError: If a leaf is neither tensor, number nor string, ``layers`` no layers, or ``path`` no path; names it.
     """
     save_file = _safetensors().torch.save_file
-    target = Path(path).resolve()
+    target = _path(path).resolve()
+    need_values(params=params, state=state)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: expected a file in a folder that exists, got {str(path)!r}; make the folder")
     tensors: dict[str, Tensor] = {}
@@ -87,7 +90,10 @@ def load(path: str | os.PathLike[str], params: Tree, state: Tree, layers: Layers
     """
     safetensors = _safetensors()
     table = None if layers is None else _table(layers)
-    named(params), named(state)  # refuses other leaves before the file is read
+    need_values(params=params, state=state)
+    named(params, "params"), named(state, "state")  # refuses other leaves before the file is read
+    if not _path(path).exists():
+        raise FileNotFoundError(f"path: expected a file that lrkfac.save wrote, there is none: {str(path)!r}")
     damaged = (safetensors.SafetensorError, json.JSONDecodeError, LookupError, TypeError, AttributeError, RuntimeError)
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
@@ -103,10 +109,18 @@ def load(path: str | os.PathLike[str], params: Tree, state: Tree, layers: Layers
         ) from error
 
 
+def _path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected the path of a file, got {type(path).__name__}")
+    if Path(path).is_dir():
+        raise ValueError(f"path: expected the path of a file, got the folder {str(path)!r}")
+    return Path(path)
+
+
 def _described(what: str, tree: Tree, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Each leaf of a tree as JSON: name, the classes around it, form, and its value or how it lies in memory."""
     leaves = []
-    for (name, leaf), classes in zip(named(tree), _classes(tree), strict=True):
+    for (name, leaf), classes in zip(named(tree, what), _classes(tree), strict=True):
         one: dict[str, Any] = {"name": name, "within": classes, "form": form(leaf)}
         if isinstance(leaf, Tensor):
             dense, one["order"] = _laid_out(leaf.detach())

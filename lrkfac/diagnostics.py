@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.blocks import Held, form
+from lrkfac.core.checks import need_number
 from lrkfac.core.corrected import CorrectedState
 from lrkfac.core.covariances import to_matrix
 from lrkfac.core.diagnosis import SIDES, WHOLE, LayerDiagnosis, needed_rank, of_block
@@ -18,9 +19,8 @@ from lrkfac.core.factors import DiagonalState
 from lrkfac.core.kronecker import KroneckerState
 from lrkfac.core.operators import CorrectedKronecker, Kronecker, dimension
 from lrkfac.core.table import table
-from lrkfac.core.tree import check_like, formed, wide
+from lrkfac.core.tree import check_like, formed, need_layers, wide
 from lrkfac.core.types import Layer, Layers, Tree
-from lrkfac.transforms.base import need_number
 from lrkfac.transforms.hyperparameters import HyperparametersState
 from lrkfac.transforms.precondition import PreconditionState
 from lrkfac.transforms.quadratic_model import QuadraticModelState
@@ -124,8 +124,7 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
             fit.
         TypeError: If an argument has the wrong type, or a factor is held by a structure that is not lrkfac's.
     """
-    if not isinstance(layers, Layers):
-        raise TypeError(f"layers: expected what find_layers() returned, got {type(layers).__name__}")
+    need_layers(layers)
     found = _blocks("state", state, layers)
     before = {} if previous is None else _blocks("previous", previous, layers)
     forms = [{name: form(block.state) for name, block in blocks.items()} for blocks in (found, before)]
@@ -243,6 +242,7 @@ def ranks_by_trace(state: Any, layers: Layers, share: float = 0.95) -> dict[str,
         ValueError: If ``share`` is out of range, or as ``diagnose``.
         TypeError: If an argument has the wrong type, or as ``diagnose``.
     """
+    need_layers(layers)
     need_number(share, "share", 0, 1, includes_low=False)
     ranks: dict[str, int] = {}
     for name, held in _blocks("state", state, layers).items():

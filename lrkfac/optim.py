@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
+from lrkfac.core.checks import need_function, need_integer, need_number
 from lrkfac.core.find import find_layers
 from lrkfac.core.fisher import fisher
 from lrkfac.core.joint import Joint
@@ -83,12 +84,10 @@ class LowRankKFAC(torch.optim.Optimizer):
         """
         if lr is None and transformation is low_rank_kfac:
             raise TypeError("lr: missing; pass a number, or transformation=adaptive_low_rank_kfac, which needs none")
-        if isinstance(statistics_every, bool) or not isinstance(statistics_every, int):
-            raise TypeError(f"statistics_every: expected an integer >= 1, got {statistics_every!r}")
-        if statistics_every < 1:
-            raise ValueError(f"statistics_every: expected an integer >= 1, got {statistics_every}")
+        need_integer(statistics_every, "statistics_every")
+        need_function(transformation, "transformation", "a function that makes a GradientTransformation, such as kfac")
         if lr is not None:
-            _check_rate(lr)
+            need_number(lr, "lr", 0)
         self._buffered = isinstance(module, nn.Module) and next(module.buffers(), None) is not None
         model, params, *_ = from_module(module, buffers=self._buffered)
         self._module = module
@@ -213,10 +212,16 @@ class LowRankKFAC(torch.optim.Optimizer):
 
         Raises:
             ValueError: If it is of another module, transformation or class of optimizer; nothing has changed then.
+            TypeError: If it is no dictionary.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict: expected that of a LowRankKFAC, got {type(state_dict).__name__}")
         held = state_dict.get("state", {}).get(CHAIN)
         if held is None:
             raise ValueError("state_dict: expected that of a LowRankKFAC, got one of another optimizer")
+        sizes, here = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
+        if sizes != here:
+            raise ValueError(f"state_dict: expected groups of {here} parameters, got {sizes}; make the optimizer alike")
         state = from_state_dict(self.chain_state, held["state"])
         super().load_state_dict(state_dict)
         self.state.clear()
@@ -260,12 +265,3 @@ class LowRankKFAC(torch.optim.Optimizer):
     def _rate(self, step: Tensor) -> float | Tensor:
         rate: float | Tensor = self.param_groups[0]["lr"]
         return rate
-
-
-def _check_rate(rate: Any) -> None:
-    if isinstance(rate, Tensor) and rate.ndim == 0:
-        return
-    if isinstance(rate, bool) or not isinstance(rate, int | float):
-        raise TypeError(f"lr: expected a number or a tensor [], got {type(rate).__name__}")
-    if not 0 <= rate < float("inf"):
-        raise ValueError(f"lr: expected a finite number >= 0, got {rate}")

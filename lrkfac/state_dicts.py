@@ -8,6 +8,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
+from lrkfac.core.checks import need_values
 from lrkfac.core.tree import paths
 from lrkfac.core.types import Tree
 
@@ -39,22 +40,24 @@ def from_state_dict(like: Tree, state_dict: Mapping[str, Any]) -> Tree:
         state_dict: From ``state_dict`` of a tree of this structure, in any order.
 
     Raises:
-        ValueError: If a leaf is missing, unexpected, or has another shape or dtype; names it.
+        ValueError: If a leaf is missing, unexpected, or has another shape or dtype, or no values; names it.
         TypeError: If ``state_dict`` is no mapping, or a leaf no tensor or number.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected what state_dict(tree) returned, got {type(state_dict).__name__}")
-    expected = dict(named(like))
+    expected = dict(named(like, "like"))
     missing = [name for name in expected if name not in state_dict]
     unexpected = [name for name in state_dict if name not in expected]
     if missing or unexpected:
         raise ValueError(
-            f"state_dict: it differs from the tree: missing {missing}, unexpected {unexpected}; pass a tree like the "
+            f"state_dict: it differs from like: missing {missing}, unexpected {unexpected}; pass a tree like the "
             "one that was saved, made by the same transformation for the same layers"
         )
     leaves = []
     for name, leaf in expected.items():
         value = state_dict[name]
+        if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+            need_values(state_dict=value)
         if form(value) != form(leaf):
             raise ValueError(
                 f"state_dict: expected {name!r} to be {form(leaf)}, got {form(value)}; pass a tree like the one that "
@@ -64,7 +67,7 @@ def from_state_dict(like: Tree, state_dict: Mapping[str, Any]) -> Tree:
     return optree.tree_unflatten(optree.tree_structure(like), leaves)
 
 
-def named(tree: Tree) -> list[tuple[str, Any]]:
+def named(tree: Tree, what: str = "tree") -> list[tuple[str, Any]]:
     """Each leaf with its name: its dotted path, and its number where an earlier leaf has the same.
 
     Raises:
@@ -73,7 +76,9 @@ def named(tree: Tree) -> list[tuple[str, Any]]:
     found: dict[str, Any] = {}
     for i, (path, leaf) in enumerate(zip(paths(tree), optree.tree_leaves(tree), strict=True)):
         if not isinstance(leaf, Tensor | Plain):
-            raise TypeError(f"tree: expected {path!r} to be a tensor, a number or a string, got {type(leaf).__name__}")
+            raise TypeError(
+                f"{what}: expected {path!r} to be a tensor, a number or a string, got {type(leaf).__name__}"
+            )
         while path in found:
             path += f"#{i}"
         found[path] = leaf

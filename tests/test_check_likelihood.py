@@ -51,11 +51,6 @@ def checks_nothing(outputs, targets):
     pass
 
 
-def refuses_drawn(outputs, targets):
-    if ((targets == 0) | (targets == 1)).all() or targets.shape != outputs.shape:
-        raise ValueError("numbers inside the interval")
-
-
 B, P, C = bernoulli(), poisson(), categorical()
 WEIGHT = lambda value, hessian=None: lambda f, y: Weights(value(f, y), (hessian or value)(f, y))  # noqa: E731
 WRONG = {
@@ -93,8 +88,9 @@ WRONG = {
     "infinite loss": (
         replace(B, negative_log_likelihood=lambda f, y: B.negative_log_likelihood(f, y) / 0), "loss: a finite number"),
     "check that refuses its targets": (
-        replace(B, check=lambda f, y: C.check(f, y)), "check: takes the targets given: categorical: expected class"),
-    "check that refuses drawn ones": (replace(B, check=refuses_drawn), "check: takes the targets drawn by sample"),
+        replace(B, check=lambda f, y: C.check(f, y)), "check: takes the targets given: categorical: expected targets"),
+    "sample of another shape": (
+        replace(B, sample=lambda f, u: B.sample(f, u)[:, :2]), "sample: targets of the shape of these"),
     "check that takes any shape": (replace(B, check=checks_nothing), "check: takes targets of twice as many examples"),
     "negative weights": (replace(B, weights=WEIGHT(lambda f, y: y[:, 0] - 2)), "weights: mean is nonnegative, got -"),
     "weights of outputs": (

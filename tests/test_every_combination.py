@@ -69,6 +69,7 @@ def evaluated(name, estimator, samples=2):
         "empirical": targets[None],
     }
     cotangent = None if estimator == "forward_only" else reference.cotangents(outputs, labels[estimator])
+    noise = noise if estimator == "mc" else None
     return layers, params, evaluate(params, inputs, targets, noise=noise), cotangent
 
 

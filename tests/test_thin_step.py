@@ -97,6 +97,7 @@ def stepper(model, make, thin, params, x, estimator="mc"):
     evaluate, tx = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator, thin=thin), make(layers)
 
     def step(params, state, x, y, noise, statistics):
+        noise = noise if estimator == "mc" else None
         e = evaluate(params, x, y, statistics=statistics, noise=noise)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
         return lrkfac.apply_updates(params, updates), state, e.grads

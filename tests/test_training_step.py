@@ -71,6 +71,7 @@ def stepper(case, make, estimator="mc"):
     evaluate, tx = lrkfac.fisher(case.model, likelihood, layers, estimator), make(layers)
 
     def step(params, state, inputs, targets, noise, statistics=True):
+        noise = noise if estimator == "mc" else None
         e = evaluate(params, inputs, targets, statistics=statistics, noise=noise)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
         return lrkfac.apply_updates(params, updates), state, e.loss

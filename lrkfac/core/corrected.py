@@ -13,7 +13,7 @@ from lrkfac.core.factors import kept_weight, no_steps
 from lrkfac.core.kronecker import KroneckerState, KroneckerStructure
 from lrkfac.core.operators import CorrectedKronecker, Dense, LowRankPlusDiagonal, Operator, dimension
 from lrkfac.core.power_iteration import orthonormal
-from lrkfac.core.sherman_morrison import inverse
+from lrkfac.core.sherman_morrison import damped_inverse
 from lrkfac.core.types import Covariance, Moments, RandomMatrix
 
 
@@ -86,7 +86,7 @@ class CorrectedStructure:
 
     def inverse(self, state: CorrectedState, damping: float | Tensor) -> Operator:
         """``(average + damping I)⁻¹``: plain Tikhonov damping."""
-        return inverse(state.average, damping)
+        return damped_inverse(state.average, damping)
 
     def apply(self, inverse: CorrectedKronecker, gradient: Tensor) -> Tensor:
         """The natural gradient ``[d_out, d_in]``."""

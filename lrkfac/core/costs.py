@@ -20,6 +20,7 @@ from lrkfac.core.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
 from lrkfac.core.ranks import COUNTER, AutoRank, form_of, free, held_at_start, ranks_within, resolved, size_of
 from lrkfac.core.structures import BlockStructure
 from lrkfac.core.table import short, table
+from lrkfac.core.tree import need_layers
 from lrkfac.core.types import Layers, Statistics
 
 ROWS = 1_000_003
@@ -94,6 +95,9 @@ def explain(
         ValueError: If both ``rank`` and ``budget`` are given, not even rank 1 fits, or as ``precondition_by_fisher``.
         TypeError: If an argument has the wrong type.
     """
+    need_layers(layers)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected that of factors, torch.float32 or torch.float64, got {dtype!r}")
     if budget is not None and rank is not None:
         raise ValueError(f"budget: expected rank or budget, got both, rank={rank!r}; leave one of them out")
     chosen = resolved(layers, structure, rank) if budget is None else ranks_within(layers, structure, budget, dtype)

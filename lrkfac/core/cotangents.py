@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from lrkfac.core.checks import has_values
 from lrkfac.core.joint import Joint, Leaves
 from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.tree import wide
@@ -45,15 +46,20 @@ def sampled_cotangents(
         noise: Uniform on [0, 1), ``[samples, ...]`` in the structure of the outputs; drawn where it is ``None``.
 
     Raises:
-        ValueError: If ``noise`` is not ``[samples, *outputs.shape]``.
+        ValueError: If ``noise`` is not ``[samples, *outputs.shape]``, on another device, or outside [0, 1) (where it is
+            on the CPU and its values known).
         TypeError: If it is of integers.
     """
     given = None if noise is None else heads.leaves(noise, "noise")
     for f, u in zip(outputs, given or (), strict=given is not None):
+        if u.device != f.device:
+            raise ValueError(f"noise: expected numbers on {f.device}, as the outputs, got {u.device}")
         if tuple(u.shape) != (samples, *f.shape):
             raise ValueError(f"noise: expected uniform numbers of shape {(samples, *f.shape)}, got {tuple(u.shape)}")
         if not u.is_floating_point():
             raise TypeError(f"noise: expected floating-point numbers on [0, 1), got {u.dtype}; see torch.rand")
+        if has_values(u) and not (u.min() >= 0 and u.max() <= 1):  # 1 by rounding to a lower precision
+            raise ValueError(f"noise: expected numbers on [0, 1), got some from {u.min():g} to {u.max():g}")
     parts = []
     for i in range(samples):
         draws = [None] * len(outputs) if given is None else [u[i] for u in given]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.operators import Dense, Diagonal, Operator
-from lrkfac.core.sherman_morrison import inverse
+from lrkfac.core.sherman_morrison import damped_inverse
 from lrkfac.core.tree import wide
 from lrkfac.core.types import Covariance
 
@@ -69,7 +69,7 @@ class DenseStructure:
         return Dense(state.matrix)
 
     def inverse(self, state: DenseState, damping: float | Tensor) -> Operator:
-        return inverse(self.operator(state), damping)
+        return damped_inverse(self.operator(state), damping)
 
 
 class DiagonalState(NamedTuple):
@@ -97,7 +97,7 @@ class DiagonalStructure:
         return Diagonal(state.diagonal)
 
     def inverse(self, state: DiagonalState, damping: float | Tensor) -> Operator:
-        return inverse(self.operator(state), damping)
+        return damped_inverse(self.operator(state), damping)
 
 
 def dense() -> DenseStructure:

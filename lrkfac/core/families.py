@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrkfac.core.checks import check_floating, check_range, check_shape, has_values, need_number, need_values
 from lrkfac.core.likelihoods import Likelihood, Weights
 from lrkfac.core.tree import wide
 
@@ -50,10 +52,9 @@ def categorical(
         raise ValueError("axis: expected the axis of the classes, got 0, which is the batch")
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
         raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, int | float):
-        raise TypeError(f"label_smoothing: expected a number, got {label_smoothing!r}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    if isinstance(label_smoothing, Tensor):
+        raise TypeError("label_smoothing: expected a number, got a tensor")
+    need_number(label_smoothing, "label_smoothing", 0, 1)
     importance = None if class_weights is None else _class_weights(class_weights)
     plain = ignore_index is None and importance is None and label_smoothing == 0
 
@@ -119,21 +120,19 @@ def categorical(
                 f"{tuple(outputs.shape)}), got {importance.shape[0]}"
             )
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-            raise TypeError(f"categorical: expected class numbers as integers, got {targets.dtype}")
-        _check_shape(
-            "categorical", targets, tuple([s for i, s in enumerate(outputs.shape) if i != axis % outputs.ndim])
-        )
-        if not _has_values(targets) or (plain and 0 <= int(targets.min()) and int(targets.max()) < classes):
+            raise TypeError(f"categorical: expected targets that are class numbers as integers, got {targets.dtype}")
+        check_shape("categorical", targets, tuple([s for i, s in enumerate(outputs.shape) if i != axis % outputs.ndim]))
+        if not has_values(targets) or (plain and 0 <= int(targets.min()) and int(targets.max()) < classes):
             return  # after few operations: under torch.func each is dear
         outside = valid(targets) & ((targets.long() < 0) | (targets.long() >= classes))
         if outside.any():
             raise ValueError(
-                f"categorical: expected class numbers from 0 to {classes - 1}, got {targets[outside][0].item()}; "
-                "ignore_index names the one that counts for nothing"
+                f"categorical: expected targets that are class numbers from 0 to {classes - 1}, got "
+                f"{targets[outside][0].item()}; ignore_index names the one that counts for nothing"
             )
         if not plain and not (weights(outputs, targets).mean > 0).any():
             raise ValueError(
-                f"categorical: expected a target that counts, got a batch in which all are ignored "
+                f"categorical: expected targets of which one counts, got a batch in which all are ignored "
                 f"(ignore_index={ignore_index}) or of a class of weight 0; leave the batch out"
             )
 
@@ -167,6 +166,9 @@ def gaussian(variance: float | Tensor = 1.0) -> Likelihood:
     if isinstance(variance, bool) or not isinstance(variance, int | float | Tensor):
         raise TypeError(f"variance: expected a number or a tensor, got {variance!r}")
     given = variance.detach() if isinstance(variance, Tensor) else torch.tensor(variance, dtype=torch.float64)
+    need_values(variance=given)
+    if given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"variance: expected a number or a tensor, got one of {given.dtype}")
     if not (given.isfinite().all() and (given > 0).all()):
         raise ValueError(f"variance: expected a positive finite number, or a tensor of them, got {variance}")
 
@@ -195,8 +197,8 @@ def gaussian(variance: float | Tensor = 1.0) -> Likelihood:
             raise ValueError(
                 f"variance: expected a shape that broadcasts against {one}, the outputs of one example, got {shape}"
             )
-        _check_floating("gaussian", targets)
-        _check_shape("gaussian", targets, tuple(outputs.shape))
+        check_floating("gaussian", targets)
+        check_shape("gaussian", targets, tuple(outputs.shape))
 
     return Likelihood("gaussian", negative_log_likelihood, sample, square_root, check, product)
 
@@ -207,7 +209,8 @@ def bernoulli() -> Likelihood:
     The loss is binary cross-entropy in nats; ``H = diag(p (1 - p))``.
 
     Raises:
-        ValueError: At evaluation, if targets have another shape than outputs.
+        ValueError: At evaluation, if targets have another shape than outputs, or one lies outside [0, 1] (where they
+            are on the CPU and their values known).
         TypeError: At evaluation, if targets are neither floating-point numbers nor bools.
     """
 
@@ -229,8 +232,10 @@ def bernoulli() -> Likelihood:
 
     def check(outputs: Tensor, targets: Tensor) -> None:
         if targets.dtype != torch.bool:
-            _check_floating("bernoulli", targets)
-        _check_shape("bernoulli", targets, tuple(outputs.shape))
+            check_floating("bernoulli", targets)
+        check_shape("bernoulli", targets, tuple(outputs.shape))
+        if targets.dtype != torch.bool:
+            check_range("bernoulli", targets, 0.0, 1.0)
 
     return Likelihood("bernoulli", negative_log_likelihood, sample, square_root, check, product)
 
@@ -240,10 +245,12 @@ def poisson() -> Likelihood:
 
     The loss is ``Σ exp(s) - y s`` in nats without the constant ``log y!``; ``H = diag(λ)`` with ``λ = exp(s)``.
     Targets are drawn as ``λ ± √λ`` with even chances: not counts, but of the mean and variance of counts, and the
-    first two moments of the gradient ``λ - y`` depend on nothing else.
+    first two moments of the gradient ``λ - y`` depend on nothing else. Targets need not be whole numbers: of means of
+    counts, or of counts in another unit, this is the quasi-likelihood.
 
     Raises:
-        ValueError: At evaluation, if targets have another shape than outputs.
+        ValueError: At evaluation, if targets have another shape than outputs, or one is negative (where they are on
+            the CPU and their values known).
         TypeError: At evaluation, if targets are bools or complex.
     """
 
@@ -264,14 +271,19 @@ def poisson() -> Likelihood:
 
     def check(outputs: Tensor, targets: Tensor) -> None:
         if targets.dtype == torch.bool or targets.is_complex():
-            raise TypeError(f"poisson: expected counts as numbers, got {targets.dtype}")
-        _check_shape("poisson", targets, tuple(outputs.shape))
+            raise TypeError(f"poisson: expected targets that are counts as numbers, got {targets.dtype}")
+        check_shape("poisson", targets, tuple(outputs.shape))
+        check_range("poisson", targets, 0.0, math.inf)
 
     return Likelihood("poisson", negative_log_likelihood, sample, square_root, check, product)
 
 
 def _class_weights(given: Tensor | Sequence[float]) -> Tensor:
-    weights = given.detach() if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+    try:
+        weights = given.detach() if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"class_weights: expected real numbers [C], got {given!r} ({error})") from error
+    need_values(class_weights=weights)
     if weights.is_complex() or weights.dtype == torch.bool:
         raise TypeError(f"class_weights: expected real numbers, got {weights.dtype}")
     if weights.ndim != 1 or not (weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()):
@@ -281,19 +293,3 @@ def _class_weights(given: Tensor | Sequence[float]) -> Tensor:
 
 def _sum_per_example(x: Tensor) -> Tensor:
     return x.flatten(1).sum(dim=1) if x.ndim > 1 else x
-
-
-def _has_values(x: Tensor) -> bool:
-    """Whether a look at the values costs no synchronisation and is possible at all."""
-    wrapped = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return not wrapped and type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
-
-
-def _check_floating(name: str, targets: Tensor) -> None:
-    if not targets.is_floating_point():
-        raise TypeError(f"{name}: expected floating-point targets, got {targets.dtype}; convert them with .float()")
-
-
-def _check_shape(name: str, targets: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(targets.shape) != shape:
-        raise ValueError(f"{name}: expected targets of shape {shape}, got {tuple(targets.shape)}")

@@ -12,6 +12,7 @@ from torch.overrides import resolve_name
 
 from lrkfac.core.calls import Call
 from lrkfac.core.capture import Follow, batch_size, fake_mode, label, like_fake
+from lrkfac.core.checks import need_choice, need_flag, need_function, need_values
 from lrkfac.core.describe import Use, describe, is_batched, is_of_examples
 from lrkfac.core.hidden_effects import RefuseRandomNumbers
 from lrkfac.core.layers import LINEAR, SHIFT, LinearOptions
@@ -45,15 +46,17 @@ def find_layers(
         The description; ``print`` shows it as a table.
 
     Raises:
-        ValueError: If no layer is found, or ``strict`` and a parameter is not covered; if a parameter is on the
-            device "meta"; if the outputs depend on no parameter; if the model changes in place a parameter, an input,
-            a tensor of its own, or a layer's input after its use; if it draws hidden random numbers for dropout,
+        ValueError: If no layer is found, or ``strict`` and a parameter is not covered; if a parameter or an input is on
+            the device "meta"; if the outputs depend on no parameter; if the model changes in place a parameter, an
+            input, a tensor of its own, or a layer's input after its use; if it draws hidden random numbers for dropout,
             depends on values in its control flow, or uses what depends on parameters under ``no_grad``.
-        TypeError: If what the model returns does not start with a tensor, or ``params`` has other leaves than
-            floating-point tensors.
+        TypeError: If an argument has the wrong type, what the model returns does not start with a tensor, or
+            ``params`` has other leaves than floating-point tensors. What the model raises passes.
     """
-    if bias not in ("joint", "separate"):
-        raise ValueError(f"bias: expected 'joint' or 'separate', got {bias!r}")
+    need_function(model, "model", "a function model(params, inputs)")
+    need_flag(strict, "strict")
+    need_choice(bias, "bias", ("joint", "separate"))
+    need_values(inputs=inputs)
     parameters, structure = _parameters(params), optree.tree_structure(params)
     with torch.inference_mode(False), torch.enable_grad(), fake_mode():
         # Copies of leaves that require a gradient show what depends on parameters, and may be changed in place.
@@ -112,6 +115,8 @@ def _with_batch(name: str, seen: list[Use], twice: dict[str, list[Use]], grows: 
 
 def _parameters(params: Tree) -> tuple[Parameter, ...]:
     found: list[Parameter] = []
+    if params is None:
+        raise TypeError("params: expected a tree of tensors, got None")
     for index, (path, leaf) in enumerate(zip(paths(params), optree.tree_leaves(params), strict=True)):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"params: expected tensors, got {type(leaf).__name__} at {path!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import optree
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from lrkfac.core.capture import OutputSpec, output_specs, run_captured, with_constant_padding, zero_probes
+from lrkfac.core.checks import need_flag, need_function, need_values
 from lrkfac.core.covariances import from_matrices, gradient_matrix
 from lrkfac.core.derivatives import gradient, transposed
 from lrkfac.core.joint import Joint, joint
@@ -22,6 +23,7 @@ from lrkfac.core.statistics import (
     Captured,
     Estimator,
     Form,
+    check_options,
     chosen,
     examples_of,
     of_layers,
@@ -31,10 +33,9 @@ from lrkfac.core.statistics import (
     without_others,
 )
 from lrkfac.core.thin import by_rows, thin_layers
-from lrkfac.core.tree import check_like, formed, scaled, wide
+from lrkfac.core.tree import check_like, check_stacked, formed, need_layers, scaled, wide
 from lrkfac.core.types import Evaluation, Layer, Layers, Statistics, Tree
 
-ESTIMATORS = get_args(Estimator)
 Specs = dict[str, list[OutputSpec]]
 """What the probes of each source must look like."""
 
@@ -85,25 +86,22 @@ def fisher(
         examples,
         int64 ``[n]``, they are those of these examples alone (of every tensor of ``inputs`` whose leading axis
         is as long as that of ``targets``). ``noise`` is uniform on [0, 1), of shape ``[samples, *outputs.shape]`` (a
-        tree of such where outputs are one) for these examples, for ``"mc"``; without it, it is drawn from torch's
+        tree of such where outputs are one) for these examples, for ``"mc"`` alone, and not used where no statistics
+        are taken; without it, it is drawn from torch's
         default generator (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
 
     Raises:
         ValueError: If an option is unknown or out of range; at evaluation, if parameters, targets or noise do
-            not fit, or the batch is empty.
-        TypeError: At evaluation, if outputs or targets have another structure than the likelihood, or targets the
-            wrong dtype.
+            not fit, noise is given to an estimator that draws nothing, a tensor is on the device "meta", or the batch
+            is empty.
+        TypeError: If an argument has the wrong type; at evaluation, if outputs or targets have another structure than
+            the likelihood, or targets the wrong dtype. What the model raises passes.
     """
-    if not isinstance(thin, bool):
-        raise TypeError(f"thin: expected True or False, got {thin!r}")
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples: expected an integer >= 1, got {samples!r}")
-    if samples > 1 and estimator != "mc":
-        raise ValueError(f"samples: expected 1 for the estimator {estimator!r}, which draws nothing, got {samples}")
-    if examples is not None and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 1):
-        raise ValueError(f"examples: expected None or an integer >= 1, got {examples!r}")
+    need_function(model, "model", "a function model(params, inputs)")
+    need_layers(layers)
+    need_flag(has_aux, "has_aux")
+    need_flag(thin, "thin")
+    check_options(estimator, samples, examples)
     if not isinstance(likelihood, Likelihood | Joint):
         raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")
     heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)
@@ -127,6 +125,8 @@ def fisher(
         params: Tree, inputs: Tree, targets: Tree, statistics: Asked = True, noise: Tree | None = None
     ) -> Evaluation:
         check_like(layers.tree, params, "params")
+        need_values(params=params, inputs=inputs)
+        start = params
         targets = heads.leaves(targets, "targets")
         statistics, names = chosen(statistics, layers)
         whole = statistics is True and examples is None
@@ -172,7 +172,7 @@ def fisher(
                 ) from error
 
         def product(tangent: Tree) -> Tree:
-            check_like(layers.tree, tangent, "product: tangent")
+            check_like(params, tangent, "product: tangent")
             tangent = formed(tangent)
             outputs, changed = change(tangent)
             _, transpose = vjp(outputs_of, params)
@@ -183,18 +183,19 @@ def fisher(
                 outputs, changed = change(tangent)
                 return changed, heads.product(outputs, targets, changed)
 
+            check_stacked(params, tangents, "gram: tangents")
             changed, curved = vmap(both)(tangents)
             of_heads = [wide(c).flatten(1) @ wide(h).flatten(1).mT for c, h in zip(changed, curved, strict=True)]
             return torch.stack(of_heads).sum(dim=0)
 
         def quadratic(u: Tree, v: Tree) -> Tensor:
-            check_like(layers.tree, u, "quadratic: u")
-            check_like(layers.tree, v, "quadratic: v")
+            check_like(params, u, "quadratic: u")
+            check_like(params, v, "quadratic: v")
             both = (formed(u),) if v is u else (formed(u), formed(v))
             return gram(optree.tree_map(lambda *leaves: torch.stack(leaves), *both))[0, -1]
 
         def loss_at(params: Tree) -> Tensor:
-            check_like(layers.tree, params, "loss_at: params")
+            check_like(start, params, "loss_at: params")
             return loss_of(params)[0]
 
         weight, found = heads.total_weight(outputs, targets), found and of_layers(found, names)

@@ -11,6 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.checks import need_number
 from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.tree import difference, wide
 from lrkfac.core.types import Tree
@@ -171,10 +172,9 @@ def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:
     if differs is not None:
         raise ValueError(f"weights: expected a number for each likelihood, in their structure, got {differs}")
     for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise TypeError(f"weights: expected numbers, got {number!r}")
-        if not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"weights: expected finite numbers >= 0, got {number}")
+        if isinstance(number, Tensor):
+            raise TypeError("weights: expected numbers, got a tensor")
+        need_number(number, "weights", 0)
     return Joint(likelihoods, heads, numbers)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
+from lrkfac.core.checks import need_function
 from lrkfac.core.tree import wide
 
 
@@ -57,6 +58,10 @@ class Likelihood:
         weights: ``(outputs, targets) -> Weights`` of the terms, not a function of the outputs' values; by default 1.
         weighted_loss: ``(outputs, targets) -> `` one number per term, what the loss sums up; by default the
             negative log-likelihood times ``weights(...).mean``.
+
+    Raises:
+        TypeError: If ``name`` is no string, or a function none.
+        ValueError: If ``event_axes`` are no axes, or the batch is among them.
     """
 
     name: str
@@ -69,6 +74,18 @@ class Likelihood:
     weights: Callable[[Tensor, Tensor], Weights] | None = None
     weighted_loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name: expected a string, got {type(self.name).__name__}")
+        for name in ("negative_log_likelihood", "sample", "square_root"):
+            need_function(getattr(self, name), name)
+        for name in ("check", "product", "weights", "weighted_loss"):
+            if getattr(self, name) is not None:
+                need_function(getattr(self, name), name, "a function or None")
+        axes = self.event_axes
+        if axes is not None and not (isinstance(axes, tuple) and all(type(axis) is int and axis for axis in axes)):
+            raise ValueError(f"event_axes: expected a tuple of axes other than 0, the batch, got {axes!r}")
+
     def terms(self, outputs: Tensor) -> int:
         """Number of terms, those of weight 0 included."""
         if self.event_axes is None:
@@ -79,11 +96,14 @@ class Likelihood:
         """``Σ lₙ / Σ wₙ``, ``[]``.
 
         Raises:
-            ValueError: If targets do not fit the outputs, or the terms are not as many as ``event_axes`` says.
+            ValueError: If targets do not fit the outputs or are on another device, or the terms are not as many as
+                ``event_axes`` says.
             TypeError: If targets have the wrong dtype.
         """
         if not isinstance(targets, Tensor):
             raise TypeError(f"targets: expected a tensor, got {type(targets).__name__}")
+        if targets.device != outputs.device:
+            raise ValueError(f"targets: expected a tensor on {outputs.device}, as the outputs, got {targets.device}")
         if self.check is not None:
             self.check(outputs, targets)
         terms = (self.weighted_loss or self.negative_log_likelihood)(outputs, targets)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from lrkfac.core.checks import need_choice, need_integer, need_number
 from lrkfac.core.factors import FactorStructure, dense, kept_weight, no_steps
 from lrkfac.core.operators import LowRankPlusDiagonal, Operator
 from lrkfac.core.power_iteration import orthonormal, power_iteration, pseudo_random, subspace_iteration
-from lrkfac.core.sherman_morrison import inverse
+from lrkfac.core.sherman_morrison import damped_inverse
 from lrkfac.core.tree import wide
 from lrkfac.core.types import Covariance
 
@@ -136,7 +136,7 @@ class LowRankPlusDiagonalStructure:
         return LowRankPlusDiagonal(state.vectors, state.values, self.weight * state.diagonal)
 
     def inverse(self, state: LowRankPlusDiagonalState, damping: float | Tensor) -> Operator:
-        return inverse(self.operator(state), damping)
+        return damped_inverse(self.operator(state), damping)
 
 
 def _isotropic(state: LowRankState, weight: float) -> LowRankPlusDiagonal:
@@ -220,9 +220,9 @@ def low_rank(
         ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` negative, or an option is unknown.
         TypeError: If an argument has the wrong type.
     """
-    _check_integers(rank=rank, iterations=iterations)
-    _check_weight(weight)
-    _check_choices(residual=(residual, Residual), method=(method, Method))
+    need_integer(rank, "rank")
+    need_choice(residual, "residual", get_args(Residual))
+    _check_rest(iterations, method, weight)
     return LowRankStructure(rank, residual, iterations, method, float(weight))
 
 
@@ -252,28 +252,15 @@ def low_rank_plus_diagonal(
         ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` negative, or an option is unknown.
         TypeError: If an argument has the wrong type.
     """
-    _check_integers(rank=rank, iterations=iterations)
-    _check_weight(weight)
-    _check_choices(fit=(fit, Fit), method=(method, Method))
+    need_integer(rank, "rank")
+    need_choice(fit, "fit", get_args(Fit))
+    _check_rest(iterations, method, weight)
     return LowRankPlusDiagonalStructure(rank, fit, iterations, method, float(weight))
 
 
-def _check_integers(**values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an integer >= 1, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value}")
-
-
-def _check_weight(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"weight: expected a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"weight: expected a finite number >= 0, got {value}")
-
-
-def _check_choices(**values: tuple[str, Any]) -> None:
-    for name, (value, choices) in values.items():
-        if value not in get_args(choices):
-            raise ValueError(f"{name}: expected one of {get_args(choices)}, got {value!r}")
+def _check_rest(iterations: int, method: Method, weight: float) -> None:
+    need_integer(iterations, "iterations")
+    need_choice(method, "method", get_args(Method))
+    if isinstance(weight, Tensor):  # it is part of the structure, which tells states apart
+        raise TypeError("weight: expected a number, got a tensor")
+    need_number(weight, "weight", 0)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lrkfac.core.checks import need_flag
 from lrkfac.core.types import Tree
 
 
@@ -37,6 +38,7 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+    need_flag(buffers, "buffers")
     _refuse_dropout(module)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     constant = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}

@@ -234,11 +234,6 @@ class CorrectedKronecker(NamedTuple):
 Operator = Diagonal | Dense | LowRankPlusDiagonal | Kronecker | CorrectedKronecker
 
 
-def to_dense(operator: Operator) -> Float[Tensor, "d d"]:
-    """The matrix that an operator stands for, ``[d, d]``: for tests and small problems."""
-    return operator.to_dense()
-
-
 def dimension(operator: Operator) -> int:
     """Number of rows of an operator."""
     if isinstance(operator, Kronecker):

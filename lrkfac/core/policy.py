@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.checks import need_integer
 from lrkfac.core.factors import DenseState, DiagonalState
 from lrkfac.core.low_rank import LowRankPlusDiagonalState, LowRankState
+from lrkfac.core.tree import need_layers
 from lrkfac.core.types import Layers
 
 
@@ -26,12 +29,10 @@ def staggered(layers: Layers, every: int) -> Callable[[int], bool | tuple[str, .
 
     Raises:
         ValueError: If ``every`` is below 1.
-        TypeError: If it is no integer.
+        TypeError: If it is no integer, or ``layers`` are none.
     """
-    if isinstance(every, bool) or not isinstance(every, int):
-        raise TypeError(f"every: expected an integer >= 1, got {every!r}")
-    if every < 1:
-        raise ValueError(f"every: expected an integer >= 1, got {every}")
+    need_layers(layers)
+    need_integer(every, "every")
     parts: list[list[str]] = [[] for _ in range(min(every, len(layers)))]
     sizes = [0] * len(parts)
     for layer in sorted(layers, key=lambda layer: -layer.groups * (layer.d_in + layer.d_out)):
@@ -56,10 +57,16 @@ def staleness(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
         after: The same later on.
 
     Raises:
-        ValueError: If the layers differ.
+        ValueError: If the layers differ, or what holds them.
+        TypeError: If an argument is no mapping of states.
     """
+    for what, given in (("before", before), ("after", after)):
+        if not isinstance(given, Mapping) or not all(isinstance(x, Tensor) for x in optree.tree_leaves(dict(given))):
+            raise TypeError(f"{what}: expected state.factors of a PreconditionState, got {type(given).__name__}")
     if set(before) != set(after):
         raise ValueError(f"after: expected factors of the layers {sorted(before)}, got {sorted(after)}")
+    if optree.tree_structure(dict(before)) != optree.tree_structure(dict(after)):
+        raise ValueError("after: expected factors held as those of before, got others; pass two states of one chain")
     return {name: torch.stack(_angles(before[name], after[name])).amax() for name in before}
 
 

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lrkfac.core.checks import need_function, need_integer, need_number
+
 
 def power_iteration(
     matvec: Callable[[Tensor], Tensor],
@@ -35,8 +37,10 @@ def power_iteration(
 
     Raises:
         ValueError: If ``rank`` or ``max_iterations`` is below 1 or ``start`` has too few rows or columns.
+        TypeError: If an argument has the wrong type.
     """
-    rank = _check(start, rank, max_iterations)
+    rank = _check(matvec, start, rank, max_iterations=max_iterations)
+    need_number(tolerance, "tolerance", 0)
     found = start[:, :0]
     for i in range(rank):
         vector = orthonormal(torch.cat([found, start[:, i : i + 1]], dim=1))[:, i:]
@@ -78,8 +82,9 @@ def subspace_iteration(
 
     Raises:
         ValueError: If ``rank`` or ``iterations`` is below 1 or ``start`` has too few rows or columns.
+        TypeError: If an argument has the wrong type.
     """
-    rank = _check(start, rank, iterations)
+    rank = _check(matvec, start, rank, iterations=iterations)
     basis = start / torch.linalg.vector_norm(start, dim=0).clamp(min=torch.finfo(start.dtype).tiny)
     for _ in range(iterations):
         basis = orthonormal(matvec(basis))
@@ -136,14 +141,21 @@ def _deflate(x: Tensor, found: Tensor) -> Tensor:
     return x - found @ (found.mT @ x)
 
 
-def _check(start: Tensor, rank: int | None, iterations: int) -> int:
+def _check(matvec: Callable[[Tensor], Tensor], start: Tensor, rank: int | None, **iterations: int) -> int:
+    need_function(matvec, "matvec")
+    if not isinstance(start, Tensor) or not start.is_floating_point():
+        got = start.dtype if isinstance(start, Tensor) else type(start).__name__
+        raise TypeError(f"start: expected a floating-point tensor [d, k], got {got}")
+    if start.ndim != 2 or not start.numel():
+        raise ValueError(f"start: expected vectors [d, k], got the shape {tuple(start.shape)}")
     d, k = start.shape
     rank = k if rank is None else rank
+    need_integer(rank, "rank")
+    for name, value in iterations.items():
+        need_integer(value, name)
     if not 1 <= rank <= min(d, k):
         raise ValueError(
             f"rank: expected 1 <= rank <= {min(d, k)} for a start of shape {(d, k)}, got {rank}; "
             "give as many start columns as vectors are wanted, and no more vectors than rows"
         )
-    if iterations < 1:
-        raise ValueError(f"iterations: expected at least 1, got {iterations}")
     return rank

@@ -14,6 +14,7 @@ from lrkfac.core.choice import Block, Choice, Chosen, Rank, blocks, ranks_of, un
 from lrkfac.core.factors import DenseStructure, DiagonalStructure, FactorStructure
 from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
+from lrkfac.core.tree import need_layers
 from lrkfac.core.types import Layers
 
 LARGEST = 64
@@ -41,6 +42,7 @@ def resolved(layers: Layers, structure: Chosen, rank: AutoRank | None) -> Rank |
 
 def ranked(layers: Layers, rank: AutoRank, of_rank: Callable[[int], Choice]) -> Chosen:
     """The structure of each layer's rank."""
+    need_layers(layers)
     chosen = resolved(layers, None, rank)
     if not isinstance(chosen, Mapping):
         return of_rank(cast(int, chosen))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from lrkfac.core.checks import need_number
+from lrkfac.core.operator_entries import need_operator
 from lrkfac.core.operators import CorrectedKronecker, Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
 
 
@@ -20,13 +20,17 @@ def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:
         damping: ``λ ≥ 0``, a number or a tensor ``[]``.
 
     Raises:
-        ValueError: If ``damping`` is a negative or non-finite number.
+        ValueError: If ``damping`` is a negative or non-finite number, or the entries of ``operator`` do not fit
+            together.
         TypeError: If ``operator`` is not one of the package's operators.
     """
-    if not isinstance(damping, Tensor) and not (math.isfinite(damping) and damping >= 0):
-        raise ValueError(f"damping: expected a finite number >= 0, got {damping}")
-    if not isinstance(operator, Operator):
-        raise TypeError(f"operator: expected one of lrkfac's operators, got {type(operator).__name__}")
+    need_number(damping, "damping", 0)
+    need_operator(operator)
+    return damped_inverse(operator, damping)
+
+
+def damped_inverse(operator: Operator, damping: float | Tensor) -> Operator:
+    """``inverse``, of what is known to be an operator."""
     return _inverse(operator.shifted(damping))
 
 
@@ -34,7 +38,7 @@ def _inverse(operator: Operator) -> Operator:
     if isinstance(operator, Kronecker):
         return Kronecker(_inverse(operator.output), _inverse(operator.input))
     if isinstance(operator, LowRankPlusDiagonal):
-        return woodbury(operator)
+        return _woodbury(operator)
     if isinstance(operator, Dense):
         return _cholesky_inverse(operator)
     if isinstance(operator, CorrectedKronecker):
@@ -76,7 +80,16 @@ def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
 
     Returns:
         Vectors ``[d, min(d, r)]``, values of the opposite signs, diagonal ``1 / D``.
+
+    Raises:
+        ValueError: If the entries of ``operator`` do not fit together.
+        TypeError: If it is no ``LowRankPlusDiagonal`` of floating-point tensors.
     """
+    need_operator(operator, LowRankPlusDiagonal)
+    return _woodbury(operator)
+
+
+def _woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     margin = _margin(operator.vectors)
     scale = torch.maximum(operator.diagonal, margin * _eigenvalues(operator).amax()).rsqrt()
     basis, triangle = torch.linalg.qr(scale[:, None] * operator.vectors * operator.values.abs().sqrt())
@@ -104,7 +117,12 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
 
     Returns:
         Vectors ``[d, r]``, values -1 or 1 (0 where the operator's are), diagonal ``1 / D``.
+
+    Raises:
+        ValueError: If the entries of ``operator`` do not fit together.
+        TypeError: If it is no ``LowRankPlusDiagonal`` of floating-point tensors.
     """
+    need_operator(operator, LowRankPlusDiagonal)
     dtype, accurate = operator.vectors.dtype, _widest(operator.vectors)
     order = operator.values.argsort(descending=True)
     values = operator.values[order].to(accurate)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.checks import has_values, need_choice, need_integer
 from lrkfac.core.cotangents import exact_cotangents, sampled_cotangents
 from lrkfac.core.covariances import Uses, prepared
 from lrkfac.core.joint import Joint, Leaves
@@ -65,6 +66,16 @@ def standard_form(
     return form
 
 
+def check_options(estimator: str, samples: int, examples: int | None) -> None:
+    """Refuses what ``fisher`` cannot do."""
+    need_choice(estimator, "estimator", get_args(Estimator))
+    need_integer(samples, "samples")
+    if samples > 1 and estimator != "mc":
+        raise ValueError(f"samples: expected 1 for the estimator {estimator!r}, which draws nothing, got {samples}")
+    if examples is not None:
+        need_integer(examples, "examples")
+
+
 def statistics_of(
     seen: Captured,
     of_loss: Form,
@@ -75,6 +86,8 @@ def statistics_of(
     noise: Tree | None,
 ) -> Statistics:
     """What an estimator makes of a pass, and of the gradients of the terms' sum, which only ``"empirical"`` uses."""
+    if noise is not None and estimator != "mc":
+        raise ValueError(f"noise: expected none for the estimator {estimator!r}, which draws nothing")
     scale, factors = heads.normalization(seen.outputs, targets)
     if estimator == "forward_only":
         gradients: dict[str, Uses] = dict.fromkeys(of_loss, ())
@@ -126,7 +139,13 @@ def of_layers(found: Statistics, names: frozenset[str]) -> Statistics:
 
 
 def examples_of(tree: Tree, numbers: Tensor, size: int) -> Tree:
-    """The examples of these numbers; what has not the batch of this size as its leading axis stays whole."""
+    """The examples of these numbers; what has not the batch of this size as its leading axis stays whole.
+
+    Raises:
+        ValueError: If a number is none of an example (where they are on the CPU and known).
+    """
+    if has_values(numbers) and not (numbers.min() >= 0 and numbers.max() < size):
+        raise ValueError(f"statistics: expected numbers of examples from 0 to {size - 1}, got {numbers.tolist()}")
 
     def taken(x: Any) -> Any:
         return x[numbers.long()] if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else x

@@ -9,6 +9,7 @@ import optree
 from torch import Tensor
 from torch.func import vmap
 
+from lrkfac.core.checks import need_choice, need_flag
 from lrkfac.core.corrected import CorrectedStructure
 from lrkfac.core.factors import FactorStructure, dense
 from lrkfac.core.kronecker import KroneckerStructure
@@ -101,10 +102,8 @@ def kronecker(
         methods = ("fitted", "init", "update", "operator", "inverse")
         if isinstance(value, ProductStructure) or not all(hasattr(value, method) for method in methods):
             raise TypeError(f"{name}: expected a factor structure such as dense() or low_rank(32), got {value!r}")
-    if treatment not in get_args(Treatment):
-        raise ValueError(f"treatment: expected one of {get_args(Treatment)}, got {treatment!r}")
-    if not isinstance(corrected, bool):
-        raise TypeError(f"corrected: expected True or False, got {corrected!r}")
+    need_choice(treatment, "treatment", get_args(Treatment))
+    need_flag(corrected, "corrected")
     factors = KroneckerStructure(input, output, treatment)
     return CorrectedStructure(factors) if corrected else factors
 

@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.types import Tree
+from lrkfac.core.types import Layers, Tree
 from lrkfac.core.unformed import Unformed
 
 
@@ -63,7 +63,11 @@ def zero_unless(condition: Tensor, x: Tree) -> Tree:
 
 
 def formed(x: Tree) -> Tree:
-    """The tree with tensors for all leaves."""
+    """The tree with tensors for all leaves.
+
+    Raises:
+        TypeError: If a leaf is neither tensor nor ``Unformed``.
+    """
     return optree.tree_map(_formed, x)
 
 
@@ -73,7 +77,11 @@ def unformed_like(x: Tree, y: Tree) -> Tree:
 
 
 def _formed(leaf: Any) -> Any:
-    return leaf.dense() if isinstance(leaf, Unformed) else leaf
+    if isinstance(leaf, Unformed):
+        return leaf.dense()
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"formed: expected x to be a tree of tensors, got {type(leaf).__name__} in it")
+    return leaf
 
 
 def _vdot(a: Any, b: Any) -> Tensor:
@@ -123,7 +131,8 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
     """The leaves of a tree, which is refused unless it has the structure and shapes of another.
 
     Raises:
-        ValueError: Names the leaf that is missing, unexpected or of another shape.
+        ValueError: Names the leaf that is missing, unexpected, of another shape or on another device, or is no
+            floating-point tensor.
     """
     leaves, structure = optree.tree_flatten(got)
     likes, wanted = optree.tree_flatten(expected)
@@ -134,6 +143,7 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
             f"{what}: the tree differs from the one at the start: {differs}; pass a tree like the parameters, "
             "or call find_layers() and init() again for others"
         )
+    _check_devices(leaves, what)
     for i, (leaf, like) in enumerate(zip(leaves, likes, strict=True)):
         if not isinstance(leaf, Tensor | Unformed) or leaf.shape != like.shape:
             there_is = tuple(leaf.shape) if isinstance(leaf, Tensor | Unformed) else type(leaf).__name__
@@ -141,4 +151,52 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
                 f"{what}: expected {paths(expected)[i]!r} of shape {tuple(like.shape)}, got {there_is}; pass a "
                 "tree like the parameters, or call find_layers() and init() again for others"
             )
+        device = like.device if isinstance(like, Tensor) else leaf.device
+        if not leaf.dtype.is_floating_point or leaf.device != device:
+            raise ValueError(
+                f"{what}: expected {paths(expected)[i]!r} to be floating-point numbers on {device}, got {leaf.dtype} "
+                f"on {leaf.device}"
+            )
     return leaves
+
+
+def check_stacked(expected: Tree, got: Tree, what: str) -> None:
+    """Refuses a tree that is not one like another with one more axis of equal length in front of each leaf.
+
+    Raises:
+        ValueError: As ``check_like``.
+    """
+    leaves = optree.tree_leaves(got)
+    count = leaves[0].shape[:1] if leaves and isinstance(leaves[0], Tensor) else torch.Size([0])
+    check_like(optree.tree_map(lambda x: x.expand(*count, *x.shape), expected), got, what)
+
+
+def check_tree(got: Tree, what: str) -> list[Tensor]:
+    """The leaves of a tree, which is refused unless they are floating-point tensors.
+
+    Raises:
+        TypeError: Names the leaf that is something else.
+        ValueError: If some are on the device "meta".
+    """
+    leaves: list[Tensor] = optree.tree_leaves(got)
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor | Unformed) or not leaf.dtype.is_floating_point:
+            there_is = leaf.dtype if isinstance(leaf, Tensor | Unformed) else type(leaf).__name__
+            raise TypeError(f"{what}: expected floating-point tensors, got {there_is} at {paths(got)[i]!r}")
+    if got is None:
+        raise TypeError(f"{what}: expected a tree of tensors, got None")
+    _check_devices(leaves, what)
+    return leaves
+
+
+def _check_devices(leaves: list[Any], what: str) -> None:
+    """Of tensors without values there are none or all, as where nothing but shapes is asked for."""
+    if len({leaf.device.type == "meta" for leaf in leaves if isinstance(leaf, Tensor)}) > 1:
+        raise ValueError(f"{what}: expected tensors with values, got some on the device 'meta'")
+
+
+def need_layers(given: Any) -> Layers:
+    """Refuses what is not from ``find_layers``."""
+    if not isinstance(given, Layers):
+        raise TypeError(f"layers: expected what find_layers() returned, got {type(given).__name__}")
+    return given

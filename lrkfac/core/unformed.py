@@ -39,6 +39,11 @@ class Unformed:
         return torch.Size((self.left.shape[1], self.right.shape[1]))
 
     @property
+    def device(self) -> torch.device:
+        """Of the rows."""
+        return self.left.device
+
+    @property
     def ndim(self) -> int:
         """2."""
         return 2

@@ -20,7 +20,7 @@ def check_likelihood(
 ) -> None:
     """Laws of a likelihood of one's own, at some outputs, each with a message.
 
-    * ``check`` takes these targets and drawn ones, and none of another batch size;
+    * ``check`` takes these targets, and none of another batch size;
     * there is one negative log-likelihood for each term, which depends on the outputs of this term alone;
     * weights are nonnegative, one for each term, and equal (``mean`` and ``hessian``) unless ``weighted_loss`` is
       given, whose terms are believed; the loss is finite;
@@ -51,27 +51,22 @@ def check_likelihood(
     drawn = likelihood.sample(many, noise.flatten(0, 1))
     again = likelihood.sample(many, noise.flatten(0, 1))
     _law(torch.equal(drawn, again), "sample: equal outputs and noise give equal targets; noise is its only randomness")
-    _takes(likelihood, many, drawn, "drawn by sample")
+    _law(drawn.shape == (len(many), *targets.shape[1:]), f"sample: targets of the shape of these, got {drawn.shape}")
     _check_terms(likelihood, outputs, likelihood.sample(outputs, noise[0]))
     _check_moments(likelihood, outputs, many, drawn)
 
 
 def _check_targets(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:
-    _takes(likelihood, outputs, targets, "given")
     if likelihood.check is not None:
+        try:
+            likelihood.check(outputs, targets)
+        except (ValueError, TypeError) as error:
+            raise AssertionError(f"law broken: check: takes the targets given: {error}") from error
         try:
             likelihood.check(outputs, torch.cat([targets, targets]))
         except (ValueError, TypeError):
             return
         _law(False, "check: takes targets of twice as many examples as there are outputs of")
-
-
-def _takes(likelihood: Likelihood, outputs: Tensor, targets: Tensor, which: str) -> None:
-    if likelihood.check is not None:
-        try:
-            likelihood.check(outputs, targets)
-        except (ValueError, TypeError) as error:
-            raise AssertionError(f"law broken: check: takes the targets {which}: {error}") from error
 
 
 def _check_weights(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:

@@ -9,9 +9,10 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import check_like, counter, difference, formed, wide
+from lrkfac.core.checks import need_integer
+from lrkfac.core.tree import check_like, check_tree, counter, difference, formed, wide
 from lrkfac.core.types import Evaluation, Statistics, Tree
-from lrkfac.transforms.base import GradientTransformation
+from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
 
 
 class AccumulateState(NamedTuple):
@@ -47,6 +48,8 @@ def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
         ValueError: If there is none, or trees, layers or lengths differ.
         TypeError: If one is no ``Evaluation``.
     """
+    if isinstance(evaluations, Evaluation) or not isinstance(evaluations, Sequence):
+        raise TypeError(f"evaluations: expected a sequence of Evaluations, got {type(evaluations).__name__}")
     evaluations = tuple(evaluations)
     if not evaluations:
         raise ValueError("evaluations: expected at least one, got none")
@@ -101,14 +104,11 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
             statistics.
         TypeError: If an argument has the wrong type.
     """
-    if not isinstance(inner, GradientTransformation):
-        raise TypeError(f"inner: expected a GradientTransformation, got {type(inner).__name__}")
-    if isinstance(every, bool) or not isinstance(every, int):
-        raise TypeError(f"every: expected an integer, got {every!r}")
-    if every < 1:
-        raise ValueError(f"every: expected an integer >= 1, got {every}")
+    need_transformation(inner, "inner")
+    need_integer(every, "every")
 
     def init(params: Tree) -> AccumulateState:
+        check_tree(params, "params")
         total = optree.tree_map(lambda p: torch.zeros_like(wide(p)), params)
         leaves = optree.tree_leaves(total)
         weight = torch.zeros((), dtype=leaves[0].dtype, device=leaves[0].device) if leaves else torch.zeros(())
@@ -122,17 +122,13 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, AccumulateState]:
-        if not isinstance(state, AccumulateState):
-            raise ValueError(
-                f"state: expected an AccumulateState, got {type(state).__name__}; pass what init() or the last "
-                "update() of this transformation returned"
-            )
-        if evaluation is not None and evaluation.statistics is not None:
+        need_state(state, AccumulateState)
+        if evaluation is not None and need_evaluation(evaluation, "accumulate").statistics is not None:
             raise ValueError(
                 "accumulate: expected an evaluation without statistics, which are not accumulated; make one batch of "
                 "the micro-batches, e = merge_evaluations([...]), and one update(e.grads, state, params, evaluation=e)"
             )
-        check_like(state.total, updates, "accumulate")
+        check_like(state.total, updates, "accumulate: updates")
         updates = formed(updates)
         weight = torch.ones_like(state.weight) if evaluation is None else evaluation.weight.to(state.weight.dtype)
         total = optree.tree_map(lambda t, u: t + _weighted(weight, u).to(t.dtype), state.total, updates)

@@ -8,9 +8,10 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import check_like, counter, formed, zeros_like
+from lrkfac.core.checks import need_number
+from lrkfac.core.tree import check_like, check_tree, counter, formed, zeros_like
 from lrkfac.core.types import Tree
-from lrkfac.transforms.base import GradientTransformation, need_number
+from lrkfac.transforms.base import GradientTransformation, need_state
 
 
 class AdamState(NamedTuple):
@@ -31,16 +32,19 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
 
     Raises:
         ValueError: If an argument is out of range; in ``update``, if the tree is not that of ``init``.
+        TypeError: If an argument has the wrong type.
     """
     need_number(b1, "b1", 0, 1)
     need_number(b2, "b2", 0, 1)
     need_number(eps, "eps", 0)
 
     def init(params: Tree) -> AdamState:
+        check_tree(params, "params")
         return AdamState(zeros_like(params), zeros_like(params), counter(params))
 
     def update(updates: Tree, state: AdamState, params: Tree = None, **extra: Any) -> tuple[Tree, AdamState]:
-        check_like(state.mean, updates, "scale_by_adam")
+        need_state(state, AdamState)
+        check_like(state.mean, updates, "scale_by_adam: updates")
         updates = formed(updates)
         steps = state.steps + 1
         mean = optree.tree_map(lambda m, u: (b1 * m + (1 - b1) * u).to(m.dtype), state.mean, updates)

@@ -8,9 +8,10 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import check_like, counter
+from lrkfac.core.checks import need_number
+from lrkfac.core.tree import check_like, check_tree, counter
 from lrkfac.core.types import Tree
-from lrkfac.transforms.base import GradientTransformation, apply_updates, need_number, need_params
+from lrkfac.transforms.base import GradientTransformation, apply_updates, need_params, need_state
 
 
 class EmaParamsState(NamedTuple):
@@ -32,15 +33,19 @@ def ema_params(decay: float = 0.99) -> GradientTransformation:
 
     Raises:
         ValueError: If ``decay`` lies outside [0, 1); in ``update``, if ``params`` is missing or the trees do not fit.
+        TypeError: If an argument has the wrong type.
     """
     need_number(decay, "decay", 0, 1)
 
     def init(params: Tree) -> EmaParamsState:
+        check_tree(params, "params")
         return EmaParamsState(optree.tree_map(torch.clone, params), counter(params))
 
     def update(updates: Tree, state: EmaParamsState, params: Tree = None, **extra: Any) -> tuple[Tree, EmaParamsState]:
+        need_state(state, EmaParamsState)
         check_like(state.average, updates, "updates")
-        moved = apply_updates(need_params(params, "ema_params"), updates)
+        check_like(state.average, need_params(params, "ema_params"), "params")
+        moved = apply_updates(params, updates)
         steps = state.steps + 1
         rest = torch.clamp(1 / steps, min=1 - decay)
         average = optree.tree_map(lambda a, p: (a + rest * (p - a)).to(a.dtype), state.average, moved)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor
+from lrkfac.core.tree import add_scaled, check_like, check_tree
+from lrkfac.core.types import Evaluation, Tree
 
-from lrkfac.core.tree import add_scaled, check_like
-from lrkfac.core.types import Tree
+T = TypeVar("T")
 
 
 class GradientTransformation(NamedTuple):
     """Two pure functions.
 
     ``init(params) -> state`` and ``update(updates, state, params=None, **extra) -> (updates, state)``. A
-    transformation that needs an extra takes it keyword-only and swallows the rest.
+    transformation that needs an extra takes it keyword-only and swallows the rest. Both raise ``ValueError`` for a
+    tree or state that does not fit, and ``TypeError`` for what is no tree of floating-point tensors; nothing has
+    changed then.
     """
 
     init: Callable[[Tree], Any]
@@ -27,9 +28,13 @@ def stateless(change: Callable[..., Tree]) -> GradientTransformation:
     """A transformation without state from ``change(updates, params, **extra) -> updates``."""
 
     def init(params: Tree) -> tuple[()]:
+        check_tree(params, "params")
         return ()
 
     def update(updates: Tree, state: tuple[()], params: Tree = None, **extra: Any) -> tuple[Tree, tuple[()]]:
+        check_tree(updates, "updates")
+        if not isinstance(state, tuple) or state:
+            raise ValueError(f"state: expected (), that of a transformation without state, got {type(state).__name__}")
         return change(updates, params, **extra), state
 
     return GradientTransformation(init, update)
@@ -48,11 +53,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         ValueError: In ``update``, if the state is not one of this chain.
     """
     for i, transformation in enumerate(transformations):
-        if not isinstance(transformation, GradientTransformation):
-            raise TypeError(
-                f"chain: expected a GradientTransformation in place {i}, got {type(transformation).__name__}; "
-                "call the function that makes it, as in chain(trace(0.9), scale(-0.1))"
-            )
+        need_transformation(transformation, f"chain: transformations[{i}]")
 
     def init(params: Tree) -> tuple[Any, ...]:
         return tuple(t.init(params) for t in transformations)
@@ -78,8 +79,10 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     """``params + updates``, in the dtype of the parameters.
 
     Raises:
-        ValueError: If the two trees differ in structure or shapes; names the leaf.
+        ValueError: If the two trees differ in structure, shapes or devices; names the leaf.
+        TypeError: If a leaf of ``params`` is no floating-point tensor.
     """
+    check_tree(params, "params")
     check_like(params, updates, "updates")
     return add_scaled(params, 1.0, updates)
 
@@ -91,15 +94,33 @@ def need_params(params: Tree, name: str) -> Tree:
     return params
 
 
-def need_number(
-    value: float | Tensor, name: str, low: float, high: float = math.inf, includes_low: bool = True
-) -> None:
-    """Refuses a number that is not finite, or outside ``[low, high)`` or ``(low, high)``; a tensor passes."""
-    if isinstance(value, Tensor):
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    above = value >= low if includes_low else value > low
-    if not (math.isfinite(value) and above and value < high):
-        bracket = "[" if includes_low else "("
-        raise ValueError(f"{name}: expected a finite number in {bracket}{low}, {high}), got {value}")
+def need_state(state: Any, expected: type[T]) -> T:
+    """Refuses the state of another transformation."""
+    if not isinstance(state, expected):
+        article = "an" if expected.__name__[0] in "AE" else "a"
+        raise ValueError(
+            f"state: expected {article} {expected.__name__}, got {type(state).__name__}; pass what init() or the last "
+            "update() of this transformation returned"
+        )
+    return state
+
+
+def need_evaluation(evaluation: Any, name: str) -> Evaluation:
+    """Refuses a missing ``evaluation``, and what is none."""
+    if evaluation is None:
+        raise TypeError(
+            f"{name}: evaluation is missing; call "
+            "update(evaluation.grads, state, params, evaluation=fisher(params, inputs, targets))"
+        )
+    if not isinstance(evaluation, Evaluation):
+        raise TypeError(f"evaluation: expected an Evaluation as fisher() makes it, got {type(evaluation).__name__}")
+    return evaluation
+
+
+def need_transformation(given: Any, name: str) -> None:
+    """Refuses what is no ``GradientTransformation``."""
+    if not isinstance(given, GradientTransformation):
+        raise TypeError(
+            f"{name}: expected a GradientTransformation, got {type(given).__name__}; call the function that makes it, "
+            "as in chain(trace(0.9), scale(-0.1))"
+        )

@@ -9,9 +9,10 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import counter, formed, scaled, vdot
+from lrkfac.core.checks import need_number
+from lrkfac.core.tree import check_like, check_tree, counter, formed, scaled, vdot
 from lrkfac.core.types import Evaluation, Tree
-from lrkfac.transforms.base import GradientTransformation, need_number, stateless
+from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, stateless
 
 
 class ClipByKLState(NamedTuple):
@@ -25,6 +26,7 @@ def clip_by_value(max_delta: float | Tensor) -> GradientTransformation:
 
     Raises:
         ValueError: If ``max_delta`` is not a positive finite number.
+        TypeError: If an argument has the wrong type.
     """
     need_number(max_delta, "max_delta", 0, includes_low=False)
 
@@ -39,6 +41,7 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
 
     Raises:
         ValueError: If ``max_norm`` is not a positive finite number.
+        TypeError: If an argument has the wrong type.
     """
     need_number(max_norm, "max_norm", 0, includes_low=False)
 
@@ -74,6 +77,7 @@ def clip_by_kl(
         need_number(learning_rate, "learning_rate", 0)
 
     def init(params: Tree) -> ClipByKLState:
+        check_tree(params, "params")
         return ClipByKLState(counter(params))
 
     def update(
@@ -84,10 +88,9 @@ def clip_by_kl(
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, ClipByKLState]:
-        if evaluation is None:
-            raise TypeError(
-                "clip_by_kl: evaluation is missing; call update(..., evaluation=fisher(params, inputs, targets))"
-            )
+        need_state(state, ClipByKLState)
+        check_like(need_evaluation(evaluation, "clip_by_kl").grads, updates, "updates")
+        assert evaluation is not None
         rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         squared_length = rate**2 * vdot(updates, evaluation.grads)
         return scaled(_at_most_one(max_kl, squared_length).sqrt(), updates), ClipByKLState(state.steps + 1)

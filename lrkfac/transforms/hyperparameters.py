@@ -9,9 +9,9 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import counter
+from lrkfac.core.tree import check_tree, counter
 from lrkfac.core.types import Tree
-from lrkfac.transforms.base import GradientTransformation
+from lrkfac.transforms.base import GradientTransformation, need_state
 
 
 class HyperparametersState(NamedTuple):
@@ -91,6 +91,7 @@ def inject_hyperparameters(
         transformation(values(start, torch.float64, {}))
 
         def init(params: Tree) -> HyperparametersState:
+            check_tree(params, "params")
             steps = counter(params)
             found = values(steps, _dtype(params), {})
             return HyperparametersState(found, transformation(found).init(params), steps)
@@ -98,11 +99,8 @@ def inject_hyperparameters(
         def update(
             updates: Tree, state: HyperparametersState, params: Tree = None, **extra: Any
         ) -> tuple[Tree, HyperparametersState]:
-            if not isinstance(state, HyperparametersState):
-                raise ValueError(
-                    f"state: expected a HyperparametersState, got {type(state).__name__}; pass what init() or the last "
-                    "update() of this transformation returned"
-                )
+            check_tree(updates, "updates")
+            need_state(state, HyperparametersState)
             if state.hyperparameters.keys() != given.keys():
                 raise ValueError(
                     f"hyperparameters: expected {sorted(given)}, got {sorted(state.hyperparameters)}; others are fixed "

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import optree
 from torch import Tensor
 
-from lrkfac.core.tree import paths, zeros_like
+from lrkfac.core.tree import check_like, check_tree, paths, zeros_like
 from lrkfac.core.types import Evaluation, Tree
-from lrkfac.transforms.base import GradientTransformation, need_params
+from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_params, need_state, need_transformation
 
 
 class MaskedState(NamedTuple):
@@ -38,7 +38,7 @@ def masked(inner: GradientTransformation, mask: Tree | Callable[[Tree], Tree]) -
         TypeError: If ``inner`` is no ``GradientTransformation``; in ``init`` and ``update``, if a leaf of the mask is
             no ``bool``.
     """
-    _need_transformation("inner", inner)
+    need_transformation(inner, "inner")
 
     def own(tree: Tree) -> list[bool]:
         chosen = _spread("mask", mask, tree)
@@ -50,11 +50,12 @@ def masked(inner: GradientTransformation, mask: Tree | Callable[[Tree], Tree]) -
         return chosen
 
     def init(params: Tree) -> MaskedState:
+        check_tree(params, "params")
         return MaskedState(inner.init(_only(own(params), params)))
 
     def update(updates: Tree, state: MaskedState, params: Tree = None, **extra: Any) -> tuple[Tree, MaskedState]:
-        if not isinstance(state, MaskedState):
-            raise ValueError(_OTHER_STATE.format(expected="MaskedState", got=type(state).__name__))
+        check_tree(updates, "updates")
+        need_state(state, MaskedState)
         chosen = own(updates)
         changed, new = _restricted(inner, chosen, updates, state.inner, params, extra)
         leaves = zip(chosen, changed, optree.tree_leaves(updates), strict=True)
@@ -89,9 +90,11 @@ def partition(
             the state is another's.
         TypeError: If something is no ``GradientTransformation``.
     """
+    if not isinstance(transformations, Mapping):
+        raise TypeError(f"transformations: expected a mapping from labels, got {type(transformations).__name__}")
     transformations = dict(transformations)
     for label, transformation in transformations.items():
-        _need_transformation(f"transformations[{label!r}]", transformation)
+        need_transformation(transformation, f"transformations[{label!r}]")
 
     def of_leaves(tree: Tree) -> list[Any]:
         found = _spread("labels", labels, tree)
@@ -104,12 +107,14 @@ def partition(
         return found
 
     def init(params: Tree) -> PartitionState:
+        check_tree(params, "params")
         found = of_leaves(params)
         return PartitionState(
             {label: tx.init(_only([x == label for x in found], params)) for label, tx in transformations.items()}
         )
 
     def update(updates: Tree, state: PartitionState, params: Tree = None, **extra: Any) -> tuple[Tree, PartitionState]:
+        check_tree(updates, "updates")
         if not isinstance(state, PartitionState) or state.inner.keys() != transformations.keys():
             got = f"one of {list(state.inner)}" if isinstance(state, PartitionState) else type(state).__name__
             raise ValueError(_OTHER_STATE.format(expected=f"PartitionState of {list(transformations)}", got=got))
@@ -132,10 +137,12 @@ def _restricted(
     inner: GradientTransformation, own: list[bool], updates: Tree, state: Any, params: Tree, extra: dict[str, Any]
 ) -> tuple[list[Tensor], Any]:
     """What ``inner`` makes of its own parameters; leaves of the others are there, and mean nothing."""
+    if params is not None:
+        check_like(params, updates, "updates beside params")
     known = None if params is None else _only(own, params)
     evaluation = extra.get("evaluation")
     if evaluation is not None:
-        extra = {**extra, "evaluation": _of_own(own, evaluation, params)}
+        extra = {**extra, "evaluation": _of_own(own, need_evaluation(evaluation, "masked"), params)}
     changed, new = inner.update(_only(own, updates), state, known, **extra)
     return optree.tree_leaves(changed), new
 
@@ -177,8 +184,3 @@ def _spread(name: str, given: Any, tree: Tree) -> list[Any]:
             f"{name}: expected a tree like the parameters, or one that ends earlier, got {given!r} ({error})"
         ) from error
     return optree.tree_leaves(whole)
-
-
-def _need_transformation(name: str, given: Any) -> None:
-    if not isinstance(given, GradientTransformation):
-        raise TypeError(f"{name}: expected a GradientTransformation, got {type(given).__name__}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lrkfac.core.tree import add_scaled, check_like, formed, unformed_like, zeros_like
+from lrkfac.core.checks import need_flag, need_number
+from lrkfac.core.tree import add_scaled, check_like, check_tree, formed, unformed_like, zeros_like
 from lrkfac.core.types import Tree
-from lrkfac.transforms.base import GradientTransformation, need_number
+from lrkfac.transforms.base import GradientTransformation, need_state
 
 
 class TraceState(NamedTuple):
@@ -24,14 +25,18 @@ def trace(decay: float, nesterov: bool = False) -> GradientTransformation:
 
     Raises:
         ValueError: If ``decay`` lies outside [0, 1); in ``update``, if the tree is not that of ``init``.
+        TypeError: If an argument has the wrong type.
     """
     need_number(decay, "decay", 0, 1)
+    need_flag(nesterov, "nesterov")
 
     def init(params: Tree) -> TraceState:
+        check_tree(params, "params")
         return TraceState(zeros_like(params))
 
     def update(updates: Tree, state: TraceState, params: Tree = None, **extra: Any) -> tuple[Tree, TraceState]:
-        check_like(state.trace, updates, "trace")
+        need_state(state, TraceState)
+        check_like(state.trace, updates, "trace: updates")
         new = formed(add_scaled(updates, decay, state.trace))
         return (add_scaled(updates, decay, new) if nesterov else unformed_like(updates, new)), TraceState(new)
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.blocks import Held, apply, check_state, forms, identity, init
+from lrkfac.core.checks import need_number
 from lrkfac.core.choice import Chosen, blocks
 from lrkfac.core.covariances import from_matrices, to_matrix
 from lrkfac.core.groups import refresh_all
 from lrkfac.core.profiling import profiled
 from lrkfac.core.ranks import AutoRank, resolved
-from lrkfac.core.tree import check_like, counter
+from lrkfac.core.tree import check_like, counter, need_layers
 from lrkfac.core.types import Evaluation, Layer, Layers, Tree
-from lrkfac.transforms.base import GradientTransformation, need_number
+from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
 
 
 class PreconditionState(NamedTuple):
@@ -79,8 +80,11 @@ def precondition_by_fisher(
             tree, the state or the statistics are not those of ``layers``.
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
     """
+    need_layers(layers)
     need_number(damping, "damping", 0, includes_low=False)
     need_number(decay, "decay", 0, 1)
+    if fallback is not None:
+        need_transformation(fallback, "fallback")
     held = blocks(layers, structure, resolved(layers, structure, rank))
     expected = forms(held, layers)
     covered = layers.covered
@@ -104,21 +108,12 @@ def precondition_by_fisher(
         factor_damping: float | Tensor | None = None,
         **extra: Any,
     ) -> tuple[Tree, PreconditionState]:
-        if evaluation is None:
-            raise TypeError(
-                "precondition_by_fisher: evaluation is missing; call "
-                "update(evaluation.grads, state, params, evaluation=fisher(params, inputs, targets))"
-            )
-        if not isinstance(state, PreconditionState):
-            raise ValueError(
-                f"state: expected a PreconditionState, got {type(state).__name__}; pass what init() or the last "
-                "update() of this transformation returned"
-            )
+        statistics = need_evaluation(evaluation, "precondition_by_fisher").statistics
+        need_state(state, PreconditionState)
         check_state(expected, state.factors)
         leaves = leaves_of(updates, "updates")
         known = None if params is None else leaves_of(params, "params")
         factors, inverses, dampings, since = state.factors, state.inverses, state.dampings, state.since + 1
-        statistics = evaluation.statistics
         used = damping if factor_damping is None else factor_damping
         if statistics is not None:
             with profiled("refresh"):

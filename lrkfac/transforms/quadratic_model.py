@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.tree import add_scaled, check_like, formed, selected, vdot, wide, zero_unless
+from lrkfac.core.checks import need_number
+from lrkfac.core.tree import add_scaled, check_like, check_tree, formed, selected, vdot, wide, zero_unless
 from lrkfac.core.types import Evaluation, Tree
-from lrkfac.transforms.base import GradientTransformation, apply_updates, need_number, need_params
+from lrkfac.transforms.base import (
+    GradientTransformation,
+    apply_updates,
+    need_evaluation,
+    need_params,
+    need_state,
+    need_transformation,
+)
 
 ADAPTATION = 0.95
 """By how much the dampings may change per step (19/20 in Martens & Grosse 2015)."""
@@ -99,11 +107,7 @@ def scale_by_quadratic_model(
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
         NotImplementedError: In ``update``, if the model uses an operation without forward derivative; names it.
     """
-    if not isinstance(preconditioner, GradientTransformation):
-        raise TypeError(
-            f"preconditioner: expected a GradientTransformation such as precondition_by_fisher(layers), got "
-            f"{type(preconditioner).__name__}"
-        )
+    need_transformation(preconditioner, "preconditioner")
     need_number(damping, "damping", 0, includes_low=False)
     need_number(weight_decay, "weight_decay", 0)
     if learning_rate is not None:
@@ -113,6 +117,7 @@ def scale_by_quadratic_model(
     decays = isinstance(weight_decay, Tensor) or weight_decay > 0
 
     def init(params: Tree) -> QuadraticModelState:
+        check_tree(params, "params")
         inner = preconditioner.init(params)
         if not _preconditions(inner):
             raise ValueError(
@@ -134,13 +139,10 @@ def scale_by_quadratic_model(
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, QuadraticModelState]:
-        if evaluation is None:
-            raise TypeError(
-                "scale_by_quadratic_model: evaluation is missing; call "
-                "update(evaluation.grads, state, params, evaluation=fisher(params, inputs, targets))"
-            )
-        need_params(params, "scale_by_quadratic_model")
-        check_like(params, updates, "updates")
+        evaluation = need_evaluation(evaluation, "scale_by_quadratic_model")
+        need_state(state, QuadraticModelState)
+        check_tree(need_params(params, "scale_by_quadratic_model"), "params")
+        check_like(params, updates, "updates beside params")
         updates = formed(updates)
         grads = add_scaled(updates, weight_decay, params) if decays else updates
         slope = _row(grads)

@@ -8,10 +8,11 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import counter, selected, zero_unless
+from lrkfac.core.checks import need_integer
+from lrkfac.core.tree import check_tree, counter, selected, zero_unless
 from lrkfac.core.types import Evaluation, Tree
 from lrkfac.core.unformed import Unformed
-from lrkfac.transforms.base import GradientTransformation
+from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
 
 
 class ApplyIfFiniteState(NamedTuple):
@@ -40,14 +41,11 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
         ValueError: If ``max_consecutive_errors`` is below 1; in ``update``, if the state is another's.
         TypeError: If an argument has the wrong type.
     """
-    if not isinstance(inner, GradientTransformation):
-        raise TypeError(f"inner: expected a GradientTransformation, got {type(inner).__name__}")
-    if isinstance(max_consecutive_errors, bool) or not isinstance(max_consecutive_errors, int):
-        raise TypeError(f"max_consecutive_errors: expected an integer, got {max_consecutive_errors!r}")
-    if max_consecutive_errors < 1:
-        raise ValueError(f"max_consecutive_errors: expected an integer >= 1, got {max_consecutive_errors}")
+    need_transformation(inner, "inner")
+    need_integer(max_consecutive_errors, "max_consecutive_errors")
 
     def init(params: Tree) -> ApplyIfFiniteState:
+        check_tree(params, "params")
         return ApplyIfFiniteState(inner.init(params), counter(params), counter(params))
 
     def update(
@@ -58,11 +56,10 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, ApplyIfFiniteState]:
-        if not isinstance(state, ApplyIfFiniteState):
-            raise ValueError(
-                f"state: expected an ApplyIfFiniteState, got {type(state).__name__}; pass what init() or the last "
-                "update() of this transformation returned"
-            )
+        check_tree(updates, "updates")
+        need_state(state, ApplyIfFiniteState)
+        if evaluation is not None:
+            need_evaluation(evaluation, "apply_if_finite")
         said = None if evaluation is None else (evaluation.loss, evaluation.statistics)
         sound = _all_finite((updates, said))
         gives_up = state.consecutive >= max_consecutive_errors

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import counter, scaled
+from lrkfac.core.checks import need_number
+from lrkfac.core.tree import check_tree, counter, scaled
 from lrkfac.core.types import Tree
-from lrkfac.transforms.base import GradientTransformation, need_number, stateless
+from lrkfac.transforms.base import GradientTransformation, need_state, stateless
 
 Schedule = Callable[[Tensor], float | Tensor]
 """From the number of steps taken so far (int64, ``[]``) to a value."""
@@ -28,6 +29,7 @@ def scale(factor: float | Tensor) -> GradientTransformation:
 
     Raises:
         ValueError: If ``factor`` is a non-finite number.
+        TypeError: If an argument has the wrong type.
     """
     need_number(factor, "factor", -math.inf)
     return stateless(lambda updates, params, **extra: scaled(factor, updates))
@@ -41,15 +43,19 @@ def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> Gradient
 
     Raises:
         ValueError: If it is a negative or non-finite number.
+        TypeError: If an argument has the wrong type.
     """
     if not callable(learning_rate):
         need_number(learning_rate, "learning_rate", 0)
         return stateless(lambda updates, params, **extra: scaled(-learning_rate, updates))
 
     def init(params: Tree) -> ScheduleState:
+        check_tree(params, "params")
         return ScheduleState(counter(params))
 
     def update(updates: Tree, state: ScheduleState, params: Tree = None, **extra: Any) -> tuple[Tree, ScheduleState]:
+        check_tree(updates, "updates")
+        need_state(state, ScheduleState)
         return scaled(-learning_rate(state.steps), updates), ScheduleState(state.steps + 1)
 
     return GradientTransformation(init, update)
@@ -60,6 +66,7 @@ def constant_schedule(value: float) -> Schedule:
 
     Raises:
         ValueError: If it is not finite.
+        TypeError: If an argument has the wrong type.
     """
     need_number(value, "value", -math.inf)
     return lambda step: value
@@ -79,10 +86,13 @@ def warmup_cosine_schedule(
 
     Raises:
         ValueError: If a value is not finite or the steps are out of order.
+        TypeError: If an argument has the wrong type.
     """
     for name, value in {"peak": peak_value, "initial": initial_value, "final": final_value}.items():
         need_number(value, f"{name}_value", -math.inf)
-    if not 0 <= warmup_steps < total_steps:
+    for name, value in {"warmup": warmup_steps, "total": total_steps}.items():
+        need_number(value, f"{name}_steps", 0)
+    if not warmup_steps < total_steps:
         raise ValueError(f"warmup_steps: expected 0 <= warmup_steps < total_steps = {total_steps}, got {warmup_steps}")
 
     def schedule(step: Tensor) -> Tensor:
@@ -105,6 +115,7 @@ def exponential_schedule(initial_value: float, decay_rate: float, steps: int = 1
 
     Raises:
         ValueError: If an argument is out of range.
+        TypeError: If an argument has the wrong type.
     """
     need_number(initial_value, "initial_value", -math.inf)
     need_number(decay_rate, "decay_rate", 0, includes_low=False)
@@ -121,11 +132,14 @@ def piecewise_constant_schedule(initial_value: float, scales: Mapping[int, float
 
     Raises:
         ValueError: If a value is not finite or a boundary is negative.
+        TypeError: If an argument has the wrong type.
     """
-    need_number(initial_value, "initial_value", -math.inf)
+    need_number(initial_value, "initial_value")
+    if not isinstance(scales, Mapping):
+        raise TypeError(f"scales: expected a mapping from steps to factors, got {type(scales).__name__}")
     for boundary, factor in scales.items():
-        need_number(boundary, "boundary", 0)
-        need_number(factor, "scale", -math.inf)
+        need_number(boundary, "scales: a boundary", 0)
+        need_number(factor, "scales: a factor")
 
     def schedule(step: Tensor) -> Tensor:
         value = torch.full_like(_real(step), initial_value)
@@ -147,6 +161,9 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
         ValueError: If there is not one boundary between each two schedules, or they are not positive and rising.
         TypeError: If a schedule is not callable.
     """
+    for what, given in (("schedules", schedules), ("boundaries", boundaries)):
+        if not isinstance(given, Sequence):
+            raise TypeError(f"{what}: expected a sequence, got {type(given).__name__}")
     schedules, boundaries = tuple(schedules), tuple(boundaries)
     for one in schedules:
         if not callable(one):

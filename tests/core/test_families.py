@@ -179,7 +179,7 @@ REFUSED = {
     "too few weights": (
         categorical(class_weights=[1, 2]), OUTPUTS, torch.zeros(4).long(), ValueError,
         r"class_weights: expected one for each of 3 classes \(axis -1 of .*\(4, 3\)\), got 2"),
-    "counts as bools": (poisson(), OUTPUTS, OUTPUTS.bool(), TypeError, "poisson: expected counts.*bool"),
+    "counts as bools": (poisson(), OUTPUTS, OUTPUTS.bool(), TypeError, "poisson: expected targets .*bool"),
     "counts of another shape": (poisson(), OUTPUTS, OUTPUTS[:2], ValueError, r"\(4, 3\), got \(2, 3\)"),
     "labels of another shape": (bernoulli(), OUTPUTS, OUTPUTS[:2], ValueError, r"\(4, 3\), got \(2, 3\)"),
 }  # fmt: skip

@@ -128,7 +128,7 @@ def test_bias_is_a_layer_of_its_own_when_separate():
     assert (bias.name, bias.kind, bias.weight.path, bias.d_in, bias.d_out) == ("bias", "bias", "bias", 1, 4)
     assert bias.sites == weight.sites == (("weight", 0),) and layers.sources == {"weight"}
     assert not layers.uncovered
-    with pytest.raises(ValueError, match="bias: expected 'joint' or 'separate', got 'none'"):
+    with pytest.raises(ValueError, match=r"bias: expected one of .*'joint', 'separate'.*, got 'none'"):
         find_layers(linear, square(), X, bias="none")
 
 

@@ -44,6 +44,7 @@ def evaluator(case, estimator="mc", bias="joint", **options):
 
 
 def evaluate(case, estimator="mc", statistics=True, noise=None, **options):
+    noise = noise if estimator == "mc" else None
     return evaluator(case, estimator, **options)(case.params, case.inputs, case.targets, statistics, noise)
 
 
@@ -183,7 +184,7 @@ def test_randomness_is_an_argument_or_torchs_seed():
 REFUSED = {
     "noise": ({"noise": torch.rand(7, 3), "statistics": True}, ValueError, r"shape \(1, 7, 3\), got \(7, 3\)"),
     "empty batch": ({"inputs": X[:0], "targets": Y[:0]}, ValueError, "the batch is empty"),
-    "targets' dtype": ({"targets": Y.double()}, TypeError, "categorical: expected class numbers"),
+    "targets' dtype": ({"targets": Y.double()}, TypeError, "categorical: expected targets that are class numbers"),
     "targets' shape": ({"targets": Y[:3]}, ValueError, r"targets of shape \(7,\), got \(3,\)"),
     "no targets": ({"targets": [1, 2]}, TypeError, "targets: expected a tensor, got list"),
     "missing": ({"params": {k: P[k] for k in list(P)[1:]}}, ValueError, r"missing \['0.weight'\]"),
@@ -212,13 +213,16 @@ def test_a_model_that_returns_something_else(wrap, statistics):
 
 
 OPTIONS = [({"estimator": "type-2"}, "estimator: expected one of .*'type-2'")]
-OPTIONS += [({"examples": n}, f"examples: expected None or an integer >= 1, got {n}") for n in (0, 1.5, True)]
-OPTIONS += [({"samples": samples}, f"samples: expected an integer >= 1, got {samples}") for samples in (0, 1.5, True)]
+OPTIONS += [
+    ({name: n}, f"{name}: expected an integer >= 1, got {n}")
+    for name in ("examples", "samples")
+    for n in (0, 1.5, True)
+]
 
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS)
 def test_options_are_checked(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         fisher(CASE.model, lrkfac.categorical(), described(CASE), **options)
     with pytest.raises(TypeError, match="likelihood: expected a Likelihood"):
         fisher(CASE.model, "categorical", described(CASE))

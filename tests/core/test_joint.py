@@ -114,6 +114,7 @@ def test_heads_are_drawn_independently():
 def test_statistics_of_some_examples(estimator):
     f, numbers = evaluator(Pair, estimator), torch.tensor([4, 0, 1])
     noise = Pair(torch.rand(1, 3, 2), torch.rand(1, 3, 3))
+    noise = noise if estimator == "mc" else None
     found = f(PARAMS, X, Pair(MASK, CLASS), statistics=numbers, noise=noise)
     close(found.statistics, f(PARAMS, X[numbers], Pair(MASK[numbers], CLASS[numbers]), noise=noise).statistics)
 
@@ -123,6 +124,7 @@ def test_a_head_of_which_nothing_counts_leaves_the_statistics_of_the_others(esti
     """Known by ``vmap`` over targets, where values are not looked at."""
     f = evaluator(Pair, estimator)
     noise = Pair(torch.rand(1, 6, 2, dtype=torch.float64), torch.rand(1, 6, 3, dtype=torch.float64))
+    noise = noise if estimator == "mc" else None
     run = lambda classes: itemgetter(0, 4)(f(PARAMS, X, Pair(MASK, classes), noise=noise))  # noqa: E731
     loss, statistics = vmap(run)(torch.stack([CLASS, torch.full((6,), -1)]))
     assert loss[0].isfinite() and loss[1].isnan()
@@ -164,6 +166,7 @@ def test_a_module_with_two_heads_trains(estimator):
 def test_ensemble_under_vmap(estimator):
     f = evaluator(Pair, estimator)
     noise = Pair(torch.rand(1, 6, 2, dtype=torch.float64), torch.rand(1, 6, 3, dtype=torch.float64))
+    noise = noise if estimator == "mc" else None
     run = lambda p: itemgetter(0, 1, 2, 4)(f(p, X, Pair(MASK, CLASS), noise=noise))  # noqa: E731
     both = optree.tree_map(lambda p: torch.stack([p, p + 0.1]), PARAMS)
     member, params = (optree.tree_map(lambda x: x[1], tree) for tree in (vmap(run)(both), both))
@@ -177,6 +180,7 @@ def test_compiled_the_same_as_eager(estimator):
     wrap = WRAPPED["dictionary"]
     f = evaluator(wrap, estimator)
     noise = wrap(torch.rand(1, 6, 2, dtype=torch.float64), torch.rand(1, 6, 3, dtype=torch.float64))
+    noise = noise if estimator == "mc" else None
 
     def run(p):
         e = f(p, X, wrap(MASK, CLASS), noise=noise)
@@ -191,7 +195,7 @@ REFUSED = {
     "targets of more heads": ({"targets": {**DICTIONARY(MASK, CLASS), "x": X}}, TypeError, r"unexpected \['x'\]"),
     "targets in a tuple": ({"targets": (MASK, CLASS)}, TypeError, "targets: expected a tree in the structure of joint"),
     "no tensors": ({"targets": DICTIONARY(MASK, 1)}, TypeError, "targets: expected a tree of tensors, got int"),
-    "a head's targets": ({"targets": DICTIONARY(MASK, MASK)}, TypeError, "categorical: expected class numbers"),
+    "a head's targets": ({"targets": DICTIONARY(MASK, MASK)}, TypeError, "categorical: expected targets"),
     "noise": ({"noise": torch.rand(1, 6, 5), "statistics": True}, TypeError, "noise: expected a tree"),
     "noise of one sample": (
         {"noise": DICTIONARY(MASK, torch.rand(1, 6, 3)), "statistics": True}, ValueError, r"\(1, 6, 2\), got \(6, 2\)"),
@@ -238,8 +242,8 @@ ARGUMENTS = [
     (([joint([bernoulli()])],), TypeError, "likelihoods: expected a tree of likelihoods .* got Joint"),
     (([bernoulli()], [1.0, 2.0]), ValueError, r"weights: expected a number for each .* unexpected \['1'\]"),
     (([bernoulli()], 1.0), ValueError, "weights: expected a number for each likelihood, in their structure"),
-    *[(([gaussian()], [w]), ValueError, "weights: expected finite numbers >= 0") for w in (-1, float("nan"))],
-    *[(([gaussian()], [w]), TypeError, "weights: expected numbers") for w in ("1", True, torch.ones(()))],
+    *[(([gaussian()], [w]), ValueError, "weights: expected a finite number") for w in (-1, float("nan"))],
+    *[(([gaussian()], [w]), TypeError, "weights: expected (numbers|a number)") for w in ("1", True, torch.ones(()))],
 ]
 
 

@@ -120,7 +120,7 @@ def test_kronecker_inverse_takes_damping_by_factors():
 
 @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
 def test_bad_damping_is_refused(damping):
-    with pytest.raises(ValueError, match="damping: expected a finite number >= 0"):
+    with pytest.raises(ValueError, match="damping: expected a finite number in"):
         inverse(Dense(torch.eye(2)), damping)
 
 

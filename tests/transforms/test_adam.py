@@ -60,5 +60,5 @@ def test_arguments_are_checked(options, words):
 
 def test_another_tree_is_refused():
     tx = scale_by_adam()
-    with pytest.raises(ValueError, match=r"scale_by_adam: expected 'w' of shape \(3, 2\), got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"scale_by_adam: updates: expected 'w' of shape \(3, 2\), got \(2, 3\)"):
         tx.update({**nested(), "w": nested()["w"].mT}, tx.init(nested()))

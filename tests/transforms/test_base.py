@@ -5,11 +5,12 @@ from typing import NamedTuple
 import optree
 import pytest
 import torch
+from torch.func import vmap
 
 import lrkfac
 from lrkfac import GradientTransformation, apply_updates, chain, identity
+from lrkfac.core.checks import need_number
 from lrkfac.testing import check_transformation, gradients
-from lrkfac.transforms.base import need_number
 
 
 class Pair(NamedTuple):
@@ -92,7 +93,7 @@ def test_chain_hands_params_and_extras_to_each():
         return updates, state
 
     spy = GradientTransformation(lambda params: (), update)
-    chain(spy, identity(), spy).update(1, ((), (), ()), 2, extra=3, other=4)
+    chain(spy, identity(), spy).update(nested(), ((), (), ()), 2, extra=3, other=4)
     assert seen == [(2, 3, {"other": 4})] * 2
 
 
@@ -104,7 +105,7 @@ def test_chain_refuses_the_state_of_another(state):
 
 @pytest.mark.parametrize("wrong", [lrkfac.trace, lambda g: g, (1, 2), None])
 def test_chain_refuses_what_is_no_transformation(wrong):
-    with pytest.raises(TypeError, match="chain: expected a GradientTransformation in place 1"):
+    with pytest.raises(TypeError, match=r"chain: transformations\[1\]: expected a GradientTransformation"):
         chain(identity(), wrong)
 
 
@@ -150,6 +151,10 @@ def test_need_number_refuses_what_is_no_number(value):
 
 def test_need_number_bounds():
     need_number(0, "name", 0)
-    need_number(torch.tensor(-1.0), "name", 0)
+    need_number(torch.tensor(1.0), "name", 0)
+    vmap(lambda x: need_number(x, "name", 0) or x)(torch.tensor([-1.0]))
+    for outside in (torch.tensor(-1.0), torch.tensor(float("nan")), torch.ones(2), torch.ones((), device="meta")):
+        with pytest.raises(ValueError, match="name: expected a"):
+            need_number(outside, "name", 0)
     with pytest.raises(ValueError, match=r"\(0, inf\), got 0"):
         need_number(0, "name", 0, includes_low=False)

@@ -192,7 +192,7 @@ def kfac(**options):
         (
             lambda: inject_hyperparameters(lrkfac.accumulate)(trace(0.9), every=2),
             TypeError,
-            "every: expected an integer, got tensor",
+            "every: expected an integer >= 1, got Tensor",
         ),
         (lambda: kfac(learning_rate=0.1, rank=torch.tensor(3)), ValueError, "rank: expected a fixed integer.*shapes"),
         (lambda: kfac(learning_rate=0.1, rank=lambda step: 3), ValueError, "rank: expected a fixed integer.*shapes"),

@@ -28,7 +28,7 @@ def test_bad_input():
         tx.update(e.grads, state, MLP.params)
     with pytest.raises(ValueError, match="params is missing"):
         tx.update(e.grads, state, evaluation=e)
-    with pytest.raises(ValueError, match="updates: the tree differs"):
+    with pytest.raises(ValueError, match="updates beside params: the tree differs"):
         tx.update({}, state, MLP.params, evaluation=e)
 
 

@@ -169,8 +169,8 @@ def test_compiled_equals_eager():
     [
         (lambda: apply_if_finite(trace, 3), TypeError, "inner: expected a GradientTransformation, got function"),
         (lambda: apply_if_finite(INNER, 0), ValueError, "max_consecutive_errors: expected an integer >= 1, got 0"),
-        (lambda: apply_if_finite(INNER, 1.0), TypeError, "max_consecutive_errors: expected an integer, got 1.0"),
-        (lambda: apply_if_finite(INNER, True), TypeError, "max_consecutive_errors: expected an integer, got True"),
+        (lambda: apply_if_finite(INNER, 1.0), TypeError, "max_consecutive_errors: expected an integer >= 1, got 1.0"),
+        (lambda: apply_if_finite(INNER, True), TypeError, "max_consecutive_errors: expected an integer >= 1, got True"),
         (lambda: apply_if_finite(INNER, 1).update(nested(), ()), ValueError, "state: expected an ApplyIfFiniteState"),
     ],
 )

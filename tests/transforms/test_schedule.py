@@ -143,7 +143,7 @@ def test_scale(factor, dtype):
         (lambda: join_schedules([abs, abs], [0]), ValueError, r"boundaries: .*\(0, inf\), got 0"),
         (lambda: piecewise_constant_schedule(float("nan"), {}), ValueError, "initial_value: expected"),
         (lambda: piecewise_constant_schedule(1.0, {-1: 0.1}), ValueError, r"boundary: .* got -1"),
-        (lambda: piecewise_constant_schedule(1.0, {1: float("inf")}), ValueError, "scale: .* got inf"),
+        (lambda: piecewise_constant_schedule(1.0, {1: float("inf")}), ValueError, "scales: .* got inf"),
     ],
 )
 def test_arguments_are_checked(make, error, words):

@@ -1,0 +1,112 @@
+"""What no argument of a kind may be, as hypothesis strategies: drawn instead of a valid value."""
+
+import math
+from typing import NamedTuple
+
+import optree
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+import lrkfac
+
+NAN, INF = math.nan, math.inf
+
+
+class Other(NamedTuple):
+    """A state of nobody."""
+
+    value: torch.Tensor
+
+
+def among(*values):
+    return st.sampled_from(values)
+
+
+NOTHING = (None, 1j, b"x", object(), {}, [], (), {"x": 1}, [1.0], Other(torch.ones(2)), nn.Linear(1, 1), print)
+"""What is no number, name or tensor."""
+
+
+def number(low=-INF, high=INF, includes_low=True, optional=False, tensor=True, schedule=False):
+    """No finite number, nor tensor of one, in [low, high) or (low, high)."""
+    others = [x for x in NOTHING if not (optional and x is None) and not (schedule and callable(x))]
+    tensors = [torch.ones(2), torch.ones(1, 1), torch.tensor(1j), torch.tensor(True), torch.ones((), device="meta")]
+    outside = [st.just(NAN), st.just(INF), st.just(-INF)]
+    if low > -INF:
+        outside.append(st.floats(max_value=low, exclude_max=includes_low, allow_nan=False))
+    if high < INF:
+        outside.append(st.floats(min_value=high, allow_nan=False))
+    values = st.one_of(outside)
+    if tensor:
+        values = st.one_of(values, values.map(lambda x: torch.tensor(x, dtype=torch.float64)))
+    else:
+        tensors.append(torch.tensor(0.5))
+    return st.one_of(values, among("1", "", True, False, *tensors, *others))
+
+
+def integer(low=1, optional=False):
+    others = [x for x in NOTHING if not (optional and x is None)]
+    kinds = among("1", True, 1.0, 2.5, NAN, INF, torch.tensor(2), torch.ones(2), *others)
+    return st.one_of(st.integers(max_value=low - 1), kinds)
+
+
+def one_of(*names):
+    return st.one_of(st.text(max_size=8).filter(lambda x: x not in names), among(1, True, *NOTHING))
+
+
+FLAG = among(0, 1, "yes", "", 1.0, torch.tensor(True), torch.ones(2), *NOTHING)
+FUNCTION = among(1, "x", torch.ones(2), True, *[x for x in NOTHING if not callable(x)])
+TRANSFORMATION = among(
+    1, "adam", torch.ones(2), lrkfac.trace, lrkfac.identity()[:1], tuple(lrkfac.identity()), torch.optim.SGD, *NOTHING
+)
+LIKELIHOOD = among(1, "categorical", torch.ones(2), lrkfac.categorical, nn.CrossEntropyLoss(), *NOTHING)
+EVALUATION = among(1, "x", True, torch.ones(()), torch.ones(2), *NOTHING)
+FACTOR = among(1, "dense", torch.ones(2), lrkfac.dense, lrkfac.full, lrkfac.Dense(torch.eye(2)), *NOTHING)
+PATH = among(1.5, 1j, object(), {}, [], None)
+
+META = torch.ones(2, 2, device="meta")
+EYE = torch.eye(2)
+OPERATORS = [
+    *[lrkfac.Dense(x) for x in ("x", None, 1.0, torch.ones(2), torch.ones(2, 3), torch.ones(2, 2, dtype=torch.int64))],
+    *[lrkfac.Dense(x) for x in (EYE.to(torch.complex64), EYE.bool(), torch.ones(2, 2, 2), torch.ones(()))],
+    *[lrkfac.Diagonal(x) for x in ("x", 1, EYE, torch.ones(2).long(), torch.ones(()))],
+    lrkfac.LowRankPlusDiagonal(EYE, torch.ones(3), torch.ones(2)),
+    lrkfac.LowRankPlusDiagonal(EYE, torch.ones(2), torch.ones(3)),
+    lrkfac.LowRankPlusDiagonal(EYE, torch.ones(2), None),
+    lrkfac.LowRankPlusDiagonal(torch.ones(2), torch.ones(2), torch.ones(2)),
+    lrkfac.LowRankPlusDiagonal(META, torch.ones(2), torch.ones(2)),
+    lrkfac.LowRankPlusDiagonal(EYE, torch.ones(2).long(), torch.ones(2)),
+    lrkfac.Kronecker(lrkfac.Dense(EYE), "x"),
+    lrkfac.Kronecker(None, lrkfac.Dense(EYE)),
+    lrkfac.Kronecker(EYE, EYE),
+    lrkfac.Kronecker(lrkfac.Dense(torch.ones(2, 3)), lrkfac.Dense(EYE)),
+]
+OPERATOR = among(1, "x", EYE, torch.ones(2), lrkfac.dense(), lrkfac.Dense, *OPERATORS, *NOTHING)
+LOW_RANK = among(lrkfac.Dense(EYE), lrkfac.Diagonal(torch.ones(2)), *OPERATORS, *NOTHING)
+
+
+def other_leaf(x):
+    """Leaves that cannot stand in the place of one of a floating-point tree."""
+    wrong = [None, 1.0, "x", 1j, object(), x.long(), x.to(torch.complex64), x.bool(), x.to("meta"), x[..., None]]
+    return among(*wrong, *([x.flatten()[:-1]] if x.numel() > 1 else [torch.ones(2)]))
+
+
+@st.composite
+def tree(draw, valid, shapes=True, optional=False):
+    """A tree that differs from a dictionary of tensors in structure or in one leaf.
+
+    Without ``shapes``, it is none of floating-point tensors: any tree of these would do.
+    """
+    whole = [1, "x", 1j, True, object(), [None, 1.0], {"x": "y"}, *([] if optional else [None])]
+    if shapes:
+        first, *_ = valid
+        rest = {k: x for k, x in valid.items() if k != first}
+        whole += [{}, [], (), torch.ones(2), rest, {**valid, "more": valid[first]}, {"net": valid}, [*valid.values()]]
+        whole += [{**rest, "other": valid[first]}, optree.tree_map(lambda x: x[None], valid)]
+    if draw(st.booleans()):
+        return draw(among(*whole))
+    name = draw(among(*valid))
+    leaf = draw(other_leaf(valid[name]))
+    if not shapes and (leaf is None or (isinstance(leaf, torch.Tensor) and leaf.is_floating_point())):
+        leaf = "x"
+    return {**valid, name: leaf}

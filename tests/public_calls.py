@@ -1,0 +1,291 @@
+"""A valid call of all that is public but transformations, and for each of its arguments what it may not be.
+
+Whoever adds a public name adds it here: ``tests/test_public_calls.py`` refuses a name or an argument without an entry.
+"""
+
+import atexit
+import inspect
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+import lrkfac
+from tests.bad_values import (
+    EYE,
+    FACTOR,
+    FLAG,
+    FUNCTION,
+    INF,
+    LIKELIHOOD,
+    LOW_RANK,
+    NAN,
+    NOTHING,
+    OPERATOR,
+    PATH,
+    among,
+    integer,
+    number,
+    one_of,
+    tree,
+)
+
+
+class Call(NamedTuple):
+    """``function(**arguments)`` is valid; it is refused with any of the values of ``bad`` instead of its argument."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    bad: dict[str, st.SearchStrategy[Any]]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+NET, X, Y = network(), torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1, 0])
+MODEL, PARAMS = lrkfac.from_module(NET)
+P = {name: x.clone() for name, x in PARAMS.items()}
+LAYERS = lrkfac.find_layers(MODEL, P, X)
+EVALUATE, EXACT = (lrkfac.fisher(MODEL, lrkfac.categorical(), LAYERS, estimator) for estimator in ("mc", "exact"))
+E = EVALUATE(P, X, Y)
+WITHOUT = EVALUATE(P, X, Y, statistics=False)
+G = E.grads
+FOLDER = Path(tempfile.mkdtemp())
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+SAVED = FOLDER / "saved"
+FLAT = {"w": torch.ones(2, 3), "step": 3}
+NOT_LAYERS = among(1, "x", NET, LAYERS.layers, [*LAYERS], lrkfac.find_layers, *NOTHING)
+NOT_INPUTS = among(X.to("meta"), X[:0], (X.to("meta"),), {"x": X.to("meta")})
+NOT_TARGETS = among(
+    *[1, "x", None, Y.tolist(), Y.double(), Y.bool(), Y + 10, Y - 1, Y[:5], Y[:, None], Y[0], Y.to("meta")],
+    *[torch.eye(2)[Y], (Y,), {"y": Y}],
+)
+NOT_STATISTICS = among(
+    *[1, 0, "x", None, 0.5, torch.tensor(True), torch.ones(2), torch.tensor([6]), torch.tensor([-1]), Y[:0], Y[:, None]]
+)
+NOT_NOISE = among(
+    *[1, "x", [0.5], torch.rand(6, 2), torch.rand(2, 6, 2), torch.zeros(1, 6, 2).long(), torch.rand(1, 6, 2) + 1],
+    *[torch.rand(1, 6, 2) - 1, torch.full((1, 6, 2), NAN), torch.rand(1, 6, 2, device="meta"), (torch.rand(1, 6, 2),)],
+)
+NOT_TREES = st.one_of(tree(P), st.just(lrkfac.state_dict(P) | {"0.bias": torch.ones(5)}))
+NOT_LEAVES = among(1j, object(), b"x", {"w": 1j}, (torch.ones(2), object()), [nn.Linear(1, 1)], {"a": {"b": b"x"}})
+VALID: dict[str, Call] = {}
+
+
+def valid(name: str, function: Callable[..., Any], arguments: dict[str, Any], /, **bad: st.SearchStrategy[Any]) -> None:
+    VALID[name] = Call(function, arguments, bad)
+
+
+def public(name: str, arguments: dict[str, Any] | None = None, /, **bad: st.SearchStrategy[Any]) -> None:
+    valid(name, getattr(lrkfac, name), arguments or {}, **bad)
+
+
+def container(name: str) -> None:
+    """Built by trees with leaves of any kind: what it is given is looked at where it is used."""
+    fields = inspect.signature(getattr(lrkfac, name)).parameters.values()
+    public(name, {field.name: None for field in fields if field.default is field.empty})
+
+
+for name in "Dense Diagonal Kronecker LowRankPlusDiagonal Evaluation Statistics Weights Unformed Layer Layers".split():
+    container(name)
+container("GradientTransformation")
+public(
+    "Likelihood",
+    {"name": "x", "negative_log_likelihood": torch.sub, "sample": torch.add, "square_root": torch.mul},
+    name=among(1, *NOTHING),
+    event_axes=among(1, "x", (0,), (1.5,), [1], (True,), 1j, object()),
+    **{name: FUNCTION for name in ("negative_log_likelihood", "sample", "square_root")},
+    **{name: FUNCTION.filter(lambda x: x is not None) for name in ("check", "product", "weights", "weighted_loss")},
+)
+
+# Models, likelihoods, curvature.
+public(
+    "from_module",
+    {"module": NET},
+    module=among(
+        1, "x", nn.Linear, nn.Identity(), nn.Dropout(0.5), *[x for x in NOTHING if not isinstance(x, nn.Module)]
+    ),
+    buffers=FLAG,
+)
+public(
+    "find_layers",
+    {"model": MODEL, "params": P, "inputs": X},
+    model=FUNCTION,
+    params=tree(P, shapes=False),
+    inputs=among(X.to("meta"), (X.to("meta"),)),
+    strict=FLAG,
+    bias=one_of("joint", "separate"),
+)
+public(
+    "fisher",
+    {"model": MODEL, "likelihood": lrkfac.categorical(), "layers": LAYERS},
+    model=FUNCTION,
+    likelihood=LIKELIHOOD,
+    layers=NOT_LAYERS,
+    estimator=one_of("mc", "exact", "empirical", "forward_only"),
+    samples=integer(),
+    has_aux=FLAG,
+    examples=integer(optional=True),
+    thin=FLAG,
+)
+valid(
+    "fisher()",
+    EVALUATE,
+    {"params": P, "inputs": X, "targets": Y},
+    params=NOT_TREES,
+    inputs=NOT_INPUTS,
+    targets=NOT_TARGETS,
+    statistics=NOT_STATISTICS,
+    noise=NOT_NOISE,
+)
+valid(
+    "fisher(exact)()",
+    EXACT,
+    {"params": P, "inputs": X, "targets": Y},
+    noise=st.one_of(NOT_NOISE, st.just(torch.rand(1, 6, 2))),
+)
+valid("Evaluation.product", E.product, {"tangent": P}, tangent=NOT_TREES)
+valid("Evaluation.quadratic", E.quadratic, {"u": P, "v": P}, u=NOT_TREES, v=NOT_TREES)
+valid("Evaluation.gram", E.gram, {"tangents": {k: x[None] for k, x in P.items()}}, tangents=NOT_TREES)
+valid("Evaluation.loss_at", E.loss_at, {"params": P}, params=NOT_TREES)
+public(
+    "categorical",
+    axis=among(0, "1", 1.0, True, torch.tensor(1), *NOTHING),
+    ignore_index=among("1", 1.0, True, torch.tensor(1), *[x for x in NOTHING if x is not None]),
+    class_weights=among(
+        *[
+            1,
+            "x",
+            1j,
+            object(),
+            [],
+            (),
+            {},
+            [NAN, 1.0],
+            [-1.0],
+            [0.0, 0.0],
+            [[1.0]],
+            torch.tensor([1j]),
+            ["a"],
+            [1.0, INF],
+        ],
+        *[torch.ones(2, 2), torch.ones(2).bool(), torch.ones(2, device="meta"), torch.tensor(1.0)],
+    ),
+    label_smoothing=number(0, 1, tensor=False),
+)
+public(
+    "gaussian",
+    variance=among(
+        *[0, -1.0, NAN, INF, "1", True, None, *NOTHING, torch.tensor([1.0, 0.0]), torch.tensor(-1.0), torch.tensor(1j)],
+        *[torch.tensor(True), torch.tensor(NAN), torch.ones(2, device="meta")],
+    ),
+)
+public("bernoulli")
+public("poisson")
+public(
+    "joint",
+    {"likelihoods": {"a": lrkfac.gaussian(), "b": lrkfac.poisson()}, "weights": {"a": 1.0, "b": 2.0}},
+    likelihoods=among(1, "x", [lrkfac.gaussian], {"a": 1}, torch.ones(2), *NOTHING),
+    weights=among(
+        1, "x", {"a": 1.0}, [1.0, 2.0], *[{"a": 1.0, "b": b} for b in (-1.0, NAN, INF, "2", True, torch.ones(()))]
+    ),
+)
+for name, y in {"bernoulli": torch.rand(6, 2), "poisson": torch.ones(6, 2), "gaussian": torch.ones(6, 2)}.items():
+    outside = {
+        "bernoulli": [y + 2, y - 2, y.long()],
+        "poisson": [-y, y - 1.5, y.bool(), -y.long()],
+        "gaussian": [y.long()],
+    }
+    shapes = [y[:5], y[:, :1], y.mT, y[0], y.to("meta"), y.to(torch.complex64), y.tolist(), None, "x", (y,)]
+    valid(
+        f"fisher({name})()",
+        lrkfac.fisher(MODEL, getattr(lrkfac, name)(), LAYERS),
+        {"params": P, "inputs": X, "targets": y},
+        targets=among(*outside[name], *shapes),
+    )
+
+# Linear algebra.
+public(
+    "kronecker",
+    {"input": lrkfac.dense(), "output": lrkfac.dense()},
+    input=FACTOR,
+    output=FACTOR,
+    treatment=one_of("expand", "reduce"),
+    corrected=FLAG,
+)
+LOW = {
+    "rank": integer(),
+    "iterations": integer(),
+    "method": one_of("subspace", "power"),
+    "weight": number(0, tensor=False),
+}
+public("low_rank", {"rank": 2}, **LOW, residual=one_of("isotropic", "none"))
+public("low_rank_plus_diagonal", {"rank": 2}, **LOW, fit=one_of("alternating", "off_diagonal"))
+for name in ("dense", "diagonal", "unit_wise", "layer_wise", "full"):
+    public(name)
+LOW_RANK_OPERATOR = lrkfac.LowRankPlusDiagonal(EYE, torch.ones(2), torch.ones(2))
+public("to_dense", {"operator": LOW_RANK_OPERATOR}, operator=OPERATOR)
+public("inverse", {"operator": lrkfac.Dense(EYE)}, operator=OPERATOR, damping=number(0))
+public("woodbury", {"operator": LOW_RANK_OPERATOR}, operator=LOW_RANK)
+public("sherman_morrison", {"operator": LOW_RANK_OPERATOR}, operator=LOW_RANK)
+ITERATED = {
+    "matvec": FUNCTION,
+    "start": among(
+        "x",
+        1,
+        torch.ones(3),
+        torch.ones(3, 2).long(),
+        torch.ones(3, 2) * 1j,
+        torch.ones(2, 3),
+        torch.ones(3, 0),
+        torch.ones(0, 2),
+        torch.ones(2, 3, 2),
+        *NOTHING,
+    ),
+    "rank": st.one_of(integer(optional=True), st.integers(min_value=3)),
+}
+public(
+    "power_iteration",
+    {"matvec": lambda v: v, "start": torch.ones(3, 2)},
+    **ITERATED,
+    max_iterations=integer(),
+    tolerance=number(0),
+)
+public("subspace_iteration", {"matvec": lambda v: v, "start": torch.ones(3, 2)}, **ITERATED, iterations=integer())
+
+# Trees.
+public("formed", {"x": P}, x=among(1, "x", 1j, object(), [1.0], {"x": "y"}, (torch.ones(2), "x")))
+public("apply_updates", {"params": P, "updates": G}, params=tree(P, shapes=False), updates=NOT_TREES)
+public("state_dict", {"tree": FLAT}, tree=NOT_LEAVES)
+WRONG_DICTIONARIES = [{**FLAT, "w": torch.ones(3, 2)}, {**FLAT, "w": torch.ones(2, 3).double()}, {**FLAT, "step": 3.0}]
+WRONG_DICTIONARIES += [{"w": FLAT["w"]}, {**FLAT, "more": 1}, {**FLAT, "w": None}, {**FLAT, "step": torch.tensor(3)}]
+WRONG_DICTIONARIES += [{**FLAT, "w": "x"}, {**FLAT, "w": torch.ones(2, 3, device="meta")}]
+public(
+    "from_state_dict",
+    {"like": FLAT, "state_dict": FLAT},
+    like=NOT_LEAVES,
+    state_dict=among(1, "x", *WRONG_DICTIONARIES, *NOTHING),
+)
+NOT_FOLDERS = among("", str(FOLDER), str(FOLDER / "none" / "x"), FOLDER)
+NOT_CHECKPOINTS = {"params": NOT_LEAVES, "state": NOT_LEAVES, "layers": NOT_LAYERS.filter(lambda x: x is not None)}
+public(
+    "save",
+    {"path": FOLDER / "x", "params": P, "state": (FLAT,), "layers": LAYERS},
+    path=st.one_of(PATH, NOT_FOLDERS),
+    **NOT_CHECKPOINTS,
+)
+public(
+    "load",
+    {"path": SAVED, "params": P, "state": (FLAT,), "layers": LAYERS},
+    path=st.one_of(PATH, NOT_FOLDERS, among(FOLDER / "none", __file__)),
+    params=st.one_of(NOT_LEAVES, tree(P, optional=True)),
+    state=st.one_of(NOT_LEAVES, among((), FLAT, (FLAT, 1))),
+    layers=NOT_CHECKPOINTS["layers"],
+)

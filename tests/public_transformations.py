@@ -1,0 +1,294 @@
+"""A valid call of each transformation, schedule and optimizer, and for each of its arguments what it may not be."""
+
+import inspect
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+import lrkfac
+from lrkfac import GradientTransformation, Likelihood
+from tests.bad_values import (
+    EVALUATION,
+    FLAG,
+    FUNCTION,
+    LIKELIHOOD,
+    NAN,
+    NOTHING,
+    TRANSFORMATION,
+    among,
+    integer,
+    number,
+    tree,
+)
+from tests.public_calls import (
+    LAYERS,
+    NET,
+    NOT_INPUTS,
+    NOT_LAYERS,
+    NOT_STATISTICS,
+    NOT_TARGETS,
+    NOT_TREES,
+    VALID,
+    WITHOUT,
+    E,
+    G,
+    P,
+    X,
+    Y,
+    public,
+    valid,
+)
+
+PRECONDITION = lrkfac.precondition_by_fisher(LAYERS, rank=1)
+RATE, POSITIVE = number(0, schedule=True), number(0, includes_low=False)
+SHARE, NONNEGATIVE = number(0, 1), number(0)
+STRUCTURE = among(
+    *[1, "x", torch.ones(2), lrkfac.dense(), {"x": lrkfac.dense()}, {"*": lrkfac.dense()}, {"*": 1}, {"none": None}],
+    *[lambda layer: 1, lambda layer: lrkfac.full(), 1j, object(), [], ()],
+)
+
+NOT_RANKS = among("automatic", {"none": 1}, {"*": 0}, {"*": 1.5})
+RANK = st.one_of(integer(optional=True).filter(lambda x: x != {}), NOT_RANKS)
+RANK_OF_CHAIN = st.one_of(RANK, st.none())
+
+# Transformations and schedules.
+SCHEDULE = lrkfac.constant_schedule(0.1)
+public("identity")
+public("scale", {"factor": 0.1}, factor=number())
+public("scale_by_learning_rate", {"learning_rate": 0.1}, learning_rate=RATE)
+public("scale_by_adam", b1=SHARE, b2=SHARE, eps=NONNEGATIVE)
+public("trace", {"decay": 0.9}, decay=SHARE, nesterov=FLAG)
+public("ema_params", decay=SHARE)
+public("add_decayed_weights", {"weight_decay": 0.1}, weight_decay=NONNEGATIVE)
+public("clip_by_value", {"max_delta": 1.0}, max_delta=POSITIVE)
+public("clip_by_global_norm", {"max_norm": 1.0}, max_norm=POSITIVE)
+public("clip_by_kl", {"max_kl": 1.0}, max_kl=POSITIVE, learning_rate=RATE)
+public("masked", {"inner": lrkfac.trace(0.9), "mask": True}, inner=TRANSFORMATION, mask=st.nothing())
+public(
+    "partition",
+    {"transformations": {"a": lrkfac.trace(0.9)}, "labels": "a"},
+    labels=st.nothing(),
+    transformations=among(
+        1, "x", lrkfac.trace(0.9), {"a": lrkfac.trace}, [lrkfac.trace(0.9)], *[x for x in NOTHING if x != {}]
+    ),
+)
+public(
+    "apply_if_finite",
+    {"inner": lrkfac.trace(0.9), "max_consecutive_errors": 3},
+    inner=TRANSFORMATION,
+    max_consecutive_errors=integer(),
+)
+public("accumulate", {"inner": lrkfac.trace(0.9), "every": 3}, inner=TRANSFORMATION, every=integer())
+public(
+    "merge_evaluations",
+    {"evaluations": [E, E]},
+    evaluations=among(
+        1, "x", E, [E, "x"], [E, WITHOUT], [E, E.grads], (None,), [tuple(E)], *[x for x in NOTHING if not callable(x)]
+    ),
+)
+public("inject_hyperparameters", {"factory": lrkfac.trace}, factory=st.one_of(FUNCTION, st.just(lrkfac.trace(0.9))))
+public("constant_schedule", {"value": 0.1}, value=number())
+public(
+    "warmup_cosine_schedule",
+    {"peak_value": 1.0, "warmup_steps": 2, "total_steps": 9},
+    peak_value=number(),
+    warmup_steps=number(0, 9),
+    total_steps=number(2, includes_low=False),
+    initial_value=number(),
+    final_value=number(),
+)
+public(
+    "exponential_schedule",
+    {"initial_value": 1.0, "decay_rate": 0.5},
+    initial_value=number(),
+    decay_rate=POSITIVE,
+    steps=number(1),
+)
+public(
+    "piecewise_constant_schedule",
+    {"initial_value": 1.0, "scales": {5: 0.1}},
+    initial_value=number(),
+    scales=among(
+        *[1, "x", {-1: 0.1}, {1: NAN}, {1: "x"}, {"x": 1}, {NAN: 1.0}, {1: None}],
+        *[x for x in NOTHING if not isinstance(x, dict)],
+    ),
+)
+public(
+    "join_schedules",
+    {"schedules": [SCHEDULE, SCHEDULE], "boundaries": [5]},
+    schedules=among(1, "x", [SCHEDULE], [SCHEDULE, 0.1], (SCHEDULE, SCHEDULE, SCHEDULE), *NOTHING),
+    boundaries=among(
+        1, "x", [0], [-1], [NAN], ["x"], [None], [5, 6], [1j], *[x for x in NOTHING if x not in ([1.0], b"x")]
+    ),
+)
+public(
+    "precondition_by_fisher",
+    {"layers": LAYERS},
+    layers=NOT_LAYERS,
+    structure=STRUCTURE,
+    rank=RANK,
+    damping=POSITIVE,
+    decay=SHARE,
+    fallback=TRANSFORMATION.filter(lambda x: x is not None),
+)
+public(
+    "scale_by_quadratic_model",
+    {"preconditioner": PRECONDITION},
+    preconditioner=TRANSFORMATION,
+    damping=POSITIVE,
+    weight_decay=NONNEGATIVE,
+    learning_rate=number(0, optional=True),
+    momentum=number(0, 1, optional=True),
+)
+valid(
+    "chain",
+    lambda transformations: lrkfac.chain(*transformations),
+    {"transformations": [lrkfac.trace(0.9)]},
+    transformations=st.lists(TRANSFORMATION, min_size=1, max_size=3),
+)
+KFAC = {"learning_rate": RATE, "damping": POSITIVE, "decay": SHARE, "momentum": SHARE, "weight_decay": NONNEGATIVE}
+public("kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, **KFAC, kl_clip=POSITIVE)
+public(
+    "low_rank_kfac",
+    {"layers": LAYERS, "learning_rate": 0.1},
+    layers=NOT_LAYERS,
+    rank=RANK_OF_CHAIN,
+    **KFAC,
+    kl_clip=POSITIVE,
+)
+public(
+    "adaptive_low_rank_kfac",
+    {"layers": LAYERS},
+    layers=NOT_LAYERS,
+    rank=RANK_OF_CHAIN,
+    damping=POSITIVE,
+    decay=SHARE,
+    weight_decay=NONNEGATIVE,
+)
+valid(
+    "inject_hyperparameters()",
+    lrkfac.inject_hyperparameters(lrkfac.scale_by_learning_rate),
+    {"learning_rate": 0.1},
+    learning_rate=RATE,
+)
+valid(
+    "masked().init",
+    lambda mask: lrkfac.masked(lrkfac.trace(0.9), mask).init(P),
+    {"mask": True},
+    mask=among(1, "x", None, {"0.bias": True}, dict.fromkeys(P, 1), dict.fromkeys(P), [True], torch.tensor(True)),
+)
+valid(
+    "partition().init",
+    lambda labels: lrkfac.partition({"a": lrkfac.trace(0.9)}, labels).init(P),
+    {"labels": "a"},
+    labels=among(1, "x", None, {"0.bias": "a"}, dict.fromkeys(P, "b"), dict.fromkeys(P), ["a"], 1j),
+)
+
+# As an optimizer of torch.
+OPTIMIZER = lrkfac.LowRankKFAC(NET, lrkfac.categorical(), X, 0.1, rank=1)
+NOT_STATE_DICTS = among(
+    *[1, "x", None, {}, {"state": {}}, [], 1j],
+    torch.optim.SGD(NET.parameters(), 0.1).state_dict(),
+    lrkfac.LowRankKFAC(NET, lrkfac.categorical(), X, transformation=lrkfac.adaptive_low_rank_kfac).state_dict(),
+    {**OPTIMIZER.state_dict(), "param_groups": []},
+)
+public(
+    "LowRankKFAC",
+    {"module": NET, "likelihood": lrkfac.categorical(), "inputs": X, "lr": 0.1},
+    module=VALID["from_module"].bad["module"],
+    likelihood=LIKELIHOOD,
+    inputs=VALID["find_layers"].bad["inputs"],
+    lr=number(0),
+    transformation=st.one_of(FUNCTION, st.just(lambda *_: 1)),
+    statistics_every=integer(),
+    **{name: VALID["fisher"].bad[name] for name in ("estimator", "samples")},
+    thin=FLAG.filter(lambda x: x is not None),
+)
+valid(
+    "LowRankKFAC.evaluate",
+    OPTIMIZER.evaluate,
+    {"inputs": X, "targets": Y},
+    inputs=NOT_INPUTS,
+    targets=NOT_TARGETS,
+    statistics=NOT_STATISTICS.filter(lambda x: x is not None),
+)
+valid(
+    "LowRankKFAC.step",
+    OPTIMIZER.step,
+    {"closure": X, "targets": Y},
+    targets=NOT_TARGETS.filter(lambda x: x is not None),
+    statistics=NOT_STATISTICS.filter(lambda x: x is not None),
+)
+valid(
+    "LowRankKFAC.load_state_dict",
+    OPTIMIZER.load_state_dict,
+    {"state_dict": OPTIMIZER.state_dict()},
+    state_dict=NOT_STATE_DICTS,
+)
+
+# What transformations do.
+MASK = lambda tree: dict.fromkeys(tree, True) if isinstance(tree, dict) else True  # noqa: E731
+LABELS = lambda tree: dict.fromkeys(tree, "a") if isinstance(tree, dict) else "a"  # noqa: E731
+STATELESS = {
+    "identity": lrkfac.identity(),
+    "scale": lrkfac.scale(0.1),
+    "scale_by_learning_rate": lrkfac.scale_by_learning_rate(0.1),
+    "clip_by_value": lrkfac.clip_by_value(1.0),
+    "clip_by_global_norm": lrkfac.clip_by_global_norm(1.0),
+    "add_decayed_weights": lrkfac.add_decayed_weights(0.1),
+}
+STATEFUL = {
+    "scale_by_learning_rate(schedule)": lrkfac.scale_by_learning_rate(SCHEDULE),
+    "trace": lrkfac.trace(0.9),
+    "scale_by_adam": lrkfac.scale_by_adam(),
+    "ema_params": lrkfac.ema_params(),
+    "clip_by_kl": lrkfac.clip_by_kl(1.0),
+    "masked": lrkfac.masked(lrkfac.trace(0.9), MASK),
+    "partition": lrkfac.partition({"a": lrkfac.trace(0.9)}, LABELS),
+    "apply_if_finite": lrkfac.apply_if_finite(lrkfac.trace(0.9), 3),
+    "accumulate": lrkfac.accumulate(lrkfac.trace(0.9), 3),
+    "inject_hyperparameters": lrkfac.inject_hyperparameters(lrkfac.trace)(decay=0.9),
+    "chain": lrkfac.chain(lrkfac.trace(0.9), lrkfac.scale(0.1)),
+    "precondition_by_fisher": PRECONDITION,
+    "scale_by_quadratic_model": lrkfac.scale_by_quadratic_model(PRECONDITION),
+    "kfac": lrkfac.kfac(LAYERS, 0.1, weight_decay=0.1),
+    "low_rank_kfac": lrkfac.low_rank_kfac(LAYERS, 0.1, rank=1, weight_decay=0.1),
+    "adaptive_low_rank_kfac": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=1),
+}
+OF_LAYERS = {"precondition_by_fisher", "scale_by_quadratic_model", "kfac", "low_rank_kfac", "adaptive_low_rank_kfac"}
+NEED_EVALUATION = OF_LAYERS | {"clip_by_kl"}
+TAKE_EVALUATION = {"apply_if_finite", "accumulate", "masked", "partition"}
+NEED_PARAMS = OF_LAYERS - {"precondition_by_fisher"} | {"add_decayed_weights", "ema_params"}
+OTHERS_STATE = PRECONDITION.init(P), lrkfac.chain(lrkfac.trace(0.9)).init(P), lrkfac.scale_by_adam().init(P)
+for name, tx in {**STATELESS, **STATEFUL}.items():
+    state, evaluation = tx.init(P), E._replace(statistics=None) if name == "accumulate" else E
+    shaped = (name not in STATELESS and name != "scale_by_learning_rate(schedule)") or name == "add_decayed_weights"
+    others = [x for x in (1, "x", *NOTHING, *OTHERS_STATE) if type(x) is not type(state) or (x and type(x) is tuple)]
+    bad = {"updates": tree(G, shapes=shaped), "state": among(*others)}
+    if name in NEED_PARAMS:
+        bad["params"] = NOT_TREES
+    if name in NEED_EVALUATION | TAKE_EVALUATION:
+        bad["evaluation"] = EVALUATION if name in NEED_EVALUATION else EVALUATION.filter(lambda x: x is not None)
+    valid(f"{name}().init", tx.init, {"params": P}, params=tree(P, shapes=name in OF_LAYERS))
+    valid(f"{name}().update", tx.update, {"updates": G, "state": state, "params": P, "evaluation": evaluation}, **bad)
+
+
+def base(name: str) -> Any:
+    """What is public of an entry such as ``trace().update``."""
+    return getattr(lrkfac, name.split("(")[0].split(".")[0])
+
+
+def documentation(name: str) -> str:
+    """What the entry says about errors."""
+    found = base(name)
+    own = getattr(found, name.split(".")[-1], None) if "." in name and "(" not in name else None
+    protocol = [GradientTransformation, lrkfac.from_module, lrkfac.find_layers, lrkfac.fisher, Likelihood.loss]
+    texts = [inspect.getdoc(x) or "" for x in (found, own) if x is not None]
+    if ".init" in name or ".update" in name:
+        texts.append(inspect.getdoc(protocol[0]) or "")
+    if name.startswith(("LowRankKFAC", "fisher", "Evaluation")):
+        texts += [inspect.getdoc(x) or "" for x in protocol[1:]]
+    if name in ("kfac", "adaptive_low_rank_kfac", "low_rank_kfac"):
+        texts.append(inspect.getdoc(lrkfac.precondition_by_fisher) or "")
+    return "\n".join(texts)
