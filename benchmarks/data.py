@@ -6,7 +6,6 @@ import gzip
 import math
 import struct
 from pathlib import Path
-from pydoc_data import topics
 
 import numpy as np
 import torch
@@ -15,9 +14,6 @@ from sklearn.datasets import load_diabetes
 from torch import Tensor
 
 from examples.common import TRAINING_EXAMPLES, digits
-
-TEXT_CHARACTERS = 400_000
-"""The first so many characters of the text; every Python that is supported ships more."""
 
 
 def training_digits() -> tuple[Tensor, Tensor]:
@@ -72,16 +68,3 @@ def diabetes() -> tuple[Tensor, Tensor]:
     """scikit-learn's diabetes data: ten inputs ``[442, 10]`` and the target ``[442, 1]``, standardised."""
     inputs, targets = (torch.tensor(x, dtype=torch.float32) for x in load_diabetes(return_X_y=True))
     return tuple((x - x.mean(0)) / x.std(0) for x in (inputs, targets[:, None]))
-
-
-def text_windows(length: int) -> tuple[Tensor, Tensor, int]:
-    """Python's own reference (``pydoc_data.topics``) in windows: characters, those that follow, and how many there are.
-
-    Characters outside ASCII are one. Both are ``[windows, length]``.
-    """
-    text = "".join(topics.topics[name] for name in sorted(topics.topics))[:TEXT_CHARACTERS]
-    codes = torch.tensor([min(ord(character), 128) for character in text])
-    kinds, codes = codes.unique(return_inverse=True)
-    windows = (len(codes) - 1) // length
-    used = windows * length
-    return codes[:used].reshape(windows, length), codes[1 : used + 1].reshape(windows, length), len(kinds)

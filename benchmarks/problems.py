@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import lrkfac
-from benchmarks.data import diabetes, text_windows, training_digits, training_images
+from benchmarks.data import diabetes, training_digits, training_images
 from examples import digits_autoencoder
+from examples.text import init_transformer, text_windows, transformer
 
 Params = dict[str, Tensor]
 
 EVALUATED_AT_ONCE = 2000
+CONTEXT, WIDTH, BLOCKS = 64, 128, 2  # of the transformer
 
 
 @dataclass(frozen=True)
@@ -129,49 +131,6 @@ def init_convolutional(seed: int) -> Params:
     return params
 
 
-CONTEXT, WIDTH, HEADS, BLOCKS = 64, 128, 4, 2
-
-
-def transformer(params: Params, tokens: Tensor) -> Tensor:
-    """Logits of the next characters ``[N, T, V]``: normalisation first, as in GPT-2."""
-    length = tokens.shape[1]
-    x = F.embedding(tokens, params["embedding"]) + params["position"][:length]
-    ahead = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-    for i in range(BLOCKS):
-        p = {name.removeprefix(f"{i}."): leaf for name, leaf in params.items() if name.startswith(f"{i}.")}
-        y = F.layer_norm(x, (WIDTH,), p["norm1.weight"], p["norm1.bias"])
-        q, k, v = (
-            F.linear(y, p[f"{n}.weight"], p[f"{n}.bias"]).unflatten(-1, (HEADS, -1)).transpose(1, 2) for n in "qkv"
-        )
-        scores = (q @ k.mT / math.sqrt(WIDTH // HEADS)).masked_fill(ahead, -math.inf)
-        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        x = x + F.linear(y, p["out.weight"], p["out.bias"])
-        y = F.layer_norm(x, (WIDTH,), p["norm2.weight"], p["norm2.bias"])
-        x = x + F.linear(F.gelu(F.linear(y, p["up.weight"], p["up.bias"])), p["down.weight"], p["down.bias"])
-    x = F.layer_norm(x, (WIDTH,), params["norm.weight"], params["norm.bias"])
-    return F.linear(x, params["head.weight"], params["head.bias"])
-
-
-def init_transformer(seed: int, vocabulary: int) -> Params:
-    """GPT-2's: weights of standard deviation 0.02, those before a residual sum smaller by √(2 · blocks)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, std: float = 0.02) -> Tensor:
-        return nn.init.normal_(torch.empty(shape), std=std, generator=generator)
-
-    params = {"embedding": normal(vocabulary, WIDTH), "position": normal(CONTEXT, WIDTH)}
-    linear = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "out": (WIDTH, WIDTH),
-              "up": (4 * WIDTH, WIDTH), "down": (WIDTH, 4 * WIDTH)}  # fmt: skip
-    for i in range(BLOCKS):
-        for name, shape in linear.items():
-            std = 0.02 / math.sqrt(2 * BLOCKS) if name in ("out", "down") else 0.02
-            params[f"{i}.{name}.weight"], params[f"{i}.{name}.bias"] = normal(*shape, std=std), torch.zeros(shape[0])
-    for norm in ("norm", *(f"{i}.norm{j}" for i in range(BLOCKS) for j in (1, 2))):
-        params[f"{norm}.weight"], params[f"{norm}.bias"] = torch.ones(WIDTH), torch.zeros(WIDTH)
-    params["head.weight"], params["head.bias"] = normal(vocabulary, WIDTH), torch.zeros(vocabulary)
-    return params
-
-
 # Problems ----------------------------------------------------------------------------------------------
 
 
@@ -232,7 +191,8 @@ def characters(data: Path | None, activation: str) -> Problem:
     inputs, targets, vocabulary = text_windows(CONTEXT)
     return Problem(
         f"Characters of Python's reference, transformer of {BLOCKS} layers, width {WIDTH}, context {CONTEXT}",
-        transformer, lrkfac.categorical(), lambda seed: init_transformer(seed, vocabulary), inputs, targets,
+        transformer, lrkfac.categorical(),
+        lambda seed: init_transformer(seed, vocabulary, CONTEXT, WIDTH, BLOCKS), inputs, targets,
         batch_size=32, steps=1000, sgd_rate=0.3, evaluated=25, by_adam=("embedding", "position", "head.weight"),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the two digits examples train, by which methods, and the training loop."""
+"""What the examples that compare methods train, by which methods, and the training loop."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ class Method:
         learning_rate: The best of them, used by default.
         style: How its curve is drawn.
         curvature: Whether it needs statistics of the layers.
+        problem: What it trains, where that is a problem of its own, such as fewer parameters for the same data.
     """
 
     make: Callable[[lrkfac.Layers, float], lrkfac.GradientTransformation]
@@ -74,6 +75,7 @@ class Method:
     learning_rate: float
     style: Style
     curvature: bool = False
+    problem: Problem | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Problem:
         targets: Training targets.
         measure: ``params -> `` the value of each metric.
         metrics: What is measured; the training loss is the first.
+        examples: What one of the inputs is, in the plural.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Problem:
     targets: Tensor
     measure: Callable[[Any], tuple[float, ...]]
     metrics: tuple[Metric, ...]
+    examples: str = "digits"
 
 
 class Point(NamedTuple):
@@ -113,10 +117,11 @@ class Point(NamedTuple):
 
 @dataclass
 class Run:
-    """One training run: its curve, and the bytes that the optimizer's state takes."""
+    """One training run: its curve, the bytes that the optimizer's state takes, and the parameters at its end."""
 
     points: list[Point] = field(default_factory=list)
     state_bytes: int = 0
+    params: Any = None
 
     @property
     def final_loss(self) -> float:
@@ -182,6 +187,7 @@ def train(
     report: Callable[[Point], None],
 ) -> Run:
     """Trains from the start that ``seed`` gives; equal seeds give equal batches for every method."""
+    problem = method.problem or problem
     params = problem.init(seed)
     layers = lrkfac.find_layers(problem.model, params, problem.inputs[:1])
     evaluate = lrkfac.fisher(problem.model, problem.likelihood, layers)
@@ -207,5 +213,6 @@ def train(
         updates, state = transformation.update(evaluation.grads, state, params, evaluation=evaluation)
         params = lrkfac.apply_updates(params, updates)
         seconds += time.perf_counter() - start
+    run.params = params
     run.state_bytes = sum(x.numel() * x.element_size() for x in optree.tree_leaves(state))
     return run

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -14,19 +15,33 @@ from examples.common import Method, Options, Point, Problem, Run, train
 from examples.report import draw, grid_table, median_loss, positive, progress_bar, results_table, write_csv
 
 
-def compare(problem: Problem, methods: Mapping[str, Method], description: str, defaults: Options) -> None:
-    """Runs the example with the options of the command line."""
-    arguments = _arguments(problem.name, methods, description, defaults)
-    torch.set_num_threads(arguments.threads)
-    options = Options(arguments.steps, arguments.batch_size, arguments.refresh)
-    methods = {name: methods[name] for name in methods if name in arguments.methods}
-    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+class Result(NamedTuple):
+    """What a comparison leaves: each method's runs at its best learning rate, and where output goes."""
+
+    runs: dict[str, list[Run]]
+    folder: Path
+    console: Console
+
+
+def compare(
+    problem: Problem,
+    methods: Mapping[str, Method],
+    description: str,
+    defaults: Options,
+    arguments: Sequence[str] | None = None,
+) -> Result:
+    """Runs the example with the options of the command line, or with these given."""
+    given = _parser(problem.name, methods, description, defaults).parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    options = Options(given.steps, given.batch_size, given.refresh)
+    methods = {name: methods[name] for name in methods if name in given.methods}
+    seeds = range(given.seed, given.seed + given.seeds)
     console = Console()
 
     runs: dict[tuple[str, float], list[Run]] = {}
     with progress_bar(console) as progress:
         for name, method in methods.items():
-            rates = method.learning_rates if arguments.grid else (method.learning_rate,)
+            rates = method.learning_rates if given.grid else (method.learning_rate,)
             tasks = [(rate, seed) for rate in rates for seed in seeds]
             bar = progress.add_task(method.style.label, total=options.steps * len(tasks), loss="")
             for done, (rate, seed) in enumerate(tasks):
@@ -34,7 +49,7 @@ def compare(problem: Problem, methods: Mapping[str, Method], description: str, d
                 runs.setdefault((name, rate), []).append(train(problem, method, rate, seed, options, report))
             progress.update(bar, completed=options.steps * len(tasks), refresh=True)
 
-    if arguments.grid:
+    if given.grid:
         console.print(grid_table(problem, methods, runs))
     best: dict[str, list[Run]] = {}
     for (name, _), of_seeds in runs.items():
@@ -42,12 +57,19 @@ def compare(problem: Problem, methods: Mapping[str, Method], description: str, d
             best[name] = of_seeds
     console.print(results_table(problem, methods, best))
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    picture, table = (arguments.output / f"{problem.name}.{suffix}" for suffix in ("png", "csv"))
+    given.output.mkdir(parents=True, exist_ok=True)
+    picture, table = (given.output / f"{problem.name}.{suffix}" for suffix in ("png", "csv"))
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"median of seeds {seeds[0]} to {seeds[-1]}"
-    draw(picture, problem, f"{len(problem.inputs)} digits, batch {options.batch_size}, {which}", methods, best)
-    write_csv(table, problem, best, arguments.seed)
+    draw(
+        picture,
+        problem,
+        f"{len(problem.inputs)} {problem.examples}, batch {options.batch_size}, {which}",
+        methods,
+        best,
+    )
+    write_csv(table, problem, best, given.seed)
     console.print(f"wrote {picture} and {table}", highlight=False, soft_wrap=True)
+    return Result(best, given.output, console)
 
 
 def _reporter(progress: Progress, bar: TaskID, done: int, problem: Problem) -> Callable[[Point], None]:
@@ -59,7 +81,7 @@ def _reporter(progress: Progress, bar: TaskID, done: int, problem: Problem) -> C
     return report
 
 
-def _arguments(name: str, methods: Mapping[str, Method], description: str, defaults: Options) -> argparse.Namespace:
+def _parser(name: str, methods: Mapping[str, Method], description: str, defaults: Options) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m examples.{name}", description=description)
     add = parser.add_argument
     add(
@@ -85,4 +107,4 @@ def _arguments(name: str, methods: Mapping[str, Method], description: str, defau
         help="CPU threads; one is fastest for layers this small (default: %(default)s)")  # fmt: skip
     add("--output", type=Path, default=Path("examples/output"), metavar="DIR",
         help="folder for the picture and the CSV (default: %(default)s)")  # fmt: skip
-    return parser.parse_args()
+    return parser

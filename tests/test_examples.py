@@ -1,0 +1,71 @@
+"""The examples run, if only for a few steps, and write what they say; their parts compute what they promise."""
+
+import pytest
+import torch
+from torch.func import hessian, jacrev, vmap
+
+import lrkfac
+from examples import ensemble, fine_tuning, language_model, physics_informed, training_loop
+from examples.text import init_transformer, text_windows, transformer
+
+SHORT = {
+    "language_model": ["--steps", "2", "--batch-size", "4", "--methods", "adam", "rank-16"],
+    "ensemble": ["--steps", "6", "--members", "3"],
+    "physics_informed": ["--steps", "2", "--batch-size", "32", "--methods", "rank-16"],
+    "fine_tuning": ["--steps", "2"],
+    "training_loop": ["--epochs", "2"],
+}
+MODULES = {m.__name__.rpartition(".")[2]: m for m in
+           (language_model, ensemble, physics_informed, fine_tuning, training_loop)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_runs(name, tmp_path, capsys):
+    MODULES[name].main([*SHORT[name], "--output", str(tmp_path)])
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "wrote" in printed
+    assert ("bit for bit" in printed) == (name == "training_loop")
+
+
+def test_rows_carried_forward_are_the_derivatives():
+    params = [w.double() + 0.1 * torch.randn_like(w, dtype=torch.float64) for w in physics_informed.init(0)]
+    points = torch.rand(5, 2, dtype=torch.float64)
+
+    def u(point):
+        return physics_informed.solution_and_laplacian(params, point[None])[0].squeeze()
+
+    def network(point):
+        return physics_informed.taylor(params, point[None])[0, 0, 0]
+
+    rows = physics_informed.taylor(params, points)[..., 0]
+    torch.testing.assert_close(rows[:, 1:3], vmap(jacrev(network))(points))
+    torch.testing.assert_close(rows[:, 3], vmap(hessian(network))(points).diagonal(dim1=1, dim2=2).sum(1))
+    laplacian = vmap(hessian(u))(points).diagonal(dim1=1, dim2=2).sum(1)
+    torch.testing.assert_close(physics_informed.residual(params, points)[:, 0], -laplacian)
+
+
+def test_each_weight_of_the_physics_informed_network_is_one_layer():
+    layers = lrkfac.find_layers(physics_informed.residual, physics_informed.init(0), torch.rand(5, 2))
+    assert [layer.kind for layer in layers] == ["linear"] * 4
+    assert layers.uncovered == ()
+
+
+def test_adapters_change_nothing_at_first_and_alone_are_trained():
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).requires_grad_(False)
+    x = torch.randn(4, 6)
+    adapted = fine_tuning.with_adapters(net, seed=0)
+    assert torch.equal(adapted(x), net(x))
+    assert {n.split(".")[1] for n in lrkfac.from_module(adapted)[1]} == {"down", "up"}
+    assert set(lrkfac.from_module(fine_tuning.with_trained_head(net, seed=0))[1]) == {"2.weight", "2.bias"}
+
+
+def test_a_character_depends_on_those_before_it_alone():
+    inputs, targets, vocabulary = text_windows(8, characters=500)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    params = init_transformer(0, vocabulary, context=8, width=8, blocks=2)
+    changed = inputs.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % vocabulary
+    same = transformer(params, inputs)[:, :5] == transformer(params, changed)[:, :5]
+    assert same.all()
+    assert not torch.equal(transformer(params, inputs)[:, 5:], transformer(params, changed)[:, 5:])
