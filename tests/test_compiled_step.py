@@ -1,8 +1,11 @@
 """A compiled training step: the same as eager, and compiled once."""
 
+from collections import Counter
+
 import optree
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lrkfac
 from lrkfac import kronecker
@@ -86,3 +89,52 @@ def test_step_is_compiled_once(make):
     for noise in noises(GROUPS, 3):
         params, state, _ = compiled(params, state, GROUPS.inputs, GROUPS.targets, noise)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@requires_compiler
+def test_a_thousand_steps_are_compiled_twice():
+    """One graph for refresh steps and one for the others, the first step included: no count of steps is a constant of
+    theirs. The backend compiles nothing, so that only what the tracer decides is counted.
+    """
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs, calls = [], Counter()
+    draw = torch.Generator().manual_seed(0)
+
+    def counting(graph, examples):
+        number = len(graphs)
+        graphs.append(graph)
+
+        def call(*args):
+            calls[number] += 1
+            return graph.forward(*args)
+
+        return call
+
+    params = {name: torch.randn(size, generator=draw) / 4 for name, size in {"a": (16, 16), "b": (16,)}.items()}
+    params["c"] = torch.randn(3, 16, generator=draw) / 4
+
+    def model(p, x):
+        return F.linear(torch.tanh(F.linear(x, p["a"], p["b"])), p["c"])
+
+    x, y = torch.randn(4, 16, generator=draw), torch.randint(3, (4,), generator=draw)
+    layers = lrkfac.find_layers(model, params, x)
+    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, "mc", thin=True)
+    rate = lrkfac.warmup_cosine_schedule(0.1, 100, 1000)
+    tx = lrkfac.low_rank_kfac(layers, rate, rank=3, weight_decay=1e-4)
+
+    @torch.compile(fullgraph=True, backend=counting)
+    def step(params, state, x, y, statistics, noise):
+        e = evaluate(params, x, y, statistics, noise)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        return lrkfac.apply_updates(params, updates), state, e.loss
+
+    state, losses = tx.init(params), []
+    for i in range(1000):
+        noise = torch.rand(1, 4, 3, generator=draw)
+        params, state, loss = step(params, state, x, y, i % 10 == 0, noise)
+        losses.append(loss)
+    assert len(graphs) == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert calls == {0: 100, 1: 900}
+    assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0] / 2
