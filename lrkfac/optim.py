@@ -123,7 +123,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             statistics: See ``fisher``; by default, in the first of each ``statistics_every`` steps.
 
         Returns:
-            The evaluation. ``merge_evaluations`` makes one of several: ``step(lambda: merge_evaluations(parts))``.
+            The evaluation; of several, ``merge_evaluations`` makes one.
 
         Raises:
             ValueError: If the mode of the module has changed, or as the function of ``fisher``.

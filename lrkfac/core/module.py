@@ -26,8 +26,8 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
         buffers: Whether the caller carries the buffers along.
 
     Returns:
-        ``(model, params)`` with ``params`` a dictionary from names to tensors. ``inputs`` is one argument: a
-        tuple is spread as positional, a dictionary as keyword arguments, anything else is passed as it is.
+        ``(model, params)`` with ``params`` a dictionary from names to tensors. ``inputs`` is one argument, of which a
+        tuple is spread as positional, a dictionary as keyword arguments, and anything else is passed as it is.
 
         With ``buffers=True``: ``(model, params, buffers)``, where ``model(params, (buffers, inputs))`` returns
         ``(outputs, updated buffers)``; use it with ``fisher(..., has_aux=True)``.
