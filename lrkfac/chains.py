@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lrkfac.core.checks import need_number
@@ -30,6 +31,7 @@ def low_rank_kfac(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     kl_clip: float = 1e-3,
+    dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
     """Natural gradient with low-rank factors, clipping, momentum and decoupled weight decay.
 
@@ -44,12 +46,13 @@ def low_rank_kfac(
         weight_decay: See ``add_decayed_weights``.
         kl_clip: Bound on the squared length of a step in the Fisher metric, see ``clip_by_kl``. While it binds, it
             sets the length of a step and the learning rate cancels.
+        dtype: Of the factors, see ``precondition_by_fisher``.
 
     Raises:
         ValueError: If an argument is out of range.
     """
     both = ranked(layers, rank, lambda r: kronecker(low_rank(r), low_rank_plus_diagonal(r)))
-    return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip)
+    return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip, dtype)
 
 
 def kfac(
@@ -60,10 +63,11 @@ def kfac(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     kl_clip: float = 1e-3,
+    dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
     """K-FAC with dense factors, otherwise as ``low_rank_kfac`` (Martens & Grosse 2015, arXiv 1503.05671)."""
     both = kronecker(dense(), dense())
-    return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip)
+    return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip, dtype)
 
 
 def adaptive_low_rank_kfac(
@@ -72,6 +76,7 @@ def adaptive_low_rank_kfac(
     damping: float | Tensor = 0.1,
     decay: float | Tensor = 0.8,
     weight_decay: float | Tensor = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
     """Natural gradient with low-rank factors and nothing to tune: no learning rate, momentum or damping.
 
@@ -85,6 +90,7 @@ def adaptive_low_rank_kfac(
         damping: Where the dampings start; they soon forget it.
         decay: Decay of the factors' running averages.
         weight_decay: ``η`` of the penalty ``½ η ‖θ‖²``, which enters the model.
+        dtype: Of the factors, see ``precondition_by_fisher``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -93,7 +99,7 @@ def adaptive_low_rank_kfac(
     # 1, too, or make no difference.
     both = ranked(layers, rank, lambda r: kronecker(low_rank(r, weight=2.0), low_rank_plus_diagonal(r, weight=0.5)))
     return chain(
-        scale_by_quadratic_model(precondition_by_fisher(layers, both, decay=decay), damping, weight_decay),
+        scale_by_quadratic_model(precondition_by_fisher(layers, both, decay=decay, dtype=dtype), damping, weight_decay),
         ema_params(),
     )
 
@@ -107,11 +113,12 @@ def _kfac(
     momentum: float,
     weight_decay: float,
     kl_clip: float,
+    dtype: torch.dtype | None,
 ) -> GradientTransformation:
     need_number(momentum, "momentum", 0, 1)
     need_number(kl_clip, "kl_clip", 0, includes_low=False)
     return chain(
-        precondition_by_fisher(layers, structure, damping=damping, decay=decay),
+        precondition_by_fisher(layers, structure, damping=damping, decay=decay, dtype=dtype),
         clip_by_kl(kl_clip, learning_rate),
         trace(momentum),
         add_decayed_weights(weight_decay),

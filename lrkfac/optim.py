@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, overload
 
 import torch
@@ -17,7 +16,7 @@ from lrkfac.core.joint import Joint
 from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.module import from_module
 from lrkfac.core.statistics import Asked, Estimator
-from lrkfac.core.tree import formed
+from lrkfac.core.tree import formed, without_autocast
 from lrkfac.core.types import Evaluation, Tree
 from lrkfac.state_dicts import from_state_dict, state_dict
 from lrkfac.transforms.base import GradientTransformation, apply_updates
@@ -188,9 +187,8 @@ class LowRankKFAC(torch.optim.Optimizer):
                     f"step: {absent} have no .grad any more; call zero_grad() before evaluate(), or not at all"
                 )
             evaluation = evaluation._replace(grads={name: p.grad for name, p in self._parameters.items()})
-        params, device = self.params, evaluation.loss.device.type
-        full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with torch.no_grad(), full:
+        params = self.params
+        with torch.no_grad(), without_autocast(evaluation.loss):
             updates, self.chain_state = self.transformation.update(
                 evaluation.grads, self.chain_state, params, evaluation=evaluation
             )

@@ -54,6 +54,9 @@ def one_of(*names):
     return st.one_of(st.text(max_size=8).filter(lambda x: x not in names), among(1, True, *NOTHING))
 
 
+_OTHERS = torch.int64, torch.complex64, torch.bool, torch.bfloat16, torch.float16
+DTYPE = among(1, "float32", torch.Tensor, *_OTHERS, *NOTHING)
+"""Nothing in which factors can be held."""
 FLAG = among(0, 1, "yes", "", 1.0, torch.tensor(True), torch.ones(2), *NOTHING)
 FUNCTION = among(1, "x", torch.ones(2), True, *[x for x in NOTHING if not callable(x)])
 TRANSFORMATION = among(

@@ -1,10 +1,9 @@
 """A valid call of what looks into states and layers, and for each of its arguments what it may not be."""
 
-import torch
 from hypothesis import strategies as st
 
 import lrkfac
-from tests.bad_values import NOTHING, among, integer, number
+from tests.bad_values import DTYPE, NOTHING, among, integer, number
 from tests.public_calls import LAYERS, NOT_LAYERS, G, P, container, public
 from tests.public_transformations import NOT_TREES, PRECONDITION, RANK, STRUCTURE
 
@@ -27,7 +26,7 @@ public(
     structure=STRUCTURE,
     rank=RANK,
     budget=integer(optional=True),
-    dtype=among(1, "float32", torch.int64, torch.complex64, torch.bool, torch.Tensor, *NOTHING),
+    dtype=DTYPE,
 )
 public(
     "ranks_by_trace",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import lrkfac
 from lrkfac import GradientTransformation, Likelihood
 from tests.bad_values import (
+    DTYPE,
     EVALUATION,
     FLAG,
     FUNCTION,
@@ -52,6 +53,7 @@ NOT_RANKS = among("automatic", {"none": 1}, {"*": 0}, {"*": 1.5})
 RANK = st.one_of(integer(optional=True).filter(lambda x: x != {}), NOT_RANKS)
 RANK_OF_CHAIN = st.one_of(RANK, st.none())
 
+OF_DTYPE = {"dtype": DTYPE.filter(lambda x: x is not None)}
 # Transformations and schedules.
 SCHEDULE = lrkfac.constant_schedule(0.1)
 public("identity")
@@ -131,6 +133,7 @@ public(
     damping=POSITIVE,
     decay=SHARE,
     fallback=TRANSFORMATION.filter(lambda x: x is not None),
+    **OF_DTYPE,
 )
 public(
     "scale_by_quadratic_model",
@@ -148,7 +151,7 @@ valid(
     transformations=st.lists(TRANSFORMATION, min_size=1, max_size=3),
 )
 KFAC = {"learning_rate": RATE, "damping": POSITIVE, "decay": SHARE, "momentum": SHARE, "weight_decay": NONNEGATIVE}
-public("kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, **KFAC, kl_clip=POSITIVE)
+public("kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, **KFAC, kl_clip=POSITIVE, **OF_DTYPE)
 public(
     "low_rank_kfac",
     {"layers": LAYERS, "learning_rate": 0.1},
@@ -156,6 +159,7 @@ public(
     rank=RANK_OF_CHAIN,
     **KFAC,
     kl_clip=POSITIVE,
+    **OF_DTYPE,
 )
 public(
     "adaptive_low_rank_kfac",
@@ -165,6 +169,7 @@ public(
     damping=POSITIVE,
     decay=SHARE,
     weight_decay=NONNEGATIVE,
+    **OF_DTYPE,
 )
 valid(
     "inject_hyperparameters()",

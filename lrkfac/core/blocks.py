@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
 import optree
@@ -17,15 +18,16 @@ from lrkfac.core.examples import ExampleGradients
 from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.profiling import profiled
 from lrkfac.core.structures import BlockStructure
-from lrkfac.core.tree import formed, wide
+from lrkfac.core.tree import floating, floating_dtype, formed
 from lrkfac.core.types import Layer, Layers, Statistics
 from lrkfac.core.unformed import Unformed
 
 
-def init(block: Block, leaves: list[Tensor] | dict[int, Tensor]) -> Any:
-    """The averages before the first statistics."""
+def init(block: Block, leaves: list[Tensor] | dict[int, Tensor], dtype: torch.dtype | None = None) -> Any:
+    """The averages before the first statistics, in a dtype; by default that of the parameters, at least float32."""
     layer = block.layers[0]
-    like = leaves[layer.weight.index]
+    weights = [leaves[one.weight.index] for one in block.layers]
+    like = weights[0].new_empty((), dtype=dtype or reduce(torch.promote_types, [w.dtype for w in weights]))
     if _per_model(block):
         whole = sum(one.groups * one.d_out * one.d_in for one in block.layers)
         return block.structure.init(1, whole, like)
@@ -49,11 +51,11 @@ def forms(held: tuple[Block, ...], layers: Layers) -> dict[str, Any]:
     return {block.name: form(init(block, leaves)) for block in held}
 
 
-def check_state(expected: Mapping[str, Any], factors: Any) -> None:
+def check_state(expected: Mapping[str, Any], factors: Any, dtype: torch.dtype | None = None) -> None:
     """Refuses averages of other blocks.
 
     Raises:
-        ValueError: Names the layer that is missing, unexpected or held in another way.
+        ValueError: Names the layer that is missing, unexpected or held in another way or dtype.
     """
     remedy = "pass what init() or the last update() of this transformation returned"
     if not isinstance(factors, dict) or set(factors) != set(expected):
@@ -63,6 +65,8 @@ def check_state(expected: Mapping[str, Any], factors: Any) -> None:
         found = form(factors[name])
         if found != wanted:
             raise ValueError(f"state: expected averages of layer {name!r} in the form {wanted}, got {found}; {remedy}")
+        if dtype is not None and (held := floating_dtype(factors[name])) != dtype:
+            raise ValueError(f"state: expected averages of layer {name!r} in {dtype}, got {held}; {remedy}")
 
 
 class Held(NamedTuple):
@@ -79,13 +83,14 @@ def identity(block: Block, state: Any) -> Held:
 
 
 def _inverted(block: Block, state: Any, damping: float | Tensor) -> tuple[Any, Tensor]:
+    damping = floating(damping, floating_dtype(state))  # scalars of two dtypes would make the wider one of vectors
     with profiled("inverse"):
         return block.structure.inverse(state, damping), block.structure.dampings(state, damping)
 
 
 def refresh(block: Block, held: Held, statistics: Statistics, damping: float | Tensor, decay: float | Tensor) -> Held:
     """New averages and their inverses; the last ones where there are no statistics, or of a scale or shift where there
-    are no output gradients.
+    are no output gradients. Statistics are reduced in the dtype of the averages.
 
     Normalised inputs have the second moment 1: with ``B = I``, the identity is what the block of a scale would be.
 
@@ -103,6 +108,7 @@ def refresh(block: Block, held: Held, statistics: Statistics, damping: float | T
         return held
     if left_out:
         raise ValueError(f"statistics: full() holds all layers together and cannot do without those of {left_out}")
+    statistics = _in_dtype(block, statistics, floating_dtype(held.state))
     structure, scale = block.structure, statistics.scale
     exact = not isinstance(structure, KroneckerStructure)
     if exact and not statistics.output_gradients[block.layers[0].name]:
@@ -132,7 +138,7 @@ def refresh(block: Block, held: Held, statistics: Statistics, damping: float | T
             new = structure.update(state, *both, ExampleGradients(layer, inputs, gradients, scale), decay)
         else:
             rows = example_gradients(layer, inputs, gradients).flatten(0, 1)
-            new = structure.update(state, rows, scale.to(rows.dtype), decay)
+            new = structure.update(state, rows, scale, decay)
         return Held(new, *_inverted(block, new, damping))
 
     try:
@@ -147,17 +153,30 @@ def refresh(block: Block, held: Held, statistics: Statistics, damping: float | T
 def apply(block: Block, inverse: Any, matrices: list[Any]) -> list[Any]:
     """The layers' natural gradients as matrices, from their gradients as matrices, in the dtype of these.
 
-    A gradient that is held by its rows stays so where the block is a Kronecker product.
+    It is computed in the wider one of it and that of the inverse. A gradient that is held by its rows stays so where
+    the block is a Kronecker product.
     """
     if not isinstance(block.structure, KroneckerStructure):
         matrices = formed(matrices)
+    wider = reduce(torch.promote_types, [m.dtype for m in matrices], floating_dtype(inverse))
+    if floating_dtype(inverse) != wider:
+        inverse = optree.tree_map(lambda x: x.to(wider), inverse)
     if _per_model(block):
-        flat = torch.cat([wide(matrix).reshape(-1) for matrix in matrices])
+        flat = torch.cat([matrix.reshape(-1).to(wider) for matrix in matrices])
         parts = inverse.matvec(flat).split([matrix.numel() for matrix in matrices])
         return [part.reshape(m.shape).to(m.dtype) for part, m in zip(parts, matrices, strict=True)]
     (matrix,) = matrices
-    natural = _by_group(block, block.structure.apply)(inverse, wide(matrix))
-    return [natural if isinstance(natural, Unformed) else natural.contiguous().to(matrix.dtype)]
+    natural = _by_group(block, block.structure.apply)(inverse, floating(matrix, wider))
+    if isinstance(natural, Unformed):
+        return [floating(natural, torch.promote_types(matrix.dtype, torch.float32))]
+    return [natural.contiguous().to(matrix.dtype)]
+
+
+def _in_dtype(block: Block, statistics: Statistics, dtype: torch.dtype) -> Statistics:
+    """Those of a block's layers, in a dtype."""
+    names = [layer.name for layer in block.layers]
+    inputs, gradients = ({n: tuple([floating(x, dtype) for x in of[n]]) for n in names} for of in statistics[:2])
+    return Statistics(inputs, gradients, statistics.scale.to(dtype))
 
 
 def _per_model(block: Block) -> bool:

@@ -67,6 +67,17 @@ def need_flag(value: Any, name: str) -> None:
         raise TypeError(f"{name}: expected True or False, got {_short(value)}")
 
 
+def need_dtype(value: Any, name: str = "dtype") -> None:
+    """Refuses what is no dtype in which factors can be held."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name}: expected torch.float32 or torch.float64, got {_short(value)}")
+    if value not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name}: expected torch.float32 or torch.float64, got {value}; torch has no QR, eigh or Cholesky of other "
+            "real numbers, and eigenvalues of factors span more than half precision can tell apart"
+        )
+
+
 def need_function(value: Any, name: str, what: str = "a function") -> Callable[..., Any]:
     """Refuses what cannot be called."""
     if not callable(value):

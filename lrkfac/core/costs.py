@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.blocks import Held, apply, refresh
+from lrkfac.core.checks import need_dtype
 from lrkfac.core.choice import RANK, Block, Chosen, blocks, ranks_of
 from lrkfac.core.factors import DenseStructure, DiagonalStructure
 from lrkfac.core.kronecker import KroneckerStructure
@@ -89,15 +90,15 @@ def explain(
         rank: Of its default structure; see there.
         budget: Chooses that rank: the largest for which the whole state takes at most so many bytes, common to all
             layers, and one more for as many of them as then fit. ``explain(...).ranks`` is taken by ``rank=``.
-        dtype: Of the factors: float64 if the parameters are, else float32.
+        dtype: Of the factors, see ``precondition_by_fisher``: by its default float64 if the parameters are, else
+            float32.
 
     Raises:
         ValueError: If both ``rank`` and ``budget`` are given, not even rank 1 fits, or as ``precondition_by_fisher``.
         TypeError: If an argument has the wrong type.
     """
     need_layers(layers)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected that of factors, torch.float32 or torch.float64, got {dtype!r}")
+    need_dtype(dtype)
     if budget is not None and rank is not None:
         raise ValueError(f"budget: expected rank or budget, got both, rank={rank!r}; leave one of them out")
     chosen = resolved(layers, structure, rank) if budget is None else ranks_within(layers, structure, budget, dtype)

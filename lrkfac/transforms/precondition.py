@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.blocks import Held, apply, check_state, forms, identity, init
-from lrkfac.core.checks import need_number
+from lrkfac.core.checks import need_dtype, need_number
 from lrkfac.core.choice import Chosen, blocks
 from lrkfac.core.covariances import from_matrices, to_matrix
 from lrkfac.core.groups import refresh_all
 from lrkfac.core.profiling import profiled
 from lrkfac.core.ranks import AutoRank, resolved
-from lrkfac.core.tree import check_like, counter, need_layers
+from lrkfac.core.tree import check_like, counter, need_layers, without_autocast
 from lrkfac.core.types import Evaluation, Layer, Layers, Tree
 from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
 
@@ -51,6 +51,7 @@ def precondition_by_fisher(
     damping: float | Tensor = 1e-2,
     decay: float | Tensor = 0.95,
     fallback: GradientTransformation | None = None,
+    dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
     """``(B + δ_B I)⁻¹ ∇W (A + δ_A I)⁻¹`` for each layer: natural gradient by K-FAC, or by exact blocks.
 
@@ -67,17 +68,19 @@ def precondition_by_fisher(
             otherwise; the one-hot side of an embedding is always held as the diagonal that it is.
         rank: Rank of that default, 32 unless given: an integer, a mapping from patterns of layer names to integers, or
             ``"auto"``: the largest common to all layers with which the state takes no more memory than the averages of
-            Adam, and at most 64. It is fixed when the transformation is made. See ``explain`` for a budget in bytes and
-            ``ranks_by_trace`` for ranks by what eigenpairs hold.
+            Adam, if both are of one dtype, and at most 64. It is fixed when the transformation is made. See ``explain``
+            for a budget in bytes and ``ranks_by_trace`` for ranks by what eigenpairs hold.
         damping: Tikhonov damping ``λ > 0``, in the square of the gradient's unit, split between the factors.
         decay: Decay of the running averages per batch of statistics, in [0, 1).
         fallback: Transformation of the parameters that no layer covers; by default they pass as plain
             gradients.
+        dtype: In which statistics are reduced, factors and inverses held and applied, float32 or float64: by default
+            float64 if a layer's parameters are, else float32. Updates have the dtype of the gradients, whatever it is.
 
     Raises:
         ValueError: If ``rank`` is below 1 or no layer takes it, ``damping`` not positive and finite, ``decay`` outside
-            [0, 1), a pattern decides for no layer, or a structure makes no sense for a layer; in ``update``, if the
-            tree, the state or the statistics are not those of ``layers``.
+            [0, 1), a pattern decides for no layer, a structure makes no sense for a layer, or ``dtype`` is another; in
+            ``update``, if the tree, the state or the statistics are not those of ``layers``.
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
     """
     need_layers(layers)
@@ -85,6 +88,8 @@ def precondition_by_fisher(
     need_number(decay, "decay", 0, 1)
     if fallback is not None:
         need_transformation(fallback, "fallback")
+    if dtype is not None:
+        need_dtype(dtype)
     held = blocks(layers, structure, resolved(layers, structure, rank))
     expected = forms(held, layers)
     covered = layers.covered
@@ -95,7 +100,7 @@ def precondition_by_fisher(
 
     def init_state(params: Tree) -> PreconditionState:
         leaves = leaves_of(params, "params")
-        start = {block.name: identity(block, init(block, leaves)) for block in held}
+        start = {block.name: identity(block, init(block, leaves, dtype)) for block in held}
         other = fallback.init([leaves[i] for i in free]) if fallback else ()
         return PreconditionState(*_by_part(start), counter(leaves), other)
 
@@ -110,19 +115,19 @@ def precondition_by_fisher(
     ) -> tuple[Tree, PreconditionState]:
         statistics = need_evaluation(evaluation, "precondition_by_fisher").statistics
         need_state(state, PreconditionState)
-        check_state(expected, state.factors)
+        check_state(expected, state.factors, dtype)
         leaves = leaves_of(updates, "updates")
         known = None if params is None else leaves_of(params, "params")
         factors, inverses, dampings, since = state.factors, state.inverses, state.dampings, state.since + 1
         used = damping if factor_damping is None else factor_damping
         if statistics is not None:
-            with profiled("refresh"):
+            with profiled("refresh"), without_autocast(since):
                 last = {block.name: Held(*[part[block.name] for part in state[:3]]) for block in held}
                 factors, inverses, dampings = _by_part(refresh_all(held, last, statistics, used, decay))
                 since = torch.zeros_like(since)
         owners: list[Layer] = []
         natural: list[Tensor] = []
-        with profiled("apply"):
+        with profiled("apply"), without_autocast(since):
             for block in held:
                 matrices = [to_matrix(layer, leaves) for layer in block.layers]
                 owners += block.layers

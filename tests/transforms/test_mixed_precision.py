@@ -1,0 +1,206 @@
+"""``precondition_by_fisher(dtype=)``: what is held, reduced and applied in it, whatever the model's dtype is."""
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lrkfac
+from lrkfac import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, precondition_by_fisher, to_dense
+
+BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
+STRUCTURES = {
+    "dense": kronecker(dense(), dense()),
+    "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
+    "diagonal": kronecker(diagonal(), low_rank(2, method="power")),
+    "reduce": kronecker(low_rank(2), dense(), treatment="reduce"),
+    "corrected": kronecker(low_rank(2), low_rank_plus_diagonal(2), corrected=True),
+    "unit_wise": lrkfac.unit_wise(),
+    "layer_wise": lrkfac.layer_wise(),
+    "full": lrkfac.full(),
+}
+PRODUCTS = {name: STRUCTURES[name] for name in ("dense", "low rank", "diagonal", "reduce")}
+each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
+each_dtype = pytest.mark.parametrize(
+    "model_dtype, dtype, held",
+    [
+        *[(BFLOAT16, None, FLOAT32), (BFLOAT16, FLOAT32, FLOAT32), (BFLOAT16, FLOAT64, FLOAT64)],
+        *[(FLOAT32, None, FLOAT32), (FLOAT32, FLOAT64, FLOAT64)],
+        *[(FLOAT64, None, FLOAT64), (FLOAT64, FLOAT32, FLOAT32)],
+    ],
+    ids=str,
+)
+
+
+class Problem:
+    """An embedding, a convolution, a scale, two equal linear layers and a last one."""
+
+    def __init__(self, dtype, seed=0, width=8, thin=False):
+        generator = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: (torch.randn(*shape, generator=generator, dtype=FLOAT64) / 2).to(dtype)  # noqa: E731
+        self.params = {"e": draw(5, width), "k": draw(2, 1, 3), "s": draw(width), "b": draw(width)}
+        self.params |= {"l0": draw(width, width), "l1": draw(width, width), "out": draw(3, width)}
+        self.inputs = torch.randint(5, (2,), generator=generator)
+        self.targets = torch.randint(3, (2,), generator=generator)
+        self.layers = lrkfac.find_layers(self.model, self.params, self.inputs)
+        self.fisher = lrkfac.fisher(self.model, lrkfac.categorical(), self.layers, "empirical", thin=thin)
+
+    @staticmethod
+    def model(p, x):
+        x = F.conv1d(F.embedding(x, p["e"])[:, None], p["k"], padding=1).mean(1) * p["s"]
+        x = torch.tanh(F.linear(torch.tanh(F.linear(torch.tanh(x), p["l0"], p["b"])), p["l1"]))
+        return F.linear(x, p["out"])
+
+    def evaluation(self):
+        return self.fisher(self.params, self.inputs, self.targets)
+
+    def run(self, tx, steps=2):
+        state, e = tx.init(self.params), self.evaluation()
+        for _ in range(steps):
+            updates, state = tx.update(e.grads, state, self.params, evaluation=e)
+        return updates, state
+
+
+def dtypes(tree):
+    return {leaf.dtype for leaf in optree.tree_leaves(tree) if leaf.is_floating_point()}
+
+
+@each_dtype
+@each_structure
+def test_states_have_the_chosen_dtype_and_updates_that_of_the_gradients(structure, model_dtype, dtype, held):
+    for thin in (False, True):
+        problem = Problem(model_dtype, thin=thin, width=16 if thin else 8)
+        tx = precondition_by_fisher(problem.layers, structure, dtype=dtype)
+        start = tx.init(problem.params)
+        updates, state = problem.run(tx)
+        assert dtypes(start) == dtypes(state) == {held}
+        assert dtypes(lrkfac.formed(updates)) == {model_dtype}
+
+
+@each_structure
+def test_scalars_of_another_dtype_change_none(structure):
+    problem = Problem(FLOAT32)
+    numbers = torch.tensor([0.03, 0.8], dtype=FLOAT64)
+    tx = precondition_by_fisher(problem.layers, structure, damping=numbers[0], decay=numbers[1])
+    updates, state = problem.run(tx)
+    assert dtypes(state) == dtypes(updates) == {FLOAT32}
+    e = problem.evaluation()
+    for damping in (numbers[0], torch.tensor(0.03, dtype=BFLOAT16)):
+        updates, state = tx.update(e.grads, state, problem.params, evaluation=e, factor_damping=damping)
+        assert dtypes(state) == dtypes(updates) == {FLOAT32}
+
+
+@pytest.mark.parametrize("chosen, eps", [(FLOAT32, 1e-6), (FLOAT64, 1e-14)], ids=str)
+@given(st.sampled_from([BFLOAT16, FLOAT32, FLOAT64]), st.sampled_from(list(PRODUCTS.values())), st.integers(0, 2**20))
+def test_inverses_are_those_of_what_is_held_to_the_precision_of_the_chosen_dtype(chosen, eps, dtype, structure, seed):
+    problem = Problem(dtype, seed)
+    tx = precondition_by_fisher(problem.layers, structure, damping=0.1, dtype=chosen)
+    _, state = problem.run(tx, steps=3)
+    for layer in problem.layers:
+        if layer.kind not in ("linear", "conv1d"):
+            continue
+        B, A = structure.fitted(layer.d_in, layer.d_out).operator(state.factors[layer.name])
+        for M, inverse, damping in zip(
+            (B, A), state.inverses[layer.name], state.dampings[layer.name].double(), strict=True
+        ):
+            shifted = to_dense(M).double() + damping * torch.eye(to_dense(M).shape[0], dtype=FLOAT64)
+            residual = to_dense(inverse).double() @ shifted - torch.eye(shifted.shape[0], dtype=FLOAT64)
+            assert residual.abs().max() <= 100 * eps * torch.linalg.cond(shifted)
+
+
+@given(st.sampled_from([BFLOAT16, FLOAT32]), st.integers(0, 2**20))
+def test_statistics_are_reduced_in_the_chosen_dtype(dtype, seed):
+    """Averages and updates of a model in few digits, to the digits of float64."""
+    problem = Problem(dtype, seed)
+    layers = [layer for layer in problem.layers if layer.kind == "linear"]
+    tx = precondition_by_fisher(problem.layers, STRUCTURES["dense"], damping=0.1, dtype=FLOAT64)
+    _, state = problem.run(tx, steps=1)
+    e = problem.evaluation()
+    wide = lrkfac.formed(optree.tree_map(lambda g: g.double(), e.grads))
+    updates, _ = tx.update(wide, state, problem.params, evaluation=e._replace(statistics=None))
+    for layer in layers:
+        (a,), (g,) = e.statistics.inputs[layer.name], e.statistics.output_gradients[layer.name]
+        a, g = a.double(), g.double().flatten(0, 1)
+        a = a if layer.bias is None else torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
+        A, B = a.mT @ a / len(a), e.statistics.scale.double() * g.mT @ g
+        held = state.factors[layer.name]
+        torch.testing.assert_close(held.input.matrix, A, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(held.output.matrix, B, rtol=1e-12, atol=1e-14)
+        weight = layer.weight.path
+        if layer.bias is None:
+            on_output, on_input = state.dampings[layer.name]
+            eye = lambda x: torch.eye(len(x), dtype=FLOAT64)  # noqa: E731
+            left = torch.linalg.solve(B + on_output * eye(B), wide[weight])
+            natural = torch.linalg.solve(A + on_input * eye(A), left.mT).mT
+            torch.testing.assert_close(updates[weight], natural, rtol=1e-9, atol=1e-10)
+
+
+@each_structure
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+def test_autocast_does_not_reach_the_linear_algebra(structure, dtype):
+    problem = Problem(FLOAT32)
+    tx = precondition_by_fisher(problem.layers, structure, dtype=dtype)
+    e, start = problem.evaluation(), tx.init(problem.params)
+    expected = tx.update(e.grads, start, problem.params, evaluation=e)
+    with torch.autocast("cpu", dtype=BFLOAT16):
+        found = tx.update(e.grads, start, problem.params, evaluation=e)
+    assert optree.tree_all(optree.tree_map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+def test_checkpoints_keep_dtypes(tmp_path, dtype):
+    pytest.importorskip("safetensors", reason="the extra `checkpoint`")
+    problem, other = Problem(BFLOAT16), FLOAT32 if dtype == FLOAT64 else FLOAT64
+    tx, wrong = (lrkfac.low_rank_kfac(problem.layers, 0.1, rank=2, dtype=x) for x in (dtype, other))
+    _, state = problem.run(tx)
+    lrkfac.save(tmp_path / "file", problem.params, state, problem.layers)
+    params, read = lrkfac.load(tmp_path / "file", problem.params, tx.init(problem.params), problem.layers)
+    by_dictionary = lrkfac.from_state_dict(tx.init(problem.params), lrkfac.state_dict(state))
+    for found in (read, by_dictionary):
+        assert optree.tree_all(optree.tree_map(lambda x, y: torch.equal(x, y) and x.dtype == y.dtype, found, state))
+    assert dtypes(read[0]) == {dtype} and dtypes(params) == {BFLOAT16}
+    with pytest.raises(ValueError, match=r"torch.float"):
+        lrkfac.load(tmp_path / "file", problem.params, wrong.init(problem.params), problem.layers)
+
+
+@each_structure
+def test_gradients_lose_nothing_to_a_narrower_inverse(structure):
+    """What is applied is linear to the rounding of the gradients."""
+    problem = Problem(FLOAT64)
+    tx = precondition_by_fisher(problem.layers, structure, dtype=FLOAT32)
+    _, state = problem.run(tx)
+    e = problem.evaluation()._replace(statistics=None)
+    first, second = e.grads, optree.tree_map(torch.sin, problem.params)
+    both = optree.tree_map(torch.add, first, second)
+    u, v, w = (tx.update(g, state, problem.params, evaluation=e)[0] for g in (first, second, both))
+    for name in u:
+        torch.testing.assert_close(u[name] + v[name], w[name], rtol=1e-9, atol=1e-9)
+
+
+def test_a_state_in_another_dtype_is_refused():
+    problem = Problem(FLOAT32)
+    state, e = precondition_by_fisher(problem.layers).init(problem.params), problem.evaluation()
+    tx = precondition_by_fisher(problem.layers, dtype=FLOAT64)
+    with pytest.raises(ValueError, match=r"layer 'e' in torch.float64, got torch.float32; pass what init"):
+        tx.update(e.grads, state, problem.params, evaluation=e)
+
+
+def test_what_cannot_be_decomposed_is_refused():
+    layers = Problem(FLOAT32).layers
+    for make in (precondition_by_fisher, lrkfac.explain, lambda layers, dtype: lrkfac.kfac(layers, 0.1, dtype=dtype)):
+        for dtype in (BFLOAT16, torch.float16, torch.int64):
+            with pytest.raises(ValueError, match=f"dtype: expected torch.float32 or torch.float64, got {dtype}; torch"):
+                make(layers, dtype=dtype)
+        with pytest.raises(TypeError, match=r"dtype: expected torch.float32 or torch.float64, got 'float32'"):
+            make(layers, dtype="float32")
+
+
+@each_structure
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+def test_explain_counts_the_chosen_dtype(structure, dtype):
+    problem = Problem(BFLOAT16)
+    state = precondition_by_fisher(problem.layers, structure, dtype=dtype).init(problem.params)
+    size = sum(x.numel() * x.itemsize for x in optree.tree_leaves(state))
+    assert lrkfac.explain(problem.layers, structure, dtype=dtype).total.bytes == size
