@@ -18,6 +18,9 @@ from lrkfac.core.types import Statistics
 
 LARGEST = 2**24
 """Numbers of statistics that are stacked at most: beyond, operations are long enough to be made one by one."""
+LARGEST_OF_CONVOLUTIONS = 2**18
+"""The same of convolutions, which stacked become grouped ones: larger, these took up to twice as long on a processor."""
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 
 
 def refresh_all(
@@ -29,7 +32,7 @@ def refresh_all(
 ) -> dict[str, Held]:
     """``blocks.refresh`` of each block, by name.
 
-    Blocks of linear layers with equal structure, sizes and shapes of statistics are stacked and refreshed together.
+    Blocks of linear layers or convolutions with equal structure, sizes, options and shapes of statistics are stacked and refreshed together.
 
     Raises:
         ValueError: As ``blocks.refresh``.
@@ -70,7 +73,9 @@ def _groups(blocks: Sequence[Block], held: dict[str, Held], statistics: Statisti
     for block in blocks:
         form, size = _form(block, held, statistics)
         for i, (other, stacked, group) in enumerate(found):
-            if form is not None and form == other and stacked + size <= LARGEST:
+            convolved = CONVOLUTIONS.intersection(block.layers[0].kinds)
+            largest = min(LARGEST, LARGEST_OF_CONVOLUTIONS) if convolved else LARGEST
+            if form is not None and form == other and stacked + size <= largest:
                 found[i] = (other, stacked + size, [*group, block])
                 break
         else:
@@ -81,7 +86,11 @@ def _groups(blocks: Sequence[Block], held: dict[str, Held], statistics: Statisti
 def _form(block: Block, held: dict[str, Held], statistics: Statistics) -> tuple[Any, int]:
     """What blocks must have in common, and the numbers in their statistics; ``None`` for a block that stays alone."""
     (layer, *others) = block.layers
-    stackable = isinstance(block.structure, KroneckerStructure) and set(layer.kinds) <= {LINEAR.name, BIAS.name}
+    stackable = isinstance(block.structure, KroneckerStructure) and set(layer.kinds) <= {
+        LINEAR.name,
+        BIAS.name,
+        *CONVOLUTIONS,
+    }
     if others or not stackable or not statistics.inputs.get(layer.name):
         return None, 0
     rows = [*statistics.inputs[layer.name], *statistics.output_gradients[layer.name]]

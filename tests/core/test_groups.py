@@ -93,6 +93,39 @@ def test_statistics_beyond_the_largest_are_not_stacked_together(monkeypatch):
     assert sizes == [2, 2]
 
 
+def convolutions(depth, groups=1):
+    """``depth`` equal convolutions, and a last linear layer."""
+    generator = torch.Generator().manual_seed(depth)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    params = {f"l{i}": {"w": draw(4, 4 // groups, 3, 3) / 6, "b": draw(4)} for i in range(depth)}
+    params["out"] = {"w": draw(3, 4)}
+
+    def model(p, x):
+        for i in range(depth):
+            x = torch.tanh(F.conv2d(x, p[f"l{i}"]["w"], p[f"l{i}"]["b"], padding=1, groups=groups))
+        return F.linear(x.mean((2, 3)), p["out"]["w"])
+
+    x, y = draw(3, 4, 5, 4), torch.randint(3, (3,), generator=generator)
+    layers = lrkfac.find_layers(model, params, x)
+    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, "empirical")
+    return layers, params, lambda p, statistics=True: evaluate(p, x, y, statistics)
+
+
+@each_structure
+@pytest.mark.parametrize("in_groups", [1, 2])
+def test_convolutions_together_equal_one_by_one(monkeypatch, structure, in_groups):
+    problem, stacked = convolutions(4, in_groups), []
+    together = groups._together
+    monkeypatch.setattr(groups, "_together", lambda group, *args: stacked.append(len(group)) or together(group, *args))
+    updates, state = run(*problem, structure)
+    assert max(stacked) >= 2
+    number = len(stacked)
+    monkeypatch.setattr(groups, "LARGEST_OF_CONVOLUTIONS", 0)
+    expected, alone = run(*problem, structure)
+    assert len(stacked) == number and layout(state) == layout(alone)
+    close(updates, expected)
+
+
 class Operations(TorchDispatchMode):
     made = 0
 
@@ -101,9 +134,8 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations_of_a_refresh(depth, structure):
+def operations_of_a_refresh(layers, params, evaluate, structure):
     """Those of an update with statistics beyond those of one without."""
-    layers, params, evaluate = deep(depth, width=8)
     tx, made = precondition_by_fisher(layers, structure), []
     state = run(layers, params, evaluate, structure, steps=1)[1]
     for statistics in (True, False):
@@ -116,7 +148,9 @@ def operations_of_a_refresh(depth, structure):
 
 @pytest.mark.parametrize("name", ["low rank", "dense", "diagonal"])
 def test_depth_does_not_change_the_number_of_operations(name):
-    few, many = (operations_of_a_refresh(depth, STRUCTURES[name]) for depth in (4, 64))
+    few, many = (operations_of_a_refresh(*deep(depth, width=8), STRUCTURES[name]) for depth in (4, 64))
+    assert 0 < many <= 1.2 * few
+    few, many = (operations_of_a_refresh(*convolutions(depth), STRUCTURES[name]) for depth in (4, 32))
     assert 0 < many <= 1.2 * few
 
 
