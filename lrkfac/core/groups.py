@@ -19,7 +19,7 @@ from lrkfac.core.types import Statistics
 LARGEST = 2**24
 """Numbers of statistics that are stacked at most: beyond, operations are long enough to be made one by one."""
 LARGEST_OF_CONVOLUTIONS = 2**18
-"""The same of convolutions, which stacked become grouped ones: larger, these took up to twice as long on a processor."""
+"""The same of convolutions, which stacked become grouped ones: larger, they took up to twice as long on a CPU."""
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 
 
@@ -32,7 +32,8 @@ def refresh_all(
 ) -> dict[str, Held]:
     """``blocks.refresh`` of each block, by name.
 
-    Blocks of linear layers or convolutions with equal structure, sizes, options and shapes of statistics are stacked and refreshed together.
+    Blocks of linear layers or convolutions with equal structure, sizes, options and shapes of statistics are
+    stacked and refreshed together.
 
     Raises:
         ValueError: As ``blocks.refresh``.
