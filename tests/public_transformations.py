@@ -133,6 +133,7 @@ public(
     damping=POSITIVE,
     decay=SHARE,
     fallback=TRANSFORMATION.filter(lambda x: x is not None),
+    differentiable=FLAG,
     **OF_DTYPE,
 )
 public(

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrkfac.core.factors import kept_weight, no_steps
 from lrkfac.core.kronecker import KroneckerState, KroneckerStructure
 from lrkfac.core.operators import CorrectedKronecker, Dense, LowRankPlusDiagonal, Operator, dimension
-from lrkfac.core.power_iteration import orthonormal
+from lrkfac.core.power_iteration import orthonormal, without_subnormal
 from lrkfac.core.sherman_morrison import damped_inverse
 from lrkfac.core.types import Covariance, Moments, RandomMatrix
 
@@ -100,7 +100,7 @@ class CorrectedStructure:
 def basis(operator: Operator) -> Float[Tensor, "d r"]:
     """Orthonormal columns along which an operator has something to say."""
     if isinstance(operator, Dense):
-        return torch.linalg.eigh(operator.matrix).eigenvectors.contiguous()
+        return torch.linalg.eigh(without_subnormal(operator.matrix)).eigenvectors.contiguous()
     if isinstance(operator, LowRankPlusDiagonal):
         return orthonormal(operator.vectors).contiguous()
     like: Any = operator[0]

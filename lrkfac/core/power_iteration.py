@@ -100,9 +100,16 @@ def rayleigh_ritz(
         The ``rank`` Ritz pairs of largest magnitude, in that order.
     """
     projected = basis.mT @ matvec(basis)
-    values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
+    values, rotation = torch.linalg.eigh(without_subnormal((projected + projected.mT) / 2))
     order = values.abs().argsort(descending=True)[:rank]
     return basis @ rotation[:, order], values[order]
+
+
+def without_subnormal(matrix: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
+    """The matrix with zeros for entries far below its rounding: of subnormal numbers, LAPACK's eigh makes NaN."""
+    limits = torch.finfo(matrix.dtype)
+    smallest = (limits.eps**2 * matrix.abs().amax()).clamp(min=limits.tiny)
+    return torch.where(matrix.abs() < smallest, 0, matrix)
 
 
 def orthonormal(columns: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.blocks import Held, apply, check_state, forms, identity, init
-from lrkfac.core.checks import need_dtype, need_number
+from lrkfac.core.checks import need_dtype, need_flag, need_number
 from lrkfac.core.choice import Chosen, blocks
 from lrkfac.core.covariances import from_matrices, to_matrix
 from lrkfac.core.groups import refresh_all
@@ -52,6 +52,7 @@ def precondition_by_fisher(
     decay: float | Tensor = 0.95,
     fallback: GradientTransformation | None = None,
     dtype: torch.dtype | None = None,
+    differentiable: bool = False,
 ) -> GradientTransformation:
     """``(B + δ_B I)⁻¹ ∇W (A + δ_A I)⁻¹`` for each layer: natural gradient by K-FAC, or by exact blocks.
 
@@ -76,6 +77,9 @@ def precondition_by_fisher(
             gradients.
         dtype: In which statistics are reduced, factors and inverses held and applied, float32 or float64: by default
             float64 if a layer's parameters are, else float32. Updates have the dtype of the gradients, whatever it is.
+        differentiable: Whether derivatives through an update (``torch.func.grad``) go through the statistics, too.
+            By default these are constants, and derivatives those with respect to gradient, damping and learning rate.
+            With it, a factor held by eigenpairs must be of full rank, with distinct ones, for a derivative to exist.
 
     Raises:
         ValueError: If ``rank`` is below 1 or no layer takes it, ``damping`` not positive and finite, ``decay`` outside
@@ -86,6 +90,7 @@ def precondition_by_fisher(
     need_layers(layers)
     need_number(damping, "damping", 0, includes_low=False)
     need_number(decay, "decay", 0, 1)
+    need_flag(differentiable, "differentiable")
     if fallback is not None:
         need_transformation(fallback, "fallback")
     if dtype is not None:
@@ -118,6 +123,8 @@ def precondition_by_fisher(
         check_state(expected, state.factors, dtype)
         leaves = leaves_of(updates, "updates")
         known = None if params is None else leaves_of(params, "params")
+        if statistics is not None and not differentiable:
+            statistics = optree.tree_map(torch.Tensor.detach, statistics)
         factors, inverses, dampings, since = state.factors, state.inverses, state.dampings, state.since + 1
         used = damping if factor_damping is None else factor_damping
         if statistics is not None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 from lrkfac import power_iteration, subspace_iteration
-from lrkfac.core.power_iteration import orthonormal, pseudo_random
+from lrkfac.core.power_iteration import orthonormal, pseudo_random, rayleigh_ritz
 from lrkfac.testing import dtypes, seeds
 
 CONVERGED = {power_iteration: {"max_iterations": 300}, subspace_iteration: {"iterations": 300}}
@@ -107,6 +107,26 @@ def test_tolerance_stops_a_vector_that_no_longer_turns(tolerance):
     sine = (basis[:, 1] @ vector[:, 0]).abs()
     # The error of the vector is at most the last turn over 1 - the ratio of the eigenvalues.
     assert tolerance * 0.5 < sine < 10 * tolerance
+
+
+def test_what_is_left_of_units_that_died_is_no_harm():
+    """Of such a matrix, with subnormal numbers in it, LAPACK's eigh makes NaN."""
+    matrix = torch.zeros(7, 7)
+    matrix[:5, :5] = torch.tensor(
+        [
+            [5.9256960e-02, 2.3974324e-04, -1.1479155e-09, 1.1492324e-10, -1.7898391e-25],
+            [2.3974324e-04, 1.3238668e-02, -1.4405432e-10, 2.0533908e-11, 2.0304936e-26],
+            [-1.1479155e-09, -1.4405432e-10, 2.3705385e-17, -2.4376250e-18, 3.2875737e-33],
+            [1.1492324e-10, 2.0533908e-11, -2.4376250e-18, 2.5330817e-19, -3.2180196e-34],
+            [-1.7898391e-25, 2.0304936e-26, 3.2875737e-33, -3.2180196e-34, 2.8621221e-36],
+        ]
+    )
+    subnormal = torch.tensor([3.643376e-44, 2.3822074e-44])
+    matrix[1, 5:], matrix[5:, 1] = subnormal, subnormal
+    matrix[5:, 5:] = 1.4012985e-45 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    vectors, values = rayleigh_ritz(lambda v: matrix @ v, torch.eye(7), 7)
+    assert_orthonormal(vectors)
+    assert values.isfinite().all() and abs(values[0] - 0.059258) < 1e-6
 
 
 @BOTH
