@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch.func import grad, vmap
 
-from lrkfac import Diagonal, power_iteration
+from lrkfac import Diagonal
+from lrkfac.core.power_iteration import orthonormal
 from tests.marks import requires_compiler
 from tests.shape_checking import check_shapes
 
@@ -135,7 +136,7 @@ def test_the_package_is_checked():
     with pytest.raises(TypeCheckError):
         Diagonal(torch.ones(3)).matvec(torch.ones(1))
     with pytest.raises(TypeCheckError):
-        power_iteration(lambda v: v.sum(), torch.ones(3, 1, dtype=torch.int64))
+        orthonormal(torch.ones(3, 1, dtype=torch.int64))
 
 
 @given(st.integers(0, 3))

@@ -127,10 +127,12 @@ def test_convolutions_together_equal_one_by_one(monkeypatch, structure, in_group
 
 
 class Operations(TorchDispatchMode):
+    """Counts them, but for ``detach``, which computes nothing: each layer's statistics pass through it."""
+
     made = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.made += 1
+        self.made += func is not torch.ops.aten.detach.default
         return func(*args, **(kwargs or {}))
 
 
