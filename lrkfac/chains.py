@@ -77,6 +77,7 @@ def adaptive_low_rank_kfac(
     decay: float | Tensor = 0.8,
     weight_decay: float | Tensor = 0.0,
     dtype: torch.dtype | None = None,
+    max_kl: float | Tensor | None = None,
 ) -> GradientTransformation:
     """Natural gradient with low-rank factors and nothing to tune: no learning rate, momentum or damping.
 
@@ -91,6 +92,8 @@ def adaptive_low_rank_kfac(
         decay: Decay of the factors' running averages.
         weight_decay: ``η`` of the penalty ``½ η ‖θ‖²``, which enters the model.
         dtype: Of the factors, see ``precondition_by_fisher``.
+        max_kl: Bound on how far one step moves the model; none by default. 1 keeps a run through batches that are
+            wrong by orders of magnitude, see ``scale_by_quadratic_model``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -99,7 +102,9 @@ def adaptive_low_rank_kfac(
     # 1, too, or make no difference.
     both = ranked(layers, rank, lambda r: kronecker(low_rank(r, weight=2.0), low_rank_plus_diagonal(r, weight=0.5)))
     return chain(
-        scale_by_quadratic_model(precondition_by_fisher(layers, both, decay=decay, dtype=dtype), damping, weight_decay),
+        scale_by_quadratic_model(
+            precondition_by_fisher(layers, both, decay=decay, dtype=dtype), damping, weight_decay, max_kl=max_kl
+        ),
         ema_params(),
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
+import zlib
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from lrkfac.core.types import Layers, Tree
 from lrkfac.state_dicts import form, named
 from lrkfac.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """Number of what stands in the file beside the tensors; it changes with every change of that."""
 KEY = "lrkfac"
 
@@ -69,8 +71,8 @@ def save(path: str | os.PathLike[str], params: Tree, state: Tree, layers: Layers
 def load(path: str | os.PathLike[str], params: Tree, state: Tree, layers: Layers | None = None) -> tuple[Tree, Tree]:
     """Reads what ``save`` wrote into trees like ``params`` and ``state``, whose values do not matter.
 
-    A run that goes on with what it returns, bit for bit goes on as if it had not stopped. Nothing is unpickled, and
-    no class is looked up by name.
+    A run that goes on with what it returns, bit for bit goes on as if it had not stopped. Each tensor has a checksum,
+    nothing is unpickled, and no class is looked up by name.
 
     Args:
         path: Of the file.
@@ -124,7 +126,8 @@ def _described(what: str, tree: Tree, tensors: dict[str, Tensor]) -> list[dict[s
         one: dict[str, Any] = {"name": name, "within": classes, "form": form(leaf)}
         if isinstance(leaf, Tensor):
             dense, one["order"] = _laid_out(leaf.detach())
-            tensors[f"{what}.{name}"] = dense.to("cpu", copy=True).contiguous()
+            tensors[f"{what}.{name}"] = held = dense.to("cpu", copy=True).contiguous()
+            one["crc32"] = _checksum(held)
         else:
             one["value"] = leaf
         leaves.append(one)
@@ -161,14 +164,23 @@ def _read(what: str, like: Tree, found: list[dict[str, Any]], file: Any) -> Tree
             )
         if isinstance(leaf, Tensor):
             back = sorted(range(leaf.ndim), key=one["order"].__getitem__)
+            written = file.get_tensor(f"{what}.{name}")
+            if written.dtype != leaf.dtype:
+                raise TypeError(f"{name!r} is of {written.dtype}")
+            if _checksum(written) != one["crc32"]:
+                raise TypeError(f"the numbers of {name!r} are not those that were written")
             # A copy: the file need not hold it where the processor wants it, which can change the rounding, too.
-            held = file.get_tensor(f"{what}.{name}").to(leaf.device, copy=True)
-            if held.dtype != leaf.dtype:
-                raise TypeError(f"{name!r} is of {held.dtype}")
+            held = written.to(leaf.device, copy=True)
             leaves.append(held.permute(back).expand(leaf.shape))
         else:
             leaves.append(one["value"])
     return optree.tree_unflatten(optree.tree_structure(like), leaves)
+
+
+def _checksum(x: Tensor) -> int:
+    """Of the bytes of a tensor on the CPU whose numbers lie one after another."""
+    size = x.numel() * x.element_size()
+    return zlib.crc32((ctypes.c_char * size).from_address(x.data_ptr())) if size else 0
 
 
 def _classes(tree: Tree) -> list[list[str]]:

@@ -44,16 +44,16 @@ from tests.public_calls import (
 PRECONDITION = lrkfac.precondition_by_fisher(LAYERS, rank=1)
 RATE, POSITIVE = number(0, schedule=True), number(0, includes_low=False)
 SHARE, NONNEGATIVE = number(0, 1), number(0)
+MAX_KL = number(0, includes_low=False, optional=True)
 STRUCTURE = among(
     *[1, "x", torch.ones(2), lrkfac.dense(), {"x": lrkfac.dense()}, {"*": lrkfac.dense()}, {"*": 1}, {"none": None}],
     *[lambda layer: 1, lambda layer: lrkfac.full(), 1j, object(), [], ()],
 )
-
 NOT_RANKS = among("automatic", {"none": 1}, {"*": 0}, {"*": 1.5})
 RANK = st.one_of(integer(optional=True).filter(lambda x: x != {}), NOT_RANKS)
 RANK_OF_CHAIN = st.one_of(RANK, st.none())
-
 OF_DTYPE = {"dtype": DTYPE.filter(lambda x: x is not None)}
+
 # Transformations and schedules.
 SCHEDULE = lrkfac.constant_schedule(0.1)
 public("identity")
@@ -100,13 +100,8 @@ public(
     initial_value=number(),
     final_value=number(),
 )
-public(
-    "exponential_schedule",
-    {"initial_value": 1.0, "decay_rate": 0.5},
-    initial_value=number(),
-    decay_rate=POSITIVE,
-    steps=number(1),
-)
+EXPONENTIAL = {"initial_value": 1.0, "decay_rate": 0.5}
+public("exponential_schedule", EXPONENTIAL, initial_value=number(), decay_rate=POSITIVE, steps=number(1))
 public(
     "piecewise_constant_schedule",
     {"initial_value": 1.0, "scales": {5: 0.1}},
@@ -144,6 +139,7 @@ public(
     weight_decay=NONNEGATIVE,
     learning_rate=number(0, optional=True),
     momentum=number(0, 1, optional=True),
+    max_kl=MAX_KL,
 )
 valid(
     "chain",
@@ -171,6 +167,7 @@ public(
     decay=SHARE,
     weight_decay=NONNEGATIVE,
     **OF_DTYPE,
+    max_kl=MAX_KL,
 )
 valid(
     "inject_hyperparameters()",

@@ -72,7 +72,7 @@ def test_defaults(case):
 
 
 def test_signatures_that_users_rely_on():
-    shared = "learning_rate damping decay momentum weight_decay kl_clip".split()
+    shared = "learning_rate damping decay momentum weight_decay kl_clip dtype".split()
     assert list(inspect.signature(kfac).parameters) == ["layers", *shared]
     assert list(inspect.signature(low_rank_kfac).parameters) == ["layers", "learning_rate", "rank", *shared[1:]]
 

@@ -80,9 +80,9 @@ def rewritten(path, change, dtype=None):
 
 
 VERSIONS = {
-    "a later minor version": ({"version": "0.2.0"}, "got one of lrkfac 0.2.0 in format 1"),
-    "a later major version": ({"version": "1.1.0"}, "got one of lrkfac 1.1.0 in format 1"),
-    "another format": ({"format": 2}, "in format 2"),
+    "a later minor version": ({"version": "0.2.0"}, "got one of lrkfac 0.2.0 in format 2"),
+    "a later major version": ({"version": "1.1.0"}, "got one of lrkfac 1.1.0 in format 2"),
+    "another format": ({"format": 1}, "in format 1"),
     "none": ({"version": None}, "got one of lrkfac None"),
 }
 
@@ -94,7 +94,7 @@ def test_other_versions(change, match, tmp_path):
     with pytest.raises(ValueError, match=re.escape(match)):
         load(path, Run())
     major, minor, *_ = lrkfac.__version__.split(".")
-    rewritten(path, lambda found: found | {"format": 1, "version": f"{major}.{minor}.99"})
+    rewritten(path, lambda found: found | {"format": 2, "version": f"{major}.{minor}.99"})
     load(path, Run())
 
 
@@ -151,6 +151,17 @@ def test_a_damaged_description(whole, place, value):
         assert str(error)
     else:
         assert params["w"].shape == (3, 2) and state[0].shape == (2,) and params["w"].dtype == state[0].dtype
+
+
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_damaged_numbers(whole, place, bit):
+    """A bit that is another in any tensor is seen."""
+    folder, content = whole
+    start = 8 + int.from_bytes(content[:8], "little")
+    place = start + place % (len(content) - start)
+    (folder / "bits").write_bytes(content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :])
+    with pytest.raises(ValueError, match=r"damaged .*numbers of .* are not those that were written"):
+        lrkfac.load(folder / "bits", {"w": torch.ones(3, 2)}, (torch.ones(2), 7))
 
 
 def test_no_file_no_folder(tmp_path):

@@ -75,6 +75,7 @@ def scale_by_quadratic_model(
     weight_decay: float | Tensor = 0.0,
     learning_rate: float | Tensor | None = None,
     momentum: float | Tensor | None = None,
+    max_kl: float | Tensor | None = None,
 ) -> GradientTransformation:
     """``α Δ + μ δ₀``, chosen to minimise the quadratic model of this batch's loss.
 
@@ -100,6 +101,10 @@ def scale_by_quadratic_model(
         weight_decay: ``η``, in the unit of ``F``, within the model.
         learning_rate: Fixes ``α``.
         momentum: Fixes ``μ``.
+        max_kl: Bound on ``δᵀ F δ``, the squared length of a step in the Fisher metric of the batch, and on that of
+            ``α Δ`` in the preconditioner's, twice what the step changes the model by in nats per example. A longer
+            step, or one with ``|μ| > 1``, is shortened. By default none is: a batch unlike all others, such as of
+            another scale by mistake, is then believed at once.
 
     Raises:
         ValueError: If a number is out of range; in ``init``, if nothing in ``preconditioner`` preconditions; in
@@ -114,6 +119,8 @@ def scale_by_quadratic_model(
         need_number(learning_rate, "learning_rate", 0)
     if momentum is not None:
         need_number(momentum, "momentum", 0, 1)
+    if max_kl is not None:
+        need_number(max_kl, "max_kl", 0, includes_low=False)
     decays = isinstance(weight_decay, Tensor) or weight_decay > 0
 
     def init(params: Tree) -> QuadraticModelState:
@@ -172,9 +179,11 @@ def scale_by_quadratic_model(
             directions, inner = vmap(precondition)(candidates)
             rows = torch.cat([directions, state.last[None]])
 
-        curvature = evaluation.gram(vmap(lambda row: _tree(row, params))(rows)).to(rows.dtype)
-        curvature = curvature + (state.damping + weight_decay) * (rows @ rows.mT)
+        gram = evaluation.gram(vmap(lambda row: _tree(row, params))(rows)).to(rows.dtype)
+        curvature = gram + (state.damping + weight_decay) * (rows @ rows.mT)
         minimum = _minimum(curvature, rows @ slope, learning_rate, momentum)
+        if max_kl is not None:
+            minimum = _within(max_kl, minimum, gram, curvature, rows @ slope)
         best = minimum.value.argmin(keepdim=True)
         rate, speed, predicted, kept = (_pick(x, best) for x in (*minimum, candidates))
         if evaluation.statistics is not None:
@@ -249,6 +258,24 @@ def _minimum(
     length = torch.where(a > 0, alone, 0.0) if rate is None else torch.zeros_like(a) + rate
     value = 0.5 * (a * length.square() + c * speed.square()) + b * length * speed + p * length + q * speed
     return Minimum(length, speed, value)
+
+
+def _within(max_kl: float | Tensor, minimum: Minimum, gram: Tensor, curvature: Tensor, slopes: Tensor) -> Minimum:
+    """The minimum, shortened, and the model's value there: ``δᵀ F δ`` and ``α² Δᵀ F̂ Δ = -α² ∇hᵀ Δ`` are at most
+    ``max_kl``, ``|μ|`` at most 1.
+
+    The batch alone is no judge: where it says nothing, as of layers that are silent in it, any step is short.
+    """
+    rate, speed, _ = minimum
+
+    def square(matrix: Tensor) -> Tensor:
+        own = matrix.diagonal()
+        return own[:-1] * rate.square() + 2 * matrix[:-1, -1] * rate * speed + own[-1] * speed.square()
+
+    longest = torch.maximum(square(gram), rate.square() * slopes[:-1].abs())
+    share = (max_kl / torch.clamp(longest, min=max_kl)).sqrt() / speed.abs().clamp(min=1)
+    linear = slopes[:-1] * rate + slopes[-1] * speed
+    return Minimum(share * rate, share * speed, share * linear + 0.5 * share.square() * square(curvature))
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
