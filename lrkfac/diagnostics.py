@@ -105,9 +105,10 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
     * ``drift``: with ``previous``, the change of the running average since then, ``‖M - M'‖ / ‖M‖`` in Frobenius norm.
     * ``update_norm``: the length of the update of the layer's weight and joint bias.
 
-    Of the chain: ``since_statistics``, the number of steps that the inverses are old; ``learning_rate``, ``momentum``,
-    ``damping``, ``factor_damping``, ``predicted``, ``reduction_ratio`` and ``rejected`` (steps) of the quadratic model;
-    ``left_out`` (steps) of ``apply_if_finite``; ``hyperparameters/…`` of ``inject_hyperparameters``.
+    Of the chain: ``since_statistics``, the number of steps since the last statistics, of whichever layers;
+    ``learning_rate``, ``momentum``, ``damping``, ``factor_damping``, ``predicted``, ``reduction_ratio``, ``rejected``
+    (steps) of the quadratic model; ``left_out`` (steps) of ``apply_if_finite``; ``hyperparameters/…`` of
+    ``inject_hyperparameters``.
 
     Eigenvalues of dense factors are computed, in O(d³). Nothing leaves the device, so that it can be mapped over an
     ensemble: ``vmap(lambda s: diagnose(s, layers).metrics())(states)``.
@@ -239,7 +240,7 @@ def ranks_by_trace(state: Any, layers: Layers, share: float = 0.95) -> dict[str,
         From names to ranks. Where all eigenpairs together hold less, their number: make it larger and look again.
 
     Raises:
-        ValueError: If ``share`` is out of range, or as ``diagnose``.
+        ValueError: If ``share`` is out of range, if there were no statistics yet, or as ``diagnose``.
         TypeError: If an argument has the wrong type, or as ``diagnose``.
     """
     need_layers(layers)
@@ -248,6 +249,8 @@ def ranks_by_trace(state: Any, layers: Layers, share: float = 0.95) -> dict[str,
     for name, held in _blocks("state", state, layers).items():
         products = held.state.factors if isinstance(held.state, CorrectedState) else held.state
         if isinstance(products, KroneckerState):
+            if any((side.steps == 0).any() for side in products):
+                raise ValueError(f"state: expected one after some statistics, got one without any of layer {name!r}")
             sides = [side for side in products if not isinstance(side, DiagonalState)]
             ranks[name] = max([1, *[int(needed_rank(side, share)) for side in sides]])
     return ranks

@@ -81,7 +81,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             ValueError: If a number is out of range, or as ``from_module``, ``find_layers`` and ``fisher``.
             TypeError: If an argument has the wrong type or is missing.
         """
-        if lr is None and transformation is low_rank_kfac:
+        if lr is None and transformation in (low_rank_kfac, kfac):
             raise TypeError("lr: missing; pass a number, or transformation=adaptive_low_rank_kfac, which needs none")
         need_integer(statistics_every, "statistics_every")
         need_function(transformation, "transformation", "a function that makes a GradientTransformation, such as kfac")

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 import lrkfac
 from tests.bad_values import DTYPE, NOTHING, among, integer, number
-from tests.public_calls import LAYERS, NOT_LAYERS, G, P, container, public
+from tests.public_calls import LAYERS, NOT_LAYERS, E, G, P, container, public
 from tests.public_transformations import NOT_TREES, PRECONDITION, RANK, STRUCTURE
 
 STATE = PRECONDITION.init(P)
@@ -30,8 +30,8 @@ public(
 )
 public(
     "ranks_by_trace",
-    {"state": STATE, "layers": LAYERS},
-    state=st.one_of(NOT_STATES, st.none()),
+    {"state": PRECONDITION.update(G, STATE, P, evaluation=E)[1], "layers": LAYERS},
+    state=st.one_of(NOT_STATES, st.none(), st.just(STATE)),
     layers=NOT_LAYERS,
     share=number(0, 2, includes_low=False),
 )

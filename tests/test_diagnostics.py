@@ -150,6 +150,8 @@ def test_ranks_by_trace_make_a_chain():
     for share in (0, 1.0, -1, float("nan")):
         with pytest.raises(ValueError, match="share: expected a finite number"):
             ranks_by_trace(states[-1], LAYERS, share)
+    with pytest.raises(ValueError, match="state: expected one after some statistics, got one without any of layer"):
+        ranks_by_trace(states[0], LAYERS)
 
 
 def test_tables():

@@ -90,8 +90,8 @@ def explain(
         rank: Of its default structure; see there.
         budget: Chooses that rank: the largest for which the whole state takes at most so many bytes, common to all
             layers, and one more for as many of them as then fit. ``explain(...).ranks`` is taken by ``rank=``.
-        dtype: Of the factors, see ``precondition_by_fisher``: by its default float64 if the parameters are, else
-            float32.
+        dtype: Of the factors. Layers do not tell that of the parameters: pass float64 for a model of float64, whose
+            factors ``precondition_by_fisher`` holds so by default.
 
     Raises:
         ValueError: If both ``rank`` and ``budget`` are given, not even rank 1 fits, or as ``precondition_by_fisher``.

@@ -73,8 +73,10 @@ def staleness(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
 def _angles(old: Any, new: Any) -> list[Tensor]:
     """Of all factors within two states; the largest of a factor's groups or units."""
     if isinstance(old, DenseState | DiagonalState | LowRankState | LowRankPlusDiagonalState):
-        lengths = (_inner(old, old) * _inner(new, new)).clamp(min=torch.finfo(old[0].dtype).tiny).sqrt()
-        return [(_inner(old, new) / lengths).clamp(-1, 1).acos().amax()]
+        squares = _inner(old, old), _inner(new, new)
+        lengths = (squares[0] * squares[1]).clamp(min=torch.finfo(old[0].dtype).tiny).sqrt()
+        angle = (_inner(old, new) / lengths).clamp(-1, 1).acos()
+        return [torch.where((squares[0] == 0) & (squares[1] == 0), 0, angle).amax()]
     return [angle for x, y in zip(old, new, strict=True) if isinstance(x, tuple) for angle in _angles(x, y)]
 
 

@@ -27,7 +27,7 @@ class PreconditionState(NamedTuple):
         factors: The running averages.
         inverses: Their damped inverses as of the last statistics.
         dampings: What these have on top of the averages: ``δ_B`` and ``δ_A`` of a product, ``[2]``, else ``λ``, ``[]``.
-        since: The number of steps since the last statistics; int64, ``[]``.
+        since: The number of steps since the last statistics, of whichever layers; int64, ``[]``.
         fallback: The state of the transformation of all other parameters.
     """
 

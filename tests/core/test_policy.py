@@ -121,5 +121,7 @@ def test_staleness_is_the_angle_between_matrices(structure, dtype):
             assert abs(angle.item() - expected) <= (1e-6 if dtype == torch.float64 else 2e-3)
         assert 1e-3 < angle.item() <= math.pi / 2
     assert all(angle <= 3e-3 for angle in lrkfac.staleness(states[0], states[0]).values())
+    start = tx.init(params).factors
+    assert all(angle == 0 for angle in lrkfac.staleness(start, start).values())
     with pytest.raises(ValueError, match="after: expected factors of the layers"):
         lrkfac.staleness(states[0], {})
