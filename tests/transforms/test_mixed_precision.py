@@ -204,3 +204,12 @@ def test_explain_counts_the_chosen_dtype(structure, dtype):
     state = precondition_by_fisher(problem.layers, structure, dtype=dtype).init(problem.params)
     size = sum(x.numel() * x.itemsize for x in optree.tree_leaves(state))
     assert lrkfac.explain(problem.layers, structure, dtype=dtype).total.bytes == size
+
+
+def test_accumulate_adds_in_float32():
+    tx = lrkfac.accumulate(lrkfac.identity(), 256)
+    state = tx.init({"w": torch.zeros(2, dtype=BFLOAT16)})
+    for i in range(256):
+        grads = {"w": torch.full((2,), 1.0 if i else 256.0, dtype=BFLOAT16)}
+        updates, state = tx.update(grads, state)
+    assert updates["w"].tolist() == [2.0, 2.0]  # 511 / 256, rounded
