@@ -158,8 +158,9 @@ def apply(block: Block, inverse: Any, matrices: list[Any]) -> list[Any]:
     """
     if not isinstance(block.structure, KroneckerStructure):
         matrices = formed(matrices)
-    wider = reduce(torch.promote_types, [m.dtype for m in matrices], floating_dtype(inverse))
-    if floating_dtype(inverse) != wider:
+    held = floating_dtype(inverse)
+    wider = reduce(torch.promote_types, [m.dtype for m in matrices], held)
+    if held != wider:
         inverse = optree.tree_map(lambda x: x.to(wider), inverse)
     if _per_model(block):
         flat = torch.cat([matrix.reshape(-1).to(wider) for matrix in matrices])

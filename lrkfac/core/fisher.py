@@ -83,12 +83,11 @@ def fisher(
         ``evaluate(params, inputs, targets, statistics=True, noise=None) -> Evaluation``. With
         ``statistics=False`` it costs a gradient and nothing more; where ``statistics`` are names of layers (a tuple;
         see ``staggered``), those of the other layers are empty and leave these as they are; where they are numbers of
-        examples,
-        int64 ``[n]``, they are those of these examples alone (of every tensor of ``inputs`` whose leading axis
-        is as long as that of ``targets``). ``noise`` is uniform on [0, 1), of shape ``[samples, *outputs.shape]`` (a
-        tree of such where outputs are one) for these examples, for ``"mc"`` alone, and not used where no statistics
-        are taken; without it, it is drawn from torch's
-        default generator (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
+        examples, int64 ``[n]``, they are those of these examples alone (of every tensor of ``inputs`` whose leading
+        axis is as long as that of ``targets``). ``noise`` is uniform on [0, 1), of shape ``[samples, *outputs.shape]``
+        (a tree of such where outputs are one) for these examples, for ``"mc"`` alone, and not used where no statistics
+        are taken; without it, it is drawn from torch's default generator (``torch.manual_seed``), and ``vmap`` then
+        asks for ``randomness="different"``.
 
     Raises:
         ValueError: If an option is unknown or out of range; at evaluation, if parameters, targets or noise do
@@ -105,6 +104,7 @@ def fisher(
     if not isinstance(likelihood, Likelihood | Joint):
         raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")
     heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)
+    every = frozenset([layer.name for layer in layers])
     specs: dict[Any, Specs] = {}
 
     def specs_for(params: Tree, inputs: Tree) -> Specs:
@@ -128,7 +128,7 @@ def fisher(
         need_values(params=params, inputs=inputs)
         start = params
         targets = heads.leaves(targets, "targets")
-        statistics, names = chosen(statistics, layers)
+        statistics, names = chosen(statistics, every)
         whole = statistics is True and examples is None
         first = not (torch.compiler.is_compiling() or specs)  # refuses hidden effects, at the first batch
         known = specs_for(params, inputs) if whole or thin or (first and statistics is False) else {}

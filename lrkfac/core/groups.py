@@ -73,9 +73,9 @@ def _groups(blocks: Sequence[Block], held: dict[str, Held], statistics: Statisti
     found: list[tuple[Any, int, list[Block]]] = []
     for block in blocks:
         form, size = _form(block, held, statistics)
+        convolved = CONVOLUTIONS.intersection(block.layers[0].kinds)
+        largest = min(LARGEST, LARGEST_OF_CONVOLUTIONS) if convolved else LARGEST
         for i, (other, stacked, group) in enumerate(found):
-            convolved = CONVOLUTIONS.intersection(block.layers[0].kinds)
-            largest = min(LARGEST, LARGEST_OF_CONVOLUTIONS) if convolved else LARGEST
             if form is not None and form == other and stacked + size <= largest:
                 found[i] = (other, stacked + size, [*group, block])
                 break

@@ -12,6 +12,7 @@ from torch import Tensor
 from lrkfac.core.checks import need_integer
 from lrkfac.core.factors import DenseState, DiagonalState
 from lrkfac.core.low_rank import LowRankPlusDiagonalState, LowRankState
+from lrkfac.core.spectra import inner, thin
 from lrkfac.core.tree import need_layers
 from lrkfac.core.types import Layers
 
@@ -86,19 +87,4 @@ def _inner(old: Any, new: Any) -> Tensor:
         return (old.matrix * new.matrix).sum(dim=(-2, -1))
     if isinstance(old, DiagonalState):
         return (old.diagonal * new.diagonal).sum(dim=-1)
-    (u, s, d), (v, t, e) = _parts(old), _parts(new)
-    cosines = (u.mT @ v).square()
-    both = (s * (cosines @ t[..., None])[..., 0]).sum(dim=-1) + (d * e).sum(dim=-1)
-    return (
-        both
-        + ((u.square() @ s[..., None])[..., 0] * e).sum(dim=-1)
-        + ((v.square() @ t[..., None])[..., 0] * d).sum(dim=-1)
-    )
-
-
-def _parts(state: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors, values and diagonal."""
-    if isinstance(state, LowRankPlusDiagonalState):
-        return state.vectors, state.values, state.diagonal
-    rest = state.residual[..., None]
-    return state.vectors, state.values - rest, rest.expand(*rest.shape[:-1], state.vectors.shape[-2])
+    return inner(thin(old), thin(new))

@@ -86,10 +86,7 @@ def ranks_within(
     return ranks
 
 
-def _bytes(
-    layers: Layers, structure: Chosen, rank: Rank, dtype: torch.dtype, known: dict[Any, int] | None = None
-) -> int:
-    known = {} if known is None else known
+def _bytes(layers: Layers, structure: Chosen, rank: Rank, dtype: torch.dtype, known: dict[Any, int]) -> int:
     total = COUNTER
     for block in blocks(layers, structure, rank):
         form = form_of(block)

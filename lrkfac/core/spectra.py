@@ -101,24 +101,29 @@ def squared_distance(state: Any, other: Any) -> tuple[Tensor, Tensor]:
         return (state.matrix - other.matrix).square().sum(), state.matrix.square().sum()
     if isinstance(state, DiagonalState):
         return (state.diagonal - other.diagonal).square().sum(), state.diagonal.square().sum()
-    one, two = _thin(state), _thin(other)
+    one, two = thin(state), thin(other)
     difference = LowRankPlusDiagonal(
         torch.cat([one.vectors, two.vectors], dim=1),
         torch.cat([one.values, -two.values]),
         one.diagonal - two.diagonal,
     )
-    return _squared_norm(difference).clamp(min=0), _squared_norm(one)
+    return inner(difference, difference).clamp(min=0), inner(one, one)
 
 
-def _thin(state: LowRankState | LowRankPlusDiagonalState) -> LowRankPlusDiagonal:
+def thin(state: LowRankState | LowRankPlusDiagonalState) -> LowRankPlusDiagonal:
+    """The average that eigenpairs and a rest hold; leading axes are those of groups and units."""
     if isinstance(state, LowRankPlusDiagonalState):
         return LowRankPlusDiagonal(state.vectors, state.values, state.diagonal)
-    around = state.residual.expand(state.vectors.shape[0])
-    return LowRankPlusDiagonal(state.vectors, state.values - state.residual, around)
+    rest = state.residual[..., None]
+    around = rest.expand(*rest.shape[:-1], state.vectors.shape[-2])
+    return LowRankPlusDiagonal(state.vectors, state.values - rest, around)
 
 
-def _squared_norm(operator: LowRankPlusDiagonal) -> Tensor:
-    vectors, values, diagonal = operator
-    products = (vectors.mT @ vectors).square()
-    crossed = 2 * (values * (vectors.square().mT @ diagonal)).sum()
-    return values @ products @ values + crossed + diagonal.square().sum()
+def inner(one: LowRankPlusDiagonal, two: LowRankPlusDiagonal) -> Tensor:
+    """``tr(M N)``, over the last axes."""
+    (u, s, d), (v, t, e) = one, two
+    products = (u.mT @ v).square()
+    pairs = (s * (products @ t[..., None])[..., 0]).sum(dim=-1) + (d * e).sum(dim=-1)
+    at_two = ((u.square() @ s[..., None])[..., 0] * e).sum(dim=-1)
+    at_one = ((v.square() @ t[..., None])[..., 0] * d).sum(dim=-1)
+    return pairs + at_two + at_one

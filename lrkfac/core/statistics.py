@@ -104,14 +104,13 @@ def statistics_of(
     return Statistics({name: inputs for name, (inputs, _) in of_loss.items()}, gradients, scale)
 
 
-def chosen(statistics: Any, layers: Layers) -> tuple[bool | Tensor, frozenset[str]]:
-    """What ``evaluate`` is asked for: statistics or not, or the numbers of examples; and of which layers.
+def chosen(statistics: Any, names: frozenset[str]) -> tuple[bool | Tensor, frozenset[str]]:
+    """What ``evaluate`` is asked for: statistics or not, or the numbers of examples; and of which of the named layers.
 
     Raises:
         ValueError: If it names no layer, or does not choose examples by number.
         TypeError: If it is something else.
     """
-    names = frozenset([layer.name for layer in layers])
     if isinstance(statistics, Tensor):
         if statistics.ndim != 1 or statistics.dtype not in (torch.int64, torch.int32) or not statistics.numel():
             raise ValueError(

@@ -43,7 +43,7 @@ def by_rows(layer: Layer, inputs: Uses, gradients: Uses) -> dict[int, Any]:
     """The gradients of a thin layer's parameters, by their index; that of the weight not formed."""
     joint = layer.bias is not None
     a, g = inputs[0].reshape(-1, layer.d_in - joint), gradients[0].reshape(-1, layer.d_out)
-    dtype = torch.promote_types(a.dtype, g.dtype) if a.dtype != g.dtype else g.dtype  # under autocast
+    dtype = torch.promote_types(a.dtype, g.dtype)  # two under autocast
     found: dict[int, Any] = {layer.weight.index: turned(layer, Unformed(g.to(dtype), a.to(dtype), dtype))}
     if layer.bias is not None:
         found[layer.bias.index] = put(layer.bias.view, layer.bias.shape, g.to(dtype).sum(dim=0))

@@ -181,9 +181,10 @@ def scale_by_quadratic_model(
 
         gram = evaluation.gram(vmap(lambda row: _tree(row, params))(rows)).to(rows.dtype)
         curvature = gram + (state.damping + weight_decay) * (rows @ rows.mT)
-        minimum = _minimum(curvature, rows @ slope, learning_rate, momentum)
+        slopes = rows @ slope
+        minimum = _minimum(curvature, slopes, learning_rate, momentum)
         if max_kl is not None:
-            minimum = _within(max_kl, minimum, gram, curvature, rows @ slope)
+            minimum = _within(max_kl, minimum, gram, curvature, slopes)
         best = minimum.value.argmin(keepdim=True)
         rate, speed, predicted, kept = (_pick(x, best) for x in (*minimum, candidates))
         if evaluation.statistics is not None:

@@ -102,7 +102,7 @@ WIDE_LAYERS = lrkfac.find_layers(lambda p, x: (p["s"] * (x @ p["w"].T)) @ p["v"]
 
 
 def of(rank):
-    return ranks._bytes(WIDE_LAYERS, None, rank, torch.float32)
+    return ranks._bytes(WIDE_LAYERS, None, rank, torch.float32, {})
 
 
 @given(st.integers(3000, 200_000))
