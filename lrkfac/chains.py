@@ -11,7 +11,8 @@ from lrkfac.core.factors import dense
 from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
 from lrkfac.core.ranks import AutoRank, ranked
 from lrkfac.core.structures import kronecker
-from lrkfac.core.types import Layers
+from lrkfac.core.tree import need_numbers
+from lrkfac.core.types import Layers, PerParameter
 from lrkfac.transforms.averaging import ema_params
 from lrkfac.transforms.base import GradientTransformation, chain
 from lrkfac.transforms.clip import clip_by_kl
@@ -19,17 +20,17 @@ from lrkfac.transforms.decay import add_decayed_weights
 from lrkfac.transforms.momentum import trace
 from lrkfac.transforms.precondition import precondition_by_fisher
 from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
-from lrkfac.transforms.schedule import Schedule, scale_by_learning_rate
+from lrkfac.transforms.schedule import scale_by_learning_rate
 
 
 def low_rank_kfac(
     layers: Layers,
-    learning_rate: float | Tensor | Schedule,
+    learning_rate: PerParameter,
     rank: AutoRank = 32,
     damping: float | Tensor = 1e-2,
     decay: float | Tensor = 0.95,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
+    momentum: PerParameter = 0.9,
+    weight_decay: PerParameter = 0.0,
     kl_clip: float = 1e-3,
     dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
@@ -37,7 +38,8 @@ def low_rank_kfac(
 
     Args:
         layers: From ``find_layers``.
-        learning_rate: A number, a tensor ``[]`` or a schedule.
+        learning_rate: A number, a tensor ``[]`` or a schedule; or a tree of them like the parameters, or one that ends
+            earlier: ``{"encoder": 0.01, "head": 0.1}``. ``momentum`` and ``weight_decay`` may be trees of numbers, too.
         rank: Rank of the factors; at ``rank ≥ d`` this is ``kfac``. An integer, one for each pattern of layer names, or
             ``"auto"``, see ``precondition_by_fisher``.
         damping: Tikhonov damping, see ``precondition_by_fisher``.
@@ -57,11 +59,11 @@ def low_rank_kfac(
 
 def kfac(
     layers: Layers,
-    learning_rate: float | Tensor | Schedule,
+    learning_rate: PerParameter,
     damping: float | Tensor = 1e-2,
     decay: float | Tensor = 0.95,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
+    momentum: PerParameter = 0.9,
+    weight_decay: PerParameter = 0.0,
     kl_clip: float = 1e-3,
     dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
@@ -75,7 +77,7 @@ def adaptive_low_rank_kfac(
     rank: AutoRank = 32,
     damping: float | Tensor = 0.1,
     decay: float | Tensor = 0.8,
-    weight_decay: float | Tensor = 0.0,
+    weight_decay: PerParameter = 0.0,
     dtype: torch.dtype | None = None,
     max_kl: float | Tensor | None = None,
 ) -> GradientTransformation:
@@ -112,15 +114,15 @@ def adaptive_low_rank_kfac(
 def _kfac(
     layers: Layers,
     structure: Chosen,
-    learning_rate: float | Tensor | Schedule,
+    learning_rate: PerParameter,
     damping: float | Tensor,
     decay: float | Tensor,
-    momentum: float,
-    weight_decay: float,
+    momentum: PerParameter,
+    weight_decay: PerParameter,
     kl_clip: float,
     dtype: torch.dtype | None,
 ) -> GradientTransformation:
-    need_number(momentum, "momentum", 0, 1)
+    need_numbers(momentum, "momentum", 0, 1)
     need_number(kl_clip, "kl_clip", 0, includes_low=False)
     return chain(
         precondition_by_fisher(layers, structure, damping=damping, decay=decay, dtype=dtype),

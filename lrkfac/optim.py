@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import required
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.core.checks import need_function, need_integer, need_number
@@ -17,8 +19,9 @@ from lrkfac.core.likelihoods import Likelihood
 from lrkfac.core.module import from_module
 from lrkfac.core.statistics import Asked, Estimator
 from lrkfac.core.tree import formed, without_autocast
-from lrkfac.core.types import Evaluation, Tree
-from lrkfac.state_dicts import from_state_dict, state_dict
+from lrkfac.core.types import Evaluation, Layers, Tree
+from lrkfac.param_groups import OfGroups, check_group, defaults, filled, function_of, listed
+from lrkfac.state_dicts import carried_over, from_state_dict, state_dict
 from lrkfac.transforms.base import GradientTransformation, apply_updates
 
 CHAIN = "chain"
@@ -36,8 +39,11 @@ class LowRankKFAC(torch.optim.Optimizer):
 
     The evaluation runs under the ``torch.autocast`` around it, the linear algebra never does. bfloat16 needs no
     ``GradScaler``, and there is nothing that one could scale. Buffers, such as BatchNorm's, are updated by each
-    evaluation, as by a forward pass. Of ``param_groups`` there is one; its ``lr`` is read in each step, so that
-    ``torch.optim.lr_scheduler`` works (with ``cycle_momentum=False``).
+    evaluation, as by a forward pass.
+
+    Of ``param_groups``, ``lr`` is read in each step, so that ``torch.optim.lr_scheduler`` works, ``momentum`` and
+    ``weight_decay``, too, where the transformation takes them. What differs between groups is handed to it as a tree:
+    the functional loop is that of ``low_rank_kfac(layers, {"body.weight": 0.01, "head.weight": 0.1})``.
 
     Attributes:
         layers: The layers that were found.
@@ -46,6 +52,11 @@ class LowRankKFAC(torch.optim.Optimizer):
         steps: Number of steps so far.
     """
 
+    layers: Layers
+    transformation: GradientTransformation
+    _parameters: dict[str, nn.Parameter]
+    _held: Evaluation | None
+
     def __init__(
         self,
         module: nn.Module,
@@ -53,6 +64,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         inputs: Tree,
         lr: float | Tensor | None = None,
         *,
+        params: Iterable[Any] | None = None,
         transformation: Callable[..., GradientTransformation] = low_rank_kfac,
         estimator: Estimator = "mc",
         samples: int = 1,
@@ -67,9 +79,11 @@ class LowRankKFAC(torch.optim.Optimizer):
             likelihood: What its outputs mean.
             inputs: Of a batch, to find the layers; a tuple is spread as positional, a dictionary as keyword arguments.
             lr: Learning rate, for a transformation that takes one.
+            params: Parameters, or groups as optimizers of torch take them, ``[{"params": net.head.parameters(), "lr":
+                0.1, "weight_decay": 0.0}, ...]``. What is in none is constant. By default all that require a gradient.
             transformation: ``transformation(layers, lr, **options)``, or without ``lr`` if none is given, such as
                 ``kfac``, or ``adaptive_low_rank_kfac`` without ``lr``; or one's own function. It is handed ``lr`` as a
-                schedule that returns the number that stands in ``param_groups`` just then.
+                schedule that returns the number that stands in ``param_groups`` just then, or a tree of schedules.
             estimator: See ``fisher``.
             samples: See ``fisher``.
             thin: See ``fisher``; by default where the transformation is one of lrkfac's. It is for ``step(inputs,
@@ -81,32 +95,33 @@ class LowRankKFAC(torch.optim.Optimizer):
             ValueError: If a number is out of range, or as ``from_module``, ``find_layers`` and ``fisher``.
             TypeError: If an argument has the wrong type or is missing.
         """
-        if lr is None and transformation in (low_rank_kfac, kfac):
+        groups = None if params is None else listed(params)
+        given = defaults(transformation, lr, options)
+        if lr is None and any(isinstance(group, dict) and "lr" in group for group in groups or ()):
+            given["lr"] = required
+        if "lr" not in given and transformation in (low_rank_kfac, kfac):
             raise TypeError("lr: missing; pass a number, or transformation=adaptive_low_rank_kfac, which needs none")
+        if "lr" in given and transformation is adaptive_low_rank_kfac:
+            raise TypeError("lr: adaptive_low_rank_kfac finds its own step sizes and takes none, nor does a group")
         need_integer(statistics_every, "statistics_every")
         need_function(transformation, "transformation", "a function that makes a GradientTransformation, such as kfac")
         if lr is not None:
             need_number(lr, "lr", 0)
-        self._buffered = isinstance(module, nn.Module) and next(module.buffers(), None) is not None
-        model, params, *_ = from_module(module, buffers=self._buffered)
-        self._module = module
-        self._parameters = {name: p for name, p in module.named_parameters() if name in params}
-        super().__init__(list(self._parameters.values()), {} if lr is None else {"lr": lr})
-        self._modes = [(name, part, part.training) for name, part in module.named_modules()]
-        self.layers = find_layers(model, params, self._with_buffers(inputs))
+        _, trained = from_module(module)
+        self._buffered = next(module.buffers(), None) is not None
+        self._module, self._inputs = module, inputs
         thin = transformation in (low_rank_kfac, kfac, adaptive_low_rank_kfac) if thin is None else thin
-        self._fisher = fisher(model, likelihood, self.layers, estimator, samples, has_aux=self._buffered, thin=thin)
-        rate = () if lr is None else (self._rate,)
-        self.transformation = transformation(self.layers, *rate, **options)
-        if not isinstance(self.transformation, GradientTransformation):
-            raise TypeError(
-                "transformation: expected a function that makes a GradientTransformation, such as kfac, got one of "
-                f"{type(self.transformation).__name__}"
-            )
+        self._evaluator = partial(
+            fisher, likelihood=likelihood, estimator=estimator, samples=samples, has_aux=self._buffered, thin=thin
+        )
+        fixed = {name: value for name, value in options.items() if name not in given}
+        self._make = OfGroups(lambda: self.param_groups, partial(transformation, **fixed), given)
+        everything = [p for name, p in module.named_parameters() if name in trained]
+        super().__init__(everything if groups is None else groups, given)
+        self._describe()
         self.statistics_every = statistics_every
         self.chain_state = self.transformation.init(self.params)
-        self.steps = 0
-        self._held: Evaluation | None = None
+        self.steps = self._started = 0
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -187,6 +202,8 @@ class LowRankKFAC(torch.optim.Optimizer):
                     f"step: {absent} have no .grad any more; call zero_grad() before evaluate(), or not at all"
                 )
             evaluation = evaluation._replace(grads={name: p.grad for name, p in self._parameters.items()})
+        if self._make.has_changed():
+            self.transformation = self._make(self.layers, self._parameters)
         params = self.params
         with torch.no_grad(), without_autocast(evaluation.loss):
             updates, self.chain_state = self.transformation.update(
@@ -199,7 +216,7 @@ class LowRankKFAC(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and containers: ``torch.load(..., weights_only=True)`` reads them."""
-        self.state[CHAIN] = {"state": state_dict(self.chain_state), "steps": self.steps}  # type: ignore[index]
+        self.state[CHAIN] = {"state": state_dict(self.chain_state), "steps": self.steps, "started": self._started}  # type: ignore[index]
         try:
             return super().state_dict()
         finally:
@@ -222,21 +239,33 @@ class LowRankKFAC(torch.optim.Optimizer):
             raise ValueError(f"state_dict: expected groups of {here} parameters, got {sizes}; make the optimizer alike")
         state = from_state_dict(self.chain_state, held["state"])
         super().load_state_dict(state_dict)
+        self.param_groups[:] = [filled(group, self.defaults) for group in self.param_groups]
         self.state.clear()
         self.chain_state, self.steps, self._held = state, held["steps"], None
+        self._started = held.get("started", 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuses a second group.
+        """Adds parameters of the module that were constant so far, such as a part that was frozen.
+
+        Layers are found again; of those that were there, the state is kept. The next evaluation takes statistics.
 
         Raises:
-            ValueError: If there is a group already.
+            ValueError: If a parameter is not the module's, is in a group already, or requires no gradient; if the group
+                sets something else than ``lr``, ``momentum`` and ``weight_decay``, or as ``find_layers`` and the
+                transformation. Nothing has changed then.
+            TypeError: If it is no dictionary, or a value has the wrong type.
         """
-        if self.param_groups:
-            raise ValueError(
-                "param_group: expected one group of all parameters that require a gradient; use transformation=... "
-                "with lrkfac.partition for parameters of several kinds, and make another optimizer for more parameters"
-            )
-        super().add_param_group(param_group)
+        super().add_param_group(filled(param_group, self.defaults if self.param_groups else {}))
+        try:
+            check_group(self.param_groups[-1], self._module, self.defaults)
+            if hasattr(self, "chain_state"):
+                self._describe()
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if hasattr(self, "chain_state"):
+            self.chain_state = carried_over(self.transformation.init(self.params), self.chain_state)
+            self._started = self.steps
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("LowRankKFAC: functions cannot be pickled or copied; make another one, and load_state_dict()")
@@ -249,7 +278,7 @@ class LowRankKFAC(torch.optim.Optimizer):
                     f"module: {name or type(part).__name__!r} is in {now} mode, and was in {was} mode when the "
                     f"optimizer was made; call {was}() on it, or make the optimizer again"
                 )
-        chosen = self.steps % self.statistics_every == 0 if statistics is None else statistics
+        chosen = (self.steps - self._started) % self.statistics_every == 0 if statistics is None else statistics
         evaluation = self._fisher(self.params, self._with_buffers(inputs), targets, statistics=chosen)
         if self._buffered:
             with torch.no_grad():
@@ -260,6 +289,12 @@ class LowRankKFAC(torch.optim.Optimizer):
     def _with_buffers(self, inputs: Tree) -> Tree:
         return (dict(self._module.named_buffers()), inputs) if self._buffered else inputs
 
-    def _rate(self, step: Tensor) -> float | Tensor:
-        rate: float | Tensor = self.param_groups[0]["lr"]
-        return rate
+    def _describe(self) -> None:
+        """Finds the layers of what is in the groups, and makes the chain."""
+        model, params = function_of(self._module, self.param_groups, self._buffered)
+        layers = find_layers(model, params, self._with_buffers(self._inputs))
+        evaluate = self._evaluator(model, layers=layers)
+        own = {name: p for name, p in self._module.named_parameters() if name in params}
+        self.transformation = self._make(layers, own)
+        self.layers, self._fisher, self._parameters, self._held = layers, evaluate, own, None
+        self._modes = [(name, part, part.training) for name, part in self._module.named_modules()]

@@ -67,6 +67,28 @@ def from_state_dict(like: Tree, state_dict: Mapping[str, Any]) -> Tree:
     return optree.tree_unflatten(optree.tree_structure(like), leaves)
 
 
+def carried_over(new: Any, old: Any) -> Any:
+    """A state with what another has of it: what stands under a name, such as a layer's, as a whole or not at all."""
+    if _alike(new, old):
+        return old
+    if isinstance(new, dict) and isinstance(old, dict):
+        known = [name for name, x in new.items() if name in old and (_has_names(x) or _alike(x, old[name]))]
+        return {**new, **{name: carried_over(new[name], old[name]) for name in known}}
+    if isinstance(new, tuple) and type(new) is type(old) and len(new) == len(old):
+        parts = [carried_over(x, y) for x, y in zip(new, old, strict=True)]
+        return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
+    return new
+
+
+def _alike(new: Tree, old: Tree) -> bool:
+    found, there = ([form(x) for x in optree.tree_leaves(tree)] for tree in (new, old))
+    return found == there and optree.tree_structure(new) == optree.tree_structure(old)
+
+
+def _has_names(state: Any) -> bool:
+    return isinstance(state, dict) or (isinstance(state, tuple) and any(_has_names(part) for part in state))
+
+
 def named(tree: Tree, what: str = "tree") -> list[tuple[str, Any]]:
     """Each leaf with its name: its dotted path, and its number where an earlier leaf has the same.
 

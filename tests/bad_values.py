@@ -27,9 +27,17 @@ NOTHING = (None, 1j, b"x", object(), {}, [], (), {"x": 1}, [1.0], Other(torch.on
 """What is no number, name or tensor."""
 
 
-def number(low=-INF, high=INF, includes_low=True, optional=False, tensor=True, schedule=False):
-    """No finite number, nor tensor of one, in [low, high) or (low, high)."""
+def number(low=-INF, high=INF, includes_low=True, optional=False, tensor=True, schedule=False, trees=False):
+    """No finite number, nor tensor of one, in [low, high) or (low, high); where trees are fine, none of such."""
     others = [x for x in NOTHING if not (optional and x is None) and not (schedule and callable(x))]
+    if trees:
+        others = [x for x in others if x not in ([1.0], {"x": 1})] + [
+            {"x": NAN},
+            [INF],
+            {"x": None},
+            ([1j],),
+            {"x": "1"},
+        ]
     tensors = [torch.ones(2), torch.ones(1, 1), torch.tensor(1j), torch.tensor(True), torch.ones((), device="meta")]
     outside = [st.just(NAN), st.just(INF), st.just(-INF)]
     if low > -INF:

@@ -13,7 +13,6 @@ from tests.bad_values import (
     EVALUATION,
     FLAG,
     FUNCTION,
-    LIKELIHOOD,
     NAN,
     NOTHING,
     TRANSFORMATION,
@@ -24,26 +23,20 @@ from tests.bad_values import (
 )
 from tests.public_calls import (
     LAYERS,
-    NET,
-    NOT_INPUTS,
     NOT_LAYERS,
-    NOT_STATISTICS,
-    NOT_TARGETS,
     NOT_TREES,
-    VALID,
     WITHOUT,
     E,
     G,
     P,
-    X,
-    Y,
     public,
     valid,
 )
 
 PRECONDITION = lrkfac.precondition_by_fisher(LAYERS, rank=1)
-RATE, POSITIVE = number(0, schedule=True), number(0, includes_low=False)
+RATE, POSITIVE = number(0, schedule=True, trees=True), number(0, includes_low=False)
 SHARE, NONNEGATIVE = number(0, 1), number(0)
+SHARES, DECAYS = number(0, 1, trees=True), number(0, trees=True)
 MAX_KL = number(0, includes_low=False, optional=True)
 STRUCTURE = among(
     *[1, "x", torch.ones(2), lrkfac.dense(), {"x": lrkfac.dense()}, {"*": lrkfac.dense()}, {"*": 1}, {"none": None}],
@@ -60,9 +53,9 @@ public("identity")
 public("scale", {"factor": 0.1}, factor=number())
 public("scale_by_learning_rate", {"learning_rate": 0.1}, learning_rate=RATE)
 public("scale_by_adam", b1=SHARE, b2=SHARE, eps=NONNEGATIVE)
-public("trace", {"decay": 0.9}, decay=SHARE, nesterov=FLAG)
+public("trace", {"decay": 0.9}, decay=SHARES, nesterov=FLAG)
 public("ema_params", decay=SHARE)
-public("add_decayed_weights", {"weight_decay": 0.1}, weight_decay=NONNEGATIVE)
+public("add_decayed_weights", {"weight_decay": 0.1}, weight_decay=DECAYS)
 public("clip_by_value", {"max_delta": 1.0}, max_delta=POSITIVE)
 public("clip_by_global_norm", {"max_norm": 1.0}, max_norm=POSITIVE)
 public("clip_by_kl", {"max_kl": 1.0}, max_kl=POSITIVE, learning_rate=RATE)
@@ -136,7 +129,7 @@ public(
     {"preconditioner": PRECONDITION},
     preconditioner=TRANSFORMATION,
     damping=POSITIVE,
-    weight_decay=NONNEGATIVE,
+    weight_decay=DECAYS,
     learning_rate=number(0, optional=True),
     momentum=number(0, 1, optional=True),
     max_kl=MAX_KL,
@@ -147,7 +140,7 @@ valid(
     {"transformations": [lrkfac.trace(0.9)]},
     transformations=st.lists(TRANSFORMATION, min_size=1, max_size=3),
 )
-KFAC = {"learning_rate": RATE, "damping": POSITIVE, "decay": SHARE, "momentum": SHARE, "weight_decay": NONNEGATIVE}
+KFAC = {"learning_rate": RATE, "damping": POSITIVE, "decay": SHARE, "momentum": SHARES, "weight_decay": DECAYS}
 public("kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, **KFAC, kl_clip=POSITIVE, **OF_DTYPE)
 public(
     "low_rank_kfac",
@@ -165,7 +158,7 @@ public(
     rank=RANK_OF_CHAIN,
     damping=POSITIVE,
     decay=SHARE,
-    weight_decay=NONNEGATIVE,
+    weight_decay=DECAYS,
     **OF_DTYPE,
     max_kl=MAX_KL,
 )
@@ -186,48 +179,6 @@ valid(
     lambda labels: lrkfac.partition({"a": lrkfac.trace(0.9)}, labels).init(P),
     {"labels": "a"},
     labels=among(1, "x", None, {"0.bias": "a"}, dict.fromkeys(P, "b"), dict.fromkeys(P), ["a"], 1j),
-)
-
-# As an optimizer of torch.
-OPTIMIZER = lrkfac.LowRankKFAC(NET, lrkfac.categorical(), X, 0.1, rank=1)
-NOT_STATE_DICTS = among(
-    *[1, "x", None, {}, {"state": {}}, [], 1j],
-    torch.optim.SGD(NET.parameters(), 0.1).state_dict(),
-    lrkfac.LowRankKFAC(NET, lrkfac.categorical(), X, transformation=lrkfac.adaptive_low_rank_kfac).state_dict(),
-    {**OPTIMIZER.state_dict(), "param_groups": []},
-)
-public(
-    "LowRankKFAC",
-    {"module": NET, "likelihood": lrkfac.categorical(), "inputs": X, "lr": 0.1},
-    module=VALID["from_module"].bad["module"],
-    likelihood=LIKELIHOOD,
-    inputs=VALID["find_layers"].bad["inputs"],
-    lr=number(0),
-    transformation=st.one_of(FUNCTION, st.just(lambda *_: 1)),
-    statistics_every=integer(),
-    **{name: VALID["fisher"].bad[name] for name in ("estimator", "samples")},
-    thin=FLAG.filter(lambda x: x is not None),
-)
-valid(
-    "LowRankKFAC.evaluate",
-    OPTIMIZER.evaluate,
-    {"inputs": X, "targets": Y},
-    inputs=NOT_INPUTS,
-    targets=NOT_TARGETS,
-    statistics=NOT_STATISTICS.filter(lambda x: x is not None),
-)
-valid(
-    "LowRankKFAC.step",
-    OPTIMIZER.step,
-    {"closure": X, "targets": Y},
-    targets=NOT_TARGETS.filter(lambda x: x is not None),
-    statistics=NOT_STATISTICS.filter(lambda x: x is not None),
-)
-valid(
-    "LowRankKFAC.load_state_dict",
-    OPTIMIZER.load_state_dict,
-    {"state_dict": OPTIMIZER.state_dict()},
-    state_dict=NOT_STATE_DICTS,
 )
 
 # What transformations do.

@@ -105,11 +105,6 @@ REFUSED = {
     "statistics alone": (lambda o, x, y: o.step(statistics=True), TypeError, "step: statistics"),
     "no gradient": (_without_grad, ValueError, r"step: .* have no \.grad"),
     "another mode": (_in_eval_mode, ValueError, "module: '1' is in eval mode"),
-    "another group": (
-        lambda o, x, y: o.add_param_group({"params": [x]}),
-        ValueError,
-        "param_group: expected one group",
-    ),
     "a copy": (lambda o, x, y: copy.deepcopy(o), TypeError, "cannot be pickled"),
 }
 

@@ -16,9 +16,9 @@ from jaxtyping import TypeCheckError
 from torch import nn
 
 import lrkfac
-from tests import public_diagnostics  # noqa: F401
-from tests.public_calls import FLAT, LAYERS, SAVED, P
-from tests.public_transformations import VALID, base, documentation
+from tests import public_diagnostics, public_optimizer  # noqa: F401
+from tests.public_calls import FLAT, LAYERS, SAVED, VALID, P
+from tests.public_transformations import base, documentation
 
 pytest.importorskip("safetensors", reason="the extra `checkpoint`")
 SECONDS = 60

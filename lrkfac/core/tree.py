@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,35 +10,92 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.types import Layers, Tree
+from lrkfac.core.checks import need_number
+from lrkfac.core.types import Layers, PerParameter, Tree
 from lrkfac.core.unformed import Unformed
 
 
-def vdot(x: Tree, y: Tree) -> Tensor:
-    """Inner product of two trees: the sum over all leaves of ``sum(x * y)``, ``[]``.
+def vdot(x: Tree, y: Tree, weights: Tree | None = None) -> Tensor:
+    """Inner product of two trees: the sum over all leaves of ``sum(x * y)``, or of its product with a weight, ``[]``.
 
     Half-precision leaves are summed in float32.
     """
     products = optree.tree_leaves(optree.tree_map(_vdot, x, y))
+    if weights is not None:
+        products = [weight * one for weight, one in zip(optree.tree_leaves(weights), products, strict=True)]
     return torch.stack(products).sum() if products else torch.zeros(())
 
 
-def add_scaled(x: Tree, scale: float | Tensor, y: Tree) -> Tree:
+def add_scaled(x: Tree, scale: PerParameter, y: Tree) -> Tree:
     """``x + scale * y`` leaf by leaf, in the dtype of ``x``; what is not formed in ``x`` stays so."""
 
-    def one(a: Any, b: Any) -> Any:
+    def one(a: Any, b: Any, c: float | Tensor) -> Any:
         if isinstance(a, Unformed):
-            return a.plus(_formed(b), scale)
+            return a.plus(_formed(b), c)
         if isinstance(b, Unformed):
-            return b.scaled(scale).plus(a).form().to(a.dtype)
-        return (a + scale * b if isinstance(scale, Tensor) else torch.add(a, b, alpha=scale)).to(a.dtype)
+            return b.scaled(c).plus(a).form().to(a.dtype)
+        return (a + c * b if isinstance(c, Tensor) else torch.add(a, b, alpha=c)).to(a.dtype)
 
-    return optree.tree_map(one, x, y)
+    if is_number(scale):
+        return optree.tree_map(lambda a, b: one(a, b, scale), x, y)
+    return optree.tree_map(one, x, y, scale)
 
 
-def scaled(scale: float | Tensor, x: Tree) -> Tree:
+def scaled(scale: PerParameter, x: Tree) -> Tree:
     """``scale * x`` leaf by leaf, in the dtype of ``x``."""
-    return optree.tree_map(lambda a: a.scaled(scale) if isinstance(a, Unformed) else (scale * a).to(a.dtype), x)
+
+    def one(a: Any, c: float | Tensor) -> Any:
+        return a.scaled(c) if isinstance(a, Unformed) else (c * a).to(a.dtype)
+
+    return optree.tree_map(lambda a: one(a, scale), x) if is_number(scale) else optree.tree_map(one, x, scale)
+
+
+def is_number(given: Any) -> bool:
+    """Whether one number, or tensor ``[]``, is given for all leaves."""
+    return isinstance(given, int | float | Tensor)
+
+
+def spread(given: Any, tree: Tree, name: str) -> Tree:
+    """A tree of values like another, from one that may end earlier.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    try:
+        return optree.tree_map(lambda value, part: optree.tree_map(lambda _: value, part), given, tree)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: expected a tree like the parameters, or one that ends earlier, got {given!r} ({error})"
+        ) from error
+
+
+def of_leaves(given: PerParameter, tree: Tree, name: str) -> PerParameter:
+    """A number as it is, and a tree of numbers with one for each leaf of the tree.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    return given if is_number(given) else spread(given, tree, name)
+
+
+def at_step(given: PerParameter, step: Tensor) -> PerParameter:
+    """The number, or the tree of numbers, with the values of schedules at a step."""
+    return optree.tree_map(lambda one: one(step) if callable(one) else one, given)
+
+
+def need_numbers(given: Any, name: str, low: float, high: float = math.inf, schedules: bool = False) -> None:
+    """Refuses what is neither a number in ``[low, high)``, nor a tree of such; schedules are numbers where they may be.
+
+    Raises:
+        ValueError: If a number is out of range.
+        TypeError: If a leaf is no number, or there is none.
+    """
+    leaves = optree.tree_leaves(given, none_is_leaf=True)
+    if not leaves:
+        raise TypeError(f"{name}: expected a number, or a tree of numbers like the parameters, got {given!r}")
+    for path, leaf in zip(optree.tree_paths(given, none_is_leaf=True), leaves, strict=True):
+        if not (schedules and callable(leaf)):
+            need_number(leaf, f"{name} at {'.'.join(map(str, path))!r}" if path else name, low, high)
 
 
 def zeros_like(x: Tree) -> Tree:
@@ -90,6 +148,19 @@ def _vdot(a: Any, b: Any) -> Tensor:
         a, b = (a, b) if isinstance(a, Unformed) else (b, a)
         return wide(a).vdot(wide(b))
     return torch.dot(wide(a).reshape(-1), wide(b).reshape(-1))
+
+
+def as_row(x: Tree) -> Tensor:
+    """All leaves in one row, ``[P]``, in the widest of their dtypes, at least float32."""
+    return torch.cat([wide(leaf).reshape(-1) for leaf in optree.tree_leaves(x)])
+
+
+def from_row(row: Tensor, like: Tree) -> Tree:
+    """The inverse of ``as_row``: a tree with the shapes and dtypes of another."""
+    leaves, structure = optree.tree_flatten(like)
+    parts = row.split([leaf.numel() for leaf in leaves])
+    cast = [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+    return optree.tree_unflatten(structure, cast)
 
 
 def counter(x: Tree) -> Tensor:

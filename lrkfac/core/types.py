@@ -15,6 +15,9 @@ from lrkfac.core.views import View
 Tree = Any
 """Any tree that ``optree`` traverses; the leaves are tensors."""
 
+PerParameter = Any
+"""A number, or a tensor ``[]``, for all parameters; or a tree of them like the parameters, or one that ends earlier."""
+
 Treatment = Literal["expand", "reduce"]
 """What K-FAC makes of the positions and uses at which one example shares a weight."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optree
@@ -10,8 +9,19 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.checks import need_number
-from lrkfac.core.tree import check_like, check_tree, counter, formed, scaled, vdot
-from lrkfac.core.types import Evaluation, Tree
+from lrkfac.core.tree import (
+    at_step,
+    check_like,
+    check_tree,
+    counter,
+    formed,
+    is_number,
+    need_numbers,
+    of_leaves,
+    scaled,
+    vdot,
+)
+from lrkfac.core.types import Evaluation, PerParameter, Tree
 from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, stateless
 
 
@@ -52,9 +62,7 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
     return stateless(change)
 
 
-def clip_by_kl(
-    max_kl: float, learning_rate: float | Tensor | Callable[[Tensor], float | Tensor] = 1.0
-) -> GradientTransformation:
+def clip_by_kl(max_kl: float, learning_rate: PerParameter = 1.0) -> GradientTransformation:
     """Scales natural gradients ``u`` such that the step ``learning_rate * u`` changes the model little.
 
     For ``u = F⁻¹ ∇L`` the squared length of the step in the Fisher metric is ``learning_rate² uᵀF u =
@@ -66,15 +74,16 @@ def clip_by_kl(
 
     Args:
         max_kl: Bound on the squared length.
-        learning_rate: What the chain multiplies by later on: a number, a tensor ``[]`` or a schedule.
+        learning_rate: What the chain multiplies by later on: a number, a tensor ``[]`` or a schedule; or a tree of
+            them, as in ``scale_by_learning_rate``: then ``uᵀ∇L`` is a sum over the parameters, each with its own rate.
 
     Raises:
-        ValueError: If ``max_kl`` is not a positive finite number, ``learning_rate`` a negative one.
+        ValueError: If ``max_kl`` is not a positive finite number, ``learning_rate`` a negative one; in ``update``, if
+            it is a tree that does not fit.
         TypeError: In ``update``, if ``evaluation`` is missing.
     """
     need_number(max_kl, "max_kl", 0, includes_low=False)
-    if not callable(learning_rate):
-        need_number(learning_rate, "learning_rate", 0)
+    need_numbers(learning_rate, "learning_rate", 0, schedules=True)
 
     def init(params: Tree) -> ClipByKLState:
         check_tree(params, "params")
@@ -91,8 +100,11 @@ def clip_by_kl(
         need_state(state, ClipByKLState)
         check_like(need_evaluation(evaluation, "clip_by_kl").grads, updates, "updates")
         assert evaluation is not None
-        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
-        squared_length = rate**2 * vdot(updates, evaluation.grads)
+        rate = of_leaves(at_step(learning_rate, state.steps), updates, "learning_rate")
+        if is_number(rate):
+            squared_length = rate**2 * vdot(updates, evaluation.grads)
+        else:
+            squared_length = vdot(updates, evaluation.grads, optree.tree_map(lambda one: one**2, rate))
         return scaled(_at_most_one(max_kl, squared_length).sqrt(), updates), ClipByKLState(state.steps + 1)
 
     return GradientTransformation(init, update)

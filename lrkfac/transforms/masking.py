@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import optree
 from torch import Tensor
 
-from lrkfac.core.tree import check_like, check_tree, paths, zeros_like
+from lrkfac.core.tree import check_like, check_tree, paths, spread, zeros_like
 from lrkfac.core.types import Evaluation, Tree
 from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_params, need_state, need_transformation
 
@@ -175,12 +175,5 @@ def _like(tree: Tree, leaves: list[Any]) -> Tree:
 
 
 def _spread(name: str, given: Any, tree: Tree) -> list[Any]:
-    """One value for each leaf of the tree, from a tree of values that may end earlier."""
-    given = given(tree) if callable(given) else given
-    try:
-        whole = optree.tree_map(lambda value, part: optree.tree_map(lambda _: value, part), given, tree)
-    except ValueError as error:
-        raise ValueError(
-            f"{name}: expected a tree like the parameters, or one that ends earlier, got {given!r} ({error})"
-        ) from error
-    return optree.tree_leaves(whole)
+    """One value for each leaf of the tree, from a tree of values that may end earlier, or a function that makes it."""
+    return optree.tree_leaves(spread(given(tree) if callable(given) else given, tree, name))

@@ -10,8 +10,21 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.checks import need_number
-from lrkfac.core.tree import add_scaled, check_like, check_tree, formed, selected, vdot, wide, zero_unless
-from lrkfac.core.types import Evaluation, Tree
+from lrkfac.core.tree import (
+    add_scaled,
+    as_row,
+    check_like,
+    check_tree,
+    formed,
+    from_row,
+    is_number,
+    need_numbers,
+    of_leaves,
+    selected,
+    vdot,
+    zero_unless,
+)
+from lrkfac.core.types import Evaluation, PerParameter, Tree
 from lrkfac.transforms.base import (
     GradientTransformation,
     apply_updates,
@@ -72,7 +85,7 @@ class Minimum(NamedTuple):
 def scale_by_quadratic_model(
     preconditioner: GradientTransformation,
     damping: float | Tensor = 0.1,
-    weight_decay: float | Tensor = 0.0,
+    weight_decay: PerParameter = 0.0,
     learning_rate: float | Tensor | None = None,
     momentum: float | Tensor | None = None,
     max_kl: float | Tensor | None = None,
@@ -98,7 +111,7 @@ def scale_by_quadratic_model(
             ``γ`` as the extra ``factor_damping``; its own is not used.
         damping: Where both dampings start, positive, in the unit of ``F``. They find their place within some
             tens of steps.
-        weight_decay: ``η``, in the unit of ``F``, within the model.
+        weight_decay: ``η``, in the unit of ``F``, within the model; or a tree of them, see ``add_decayed_weights``.
         learning_rate: Fixes ``α``.
         momentum: Fixes ``μ``.
         max_kl: Bound on ``δᵀ F δ``, the squared length of a step in the Fisher metric of the batch, and on that of
@@ -114,14 +127,14 @@ def scale_by_quadratic_model(
     """
     need_transformation(preconditioner, "preconditioner")
     need_number(damping, "damping", 0, includes_low=False)
-    need_number(weight_decay, "weight_decay", 0)
+    need_numbers(weight_decay, "weight_decay", 0)
     if learning_rate is not None:
         need_number(learning_rate, "learning_rate", 0)
     if momentum is not None:
         need_number(momentum, "momentum", 0, 1)
     if max_kl is not None:
         need_number(max_kl, "max_kl", 0, includes_low=False)
-    decays = isinstance(weight_decay, Tensor) or weight_decay > 0
+    decays = isinstance(weight_decay, Tensor) or weight_decay != 0
 
     def init(params: Tree) -> QuadraticModelState:
         check_tree(params, "params")
@@ -130,7 +143,7 @@ def scale_by_quadratic_model(
             raise ValueError(
                 "preconditioner: nothing in it preconditions; pass precondition_by_fisher(layers) or a chain with it"
             )
-        last = torch.zeros_like(_row(params))
+        last = torch.zeros_like(as_row(params))
         start = last.new_zeros(()) + damping
         since = torch.zeros_like(start, dtype=torch.int64)
         rate, speed, predicted, ratio = (torch.zeros_like(start) for _ in range(4))
@@ -151,8 +164,9 @@ def scale_by_quadratic_model(
         check_tree(need_params(params, "scale_by_quadratic_model"), "params")
         check_like(params, updates, "updates beside params")
         updates = formed(updates)
-        grads = add_scaled(updates, weight_decay, params) if decays else updates
-        slope = _row(grads)
+        decay = of_leaves(weight_decay, params, "weight_decay")
+        grads = add_scaled(updates, decay, params) if decays else updates
+        slope = as_row(grads)
         if slope.shape != state.last.shape:
             raise ValueError(
                 f"state: expected one of {len(slope)} parameters, got one of {len(state.last)}; pass what init() or "
@@ -165,7 +179,7 @@ def scale_by_quadratic_model(
             found, inner = preconditioner.update(
                 grads, state.preconditioner, params, evaluation=evaluation, factor_damping=candidate, **extra
             )
-            return -_row(found), inner
+            return -as_row(found), inner
 
         if evaluation.statistics is None:
             candidates = state.factor_damping[None]
@@ -179,8 +193,12 @@ def scale_by_quadratic_model(
             directions, inner = vmap(precondition)(candidates)
             rows = torch.cat([directions, state.last[None]])
 
-        gram = evaluation.gram(vmap(lambda row: _tree(row, params))(rows)).to(rows.dtype)
-        curvature = gram + (state.damping + weight_decay) * (rows @ rows.mT)
+        gram = evaluation.gram(vmap(lambda row: from_row(row, params))(rows)).to(rows.dtype)
+        if is_number(decay):
+            curvature = gram + (state.damping + decay) * (rows @ rows.mT)
+        else:
+            each = optree.tree_map(lambda p, one: torch.zeros_like(p) + one, params, decay)
+            curvature = gram + ((state.damping + as_row(each)) * rows) @ rows.mT
         slopes = rows @ slope
         minimum = _minimum(curvature, slopes, learning_rate, momentum)
         if max_kl is not None:
@@ -191,15 +209,13 @@ def scale_by_quadratic_model(
             inner = optree.tree_map(lambda x: _pick(x, best), inner)
         step = rate * _pick(rows[:-1], best) + speed * rows[-1]
 
-        moved = apply_updates(params, _tree(step, params))
+        moved = apply_updates(params, from_row(step, params))
         before, after = evaluation.loss, evaluation.loss_at(moved)
         if decays:
-            before = before + 0.5 * weight_decay * vdot(params, params)
-            after = after + 0.5 * weight_decay * vdot(moved, moved)
+            before, after = before + _penalty(decay, params), after + _penalty(decay, moved)
         rounding = 16 * torch.finfo(after.dtype).eps * before.abs()
         accepted = after - before <= rounding  # false where one of them is not finite
-        tiny = torch.finfo(predicted.dtype).tiny
-        ratio = (after - before).to(predicted.dtype) / predicted.clamp(max=-tiny)
+        ratio = (after - before).to(predicted.dtype) / predicted.clamp(max=-torch.finfo(predicted.dtype).tiny)
         one = torch.ones_like(ratio)
         factor = torch.where(ratio > GOOD, ADAPTATION * one, torch.where(ratio < POOR, one / ADAPTATION, one))
         factor = torch.where(accepted, factor, RAISED * one)
@@ -216,22 +232,14 @@ def scale_by_quadratic_model(
             ratio,
             state.rejected + ~accepted,
         )
-        return _tree(step, params), selected(sound, new, state)
+        return from_row(step, params), selected(sound, new, state)
 
     return GradientTransformation(init, update)
 
 
-def _row(tree: Tree) -> Tensor:
-    """All leaves in one row, ``[P]``, in the widest of their dtypes, at least float32."""
-    return torch.cat([wide(leaf).reshape(-1) for leaf in optree.tree_leaves(tree)])
-
-
-def _tree(row: Tensor, like: Tree) -> Tree:
-    """The inverse of ``_row``: a tree with the shapes and dtypes of another."""
-    leaves, structure = optree.tree_flatten(like)
-    parts = row.split([leaf.numel() for leaf in leaves])
-    cast = [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
-    return optree.tree_unflatten(structure, cast)
+def _penalty(decay: PerParameter, params: Tree) -> Tensor:
+    """``½ η ‖θ‖²``."""
+    return 0.5 * decay * vdot(params, params) if is_number(decay) else 0.5 * vdot(params, params, decay)
 
 
 def _minimum(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
 from lrkfac.core.checks import need_number
-from lrkfac.core.tree import check_tree, counter, scaled
-from lrkfac.core.types import Tree
+from lrkfac.core.tree import at_step, check_tree, counter, need_numbers, of_leaves, scaled
+from lrkfac.core.types import PerParameter, Tree
 from lrkfac.transforms.base import GradientTransformation, need_state, stateless
 
 Schedule = Callable[[Tensor], float | Tensor]
@@ -35,19 +37,24 @@ def scale(factor: float | Tensor) -> GradientTransformation:
     return stateless(lambda updates, params, **extra: scaled(factor, updates))
 
 
-def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> GradientTransformation:
+def scale_by_learning_rate(learning_rate: PerParameter) -> GradientTransformation:
     """``-learning_rate * u``: turns a direction of ascent into an update to add.
 
     Args:
-        learning_rate: A number ≥ 0, a tensor ``[]`` or a schedule.
+        learning_rate: A number ≥ 0, a tensor ``[]`` or a schedule; or a tree of them like the parameters, or one that
+            ends earlier: ``{"encoder": 0.01, "head": warmup_cosine_schedule(0.1, 10, 100)}``.
 
     Raises:
-        ValueError: If it is a negative or non-finite number.
+        ValueError: If it is a negative or non-finite number; in ``update``, if it is a tree that does not fit.
         TypeError: If an argument has the wrong type.
     """
-    if not callable(learning_rate):
-        need_number(learning_rate, "learning_rate", 0)
-        return stateless(lambda updates, params, **extra: scaled(-learning_rate, updates))
+    need_numbers(learning_rate, "learning_rate", 0, schedules=True)
+
+    def change(updates: Tree, rate: PerParameter) -> Tree:
+        return scaled(of_leaves(optree.tree_map(operator.neg, rate), updates, "learning_rate"), updates)
+
+    if not any(callable(one) for one in optree.tree_leaves(learning_rate)):
+        return stateless(lambda updates, params, **extra: change(updates, learning_rate))
 
     def init(params: Tree) -> ScheduleState:
         check_tree(params, "params")
@@ -56,7 +63,7 @@ def scale_by_learning_rate(learning_rate: float | Tensor | Schedule) -> Gradient
     def update(updates: Tree, state: ScheduleState, params: Tree = None, **extra: Any) -> tuple[Tree, ScheduleState]:
         check_tree(updates, "updates")
         need_state(state, ScheduleState)
-        return scaled(-learning_rate(state.steps), updates), ScheduleState(state.steps + 1)
+        return change(updates, at_step(learning_rate, state.steps)), ScheduleState(state.steps + 1)
 
     return GradientTransformation(init, update)
 

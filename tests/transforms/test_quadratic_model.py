@@ -53,18 +53,20 @@ def model_of(case, params, damping, decay):
     """The matrix and the slope of the quadratic model, formed."""
     at = case._replace(params=params)
     matrix = reference_networks.gauss_newton_matrix(at)
-    slope = flat(case, reference_networks.gradients(at)) + decay * flat(case, params)
-    return matrix + (damping + decay) * torch.eye(len(slope), dtype=matrix.dtype), slope
+    each = flat(case, {name: torch.full_like(p, decay[name]) for name, p in params.items()})
+    slope = flat(case, reference_networks.gradients(at)) + each * flat(case, params)
+    return matrix + torch.diag(damping + each), slope
 
 
 @some_cases
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3, "each"])
 def test_each_step_minimises_the_explicit_model(case, weight_decay):
     """Over refreshes and steps between them: the candidate, both coefficients, the value and the ratio."""
-    tx, evaluate = make(case, weight_decay=weight_decay, damping=0.5)
+    decay = {name: 0.2 * i if weight_decay == "each" else weight_decay for i, name in enumerate(case.params)}
+    tx, evaluate = make(case, weight_decay=decay if weight_decay == "each" else weight_decay, damping=0.5)
     for params, old, e, updates, new in run(tx, case, evaluate, 6):
-        matrix, slope = model_of(case, params, old.damping, weight_decay)
-        grads = optree.tree_map(lambda g, p: g + weight_decay * p, e.grads, params)
+        matrix, slope = model_of(case, params, old.damping, decay)
+        grads = {name: g + decay[name] * params[name] for name, g in e.grads.items()}
         span = ADAPTATION ** (int(old.since) + 1)
         tried = [old.factor_damping / span, old.factor_damping, old.factor_damping * span]
         last = row(case, old.last)
@@ -86,7 +88,8 @@ def test_each_step_minimises_the_explicit_model(case, weight_decay):
         close(new.momentum, x[1] if len(x) > 1 else torch.zeros_like(x[0]), rtol=1e-5, atol=1e-8)
         close(new.factor_damping, torch.as_tensor(damping))
         h = [
-            reference_networks.loss(case._replace(params=p)) + 0.5 * weight_decay * flat(case, p).square().sum()
+            reference_networks.loss(case._replace(params=p))
+            + 0.5 * sum(decay[n] * x.square().sum() for n, x in p.items())
             for p in (params, lrkfac.apply_updates(params, updates))
         ]
         ratio = (h[1] - h[0]) / value
@@ -109,7 +112,7 @@ def test_one_coefficient_fixed_the_other_is_best(case, fixed):
     for params, old, _e, updates, new in list(run(tx, case, evaluate, 4))[1:]:
         if new.rejected > old.rejected:
             continue
-        matrix, slope = model_of(case, params, old.damping, 0)
+        matrix, slope = model_of(case, params, old.damping, dict.fromkeys(case.params, 0.0))
         step, last = flat(case, updates), row(case, old.last)
         residual = matrix @ step + slope  # the gradient of the model at the step
         direction = (step - new.momentum * last) / new.learning_rate

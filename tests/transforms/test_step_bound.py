@@ -14,7 +14,7 @@ def test_steps_are_no_longer_than_the_bound(exponent):
     bound = 10.0**exponent
     tx, evaluate = make(MLP, damping=0.5, max_kl=bound)
     for params, old, _, updates, new in run(tx, MLP, evaluate, 4):
-        matrix, slope = model_of(MLP, params, old.damping, 0.0)
+        matrix, slope = model_of(MLP, params, old.damping, dict.fromkeys(MLP.params, 0.0))
         fisher = matrix - old.damping * torch.eye(len(slope), dtype=matrix.dtype)
         step = flat(MLP, updates)
         assert step @ fisher @ step <= bound * (1 + 1e-9) and new.momentum.abs() <= 1

@@ -1,0 +1,273 @@
+"""Several ``param_groups`` of ``LowRankKFAC``: the functional loop with trees of hyperparameters, bit for bit."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import lrkfac
+from lrkfac import LowRankKFAC
+from tests.test_optim import OPTIONS, batches, functional, normalised, plain, same, trained
+
+VALUES = [{"lr": 0.2, "weight_decay": 0.0}, {"momentum": 0.5}, {"lr": 0.05, "momentum": 0.0, "weight_decay": 0.1}]
+DEFAULTS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+KFAC = {"damping": 0.05, "kl_clip": 5e-3}
+
+
+def split(net):
+    """Biases and all vectors; the head's weight; the rest."""
+    named = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    last = max(n for n, p in named.items() if p.ndim == 2)
+    vectors = [n for n, p in named.items() if p.ndim < 2]
+    return vectors, [last], [n for n in named if n not in vectors and n != last]
+
+
+def groups_of(net):
+    named = dict(net.named_parameters())
+    parts = zip(split(net), VALUES, strict=True)
+    return [{"params": [named[n] for n in names], **values} for names, values in parts if names]
+
+
+def trees(net):
+    found = {}
+    for name, default in DEFAULTS.items():
+        parts = zip(split(net), VALUES, strict=True)
+        found[name] = {n: values.get(name, default) for names, values in parts for n in names}
+    return found
+
+
+def made(net, x, **options):
+    return LowRankKFAC(net, lrkfac.categorical(), x, params=groups_of(net), statistics_every=3, **DEFAULTS | options)
+
+
+def stepped(optimizer, data):
+    for x, y in data:
+        optimizer.step(x, y)
+    return optimizer
+
+
+@pytest.mark.parametrize("thin", [False, True], ids=["", "thin"])
+@pytest.mark.parametrize("transformation", [lrkfac.low_rank_kfac, lrkfac.kfac], ids=["low rank", "dense"])
+@pytest.mark.parametrize("make", [plain, normalised])
+def test_equals_the_functional_loop_with_trees_bit_for_bit(make, transformation, thin):
+    net, data = make(torch.float64), batches(6)
+    given = trees(net)
+    torch.manual_seed(1)
+    expected = functional(
+        *(copy.deepcopy(net), data, transformation),
+        rates=[given.pop("lr")] * len(data), thin=thin, **KFAC, **given,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    stepped(made(net, data[0][0], transformation=transformation, thin=thin, **KFAC), data)
+    same(trained(net), expected)
+
+
+def test_equal_groups_are_one_group():
+    net, data = plain(torch.float64), batches(5)
+    other = copy.deepcopy(net)
+    torch.manual_seed(1)
+    stepped(LowRankKFAC(other, lrkfac.categorical(), data[0][0], 0.2, statistics_every=3, **OPTIONS), data)
+    torch.manual_seed(1)
+    parts = [{"params": part.parameters(), "lr": 0.2} for part in (net[:2], net[2:])]
+    stepped(LowRankKFAC(net, lrkfac.categorical(), data[0][0], params=parts, statistics_every=3, **OPTIONS), data)
+    torch.testing.assert_close(trained(net), trained(other), rtol=1e-12, atol=1e-14)  # the clip sums in another order
+
+
+def test_schedulers_change_each_group():
+    net, data = plain(torch.float64), batches(5)
+    rates = [{n: r * 0.5 ** (i if i < 3 else 3) for n, r in trees(net)["lr"].items()} for i in range(5)]
+    for rate, n in ((r, n) for r in rates for n in split(net)[1]):
+        rate[n] = DEFAULTS["lr"]
+    fixed = trees(net)
+    fixed.pop("lr")
+    torch.manual_seed(1)
+    expected = functional(copy.deepcopy(net), data, lrkfac.low_rank_kfac, rates=rates, **KFAC, **fixed)
+    torch.manual_seed(1)
+    optimizer = made(net, data[0][0], **KFAC)
+    halved = lambda i: 0.5 ** min(i, 3)  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [halved, lambda i: 1.0, halved])
+    for x, y in data:
+        optimizer.step(x, y)
+        scheduler.step()
+    same(trained(net), expected)
+
+
+def test_momentum_and_weight_decay_are_read_in_each_step():
+    """Also by a scheduler that turns momentum, and of one group."""
+    net, data = plain(torch.float64), batches(4)
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], 0.2, **OPTIONS)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=20)
+    seen = []
+    for i, (x, y) in enumerate(data):
+        optimizer.param_groups[0]["weight_decay"] = 0.1 * i
+        held, params = optimizer.chain_state, {n: p.clone() for n, p in optimizer.params.items()}
+        evaluation = optimizer.evaluate(x, y)
+        optimizer.step()
+        group = optimizer.param_groups[0]
+        now = {name: group[name] for name in ("momentum", "weight_decay")}
+        tx = lrkfac.low_rank_kfac(optimizer.layers, group["lr"], **{**OPTIONS, **now})
+        # The state of a number, not of a schedule, has no counter.
+        updates, _ = tx.update(evaluation.grads, (*held[:-1], ()), params, evaluation=evaluation)
+        same(optimizer.params, lrkfac.apply_updates(params, updates))
+        seen.append(now["momentum"])
+        scheduler.step()
+    assert len(set(seen)) == 4
+
+
+def test_rates_that_are_tensors_are_apart():
+    net, ((x, _),) = plain(torch.float64), batches(1)
+    parts = [{"params": part.parameters()} for part in (net[:2], net[2:])]
+    one, two = LowRankKFAC(net, lrkfac.categorical(), x, torch.tensor(0.1), params=parts, **OPTIONS).param_groups
+    one["lr"].mul_(2)
+    assert float(two["lr"]) == pytest.approx(0.1)
+
+
+def test_what_is_in_no_group_is_constant():
+    net, data = plain(torch.float64), batches(3)
+    start = copy.deepcopy(net)
+    torch.manual_seed(1)
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], 0.2, params=net[-1].parameters(), **OPTIONS)
+    stepped(optimizer, data)
+    frozen = copy.deepcopy(start).requires_grad_(False)
+    frozen[-1].requires_grad_(True)
+    torch.manual_seed(1)
+    stepped(LowRankKFAC(frozen, lrkfac.categorical(), data[0][0], 0.2, **OPTIONS), data)
+    same(net.state_dict(), frozen.state_dict())
+    assert [layer.name for layer in optimizer.layers] == ["4"]
+    assert all(p.grad is None for p in net[:-1].parameters())
+
+
+def test_a_group_that_is_added():
+    """What was known is kept, and the loop goes on as one that starts from there."""
+    net, data = plain(torch.float64), batches(6)
+    net[:2].requires_grad_(False)
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], 0.2, statistics_every=4, **OPTIONS)
+    stepped(optimizer, data[:2])
+    before = optimizer.chain_state
+    given = {"params": net[:2].requires_grad_(True).parameters(), "lr": 0.05}
+    optimizer.add_param_group(given)
+    assert set(given) == {"params", "lr"}
+    assert [layer.name for layer in optimizer.layers] == ["0", "2", "4"]
+    for name in ("2", "4"):
+        assert optimizer.chain_state[0].factors[name] is before[0].factors[name]
+    same({n: x for n, x in optimizer.chain_state[2].trace.items() if not n.startswith("0")}, before[2].trace)
+
+    model, params = lrkfac.from_module(copy.deepcopy(net))
+    rates = {n: 0.05 if n.startswith("0") else 0.2 for n in params}
+    layers = lrkfac.find_layers(model, params, data[0][0])
+    tx = lrkfac.low_rank_kfac(layers, {n: lrkfac.constant_schedule(r) for n, r in rates.items()}, **OPTIONS)
+    fisher, state = lrkfac.fisher(model, lrkfac.categorical(), layers, thin=True), optimizer.chain_state
+    torch.manual_seed(1)
+    for i, (x, y) in enumerate(data[2:]):
+        evaluation = fisher(params, x, y, statistics=i == 0)
+        updates, state = tx.update(evaluation.grads, state, params, evaluation=evaluation)
+        params = lrkfac.apply_updates(params, updates)
+    torch.manual_seed(1)
+    stepped(optimizer, data[2:])
+    same(trained(net), params)
+
+
+def test_a_weight_that_gets_a_bias_is_another_layer():
+    net, data = plain(torch.float64), batches(2)
+    net[2].bias.requires_grad_(False)
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], 0.2, **OPTIONS)
+    optimizer.step(*data[0])
+    before = optimizer.chain_state[0].factors
+    optimizer.add_param_group({"params": net[2].bias.requires_grad_(True)})
+    after = optimizer.chain_state[0].factors
+    assert [after[name] is before[name] for name in ("0", "2", "4")] == [True, False, True]
+    optimizer.step(*data[1])
+
+
+def test_state_dict_resumes_bit_for_bit():
+    net, data = normalised(torch.float64), batches(8)
+    start = copy.deepcopy(net)
+    torch.manual_seed(1)
+    stepped(made(net, data[0][0], **KFAC), data)
+    torch.manual_seed(1)
+    half, file = stepped(made(start, data[0][0], **KFAC), data[:4]), io.BytesIO()
+    torch.save({"module": start.state_dict(), "optimizer": half.state_dict(), "seed": torch.get_rng_state()}, file)
+    file.seek(0)
+    found, other = torch.load(file, weights_only=True), normalised(torch.float64)
+    resumed = made(other, data[0][0], **KFAC, lr=0.7, momentum=0.1, weight_decay=0.7)
+    other.load_state_dict(found["module"])
+    resumed.load_state_dict(found["optimizer"])
+    assert [g["momentum"] for g in resumed.param_groups] == [g["momentum"] for g in half.param_groups]
+    torch.set_rng_state(found["seed"])
+    stepped(resumed, data[4:])
+    same(trained(other), trained(net))
+
+
+def test_nothing_to_tune_has_weight_decay_by_groups_alone():
+    net, data = plain(torch.float64), batches(3)
+    decay = {n: 0.0 if n.endswith("bias") else 0.1 for n, _ in net.named_parameters()}
+    options = {"transformation": lrkfac.adaptive_low_rank_kfac, "rank": 2}
+    torch.manual_seed(1)
+    expected = functional(copy.deepcopy(net), data, options["transformation"], rank=2, weight_decay=decay)
+    torch.manual_seed(1)
+    parts = [{"params": [p for n, p in net.named_parameters() if decay[n] == x], "weight_decay": x} for x in (0.0, 0.1)]
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], params=parts, statistics_every=3, **options)
+    stepped(optimizer, data)
+    same(trained(net), expected)
+    with pytest.raises(TypeError, match="lr: adaptive_low_rank_kfac finds its own"):
+        LowRankKFAC(net, lrkfac.categorical(), data[0][0], params=[{"params": [net[0].weight], "lr": 0.1}], **options)
+
+
+STRANGER = nn.Parameter(torch.ones(2))
+REFUSED = {
+    "curvature": (
+        lambda net: [{"params": net[0].parameters(), "damping": 0.1}],
+        ValueError,
+        r"\['damping'\].*curvature",
+    ),
+    "an unknown option": (lambda net: [{"params": net[0].parameters(), "momentun": 0.1}], ValueError, "momentun"),
+    "a stranger": (lambda net: [STRANGER], ValueError, r"params: expected parameters of the module.*\[0\]"),
+    "frozen": (lambda net: net[2].parameters(), ValueError, r"params: \['2\.weight', '2\.bias'\] require no gradient"),
+    "twice": (lambda net: [{"params": [net[0].weight]}] * 2, ValueError, "more than one parameter group"),
+    "lr": (lambda net: [{"params": net[0].parameters(), "lr": -1.0}], ValueError, "lr: expected a finite number"),
+    "momentum": (
+        lambda net: [{"params": net[0].parameters(), "momentum": 1.0}],
+        ValueError,
+        "momentum( at '0.bias')?: expected",
+    ),
+    "decay": (
+        lambda net: [{"params": net[0].parameters(), "weight_decay": "x"}],
+        TypeError,
+        "weight_decay( at '0.bias')?: expected",
+    ),
+    "an empty group": (lambda net: [{"params": iter(())}], ValueError, "params: expected parameters in each group"),
+    "nothing": (lambda net: [], ValueError, "params: expected at least one"),
+    "a tensor": (lambda net: net[0].weight, TypeError, "params: expected parameters, or dictionaries"),
+    "without params": (lambda net: [{"lr": 0.1}], ValueError, "param_group: expected params"),
+}
+
+
+@pytest.mark.parametrize(("groups", "error", "match"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(groups, error, match):
+    net, ((x, y),) = plain(torch.float64), batches(1)
+    net[2].requires_grad_(False)
+    with pytest.raises(error, match=match):
+        LowRankKFAC(net, lrkfac.categorical(), x, 0.1, params=groups(net), **OPTIONS)
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), x, 0.1, params=net[4].parameters(), **OPTIONS)
+    optimizer.step(x, y)
+    layers, state = optimizer.layers, optimizer.chain_state
+    given = groups(net)
+    if isinstance(given, list) and given:
+        with pytest.raises(error, match=match):
+            for group in given:
+                optimizer.add_param_group(group if isinstance(group, dict) else {"params": group})
+        if len(given) == 1:
+            assert len(optimizer.param_groups) == 1
+            assert optimizer.layers is layers and optimizer.chain_state is state
+    optimizer.step(x, y)
+
+
+def test_a_rate_for_some_groups_alone():
+    net, ((x, _),) = plain(torch.float64), batches(1)
+    with pytest.raises(ValueError, match="required optimization parameter lr"):
+        LowRankKFAC(
+            *(net, lrkfac.categorical(), x),
+            params=[{"params": net[0].parameters(), "lr": 0.1}, {"params": net[2].parameters()}],
+        )

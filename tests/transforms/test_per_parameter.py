@@ -1,0 +1,114 @@
+"""Hyperparameters as trees: each parameter is treated as by the transformation with its own number."""
+
+import optree
+import pytest
+import torch
+
+import lrkfac
+from lrkfac.testing import check_transformation
+from tests import cases
+from tests.marks import requires_compiler
+from tests.transforms.test_base import Pair, flat, nested, replayed, steps
+from tests.transforms.test_precondition import evaluator
+
+SCHEDULE = lrkfac.exponential_schedule(0.3, 0.5)
+MAKE = {
+    "trace": lrkfac.trace,
+    "nesterov": lambda decay: lrkfac.trace(decay, nesterov=True),
+    "add_decayed_weights": lrkfac.add_decayed_weights,
+    "scale_by_learning_rate": lrkfac.scale_by_learning_rate,
+}
+each = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE.keys())
+TREES = {
+    "whole": ({"a": 0.1, "blocks": [0.2, (0.3, Pair(0.4, 0.5))], "one": (0.6,), "w": 0.7}, [1, 2, 3, 4, 5, 6, 7]),
+    "ends earlier": ({"a": 0.1, "blocks": [0.2, 0.3], "one": 0.4, "w": torch.tensor(0.5)}, [1, 2, 3, 3, 3, 4, 5]),
+}
+each_tree = pytest.mark.parametrize(("tree", "tenths"), TREES.values(), ids=TREES.keys())
+
+
+@each
+@each_tree
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_laws(make, tree, tenths, dtype):
+    check_transformation(make(tree), nested(dtype))
+
+
+@each
+@each_tree
+def test_each_leaf_as_with_its_own_number(make, tree, tenths):
+    params = nested(seed=3)
+    found = replayed(make(tree), steps(), params)
+    for i, tenth in enumerate(tenths):
+        value = next(x for x in optree.tree_leaves(tree) if round(10 * float(x)) == tenth)
+        for updates, expected in zip(found, replayed(make(value), steps(), params), strict=True):
+            assert torch.equal([*flat(updates).values()][i], [*flat(expected).values()][i])
+
+
+def test_schedules_of_some_parameters():
+    grads = [{"a": torch.randn(3), "b": torch.randn(2)} for _ in range(3)]
+    found = replayed(lrkfac.scale_by_learning_rate({"a": SCHEDULE, "b": 0.5}), grads)
+    for i, (updates, g) in enumerate(zip(found, grads, strict=True)):
+        torch.testing.assert_close(updates, {"a": -0.3 * 0.5**i * g["a"], "b": -0.5 * g["b"]})
+
+
+MLP = cases.LINEAR[0]
+RATES = {name: 0.1 * (i + 1) for i, name in enumerate(MLP.params)}
+
+
+@pytest.mark.parametrize("rates", [RATES, {**RATES, next(iter(RATES)): lambda step: 0.1}], ids=["numbers", "schedule"])
+def test_the_clip_bounds_the_length_of_the_step_that_is_taken(rates):
+    """``Σ rate² uᵀ∇L`` over parameters is at most the bound, and equals it where the clip binds."""
+    layers, evaluate = evaluator(MLP)
+    e, bound = evaluate(MLP.params), 1e-5
+    plain = lrkfac.precondition_by_fisher(layers)
+    natural, _ = plain.update(e.grads, plain.init(MLP.params), MLP.params, evaluation=e)
+    for max_kl in (bound, 1e9):
+        tx = lrkfac.clip_by_kl(max_kl, rates)
+        clipped, _ = tx.update(natural, tx.init(MLP.params), MLP.params, evaluation=e)
+        length = sum(RATES[n] ** 2 * (natural[n] * e.grads[n]).sum() for n in RATES)
+        assert (length > bound) and length < 1e9
+        factor = min(1.0, float((max_kl / length).sqrt()))
+        torch.testing.assert_close(clipped, {n: factor * u for n, u in natural.items()}, rtol=1e-12, atol=0)
+
+
+def test_gradients_by_rows():
+    """``thin`` gradients go through a chain with trees as formed ones do."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 2)).double()
+    model, params = lrkfac.from_module(net)
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(2, (4,))
+    layers = lrkfac.find_layers(model, params, x)
+    decay = {n: 0.1 * i for i, n in enumerate(params)}
+    tx = lrkfac.low_rank_kfac(layers, {n: 0.1 + d for n, d in decay.items()}, 2, momentum=decay, weight_decay=decay)
+    found = []
+    for thin in (False, True):
+        torch.manual_seed(0)
+        fisher, state, p = lrkfac.fisher(model, lrkfac.categorical(), layers, thin=thin), tx.init(params), params
+        for _ in range(3):
+            e = fisher(p, x, y)
+            assert any(isinstance(g, lrkfac.Unformed) for g in e.grads.values()) == thin
+            updates, state = tx.update(e.grads, state, p, evaluation=e)
+            p = lrkfac.apply_updates(p, updates)
+        found.append(p)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+@requires_compiler
+def test_compiled():
+    tree = {"a": 0.1, "b": (0.2, SCHEDULE)}
+    tx = lrkfac.chain(lrkfac.trace({"a": 0.5, "b": 0.9}), lrkfac.scale_by_learning_rate(tree))
+    params = {"a": torch.randn(3), "b": (torch.randn(2), torch.randn(2))}
+    state = tx.init(params)
+    compiled = torch.compile(tx.update, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(params, state), tx.update(params, state))
+
+
+@each
+def test_trees_that_do_not_fit(make):
+    params = {"a": torch.ones(2), "b": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"(decay|learning_rate): expected a tree like the parameters"):
+        tx = make({"a": 0.1, "c": 0.2})
+        tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"(decay|learning_rate) at 'b\.0': expected a finite number"):
+        make({"a": 0.1, "b": [-0.1]})
+    with pytest.raises(TypeError, match=r"(decay|learning_rate): expected a number, or a tree"):
+        make({})
