@@ -35,11 +35,17 @@ def _qr(shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> float:
     return 4 * torch.Size(batch).numel() * (2 * m * n * k - (m + n) * k**2 + 2 * k**3 / 3)
 
 
-FACTORISATIONS = {
+def _added(shape: Any, a: Any, b: Any, out_shape: Any = None, **kwargs: Any) -> float:
+    return 2 * torch.Size(a).numel() * b[-1]
+
+
+FORMULAS = {
     torch.ops.aten.linalg_cholesky_ex: _square(3, 1 / 3),
     torch.ops.aten.cholesky_inverse: _square(3, 2 / 3),
     torch.ops.aten._linalg_eigh: _square(3, 9),
     torch.ops.aten.linalg_qr: _qr,
+    torch.ops.aten.addmm_: _added,
+    torch.ops.aten.baddbmm_: _added,
 }
 """Operations of what torch's counter leaves out (Golub & Van Loan, *Matrix Computations*; a product counts 2 n³)."""
 
@@ -101,6 +107,6 @@ def cost(function: Callable[[], Any], reads: Any, again: Any = ()) -> Cost:
 
     Parameters, for one, are read on the way forward and on the way back.
     """
-    with FlopCounterMode(display=False, custom_mapping=FACTORISATIONS) as count:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as count:
         result = function()
     return Cost(count.get_total_flops(), held_bytes(reads) + held_bytes(again) + held_bytes(result, beside=reads))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import reduce
 from typing import Any, NamedTuple
 
 import optree
@@ -18,16 +17,15 @@ from lrkfac.core.examples import ExampleGradients
 from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.profiling import profiled
 from lrkfac.core.structures import BlockStructure
-from lrkfac.core.tree import floating, floating_dtype, formed
+from lrkfac.core.tree import floating, floating_dtype, formed, widest
 from lrkfac.core.types import Layer, Layers, Statistics
-from lrkfac.core.unformed import Unformed
 
 
 def init(block: Block, leaves: list[Tensor] | dict[int, Tensor], dtype: torch.dtype | None = None) -> Any:
     """The averages before the first statistics, in a dtype; by default that of the parameters, at least float32."""
     layer = block.layers[0]
     weights = [leaves[one.weight.index] for one in block.layers]
-    like = weights[0].new_empty((), dtype=dtype or reduce(torch.promote_types, [w.dtype for w in weights]))
+    like = weights[0].new_empty((), dtype=dtype or widest(*[w.dtype for w in weights]))
     if _per_model(block):
         whole = sum(one.groups * one.d_out * one.d_in for one in block.layers)
         return block.structure.init(1, whole, like)
@@ -150,16 +148,14 @@ def refresh(block: Block, held: Held, statistics: Statistics, damping: float | T
         ) from error
 
 
-def apply(block: Block, inverse: Any, matrices: list[Any]) -> list[Any]:
+def apply(block: Block, inverse: Any, matrices: list[Any]) -> list[Tensor]:
     """The layers' natural gradients as matrices, from their gradients as matrices, in the dtype of these.
 
-    It is computed in the wider one of it and that of the inverse. A gradient that is held by its rows stays so where
-    the block is a Kronecker product.
+    It is computed in the wider one of it and that of the inverse.
     """
-    if not isinstance(block.structure, KroneckerStructure):
-        matrices = formed(matrices)
+    matrices = formed(matrices)
     held = floating_dtype(inverse)
-    wider = reduce(torch.promote_types, [m.dtype for m in matrices], held)
+    wider = widest(held, *[m.dtype for m in matrices])
     if held != wider:
         inverse = optree.tree_map(lambda x: x.to(wider), inverse)
     if _per_model(block):
@@ -167,9 +163,7 @@ def apply(block: Block, inverse: Any, matrices: list[Any]) -> list[Any]:
         parts = inverse.matvec(flat).split([matrix.numel() for matrix in matrices])
         return [part.reshape(m.shape).to(m.dtype) for part, m in zip(parts, matrices, strict=True)]
     (matrix,) = matrices
-    natural = _by_group(block, block.structure.apply)(inverse, floating(matrix, wider))
-    if isinstance(natural, Unformed):
-        return [floating(natural, torch.promote_types(matrix.dtype, torch.float32))]
+    natural = _by_group(block, block.structure.apply)(inverse, matrix.to(wider))
     return [natural.contiguous().to(matrix.dtype)]
 
 

@@ -98,6 +98,11 @@ def has_values(x: Tensor) -> bool:
     return not wrapped and type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
 
 
+def changes_in_place() -> bool:
+    """Whether a tensor just made may be changed in place: under ``vmap`` it may lack an axis that the change has."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
+
+
 def check_range(name: str, targets: Tensor, low: float, high: float) -> None:
     """Refuses values outside, where they are known; one that is not finite may show as such in the loss."""
     if not has_values(targets) or not targets.numel():

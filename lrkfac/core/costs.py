@@ -18,6 +18,7 @@ from lrkfac.core.factors import DenseStructure, DiagonalStructure
 from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.layers import LINEAR, LinearOptions
 from lrkfac.core.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
+from lrkfac.core.natural import Part, in_parts, of_product
 from lrkfac.core.ranks import COUNTER, AutoRank, form_of, free, held_at_start, ranks_within, resolved, size_of
 from lrkfac.core.structures import BlockStructure
 from lrkfac.core.table import short, table
@@ -122,11 +123,17 @@ def _cost(block: Block, dtype: torch.dtype) -> Cost:
     start = held_at_start(one, dtype)
     groups = block.layers[0].groups if len(block.layers) == 1 else 1
 
-    def gradients() -> list[Any]:
-        return [torch.empty(x.groups * x.d_out, x.d_in, dtype=dtype, device="meta") for x in one.layers]
+    def natural() -> Any:
+        if isinstance(one.structure, KroneckerStructure) and in_parts(block):
+            (layer,) = one.layers
+            joint = layer.bias is not None
+            weight = torch.empty(layer.d_out, layer.d_in - joint, dtype=dtype, device="meta")
+            return of_product(start.inverse, Part(weight, weight.new_empty(layer.d_out) if joint else None))
+        shapes = [(x.groups * x.d_out, x.d_in) for x in one.layers]
+        return apply(one, start.inverse, [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes])
 
     refreshed, per_row = _operations(partial(_refreshed, one, start, ROWS, dtype))
-    applied, _ = _operations(lambda: apply(one, start.inverse, gradients()))
+    applied, _ = _operations(natural)
     return Cost(_words(block), size_of(held), groups * applied, groups * refreshed, groups * per_row)
 
 
@@ -181,6 +188,8 @@ def _operations(of: Callable[[], Any]) -> tuple[int, int]:
 
 def _formulas() -> dict[Any, Callable[..., int]]:
     """Operations of what torch has no formula for, a batch of matrices included."""
+    from torch.utils.flop_counter import flop_registry
+
     aten = torch.ops.aten
 
     def batch(shape: tuple[int, ...], own: int) -> int:
@@ -202,6 +211,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         aten._linalg_eigh: cubed(9),
         aten.linalg_cholesky_ex: cubed(1 / 3),
         aten.cholesky_inverse: cubed(2 / 3),
+        aten.addmm_: flop_registry[aten.addmm],
+        aten.baddbmm_: flop_registry[aten.baddbmm],
         aten.mv: products,
         aten.dot: products,
     }

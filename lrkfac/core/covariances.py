@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from lrkfac.core.layers import KINDS, Kind, Options, counts
 from lrkfac.core.rows import DiagonalCovariance, RowCovariance, SumCovariance
-from lrkfac.core.tree import wide
+from lrkfac.core.tree import wide, widest
 from lrkfac.core.types import Covariance, Layer, Treatment
 from lrkfac.core.unformed import Unformed
 from lrkfac.core.views import put, taken
@@ -245,18 +245,11 @@ def turned(layer: Layer, weight: Unformed) -> Unformed:
     return weight.t() if len(layer.weight.view) % 2 else weight
 
 
-def from_matrices(layers: list[Layer], matrices: list[Any]) -> dict[int, Any]:
+def from_matrices(layers: list[Layer], matrices: list[Tensor]) -> dict[int, Any]:
     """The inverse of ``to_matrix``: from a parameter's index to the leaf that the layers' matrices make up."""
     found: dict[int, Any] = {}
     for layer, matrix in zip(layers, matrices, strict=True):
         joint = layer.bias is not None
-        if isinstance(matrix, Unformed):
-            weight = Unformed(matrix.left, matrix.right[:, :-1], matrix.dtype) if joint else matrix
-            found[layer.weight.index] = turned(layer, weight)
-            if layer.bias is not None:
-                bias = (matrix.left.mT @ matrix.right[:, -1]).to(matrix.dtype)
-                found[layer.bias.index] = put(layer.bias.view, layer.bias.shape, bias)
-            continue
         flat = matrix.reshape(layer.groups * layer.d_out, layer.d_in)
         parts = [(layer.weight, flat[:, :-1] if joint else flat)]
         if layer.bias is not None:
@@ -279,7 +272,7 @@ def _gradient(layer: Layer, inputs: Uses, gradients: Uses, joint: bool) -> Tenso
 def _joined(kind: Kind, a: Tensor, g: Tensor, d: int, options: Options, joint: bool) -> Tensor:
     """``sum of g aᵀ``, ``[k, d]`` or, with the column of a joint bias, ``[k, d + 1]``."""
     if a.is_floating_point() and a.dtype != g.dtype:  # under autocast
-        dtype = torch.promote_types(a.dtype, g.dtype)
+        dtype = widest(a.dtype, g.dtype)
         a, g = a.to(dtype), g.to(dtype)
     matrix = kind.transpose(a, g, d, options)
     if not joint:

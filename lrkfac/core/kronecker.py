@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lrkfac.core.factors import FactorStructure
 from lrkfac.core.operators import Kronecker, split_damping
+from lrkfac.core.products import two_sided
 from lrkfac.core.types import Covariance, Treatment
-from lrkfac.core.unformed import Unformed
 
 
 class KroneckerState(NamedTuple):
@@ -67,9 +67,6 @@ class KroneckerStructure:
             self.output.inverse(state.output, output_damping), self.input.inverse(state.input, input_damping)
         )
 
-    def apply(self, inverse: Kronecker, gradient: Tensor | Unformed) -> Tensor | Unformed:
-        """The natural gradient ``[d_out, d_in]``; held by its rows where the gradient is."""
-        if isinstance(gradient, Unformed):
-            left, right = inverse.output.of_rows(gradient.left), inverse.input.of_rows(gradient.right)
-            return Unformed(left, right, gradient.dtype)
-        return inverse.two_sided(gradient)
+    def apply(self, inverse: Kronecker, gradient: Tensor) -> Tensor:
+        """The natural gradient ``[d_out, d_in]``."""
+        return two_sided(inverse, gradient, None)[0]

@@ -1,7 +1,8 @@
 """Symmetric matrices that are applied without being formed, as NamedTuples of tensors.
 
 Each class is a pytree for ``optree`` and ``torch.func`` alike. An operator knows ``matvec``, ``of_rows``,
-``to_dense``, ``trace`` and ``shifted`` (``M + shift I``) and nothing more.
+``to_dense``, ``trace`` and ``shifted`` (``M + shift I``) and nothing more. ``of_rows`` of the first three takes
+operators and rows that are stacked along leading axes, too.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class Diagonal(NamedTuple):
         """``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``."""
         return _times_rows(self.diagonal, x)
 
-    def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    def of_rows(self, x: Float[Tensor, "*many n d"]) -> Float[Tensor, "*many n d"]:
         """``x M``: the matrix applied to each row of ``x``."""
-        return x * self.diagonal
+        return x * self.diagonal[..., None, :]
 
     def to_dense(self) -> Float[Tensor, "d d"]:
         """The matrix."""
@@ -51,7 +52,7 @@ class Dense(NamedTuple):
         """``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``."""
         return self.matrix @ x
 
-    def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    def of_rows(self, x: Float[Tensor, "*many n d"]) -> Float[Tensor, "*many n d"]:
         """``x M``: the matrix applied to each row of ``x``."""
         return x @ self.matrix
 
@@ -87,9 +88,10 @@ class LowRankPlusDiagonal(NamedTuple):
             return self.diagonal * x + self.vectors @ inner
         return torch.addcmul(self.vectors @ inner, self.diagonal[:, None], x)
 
-    def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    def of_rows(self, x: Float[Tensor, "*many n d"]) -> Float[Tensor, "*many n d"]:
         """``x M``: the matrix applied to each row of ``x``, in O(n d r)."""
-        return torch.addcmul(((x @ self.vectors) * self.values) @ self.vectors.mT, x, self.diagonal)
+        inner = (x @ self.vectors) * self.values[..., None, :]
+        return torch.addcmul(inner @ self.vectors.mT, x, self.diagonal[..., None, :])
 
     def to_dense(self) -> Float[Tensor, "d d"]:
         """The matrix."""
@@ -112,8 +114,6 @@ class Kronecker(NamedTuple):
 
     def two_sided(self, gradient: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """``output G input`` for a matrix ``G`` of the layer's shape."""
-        if isinstance(self.output, LowRankPlusDiagonal) and isinstance(self.input, LowRankPlusDiagonal):
-            return _two_sided(self.output, self.input, gradient)
         return self.input.of_rows(self.output.matvec(gradient))
 
     def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -256,16 +256,6 @@ def split_damping(operator: Kronecker, damping: float | Tensor) -> tuple[Tensor,
     pi = ratio.clamp(1e-16, 1e16).sqrt()
     root = damping**0.5
     return root * pi, root / pi
-
-
-def _two_sided(output: LowRankPlusDiagonal, input: LowRankPlusDiagonal, gradient: Tensor) -> Tensor:
-    """``(D + V Λ Vᵀ) G (E + U Μ Uᵀ) = D G E + V Λ Vᵀ G (E + U Μ Uᵀ) + D G U Μ Uᵀ``: all that is not scaled by
-    diagonals is one product of inner dimension ``2 r``, so that the matrix is passed over as seldom as can be.
-    """
-    left = input.of_rows(_times_rows(output.values, output.vectors.mT @ gradient))
-    right = _times_rows(output.diagonal, (gradient @ input.vectors) * input.values)
-    product = torch.cat([output.vectors, right], dim=1) @ torch.cat([left, input.vectors.mT])
-    return torch.addcmul(product, gradient * output.diagonal[:, None], input.diagonal)
 
 
 def _times_rows(scale: Tensor, x: Tensor) -> Tensor:

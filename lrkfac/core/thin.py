@@ -6,16 +6,13 @@ import math
 from collections import Counter
 from typing import Any
 
-import torch
-
 from lrkfac.core.capture import OutputSpec
 from lrkfac.core.covariances import Uses, turned
 from lrkfac.core.layers import LINEAR
+from lrkfac.core.tree import widest
 from lrkfac.core.types import Layer, Layers
 from lrkfac.core.unformed import Unformed
-from lrkfac.core.views import put
-
-TRANSPOSITIONS = ("t", "T", "mT")
+from lrkfac.core.views import TRANSPOSITIONS, put
 
 
 def thin_layers(layers: Layers, specs: dict[str, list[OutputSpec]]) -> tuple[Layer, ...]:
@@ -43,7 +40,7 @@ def by_rows(layer: Layer, inputs: Uses, gradients: Uses) -> dict[int, Any]:
     """The gradients of a thin layer's parameters, by their index; that of the weight not formed."""
     joint = layer.bias is not None
     a, g = inputs[0].reshape(-1, layer.d_in - joint), gradients[0].reshape(-1, layer.d_out)
-    dtype = torch.promote_types(a.dtype, g.dtype)  # two under autocast
+    dtype = widest(a.dtype, g.dtype)  # two under autocast
     found: dict[int, Any] = {layer.weight.index: turned(layer, Unformed(g.to(dtype), a.to(dtype), dtype))}
     if layer.bias is not None:
         found[layer.bias.index] = put(layer.bias.view, layer.bias.shape, g.to(dtype).sum(dim=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import optree
@@ -187,6 +188,12 @@ def floating(x: Any, dtype: torch.dtype) -> Any:
 def floating_dtype(x: Tree) -> torch.dtype:
     """The dtype of the first leaf of ``x`` that is no integer."""
     return next(leaf.dtype for leaf in optree.tree_leaves(x) if leaf.is_floating_point())
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that holds numbers of all of these."""
+    first = dtypes[0]  # torch counts a promotion as an operation
+    return first if all(dtype == first for dtype in dtypes) else reduce(torch.promote_types, dtypes)
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[Any]:

@@ -18,6 +18,9 @@ ATTRIBUTES = ("T", "mT")
 SAME_ORDER = ("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "ravel")
 """Methods that keep all entries in their row-major order: undone by a reshape."""
 
+TRANSPOSITIONS = ("t", "T", "mT")
+"""Of a matrix: each undone by the same once more."""
+
 
 class Step(NamedTuple):
     """One method (or attribute) of a tensor with fixed arguments; ``output`` picks one of several results."""
@@ -56,6 +59,8 @@ def put(view: View, shape: tuple[int, ...], x: Tensor) -> Tensor:
     """The transpose of ``taken``: ``x``, in any shape, at its place in a tensor of this shape, zeros elsewhere."""
     if all(step.name in SAME_ORDER for step in view):
         return x.reshape(shape)
+    if len(shape) == 2 and all(step.name in TRANSPOSITIONS for step in view):
+        return x.reshape(shape[::-1]).mT if len(view) % 2 else x.reshape(shape)
     part, transpose = vjp(lambda whole: taken(view, whole), torch.zeros(shape, dtype=x.dtype, device=x.device))
     return transpose(x.reshape(part.shape))[0]
 

@@ -8,15 +8,15 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.blocks import Held, apply, check_state, forms, identity, init
+from lrkfac.core.blocks import Held, check_state, forms, identity, init
 from lrkfac.core.checks import need_dtype, need_flag, need_number
 from lrkfac.core.choice import Chosen, blocks
-from lrkfac.core.covariances import from_matrices, to_matrix
 from lrkfac.core.groups import refresh_all
+from lrkfac.core.natural import alike, natural_gradients
 from lrkfac.core.profiling import profiled
 from lrkfac.core.ranks import AutoRank, resolved
 from lrkfac.core.tree import check_like, counter, need_layers, without_autocast
-from lrkfac.core.types import Evaluation, Layer, Layers, Tree
+from lrkfac.core.types import Evaluation, Layers, Tree
 from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
 
 
@@ -97,6 +97,7 @@ def precondition_by_fisher(
         need_dtype(dtype)
     held = blocks(layers, structure, resolved(layers, structure, rank))
     expected = forms(held, layers)
+    together = alike(held)
     covered = layers.covered
     free = [p.index for p in layers.parameters if p.index not in covered]
 
@@ -132,14 +133,8 @@ def precondition_by_fisher(
                 last = {block.name: Held(*[part[block.name] for part in state[:3]]) for block in held}
                 factors, inverses, dampings = _by_part(refresh_all(held, last, statistics, used, decay))
                 since = torch.zeros_like(since)
-        owners: list[Layer] = []
-        natural: list[Tensor] = []
         with profiled("apply"), without_autocast(since):
-            for block in held:
-                matrices = [to_matrix(layer, leaves) for layer in block.layers]
-                owners += block.layers
-                natural += apply(block, inverses[block.name], matrices)
-            for i, leaf in from_matrices(owners, natural).items():
+            for i, leaf in natural_gradients(together, inverses, leaves).items():
                 leaves[i] = leaf
         other = state.fallback
         if fallback:

@@ -57,7 +57,7 @@ def counted(f):
 
 def by_shapes(formula):
     """A formula as torch's counter wants it: of shapes in place of tensors."""
-    return lambda shape, *args, **options: formula(torch.empty(shape, device="meta"))
+    return lambda shape, *args, **options: formula(torch.empty(shape, device="meta"), *args)
 
 
 LINEAR = [(MLP, STRUCTURES[name], 0) for name in ("low rank", "auto", "by name", "mixed", "corrected")]
@@ -92,7 +92,7 @@ def test_operations_by_hand(d_in, d_out, joint, r):
     assert cost.apply == 2 * b * b * a + 2 * b * a * a
     if min(a, b) > r + 2:
         (cost,) = explain(layers, rank=r).layers.values()
-        assert cost.apply == 8 * r * a * b + 4 * r * r * a
+        assert cost.apply == 8 * r * b * d_in + 4 * r * r * b + joint * 6 * r * b
         assert cost.refresh_per_row <= 8 * (r + 4) * (a + b) + 4 * a
         assert cost.bytes <= 4 * ((2 * r + 1) * (a + b) + a + 2 * b + 4 * r + 3) + 16
 
