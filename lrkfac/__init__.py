@@ -14,6 +14,7 @@ from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
 from lrkfac.core.module import from_module
 from lrkfac.core.operator_entries import to_dense
 from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal
+from lrkfac.core.own_kinds import LayerKind
 from lrkfac.core.policy import staggered, staleness
 from lrkfac.core.power_iteration import power_iteration, subspace_iteration
 from lrkfac.core.sherman_morrison import inverse, sherman_morrison, woodbury
@@ -56,6 +57,7 @@ __all__ = [
     "GradientTransformation",
     "Kronecker",
     "Layer",
+    "LayerKind",
     "Layers",
     "Likelihood",
     "LowRankKFAC",

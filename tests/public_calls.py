@@ -122,6 +122,15 @@ public(
     inputs=among(X.to("meta"), (X.to("meta"),)),
     strict=FLAG,
     bias=one_of("joint", "separate"),
+    kinds=among(1, "x", [1], [torch.sub], lrkfac.LayerKind, *[x for x in NOTHING if x not in ([], ())]),
+)
+public(
+    "LayerKind",
+    {"name": "x", "function": torch.sub, "operation": torch.add},
+    name=among(1, *NOTHING),
+    **{name: FUNCTION for name in ("function", "operation", "parts")},
+    weight_axis=among("0", 1.0, True, torch.tensor(1), *[x for x in NOTHING if x is not None]),
+    channel=among(0, 1, "-1", -1.0, True, torch.tensor(-1), *NOTHING),
 )
 public(
     "fisher",

@@ -22,6 +22,8 @@ from lrkfac.core.attention import OPENED
 from lrkfac.core.calls import PARSERS, Call
 from lrkfac.core.hidden_effects import RefuseRandomNumbers, refuse_hidden_effects
 from lrkfac.core.layers import EMBEDDING
+from lrkfac.core.own_calls import call_of_own
+from lrkfac.core.own_kinds import LayerKind
 from lrkfac.core.types import Layers, Tree
 from lrkfac.core.views import View, is_view, picks_by_tensor, steps_of
 
@@ -53,11 +55,12 @@ class Follow(TorchFunctionMode):
     Args:
         tracked: All parameters with their paths.
         guarded: Whether to refuse hidden effects; only where parameters and inputs are fake tensors.
+        own: Kinds beside those that the package knows.
     """
 
-    def __init__(self, tracked: Tracked, guarded: bool = False) -> None:
+    def __init__(self, tracked: Tracked, guarded: bool = False, own: tuple[LayerKind, ...] = ()) -> None:
         super().__init__()
-        self.tracked, self.guarded = tracked, guarded
+        self.tracked, self.guarded, self.own = tracked, guarded, own
         self.level = torch._C._functorch.maybe_current_level() if guarded else None
 
     def inside(self) -> bool:
@@ -89,9 +92,15 @@ class Follow(TorchFunctionMode):
                 for step, part in steps_of(name, args, kwargs, result):
                     self.tracked.append((place[0], (*place[1], step), part))
             return result
-        parser = PARSERS.get(func)
-        call = None if parser is None else parser(lambda x: self.place(x) is not None, *args, **kwargs)
+        call = call_of_own(self.own, func, self.known, args, kwargs)
+        if call is None:
+            parser = PARSERS.get(func)
+            call = None if parser is None else parser(self.known, *args, **kwargs)
         return self.used(func, args, kwargs, call, result)
+
+    def known(self, x: Any) -> bool:
+        """Whether an argument is a parameter, or a view of one."""
+        return self.place(x) is not None
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
         """Called after a function has run; returns its result, changed or not."""
@@ -107,6 +116,7 @@ class Capture(Follow):
         records: Filled with the uses of each source, in order.
         probes: For each source, one probe per use; none at all to record only.
         guarded: See ``Follow``.
+        own: See ``Follow``.
     """
 
     def __init__(
@@ -116,8 +126,9 @@ class Capture(Follow):
         records: dict[str, list[Recorded]],
         probes: dict[str, list[Tensor]] | None = None,
         guarded: bool = False,
+        own: tuple[LayerKind, ...] = (),
     ) -> None:
-        super().__init__(tracked, guarded)
+        super().__init__(tracked, guarded, own)
         self.sources, self.records, self.probes = sources, records, probes
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
@@ -180,7 +191,7 @@ def run_captured(
     leaves = [leaf.view_as(leaf) for leaf in leaves]
     records: dict[str, list[Recorded]] = {}
     tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
-    with Capture(tracked, layers.sources, records, probes, guarded):
+    with Capture(tracked, layers.sources, records, probes, guarded, layers.own):
         result = model(optree.tree_unflatten(structure, leaves), inputs)
     for layer in layers:
         for site in {site for site, _ in layer.sites}:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.layers import KINDS, Kind, Options, counts
+from lrkfac.core.own_calls import mean_squares
 from lrkfac.core.rows import DiagonalCovariance, RowCovariance, SumCovariance
 from lrkfac.core.tree import wide, widest
 from lrkfac.core.types import Covariance, Layer, Treatment
@@ -59,6 +60,9 @@ class InputCovariance:
         """The mean of the squared rows, by the operation's transpose on the squared input."""
         assert self.kind.operation is not None
         d = self.dimension - self.joint
+        if not self.kind.picks:
+            squares = mean_squares(self.kind, [wide(a) for a in self.inputs], self.options, d)
+            return torch.cat([squares, squares.new_ones(1)]) if self.joint else squares
         total, rows = torch.zeros((), dtype=wide(self.inputs[0]).dtype, device=self.inputs[0].device), 0
         for a, options in zip(self.inputs, self.options, strict=True):
             a = wide(a)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrkfac.core.calls import Call
 from lrkfac.core.capture import label
-from lrkfac.core.layers import BIAS, LINEAR, Kind
+from lrkfac.core.layers import BIAS, LINEAR, OWN, Kind
 from lrkfac.core.types import Layer, Layers, Parameter
 from lrkfac.core.views import View, taken
 
@@ -135,7 +135,7 @@ def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str 
     seen = torch.zeros(parameter.shape, dtype=torch.int8)
     if len(groups) > 1 or groups[0].view:
         for group in groups:
-            taken(group.view[: len(group.uses[0].view)], seen).add_(1)
+            _count(group.view[: len(group.uses[0].view)], seen)
         if not bool((seen == 1).all()):
             return "used in parts that overlap, leave something out or are arranged differently"
     for group in groups:
@@ -150,11 +150,23 @@ def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str 
                 over_batch = len(aligned) == len(shape) and aligned[0] != 1
                 if not shape or shape[0] not in (1, examples) or over_batch:
                     return f"used by {use.call.kind.name} on a tensor of shape {shape} without the batch in front"
+            if use.call.kind is OWN and use.call.input.shape[:1] not in ((1,), (examples,)):
+                return f"used by {use.call.options[0].name} on an input without the batch in front"
             if not use.of_examples and not use.call.kind.one_hot:
                 return f"used by {use.call.kind.name} on what all examples share, without an axis for the batch"
             if not use.batched and (use.call.kind.unit_wise or use.call.kind.one_hot):
                 return f"used by {use.call.kind.name} where the batch is not the leading axis"
     return None
+
+
+def _count(view: View, seen: Tensor) -> None:
+    """Adds 1 where a view of the tensor takes its entries from."""
+    part = taken(view, seen)
+    if part.untyped_storage().data_ptr() == seen.untyped_storage().data_ptr():
+        part.add_(1)
+    else:  # such as a transposition that is reshaped: a copy
+        entries = taken(view, torch.arange(seen.numel()).reshape(seen.shape)).reshape(-1)
+        seen.view(-1).index_add_(0, entries, torch.ones(len(entries), dtype=seen.dtype))
 
 
 def is_batched(call: Call, output: Tensor, twice: Call, output_twice: Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import optree
@@ -15,7 +16,9 @@ from lrkfac.core.capture import Follow, batch_size, fake_mode, label, like_fake
 from lrkfac.core.checks import need_choice, need_flag, need_function, need_values
 from lrkfac.core.describe import Use, describe, is_batched, is_of_examples
 from lrkfac.core.hidden_effects import RefuseRandomNumbers
-from lrkfac.core.layers import LINEAR, SHIFT, LinearOptions
+from lrkfac.core.layers import LINEAR, OWN, SHIFT, LinearOptions
+from lrkfac.core.own_calls import check_use
+from lrkfac.core.own_kinds import LayerKind
 from lrkfac.core.tree import paths
 from lrkfac.core.types import Layers, Parameter, Tree
 from lrkfac.core.views import View
@@ -27,6 +30,7 @@ def find_layers(
     inputs: Tree,
     strict: bool = False,
     bias: Literal["joint", "separate"] = "joint",
+    kinds: Sequence[LayerKind] = (),
 ) -> Layers:
     """Describes the layers of a model: runs it once on tensors without values and watches its operations.
 
@@ -41,6 +45,7 @@ def find_layers(
         strict: Whether a parameter that no layer covers is an error.
         bias: ``"joint"`` treats a bias as one more column of the weight, with the constant input 1;
             ``"separate"`` makes it a layer of its own.
+        kinds: Operations of one's own that are layers, too; they come before the package's.
 
     Returns:
         The description; ``print`` shows it as a table.
@@ -57,23 +62,24 @@ def find_layers(
     need_flag(strict, "strict")
     need_choice(bias, "bias", ("joint", "separate"))
     need_values(inputs=inputs)
+    own = _own(kinds)
     parameters, structure = _parameters(params), optree.tree_structure(params)
     with torch.inference_mode(False), torch.enable_grad(), fake_mode():
         # Copies of leaves that require a gradient show what depends on parameters, and may be changed in place.
         leaves = [like_fake(leaf).requires_grad_().clone() for leaf in optree.tree_leaves(params)]
         given = like_fake(inputs)
-        discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)])
+        discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)], own)
         with RefuseRandomNumbers(), discovery:
             result = _run(model, optree.tree_unflatten(structure, leaves), given)
         _check_attached(result)
         _check_unchanged("params", [p.path for p in parameters], leaves)
         _check_unchanged("inputs", paths(given), optree.tree_leaves(given))
         discovery.separate_reused_products()
-        twice, examples_twice = _uses_of_twice_the_batch(model, params, inputs, parameters)
+        twice, examples_twice = _uses_of_twice_the_batch(model, params, inputs, parameters, own)
     examples = batch_size(result)
     grows = examples_twice > examples
     uses = {name: _with_batch(name, seen, twice, grows) for name, seen in discovery.uses.items()}
-    layers = describe(uses, discovery.others, parameters, structure, examples, bias == "joint")
+    layers = replace(describe(uses, discovery.others, parameters, structure, examples, bias == "joint"), own=own)
     if not layers.layers:
         raise ValueError(f"no layer found; none of the parameters is covered:\n{layers}")
     if strict and layers.uncovered:
@@ -83,14 +89,18 @@ def find_layers(
 
 
 def _uses_of_twice_the_batch(
-    model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree, parameters: tuple[Parameter, ...]
+    model: Callable[[Tree, Tree], Any],
+    params: Tree,
+    inputs: Tree,
+    parameters: tuple[Parameter, ...],
+    own: tuple[LayerKind, ...],
 ) -> tuple[dict[str, list[Use]], int]:
     """The uses with every input twice as long, to see which axes follow, and the number of examples; none where the
     model cannot do that.
     """
     leaves = [like_fake(leaf) for leaf in optree.tree_leaves(params)]
     longer = optree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim else x, like_fake(inputs))
-    discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)])
+    discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)], own)
     try:
         with discovery:
             result = model(optree.tree_unflatten(optree.tree_structure(params), leaves), longer)
@@ -111,6 +121,12 @@ def _with_batch(name: str, seen: list[Use], twice: dict[str, list[Use]], grows: 
         )
         for use, other in zip(seen, twice[name], strict=True)
     ]
+
+
+def _own(kinds: Any) -> tuple[LayerKind, ...]:
+    if not isinstance(kinds, Sequence) or not all(isinstance(kind, LayerKind) for kind in kinds):
+        raise TypeError(f"kinds: expected a tuple of LayerKind, got {kinds!r}")
+    return tuple(kinds)
 
 
 def _parameters(params: Tree) -> tuple[Parameter, ...]:
@@ -167,8 +183,8 @@ def _run(model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree) -> Any:
 class _Discovery(Follow):
     """Notes each use of a parameter: as the weight or bias of a known operation, or by anything else."""
 
-    def __init__(self, tracked: Any) -> None:
-        super().__init__(tracked, guarded=True)
+    def __init__(self, tracked: Any, own: tuple[LayerKind, ...]) -> None:
+        super().__init__(tracked, guarded=True, own=own)
         self.uses: dict[str, list[Use]] = {}
         self.others: dict[str, list[str]] = {}
         self.completed: list[tuple[str, int, Tensor, Use]] = []
@@ -204,6 +220,8 @@ class _Discovery(Follow):
                 return result
             bias = self.place(call.bias)
             if weight is not None:
+                if call.kind is OWN:
+                    check_use(call, result)
                 use = Use(call, *weight, bias, result, call.input._version)
                 self.uses.setdefault(label(*weight), []).append(use)
                 # A parameter that is also the input has a second path, which no probe sees.

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrkfac.core.own_kinds import OwnOptions
+
 Options = tuple[Any, ...]
 
 
@@ -49,6 +51,7 @@ class Kind:
         one_hot: Whether the rows of the weight are picked by number (``a`` holds integers): then the *output* side
             of ``W`` is one-hot and the gradients are the rows of its input side.
         unit_wise: Whether each output has a small block of its own (scales and shifts), no product.
+        picks: Whether rows consist of entries of ``a``, so that the squares of rows are the rows of the squares.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Kind:
     rows: Callable[[Tensor, int], Tensor] | None = None
     one_hot: bool = False
     unit_wise: bool = False
+    picks: bool = True
 
 
 # Linear -----------------------------------------------------------------------------------------------
@@ -262,9 +266,22 @@ SCALE = Kind(name="scale", prepare=_affine_prepare, transpose=_affine_transpose,
 SHIFT = Kind(name="shift", prepare=_affine_prepare, transpose=_affine_transpose, unit_wise=True)
 """``s = a + shift``: a parameter that is added or repeated for every example; its input is the constant 1."""
 
+# One's own --------------------------------------------------------------------------------------------
+
+
+OWN = Kind(
+    name="own",
+    prepare=lambda a, g, n, options: (_of_each(a, g), g if options[0].weight_axis is not None else g[..., None]),
+    transpose=lambda a, g, d, options: OwnOptions(*options).transpose(a, g, d),
+    operation=lambda a, w, options: OwnOptions(*options).apply(a, w),
+    channel=lambda options: OwnOptions(*options).kind.channel,
+    picks=False,
+)
+"""What a ``LayerKind`` describes; it stands in the options, so that there is no table of them to add to."""
+
 KINDS = {
     kind.name: kind
     for kind in (
-        LINEAR, *CONVOLUTIONS.values(), *TRANSPOSED_CONVOLUTIONS.values(), EMBEDDING, BIAS, SCALE, SHIFT,
+        LINEAR, *CONVOLUTIONS.values(), *TRANSPOSED_CONVOLUTIONS.values(), EMBEDDING, BIAS, SCALE, SHIFT, OWN,
     )
 }  # fmt: skip

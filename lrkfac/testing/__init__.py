@@ -1,12 +1,13 @@
 """The laws of the package as checkers, and hypothesis strategies to draw cases by.
 
-For tests of one's own structures, operators and transformations. Each checker raises ``AssertionError``
-with the law that broke and by how much. Strategies draw sizes, seeds, dtypes and conditions, never raw
-arrays; what they return is made from them by ``torch.Generator``.
+For tests of one's own structures, operators, transformations, likelihoods and layer kinds. Each checker raises
+``AssertionError`` with the law that broke and by how much. Strategies draw sizes, seeds, dtypes and conditions, never
+raw arrays; what they return is made from them by ``torch.Generator``.
 """
 
 from lrkfac.testing.architectures import Architecture, architectures
 from lrkfac.testing.laws import check_inverse, check_structure, check_transformation
+from lrkfac.testing.layer_kinds import check_layer_kind
 from lrkfac.testing.likelihoods import check_likelihood
 from lrkfac.testing.strategies import (
     LayerCase,
@@ -24,6 +25,7 @@ __all__ = [
     "LayerCase",
     "architectures",
     "check_inverse",
+    "check_layer_kind",
     "check_likelihood",
     "check_structure",
     "check_transformation",

@@ -88,6 +88,11 @@ SPELLINGS = {
     "conv2d, depthwise": convolution(2, groups=4, out=8),
     "conv3d": convolution(3, stride=2, padding=1, channels=2, out=2),
     **{f"conv2d, {mode}": convolution(2, kernel=3, mode=mode) for mode in ("circular", "reflect", "replicate")},
+    "@ with a turned and reshaped weight": product(
+        lambda x, w, b: plus(x @ w.transpose(1, 2).reshape(4, 6), b),
+        weight=lambda m: m.T.reshape(4, 2, 3).transpose(1, 2).contiguous(),
+        k=6,
+    ),
     "conv_transpose1d": transposed(1, stride=2, output_padding=1),
     "conv_transpose2d, groups": transposed(2, groups=2, stride=(2, 1), padding=1),
     "conv_transpose2d, dilation": transposed(2, dilation=2),

@@ -1,0 +1,65 @@
+"""The laws of a layer kind of one's own: that its operation is the function, and a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrkfac.core.own_calls import call_of_own
+from lrkfac.core.own_kinds import LayerKind, OwnOptions
+from lrkfac.core.views import taken
+from lrkfac.testing.laws import _close, _law
+from lrkfac.testing.strategies import gradients
+
+
+def check_layer_kind(kind: LayerKind, *args: Any, **kwargs: Any) -> None:
+    """Laws of a ``LayerKind``, at the arguments of a call of its function, each with a message.
+
+    * The output is that of ``operation`` with the weight as a matrix, plus the bias along ``channel``;
+    * ``operation`` is linear in the matrix, and each of its outputs depends on its own row alone, in the same way;
+    * each example's output depends on this example alone;
+    * the input does not depend on the weight.
+
+    Args:
+        kind: The kind.
+        *args: In float64, a few examples.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: Says which law is broken, and by how much.
+    """
+    call = call_of_own((kind,), kind, lambda x: isinstance(x, Tensor), args, kwargs)
+    _law(call is not None, "parts: the weight is a tensor")
+    assert call is not None
+    a, matrix, options = call.input, taken(call.turn, call.weight), OwnOptions(*call.options)
+    given = [x for x in (*args, *kwargs.values()) if x is call.weight]
+    _law(len(given) == 1, "parts: the weight is one of the arguments, as it is")
+
+    output = kind(*args, **kwargs)
+    s = output[..., None] if kind.weight_axis is None else output
+    found = options.apply(a, matrix)
+    _law(found.shape == s.shape, f"operation: the shape of the output, {tuple(s.shape)}, got {tuple(found.shape)}")
+    if call.bias is not None:
+        _law(call.bias.numel() == matrix.shape[0], f"bias: one number for each output, got {tuple(call.bias.shape)}")
+        found = found + call.bias.reshape(-1, *[1] * (-kind.channel - 1))
+    _close(found, s, 1e-9, "operation: with the weight and the bias, the output")
+
+    others = gradients(torch.stack([matrix, matrix]), seed=1)
+    many = options.apply(a, torch.cat([matrix, *others]))
+    parts = [options.apply(a, x) for x in (matrix, *others)]
+    _close(many, torch.cat(parts, dim=kind.channel), 1e-9, "operation: each output by its own row of W")
+    same = options.apply(a, matrix[:1].expand(3, -1)).movedim(kind.channel, 0)
+    _close(same, same[:1].expand_as(same), 1e-9, "operation: equal rows of W give equal outputs")
+    mixed = options.apply(a, 2 * others[0] - 3 * others[1])
+    _close(mixed, 2 * parts[1] - 3 * parts[2], 1e-9, "operation: linear in W")
+    each = torch.cat([options.apply(a[i : i + 1], matrix) for i in range(len(a))])
+    _close(each, parts[0], 1e-9, "operation: each example by itself")
+
+    def replaced(x: Any) -> Any:
+        return others[0].reshape(-1)[: x.numel()].reshape(x.shape) if x is call.weight else x
+
+    changed = tuple(map(replaced, args)), {name: replaced(x) for name, x in kwargs.items()}
+    again = call_of_own((kind,), kind, lambda x: isinstance(x, Tensor), *changed)
+    _law(again is not None and torch.equal(again.input, a), "parts: the input does not depend on the weight")
