@@ -80,12 +80,15 @@ def adaptive_low_rank_kfac(
     weight_decay: PerParameter = 0.0,
     dtype: torch.dtype | None = None,
     max_kl: float | Tensor | None = None,
+    gradient_decay: float = 0.9,
 ) -> GradientTransformation:
     """Natural gradient with low-rank factors and nothing to tune: no learning rate, momentum or damping.
 
-    All three follow in each step from the quadratic model of the batch, see ``scale_by_quadratic_model``. Its updates
-    are added to the parameters as they are, and ``state[-1].average`` is the running average of the parameters, which
-    is often better than the last ones, see ``ema_params``.
+    All three follow in each step from the quadratic model of the batch, see ``scale_by_quadratic_model``. What is
+    preconditioned is the sum ``Σ_k decay^k ∇_{t-k}`` of the last gradients, whose noise is a fraction of that of one:
+    the model of the batch then says how far to go along a direction that many batches have chosen. Its updates are
+    added to the parameters as they are, and ``state[-1].average`` is the running average of the parameters, which is
+    often better than the last ones, see ``ema_params``.
 
     Args:
         layers: From ``find_layers``.
@@ -96,6 +99,8 @@ def adaptive_low_rank_kfac(
         dtype: Of the factors, see ``precondition_by_fisher``.
         max_kl: Bound on how far one step moves the model; none by default. 1 keeps a run through batches that are
             wrong by orders of magnitude, see ``scale_by_quadratic_model``.
+        gradient_decay: Decay of the sum of gradients, in [0, 1); 0 preconditions the batch's own gradient, as in
+            Martens & Grosse 2015.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -103,10 +108,9 @@ def adaptive_low_rank_kfac(
     # The weights were found on the digits autoencoder; on four other problems of benchmarks/ they are better than
     # 1, too, or make no difference.
     both = ranked(layers, rank, lambda r: kronecker(low_rank(r, weight=2.0), low_rank_plus_diagonal(r, weight=0.5)))
+    precondition = precondition_by_fisher(layers, both, decay=decay, dtype=dtype)
     return chain(
-        scale_by_quadratic_model(
-            precondition_by_fisher(layers, both, decay=decay, dtype=dtype), damping, weight_decay, max_kl=max_kl
-        ),
+        scale_by_quadratic_model(chain(trace(gradient_decay), precondition), damping, weight_decay, max_kl=max_kl),
         ema_params(),
     )
 

@@ -71,6 +71,22 @@ def test_defaults(case):
     same(path(kfac(layers, 0.1), case), path(by_hand(layers, DENSE, 0.1, **values), case))
 
 
+@some_cases
+@pytest.mark.parametrize("gradient_decay", [None, 0.0, 0.6])
+def test_the_adaptive_chain(case, gradient_decay):
+    """Sums of gradients are preconditioned; with no memory, each batch's own."""
+    layers, _ = evaluator(case)
+    both = kronecker(low_rank(2, weight=2.0), low_rank_plus_diagonal(2, weight=0.5))
+    preconditioner = lrkfac.precondition_by_fisher(layers, both, decay=0.7)
+    if gradient_decay != 0:
+        summed = lrkfac.trace(0.9 if gradient_decay is None else gradient_decay)
+        preconditioner = lrkfac.chain(summed, preconditioner)
+    by_hand = lrkfac.chain(lrkfac.scale_by_quadratic_model(preconditioner, 0.2, 0.01, max_kl=1.0))
+    options = {} if gradient_decay is None else {"gradient_decay": gradient_decay}
+    found = lrkfac.adaptive_low_rank_kfac(layers, 2, 0.2, 0.7, 0.01, max_kl=1.0, **options)
+    same(path(found, case), path(by_hand, case))
+
+
 def test_signatures_that_users_rely_on():
     shared = "learning_rate damping decay momentum weight_decay kl_clip dtype".split()
     assert list(inspect.signature(kfac).parameters) == ["layers", *shared]

@@ -39,7 +39,7 @@ def two_sided(both: Kronecker, x: Tensor, column: Tensor | None) -> tuple[Tensor
     along = of_columns(output, along) * input.values[..., None, :]
     scaled = output.values[..., None] * (output.vectors.mT @ x) * weights[..., None, :]
     left, right = torch.cat([output.vectors, along], dim=-1), torch.cat([scaled, vectors.mT], dim=-2)
-    total = _added(_diagonal_times(output.diagonal, x, weights), left, right)
+    total = _added(_diagonal_times(output.diagonal, x, weights, input.diagonal[..., :1]), left, right)
     if last is None or column is None:
         return total, None
     own = of_columns(output, column[..., None]) * input.diagonal[..., -1:, None]
@@ -86,12 +86,17 @@ def _split(operator: LowRankPlusDiagonal, last: bool) -> tuple[Tensor, Tensor | 
     return (vectors[..., :-1, :], vectors[..., -1:, :]) if last else (vectors, None)
 
 
-def _diagonal_times(left: Tensor, x: Tensor, right: Tensor) -> Tensor:
-    """``diag(left) x diag(right)``, in one pass where ``right`` repeats one number."""
+def _diagonal_times(left: Tensor, x: Tensor, right: Tensor, unit: Tensor) -> Tensor:
+    """``diag(left) x diag(right)``, in one pass where ``right`` repeats one number.
+
+    Over ``unit``, that number, they are 1: rounding does not depend on how they lie in memory, which may be another way
+    in a state that was saved and loaded.
+    """
+    total = x * (left * unit)[..., None]
     if right.stride(-1) == 0:
-        return x * (left * right[..., :1])[..., None]
-    total = x * left[..., None]
-    return total.mul_(right[..., None, :]) if changes_in_place() else total * right[..., None, :]
+        return total
+    relative = (right / unit)[..., None, :]
+    return total.mul_(relative) if changes_in_place() else total * relative
 
 
 def _added(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
