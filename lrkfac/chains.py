@@ -33,6 +33,7 @@ def low_rank_kfac(
     weight_decay: PerParameter = 0.0,
     kl_clip: float = 1e-3,
     dtype: torch.dtype | None = None,
+    differentiable: bool = False,
 ) -> GradientTransformation:
     """Natural gradient with low-rank factors, clipping, momentum and decoupled weight decay.
 
@@ -49,12 +50,13 @@ def low_rank_kfac(
         kl_clip: Bound on the squared length of a step in the Fisher metric, see ``clip_by_kl``. While it binds, it
             sets the length of a step and the learning rate cancels.
         dtype: Of the factors, see ``precondition_by_fisher``.
+        differentiable: Whether derivatives through an update go through the statistics, see ``precondition_by_fisher``.
 
     Raises:
         ValueError: If an argument is out of range.
     """
     both = ranked(layers, rank, lambda r: kronecker(low_rank(r), low_rank_plus_diagonal(r)))
-    return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip, dtype)
+    return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip, dtype, differentiable)
 
 
 def kfac(
@@ -66,10 +68,11 @@ def kfac(
     weight_decay: PerParameter = 0.0,
     kl_clip: float = 1e-3,
     dtype: torch.dtype | None = None,
+    differentiable: bool = False,
 ) -> GradientTransformation:
     """K-FAC with dense factors, otherwise as ``low_rank_kfac`` (Martens & Grosse 2015, arXiv 1503.05671)."""
     both = kronecker(dense(), dense())
-    return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip, dtype)
+    return _kfac(layers, both, learning_rate, damping, decay, momentum, weight_decay, kl_clip, dtype, differentiable)
 
 
 def adaptive_low_rank_kfac(
@@ -125,11 +128,14 @@ def _kfac(
     weight_decay: PerParameter,
     kl_clip: float,
     dtype: torch.dtype | None,
+    differentiable: bool,
 ) -> GradientTransformation:
     need_numbers(momentum, "momentum", 0, 1)
     need_number(kl_clip, "kl_clip", 0, includes_low=False)
     return chain(
-        precondition_by_fisher(layers, structure, damping=damping, decay=decay, dtype=dtype),
+        precondition_by_fisher(
+            layers, structure, damping=damping, decay=decay, dtype=dtype, differentiable=differentiable
+        ),
         clip_by_kl(kl_clip, learning_rate),
         trace(momentum),
         add_decayed_weights(weight_decay),

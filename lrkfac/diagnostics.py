@@ -14,7 +14,7 @@ from lrkfac.core.blocks import Held, form
 from lrkfac.core.checks import need_number
 from lrkfac.core.corrected import CorrectedState
 from lrkfac.core.covariances import to_matrix
-from lrkfac.core.diagnosis import SIDES, WHOLE, LayerDiagnosis, needed_rank, of_block
+from lrkfac.core.diagnosis import SIDES, WHOLE, LayerDiagnosis, is_before, needed_rank, of_block
 from lrkfac.core.factors import DiagonalState
 from lrkfac.core.kronecker import KroneckerState
 from lrkfac.core.operators import CorrectedKronecker, Kronecker, dimension
@@ -84,6 +84,7 @@ COLUMNS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("eff. dim.", "effective_dimension", (WHOLE,), "{:.1f}"),
     ("condition", "condition", (WHOLE,), "{:.1e}"),
     ("drift", "drift", (*reversed(SIDES), WHOLE), "{:.0%}"),
+    ("since", "since_statistics", (WHOLE,), "{:.0f}"),
     ("update", "update_norm", (WHOLE,), "{:.2e}"),
 )
 """Heading, number, parts and form of a cell of the table."""
@@ -103,9 +104,10 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
     * ``condition``: the largest over the smallest eigenvalue of what was inverted; with ``low_rank_plus_diagonal`` a
       bound above it, from at most twice the largest eigenvalue and the smallest entry of the damped diagonal.
     * ``drift``: with ``previous``, the change of the running average since then, ``‖M - M'‖ / ‖M‖`` in Frobenius norm.
+    * ``since_statistics``: the number of steps since the layer's last statistics.
     * ``update_norm``: the length of the update of the layer's weight and joint bias.
 
-    Of the chain: ``since_statistics``, the number of steps since the last statistics, of whichever layers;
+    Of the chain: ``since_statistics``, the largest of these numbers;
     ``learning_rate``, ``momentum``, ``damping``, ``factor_damping``, ``predicted``, ``reduction_ratio``, ``rejected``
     (steps) of the quadratic model; ``left_out`` (steps) of ``apply_if_finite``; ``hyperparameters/…`` of
     ``inject_hyperparameters``.
@@ -122,7 +124,7 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
 
     Raises:
         ValueError: If no preconditioner is in the state, or one of other layers; if ``previous`` or ``updates`` do not
-            fit.
+            fit, or ``previous`` has seen more statistics (where they are on the CPU and their numbers known).
         TypeError: If an argument has the wrong type, or a factor is held by a structure that is not lrkfac's.
     """
     need_layers(layers)
@@ -131,7 +133,12 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
     forms = [{name: form(block.state) for name, block in blocks.items()} for blocks in (found, before)]
     if previous is not None and forms[0] != forms[1]:
         raise ValueError("previous: expected an earlier state of the same transformation, got one of another form")
+    if any(is_before(held.state, before[name].state) for name, held in found.items() if name in before):
+        raise ValueError("previous: expected an earlier state than state, got a later one; are the two swapped?")
     diagnosed = {name: of_block(held, before.get(name)) for name, held in found.items()}
+    for _, one in _within(state, PreconditionState):
+        for name, since in zip(sorted(one.factors), one.since.unbind(-1), strict=True):
+            diagnosed[name].numbers[WHOLE]["since_statistics"] = since
     leaves = _updates(state, layers, updates)
     for name, one in diagnosed.items() if leaves is not None else ():
         own = [layer for layer in layers if name in ("", layer.name)]
@@ -193,7 +200,7 @@ def _of_chain(state: Any) -> dict[str, Tensor]:
         state, PreconditionState | QuadraticModelState | HyperparametersState | ApplyIfFiniteState
     ):
         if isinstance(one, PreconditionState):
-            found.append((path, "since_statistics", one.since))
+            found.append((path, "since_statistics", one.since.amax()))
         elif isinstance(one, QuadraticModelState):
             found += [(path, name, getattr(one, name)) for name in QUADRATIC]
         elif isinstance(one, HyperparametersState):

@@ -26,7 +26,7 @@ public(
     structure=STRUCTURE,
     rank=RANK,
     budget=integer(optional=True),
-    dtype=DTYPE,
+    dtype=DTYPE.filter(lambda x: x is not None),
 )
 public(
     "ranks_by_trace",

@@ -141,7 +141,8 @@ valid(
     transformations=st.lists(TRANSFORMATION, min_size=1, max_size=3),
 )
 KFAC = {"learning_rate": RATE, "damping": POSITIVE, "decay": SHARE, "momentum": SHARES, "weight_decay": DECAYS}
-public("kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, **KFAC, kl_clip=POSITIVE, **OF_DTYPE)
+OF_STATISTICS = {**OF_DTYPE, "differentiable": FLAG}
+public("kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, **KFAC, kl_clip=POSITIVE, **OF_STATISTICS)
 public(
     "low_rank_kfac",
     {"layers": LAYERS, "learning_rate": 0.1},
@@ -149,7 +150,7 @@ public(
     rank=RANK_OF_CHAIN,
     **KFAC,
     kl_clip=POSITIVE,
-    **OF_DTYPE,
+    **OF_STATISTICS,
 )
 public(
     "adaptive_low_rank_kfac",

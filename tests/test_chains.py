@@ -88,7 +88,7 @@ def test_the_adaptive_chain(case, gradient_decay):
 
 
 def test_signatures_that_users_rely_on():
-    shared = "learning_rate damping decay momentum weight_decay kl_clip dtype".split()
+    shared = "learning_rate damping decay momentum weight_decay kl_clip dtype differentiable".split()
     assert list(inspect.signature(kfac).parameters) == ["layers", *shared]
     assert list(inspect.signature(low_rank_kfac).parameters) == ["layers", "learning_rate", "rank", *shared[1:]]
 
@@ -125,3 +125,10 @@ def test_kfac_equals_the_reference_under_a_schedule(case):
         params = lrkfac.apply_updates(params, updates)
         torch.testing.assert_close(params, expected, rtol=1e-9, atol=1e-10)
         case, reached = case._replace(params=expected), one.state
+
+
+def test_micro_batches_are_merged_not_accumulated():
+    layers, _ = evaluator(MLP)
+    for inner in (lrkfac.kfac(layers, 0.1), lrkfac.adaptive_low_rank_kfac(layers, rank=2)):
+        with pytest.raises(ValueError, match=r"inner: it preconditions.*merge_evaluations"):
+            lrkfac.accumulate(inner, 2).init(MLP.params)

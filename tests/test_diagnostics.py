@@ -40,6 +40,7 @@ def test_numbers_are_those_of_dense_matrices(case, structure):
     states, updates = trained(precondition_by_fisher(layers, structure, damping=0.05), case)
     found = diagnose(states[-1], layers, previous=states[1], updates=updates)
     assert found.chain == {"since_statistics": torch.tensor(1)}
+    assert all(layer.numbers["F"]["since_statistics"] == 1 for layer in found.layers.values())
     for layer in layers:
         numbers = found.layers[layer.name].numbers
         fitted = structure.fitted(layer.d_in, layer.d_out)
@@ -152,6 +153,29 @@ def test_ranks_by_trace_make_a_chain():
             ranks_by_trace(states[-1], LAYERS, share)
     with pytest.raises(ValueError, match="state: expected one after some statistics, got one without any of layer"):
         ranks_by_trace(states[0], LAYERS)
+
+
+def test_layers_in_turns_are_of_different_age():
+    tx, asked = precondition_by_fisher(LAYERS, rank=2), lrkfac.staggered(LAYERS, 4)
+    state, last = tx.init(MLP.params), {}
+    every = lrkfac.fisher(MLP.model, lrkfac.categorical(), LAYERS)
+    for step in range(7):
+        e = every(MLP.params, MLP.inputs, MLP.targets, statistics=asked(step))
+        _, state = tx.update(e.grads, state, MLP.params, evaluation=e)
+        names = asked(step)
+        last |= dict.fromkeys([x.name for x in LAYERS] if names is True else names or (), step)
+    found = diagnose(state, LAYERS)
+    ages = {name: int(layer.numbers["F"]["since_statistics"]) for name, layer in found.layers.items()}
+    assert ages == {name: 6 - step for name, step in last.items()} and len(set(ages.values())) > 1
+    assert found.chain["since_statistics"] == max(ages.values())
+    assert found.metrics()["lrkfac/0/F/since_statistics"] == ages["0"]
+
+
+def test_a_later_state_is_no_previous_one():
+    states, _ = trained(KFAC, MLP)
+    assert diagnose(states[1], LAYERS, previous=states[1])
+    with pytest.raises(ValueError, match="previous: expected an earlier state than state, got a later one"):
+        diagnose(states[1], LAYERS, previous=states[-1])
 
 
 def test_tables():

@@ -86,6 +86,36 @@ def test_the_choice_changes_the_derivatives():
     assert not torch.allclose(one["0.weight"], other["0.weight"], rtol=1e-3)
 
 
+def test_the_ready_made_chains_pass_it_on():
+    """``kfac`` and ``low_rank_kfac`` of full rank: derivatives as those of the chain that they are."""
+
+    def after(make, params):
+        tx = make()
+        state = tx.init(params)
+        for _ in range(2):
+            e = EVALUATE(params, INPUTS[:N], TARGETS[:N])
+            updates, state = tx.update(e.grads, state, params, evaluation=e)
+            params = lrkfac.apply_updates(params, updates)
+        return LIKELIHOOD.loss(CASE.model(params, INPUTS[N:]), TARGETS[N:])
+
+    makes = [
+        lambda structure=structure, k=k: lrkfac.chain(
+            lrkfac.precondition_by_fisher(LAYERS, structure, damping=0.3, differentiable=k),
+            *(lrkfac.clip_by_kl(1e2, 0.2), lrkfac.trace(0.9)),
+            lrkfac.scale_by_learning_rate(0.2),
+        )
+        for structure in (STRUCTURES["dense"], kronecker(lrkfac.low_rank(16), lrkfac.low_rank_plus_diagonal(16)))
+        for k in (False, True)
+    ]
+    options = [{"damping": 0.3, "kl_clip": 1e2, "differentiable": k} for k in (False, True)]
+    ready = [lambda o=o: lrkfac.kfac(LAYERS, 0.2, **o) for o in options]
+    ready += [lambda o=o: lrkfac.low_rank_kfac(LAYERS, 0.2, rank=16, **o) for o in options]
+    found, expected = ([grad(lambda p, m=m: after(m, p))(CASE.params) for m in of] for of in (ready, makes))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(found[0]["0.weight"], found[1]["0.weight"], rtol=1e-3)
+
+
 def test_a_grid_of_hyperparameters_parameters_and_seeds_is_one_call():
     evaluate = lrkfac.fisher(CASE.model, LIKELIHOOD, LAYERS, "mc")
 

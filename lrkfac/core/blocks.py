@@ -24,8 +24,7 @@ from lrkfac.core.types import Layer, Layers, Statistics
 def init(block: Block, leaves: list[Tensor] | dict[int, Tensor], dtype: torch.dtype | None = None) -> Any:
     """The averages before the first statistics, in a dtype; by default that of the parameters, at least float32."""
     layer = block.layers[0]
-    weights = [leaves[one.weight.index] for one in block.layers]
-    like = weights[0].new_empty((), dtype=dtype or widest(*[w.dtype for w in weights]))
+    like = leaves[layer.weight.index].new_empty((), dtype=dtype or dtype_of(block, leaves))
     if _per_model(block):
         whole = sum(one.groups * one.d_out * one.d_in for one in block.layers)
         return block.structure.init(1, whole, like)
@@ -33,6 +32,12 @@ def init(block: Block, leaves: list[Tensor] | dict[int, Tensor], dtype: torch.dt
     if layer.groups == 1:
         return state
     return optree.tree_map(lambda x: x.expand(layer.groups, *x.shape).clone(), state)
+
+
+def dtype_of(block: Block, leaves: list[Any] | dict[int, Any]) -> torch.dtype:
+    """The dtype of averages that are held in that of the parameters, or of gradients."""
+    found = widest(*[leaves[layer.weight.index].dtype for layer in block.layers])
+    return found if found in (torch.float32, torch.float64) else torch.float32
 
 
 def form(state: Any) -> Any:
@@ -49,7 +54,7 @@ def forms(held: tuple[Block, ...], layers: Layers) -> dict[str, Any]:
     return {block.name: form(init(block, leaves)) for block in held}
 
 
-def check_state(expected: Mapping[str, Any], factors: Any, dtype: torch.dtype | None = None) -> None:
+def check_state(expected: Mapping[str, Any], factors: Any, dtypes: Mapping[str, torch.dtype]) -> None:
     """Refuses averages of other blocks.
 
     Raises:
@@ -63,8 +68,11 @@ def check_state(expected: Mapping[str, Any], factors: Any, dtype: torch.dtype | 
         found = form(factors[name])
         if found != wanted:
             raise ValueError(f"state: expected averages of layer {name!r} in the form {wanted}, got {found}; {remedy}")
-        if dtype is not None and (held := floating_dtype(factors[name])) != dtype:
-            raise ValueError(f"state: expected averages of layer {name!r} in {dtype}, got {held}; {remedy}")
+        if (held := floating_dtype(factors[name])) != dtypes[name]:
+            raise ValueError(
+                f"state: expected averages of layer {name!r} in {dtypes[name]}, got {held}; {remedy}, or give the "
+                "transformation that dtype="
+            )
 
 
 class Held(NamedTuple):

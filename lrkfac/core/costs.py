@@ -19,7 +19,17 @@ from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.layers import LINEAR, LinearOptions
 from lrkfac.core.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
 from lrkfac.core.natural import Part, in_parts, of_product
-from lrkfac.core.ranks import COUNTER, AutoRank, form_of, free, held_at_start, ranks_within, resolved, size_of
+from lrkfac.core.ranks import (
+    COUNTER,
+    AutoRank,
+    dtype_at_start,
+    form_of,
+    free,
+    held_at_start,
+    ranks_within,
+    resolved,
+    size_of,
+)
 from lrkfac.core.structures import BlockStructure
 from lrkfac.core.table import short, table
 from lrkfac.core.tree import need_layers
@@ -74,7 +84,7 @@ def explain(
     *,
     rank: AutoRank | None = None,
     budget: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Explanation:
     """Bytes and operations of ``precondition_by_fisher(layers, structure, rank=rank)``, per layer and in all.
 
@@ -91,15 +101,16 @@ def explain(
         rank: Of its default structure; see there.
         budget: Chooses that rank: the largest for which the whole state takes at most so many bytes, common to all
             layers, and one more for as many of them as then fit. ``explain(...).ranks`` is taken by ``rank=``.
-        dtype: Of the factors. Layers do not tell that of the parameters: pass float64 for a model of float64, whose
-            factors ``precondition_by_fisher`` holds so by default.
+        dtype: Of the factors; by default, as for ``precondition_by_fisher``, float64 if a layer's parameters were when
+            the layers were found, else float32.
 
     Raises:
         ValueError: If both ``rank`` and ``budget`` are given, not even rank 1 fits, or as ``precondition_by_fisher``.
         TypeError: If an argument has the wrong type.
     """
     need_layers(layers)
-    need_dtype(dtype)
+    if dtype is not None:
+        need_dtype(dtype)
     if budget is not None and rank is not None:
         raise ValueError(f"budget: expected rank or budget, got both, rank={rank!r}; leave one of them out")
     chosen = resolved(layers, structure, rank) if budget is None else ranks_within(layers, structure, budget, dtype)
@@ -107,14 +118,15 @@ def explain(
     costs: dict[str, Cost] = {}
     known: dict[Any, Cost] = {}
     for block in held:
-        form = form_of(block)
+        held_in = dtype or dtype_at_start(block)
+        form = form_of(block), held_in
         if form not in known:
-            known[form] = _cost(block, dtype)
+            known[form] = _cost(block, held_in)
         costs[block.name] = known[form]
     ranks = {name: r for name, r in ranks_of(layers, RANK if chosen is None else chosen).items() if name in free(held)}
     totals = (sum(getattr(cost, name) for cost in costs.values()) for name in Cost._fields[1:])
     total = Cost("", *totals)
-    return Explanation(costs, ranks, total._replace(bytes=total.bytes + COUNTER))
+    return Explanation(costs, ranks, total._replace(bytes=total.bytes + COUNTER * len(held)))
 
 
 def _cost(block: Block, dtype: torch.dtype) -> Cost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import optree
@@ -226,7 +226,7 @@ def _names(groups: list[_Group], paths: Collection[str]) -> list[str]:
 
 
 def _placed(parameter: Parameter, view: View) -> Parameter:
-    return Parameter(parameter.path, parameter.index, parameter.shape, view)
+    return replace(parameter, view=view)
 
 
 def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str, View] | None) -> Layer:

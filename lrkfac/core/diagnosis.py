@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.blocks import Held
+from lrkfac.core.checks import has_values
 from lrkfac.core.corrected import CorrectedState
 from lrkfac.core.kronecker import KroneckerState
 from lrkfac.core.spectra import Damped, Spectrum, damped, spectrum, squared_distance
@@ -97,6 +98,14 @@ def _of_each(state: Any, function: Callable[..., Any], *args: Any) -> Any:
     lead = _steps(state).ndim
     flat = optree.tree_map(lambda x: x.flatten(0, lead - 1) if lead else x[None], args)
     return vmap(function)(*flat)
+
+
+def is_before(state: Any, other: Any) -> bool:
+    """Whether a state has seen fewer batches than another, where that is known without waiting for a device."""
+    if isinstance(state, KroneckerState):
+        return is_before(state.output, other.output)
+    steps, others = _steps(state), _steps(other)
+    return has_values(steps) and has_values(others) and bool((steps < others).any())
 
 
 def _steps(state: Any) -> Tensor:

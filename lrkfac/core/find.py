@@ -145,7 +145,7 @@ def _parameters(params: Tree) -> tuple[Parameter, ...]:
             raise ValueError(f"params: {path!r} is on the device 'meta' and has no values; see Module.to_empty()")
         if any(path == other.path for other in found):
             raise ValueError(f"params: two parameters have the path {path!r}; keys must not contain dots that collide")
-        found.append(Parameter(path, index, tuple(leaf.shape)))
+        found.append(Parameter(path, index, tuple(leaf.shape), dtype=leaf.dtype))
     return tuple(found)
 
 

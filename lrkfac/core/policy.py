@@ -29,8 +29,8 @@ def staggered(layers: Layers, every: int) -> Callable[[int], bool | tuple[str, .
         From the number of a step to names of layers, or ``False`` where it is no layer's turn, or ``True`` at step 0.
 
     Raises:
-        ValueError: If ``every`` is below 1.
-        TypeError: If it is no integer, or ``layers`` are none.
+        ValueError: If ``every`` is below 1, or a step below 0.
+        TypeError: If it, or a step, is no integer, or ``layers`` are none.
     """
     need_layers(layers)
     need_integer(every, "every")
@@ -41,7 +41,14 @@ def staggered(layers: Layers, every: int) -> Callable[[int], bool | tuple[str, .
         parts[lightest].append(layer.name)
         sizes[lightest] += layer.groups * (layer.d_in + layer.d_out)
     turns = {i * every // len(parts): tuple(part) for i, part in enumerate(parts)}
-    return lambda step: step == 0 or turns.get(step % every, False)
+
+    def refreshed(step: int) -> bool | tuple[str, ...]:
+        if isinstance(step, Tensor):
+            raise TypeError("step: expected an integer >= 0, got a tensor; which layers it is decides what is computed")
+        need_integer(step, "step", 0)
+        return step == 0 or turns.get(step % every, False)
+
+    return refreshed
 
 
 def staleness(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Tensor]:

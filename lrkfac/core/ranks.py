@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import optree
 import torch
 
-from lrkfac.core.blocks import Held, identity, init
+from lrkfac.core.blocks import Held, dtype_of, identity, init
 from lrkfac.core.choice import Block, Choice, Chosen, Rank, blocks, ranks_of, unit_wise_by_kind
 from lrkfac.core.factors import DenseStructure, DiagonalStructure, FactorStructure
 from lrkfac.core.kronecker import KroneckerStructure
@@ -22,7 +22,7 @@ LARGEST = 64
 COPIES = 2
 """Copies of the parameters that ``rank="auto"`` may take the memory of: as many as the averages of Adam."""
 COUNTER = 8
-"""Bytes of the number of steps since the last statistics."""
+"""Bytes of the number of steps since a block's last statistics."""
 
 AutoRank = Rank | Literal["auto"]
 
@@ -35,6 +35,8 @@ def resolved(layers: Layers, structure: Chosen, rank: AutoRank | None) -> Rank |
         return rank
     if rank != "auto":
         raise TypeError(f'rank: expected an integer >= 1, "auto" or a mapping from names to integers, got {rank!r}')
+    if structure is None and all(unit_wise_by_kind(layer) for layer in layers):
+        return None  # nothing takes one
     numbers = sum(layer.groups * layer.d_out * layer.d_in for layer in layers)
     size = torch.float32.itemsize * COPIES * numbers
     return ranks_within(layers, structure, size, torch.float32, LARGEST, always=True)
@@ -44,6 +46,8 @@ def ranked(layers: Layers, rank: AutoRank, of_rank: Callable[[int], Choice]) -> 
     """The structure of each layer's rank."""
     need_layers(layers)
     chosen = resolved(layers, None, rank)
+    if isinstance(rank, str) and chosen is None:
+        return of_rank(LARGEST)
     if not isinstance(chosen, Mapping):
         return of_rank(cast(int, chosen))
     blocks(layers, None, chosen)  # refuses patterns that decide for no layer
@@ -55,13 +59,13 @@ def ranks_within(
     layers: Layers,
     structure: Chosen,
     budget: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     largest: int | None = None,
     always: bool = False,
 ) -> dict[str, int]:
     """For each layer that takes the default structure its rank, such that the whole state fits; see ``explain``.
 
-    At most ``largest``; where not even rank 1 fits, this ``always``.
+    At most ``largest``; where not even rank 1 fits, this ``always``. Without a dtype, that of the parameters.
     """
     if isinstance(budget, bool) or not isinstance(budget, int):
         raise TypeError(f"budget: expected an integer, a number of bytes, got {budget!r}")
@@ -86,13 +90,14 @@ def ranks_within(
     return ranks
 
 
-def _bytes(layers: Layers, structure: Chosen, rank: Rank, dtype: torch.dtype, known: dict[Any, int]) -> int:
-    total = COUNTER
+def _bytes(layers: Layers, structure: Chosen, rank: Rank, dtype: torch.dtype | None, known: dict[Any, int]) -> int:
+    total = 0
     for block in blocks(layers, structure, rank):
-        form = form_of(block)
+        held_in = dtype or dtype_at_start(block)
+        form = form_of(block), held_in
         if form not in known:
-            known[form] = _plain_size(block, dtype) or size_of(held_at_start(block, dtype))
-        total += known[form]
+            known[form] = _plain_size(block, held_in) or size_of(held_at_start(block, held_in))
+        total += known[form] + COUNTER
     return total
 
 
@@ -134,6 +139,11 @@ def form_of(block: Block) -> Any:
     """What the cost of a block depends on."""
     sizes = [(layer.d_in, layer.d_out, layer.groups, layer.bias is None) for layer in block.layers]
     return block.structure, tuple(sizes)
+
+
+def dtype_at_start(block: Block) -> torch.dtype:
+    """The dtype in which a block is held by default."""
+    return dtype_of(block, {layer.weight.index: layer.weight for layer in block.layers})
 
 
 def held_at_start(block: Block, dtype: torch.dtype) -> Held:

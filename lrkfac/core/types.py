@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from lrkfac.core.table import table
@@ -27,13 +28,15 @@ class Parameter:
     """Where a parameter lies in the parameter tree.
 
     ``path`` is its dotted path, ``index`` its place among ``optree.tree_leaves(params)``; ``view`` are the steps
-    from the parameter to the part of it, in the arrangement, that a layer uses.
+    from the parameter to the part of it, in the arrangement, that a layer uses. ``dtype`` is what it was when the
+    layers were found; nothing that computes depends on it.
     """
 
     path: str
     index: int
     shape: tuple[int, ...]
     view: View = ()
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)

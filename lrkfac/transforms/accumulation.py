@@ -12,7 +12,13 @@ from torch import Tensor
 from lrkfac.core.checks import need_integer
 from lrkfac.core.tree import check_like, check_tree, counter, difference, formed, wide
 from lrkfac.core.types import Evaluation, Statistics, Tree
-from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
+from lrkfac.transforms.base import (
+    GradientTransformation,
+    need_evaluation,
+    need_state,
+    need_transformation,
+    preconditions,
+)
 
 
 class AccumulateState(NamedTuple):
@@ -100,8 +106,8 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
         every: Number of micro-batches, at least 1.
 
     Raises:
-        ValueError: If ``every`` is below 1; in ``update``, if the tree or the state do not fit, or ``evaluation`` has
-            statistics.
+        ValueError: If ``every`` is below 1; in ``init``, if ``inner`` preconditions; in ``update``, if the tree or the
+            state do not fit, or ``evaluation`` has statistics.
         TypeError: If an argument has the wrong type.
     """
     need_transformation(inner, "inner")
@@ -112,7 +118,10 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
         total = optree.tree_map(lambda p: torch.zeros_like(wide(p)), params)
         leaves = optree.tree_leaves(total)
         weight = torch.zeros((), dtype=leaves[0].dtype, device=leaves[0].device) if leaves else torch.zeros(())
-        return AccumulateState(inner.init(params), total, weight, counter(params))
+        started = inner.init(params)
+        if preconditions(started):
+            raise ValueError(f"inner: it preconditions, and needs the statistics of all micro-batches; {_REMEDY}")
+        return AccumulateState(started, total, weight, counter(params))
 
     def update(
         updates: Tree,
@@ -125,8 +134,7 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
         need_state(state, AccumulateState)
         if evaluation is not None and need_evaluation(evaluation, "accumulate").statistics is not None:
             raise ValueError(
-                "accumulate: expected an evaluation without statistics, which are not accumulated; make one batch of "
-                "the micro-batches, e = merge_evaluations([...]), and one update(e.grads, state, params, evaluation=e)"
+                f"accumulate: expected an evaluation without statistics, which are not accumulated; {_REMEDY}"
             )
         check_like(state.total, updates, "accumulate: updates")
         updates = formed(updates)
@@ -142,6 +150,12 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
         return optree.tree_map(lambda u: torch.where(last, u, 0), changed), AccumulateState(kept, total, weight, steps)
 
     return GradientTransformation(init, update)
+
+
+_REMEDY = (
+    "make one batch of the micro-batches, e = merge_evaluations([...]), and one update(e.grads, state, params, "
+    "evaluation=e)"
+)
 
 
 def _weighted(weight: Tensor, x: Tensor) -> Tensor:

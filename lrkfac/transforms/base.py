@@ -124,3 +124,11 @@ def need_transformation(given: Any, name: str) -> None:
             f"{name}: expected a GradientTransformation, got {type(given).__name__}; call the function that makes it, "
             "as in chain(trace(0.9), scale(-0.1))"
         )
+
+
+def preconditions(state: Any) -> bool:
+    """Whether the state of a transformation that takes ``factor_damping`` is among these."""
+    if getattr(state, "preconditions", False):
+        return True
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, tuple | list) else ()
+    return any(preconditions(part) for part in parts)

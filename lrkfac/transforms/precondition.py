@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.blocks import Held, check_state, forms, identity, init
+from lrkfac.core.blocks import Held, check_state, dtype_of, forms, identity, init
 from lrkfac.core.checks import need_dtype, need_flag, need_number
 from lrkfac.core.choice import Chosen, blocks
 from lrkfac.core.groups import refresh_all
@@ -27,7 +27,7 @@ class PreconditionState(NamedTuple):
         factors: The running averages.
         inverses: Their damped inverses as of the last statistics.
         dampings: What these have on top of the averages: ``δ_B`` and ``δ_A`` of a product, ``[2]``, else ``λ``, ``[]``.
-        since: The number of steps since the last statistics, of whichever layers; int64, ``[]``.
+        since: For each of these, sorted by name, the number of steps since its last statistics, int64 ``[n]``.
         fallback: The state of the transformation of all other parameters.
     """
 
@@ -108,7 +108,7 @@ def precondition_by_fisher(
         leaves = leaves_of(params, "params")
         start = {block.name: identity(block, init(block, leaves, dtype)) for block in held}
         other = fallback.init([leaves[i] for i in free]) if fallback else ()
-        return PreconditionState(*_by_part(start), counter(leaves), other)
+        return PreconditionState(*_by_part(start), counter(leaves).repeat(len(held)), other)
 
     def update(
         updates: Tree,
@@ -121,8 +121,8 @@ def precondition_by_fisher(
     ) -> tuple[Tree, PreconditionState]:
         statistics = need_evaluation(evaluation, "precondition_by_fisher").statistics
         need_state(state, PreconditionState)
-        check_state(expected, state.factors, dtype)
         leaves = leaves_of(updates, "updates")
+        check_state(expected, state.factors, {block.name: dtype or dtype_of(block, leaves) for block in held})
         known = None if params is None else leaves_of(params, "params")
         if statistics is not None and not differentiable:
             statistics = optree.tree_map(torch.Tensor.detach, statistics)
@@ -132,7 +132,7 @@ def precondition_by_fisher(
             with profiled("refresh"), without_autocast(since):
                 last = {block.name: Held(*[part[block.name] for part in state[:3]]) for block in held}
                 factors, inverses, dampings = _by_part(refresh_all(held, last, statistics, used, decay))
-                since = torch.zeros_like(since)
+                since = _since(since, state.factors, factors)
         with profiled("apply"), without_autocast(since):
             for i, leaf in natural_gradients(together, inverses, leaves).items():
                 leaves[i] = leaf
@@ -146,6 +146,12 @@ def precondition_by_fisher(
         return new_updates, PreconditionState(factors, inverses, dampings, since, other)
 
     return GradientTransformation(init_state, update)
+
+
+def _since(steps: Tensor, before: dict[str, Any], after: dict[str, Any]) -> Tensor:
+    """The steps, 0 where a block has been refreshed."""
+    left = [after[name] is before[name] for name in sorted(after)]
+    return steps * torch.tensor(left, device=steps.device) if any(left) else torch.zeros_like(steps)
 
 
 def _by_part(found: dict[str, Held]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -32,6 +32,7 @@ from lrkfac.transforms.base import (
     need_params,
     need_state,
     need_transformation,
+    preconditions,
 )
 
 ADAPTATION = 0.95
@@ -139,7 +140,7 @@ def scale_by_quadratic_model(
     def init(params: Tree) -> QuadraticModelState:
         check_tree(params, "params")
         inner = preconditioner.init(params)
-        if not _preconditions(inner):
+        if not preconditions(inner):
             raise ValueError(
                 "preconditioner: nothing in it preconditions; pass precondition_by_fisher(layers) or a chain with it"
             )
@@ -290,11 +291,3 @@ def _within(max_kl: float | Tensor, minimum: Minimum, gram: Tensor, curvature: T
 def _pick(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]`` for an index ``[1]``, without asking for its value."""
     return x.index_select(0, index)[0]
-
-
-def _preconditions(state: Any) -> bool:
-    """Whether the state of a transformation that takes ``factor_damping`` is among these."""
-    if getattr(state, "preconditions", False):
-        return True
-    parts = state.values() if isinstance(state, dict) else state if isinstance(state, tuple | list) else ()
-    return any(_preconditions(part) for part in parts)

@@ -48,6 +48,17 @@ def test_bytes_are_those_of_the_state(case, options, dtype):
         assert {name: cost.bytes for name, cost in found.layers.items()} == of_layers
 
 
+@CASES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_dtype_is_that_of_the_parameters(case, dtype):
+    case = cast(case, dtype)
+    layers = lrkfac.find_layers(case.model, case.params, case.inputs)
+    assert {p.dtype for p in layers.parameters} == {dtype}
+    assert explain(layers, rank=2).total.bytes == size(precondition_by_fisher(layers, rank=2).init(case.params))
+    budget = explain(layers, rank=2).total.bytes
+    assert explain(layers, budget=budget).total.bytes <= budget
+
+
 def counted(f):
     own = {operation: by_shapes(formula) for operation, formula in costs._formulas().items()}
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
@@ -136,6 +147,21 @@ def test_auto_takes_no_more_than_the_averages_of_adam():
     assert set(ranks.resolved(wide, None, "auto").values()) == {ranks.LARGEST}
     tiny = lrkfac.find_layers(lambda p, x: x @ p, torch.ones(40, 1), torch.ones(2, 40))
     assert set(ranks.resolved(tiny, None, "auto").values()) == {1}
+
+
+def test_auto_where_nothing_takes_a_rank():
+    params = {"scale": torch.ones(4), "shift": torch.zeros(4)}
+    model = lambda p, x: x * p["scale"] + p["shift"]  # noqa: E731
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    layers = lrkfac.find_layers(model, params, x)
+    e = lrkfac.fisher(model, lrkfac.categorical(), layers)(params, x, y)
+    found = []
+    for tx in (precondition_by_fisher(layers), precondition_by_fisher(layers, rank="auto")):
+        found.append(tx.update(e.grads, tx.init(params), params, evaluation=e)[0])
+    assert all(torch.equal(found[0][k], found[1][k]) for k in params)
+    for make in (lrkfac.low_rank_kfac(layers, 0.1, rank="auto"), lrkfac.adaptive_low_rank_kfac(layers, rank="auto")):
+        make.update(e.grads, make.init(params), params, evaluation=e)
+    assert explain(layers, rank="auto").ranks == {}
 
 
 @pytest.mark.parametrize("make", [lrkfac.precondition_by_fisher, lrkfac.adaptive_low_rank_kfac])

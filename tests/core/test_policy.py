@@ -56,7 +56,8 @@ def test_named_layers_alone_are_refreshed(structure, estimator):
         for part, like in zip(found[:3], expected[:3], strict=True):
             for a, b in zip(optree.tree_leaves(part[name]), optree.tree_leaves(like[name]), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    assert found.since == 0 and optree.tree_structure(found) == optree.tree_structure(state)
+    assert optree.tree_structure(found) == optree.tree_structure(state)
+    assert found.since.tolist() == [1, 0, 1, 0] and whole.since.tolist() == [0, 0, 0, 0]
 
 
 def test_no_name_is_no_statistics():
@@ -86,6 +87,11 @@ def test_each_layer_has_one_turn_and_turns_are_spread(depth, every):
     layers = problem(depth)[0]
     refreshed = staggered(layers, every)
     assert refreshed(0) is True
+    for step in (torch.tensor(3), 2.0, True, "3"):
+        with pytest.raises(TypeError, match="step: expected an integer >= 0"):
+            refreshed(step)
+    with pytest.raises(ValueError, match="step: expected an integer >= 0, got -1"):
+        refreshed(-1)
     turns = [refreshed(step) for step in range(every, 2 * every)]
     named = [names for names in turns if names is not False]
     assert sorted(name for names in named for name in names) == [f"l{i}" for i in range(depth)]

@@ -185,6 +185,11 @@ def test_a_state_in_another_dtype_is_refused():
     tx = precondition_by_fisher(problem.layers, dtype=FLOAT64)
     with pytest.raises(ValueError, match=r"layer 'e' in torch.float64, got torch.float32; pass what init"):
         tx.update(e.grads, state, problem.params, evaluation=e)
+    for model, chosen in ((FLOAT32, FLOAT64), (FLOAT64, FLOAT32)):
+        problem = Problem(model)
+        state, e = precondition_by_fisher(problem.layers, dtype=chosen).init(problem.params), problem.evaluation()
+        with pytest.raises(ValueError, match=rf"in {model}, got {chosen}; .* or give the transformation that dtype="):
+            precondition_by_fisher(problem.layers).update(e.grads, state, problem.params, evaluation=e)
 
 
 def test_what_cannot_be_decomposed_is_refused():
