@@ -108,6 +108,7 @@ def adaptive_low_rank_kfac(
     Raises:
         ValueError: If an argument is out of range.
     """
+    need_number(gradient_decay, "gradient_decay", 0, 1)
     # The weights were found on the digits autoencoder; on four other problems of benchmarks/ they are better than
     # 1, too, or make no difference.
     both = ranked(layers, rank, lambda r: kronecker(low_rank(r, weight=2.0), low_rank_plus_diagonal(r, weight=0.5)))

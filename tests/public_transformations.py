@@ -162,6 +162,7 @@ public(
     weight_decay=DECAYS,
     **OF_DTYPE,
     max_kl=MAX_KL,
+    gradient_decay=SHARE,
 )
 valid(
     "inject_hyperparameters()",
