@@ -20,7 +20,7 @@ from lrkfac.core.module import from_module
 from lrkfac.core.statistics import Asked, Estimator
 from lrkfac.core.tree import formed, without_autocast
 from lrkfac.core.types import Evaluation, Layers, Tree
-from lrkfac.param_groups import OfGroups, check_group, defaults, filled, function_of, listed
+from lrkfac.param_groups import OfGroups, check_group, check_module, defaults, filled, function_of, listed
 from lrkfac.state_dicts import carried_over, from_state_dict, state_dict
 from lrkfac.transforms.base import GradientTransformation, apply_updates
 
@@ -140,7 +140,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             The evaluation; of several, ``merge_evaluations`` makes one.
 
         Raises:
-            ValueError: If the mode of the module has changed, or as the function of ``fisher``.
+            ValueError: If the module has changed, in its mode or parameters, or as the function of ``fisher``.
             TypeError: As the function of ``fisher``.
         """
         evaluation = self._evaluate(inputs, targets, statistics)
@@ -271,13 +271,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         raise TypeError("LowRankKFAC: functions cannot be pickled or copied; make another one, and load_state_dict()")
 
     def _evaluate(self, inputs: Tree, targets: Tree, statistics: Asked | None) -> Evaluation:
-        for name, part, training in self._modes:
-            if part.training != training:
-                was, now = ("train", "eval") if training else ("eval", "train")
-                raise ValueError(
-                    f"module: {name or type(part).__name__!r} is in {now} mode, and was in {was} mode when the "
-                    f"optimizer was made; call {was}() on it, or make the optimizer again"
-                )
+        check_module(self._module, self._parameters, self._modes)
         chosen = (self.steps - self._started) % self.statistics_every == 0 if statistics is None else statistics
         evaluation = self._fisher(self.params, self._with_buffers(inputs), targets, statistics=chosen)
         if self._buffered:

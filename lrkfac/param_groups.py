@@ -116,6 +116,29 @@ def function_of(
     return function, {name: x for name, x in params.items() if name in own}
 
 
+def check_module(
+    module: nn.Module, parameters: Mapping[str, Tensor], modes: Sequence[tuple[str, nn.Module, bool]]
+) -> None:
+    """Refuses a module that is another function by now than the one that was described.
+
+    Raises:
+        ValueError: If a part is in another mode, or a parameter has been replaced or frozen.
+    """
+    for name, part, training in modes:
+        if part.training != training:
+            was, now = ("train", "eval") if training else ("eval", "train")
+            raise ValueError(
+                f"module: {name or type(part).__name__!r} is in {now} mode, and was in {was} mode when the "
+                f"optimizer was made; call {was}() on it, or make the optimizer again"
+            )
+    there = dict(module.named_parameters())
+    gone = [name for name, p in parameters.items() if there.get(name) is not p or not p.requires_grad]
+    if gone:
+        raise ValueError(
+            f"module: {gone} have been replaced or frozen since the optimizer was made; make the optimizer again"
+        )
+
+
 class OfGroups:
     """Makes the chain with what stands in the groups; ``lr`` is read by the chain, in each step.
 

@@ -96,6 +96,16 @@ def _in_eval_mode(optimizer, x, y):
     optimizer.step(x, y)
 
 
+def _with_another_layer(optimizer, x, y):
+    optimizer._module[3] = torch.nn.Linear(8, 3).double()
+    optimizer.step(x, y)
+
+
+def _frozen_later(optimizer, x, y):
+    optimizer._module[0].weight.requires_grad_(False)
+    optimizer.step(x, y)
+
+
 REFUSED = {
     "a loss": (_with_loss, TypeError, "step: expected a closure that returns an Evaluation, got Tensor"),
     "nothing": (lambda o, x, y: o.step(), TypeError, "step: nothing to step with"),
@@ -105,6 +115,8 @@ REFUSED = {
     "statistics alone": (lambda o, x, y: o.step(statistics=True), TypeError, "step: statistics"),
     "no gradient": (_without_grad, ValueError, r"step: .* have no \.grad"),
     "another mode": (_in_eval_mode, ValueError, "module: '1' is in eval mode"),
+    "another layer": (_with_another_layer, ValueError, r"module: \['3\.weight', '3\.bias'\] have been replaced"),
+    "frozen later": (_frozen_later, ValueError, r"module: \['0\.weight'\] have been replaced or frozen"),
     "a copy": (lambda o, x, y: copy.deepcopy(o), TypeError, "cannot be pickled"),
 }
 

@@ -85,6 +85,16 @@ def need_function(value: Any, name: str, what: str = "a function") -> Callable[.
     return value
 
 
+def need_model(value: Any) -> Callable[..., Any]:
+    """Refuses what is no function of parameters and inputs, such as a module with parameters of its own."""
+    if isinstance(value, torch.nn.Module) and next(value.parameters(), None) is not None:
+        raise TypeError(
+            f"model: expected a function model(params, inputs), got the module {type(value).__name__}; make one of "
+            "it: model, params = from_module(module)"
+        )
+    return need_function(value, "model", "a function model(params, inputs)")
+
+
 def need_values(**trees: Any) -> None:
     """Refuses tensors on the device "meta"."""
     for name, tree in trees.items():

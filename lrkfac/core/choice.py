@@ -155,6 +155,10 @@ def _checked(layer: Layer, structure: Any) -> Structure:
         )
     if isinstance(structure, BlockStructure) and structure.per == "model":
         raise ValueError(f"structure: full() holds all layers together and cannot stand for {layer.name!r} alone")
+    if isinstance(structure, int):
+        raise TypeError(
+            f"structure: expected one such as kronecker(...), got {structure}; for a rank, rank={structure}"
+        )
     if not isinstance(structure, Structure):
         raise TypeError(
             f"structure: expected kronecker(input, output), unit_wise(), layer_wise() or diagonal() for layer "

@@ -13,7 +13,7 @@ from torch.overrides import resolve_name
 
 from lrkfac.core.calls import Call
 from lrkfac.core.capture import Follow, batch_size, fake_mode, label, like_fake
-from lrkfac.core.checks import need_choice, need_flag, need_function, need_values
+from lrkfac.core.checks import need_choice, need_flag, need_model, need_values
 from lrkfac.core.describe import Use, describe, is_batched, is_of_examples
 from lrkfac.core.hidden_effects import RefuseRandomNumbers
 from lrkfac.core.layers import LINEAR, OWN, SHIFT, LinearOptions
@@ -58,7 +58,7 @@ def find_layers(
         TypeError: If an argument has the wrong type, what the model returns does not start with a tensor, or
             ``params`` has other leaves than floating-point tensors. What the model raises passes.
     """
-    need_function(model, "model", "a function model(params, inputs)")
+    need_model(model)
     need_flag(strict, "strict")
     need_choice(bias, "bias", ("joint", "separate"))
     need_values(inputs=inputs)

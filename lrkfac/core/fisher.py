@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from lrkfac.core.capture import OutputSpec, output_specs, run_captured, with_constant_padding, zero_probes
-from lrkfac.core.checks import need_flag, need_function, need_values
+from lrkfac.core.checks import need_flag, need_model, need_values
 from lrkfac.core.covariances import from_matrices, gradient_matrix
 from lrkfac.core.derivatives import gradient, transposed
 from lrkfac.core.joint import Joint, joint
@@ -96,7 +96,7 @@ def fisher(
         TypeError: If an argument has the wrong type; at evaluation, if outputs or targets have another structure than
             the likelihood, or targets the wrong dtype. What the model raises passes.
     """
-    need_function(model, "model", "a function model(params, inputs)")
+    need_model(model)
     need_layers(layers)
     need_flag(has_aux, "has_aux")
     need_flag(thin, "thin")

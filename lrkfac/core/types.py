@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -29,14 +29,14 @@ class Parameter:
 
     ``path`` is its dotted path, ``index`` its place among ``optree.tree_leaves(params)``; ``view`` are the steps
     from the parameter to the part of it, in the arrangement, that a layer uses. ``dtype`` is what it was when the
-    layers were found; nothing that computes depends on it.
+    layers were found, and no part of the description.
     """
 
     path: str
     index: int
     shape: tuple[int, ...]
     view: View = ()
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = field(default=torch.float32, compare=False)
 
 
 @dataclass(frozen=True)

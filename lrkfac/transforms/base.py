@@ -24,11 +24,15 @@ class GradientTransformation(NamedTuple):
     update: Callable[..., tuple[Tree, Any]]
 
 
-def stateless(change: Callable[..., Tree]) -> GradientTransformation:
-    """A transformation without state from ``change(updates, params, **extra) -> updates``."""
+def stateless(change: Callable[..., Tree], check: Callable[[Tree], Any] | None = None) -> GradientTransformation:
+    """A transformation without state from ``change(updates, params, **extra) -> updates``; ``check`` looks at the
+    parameters at the start.
+    """
 
     def init(params: Tree) -> tuple[()]:
         check_tree(params, "params")
+        if check is not None:
+            check(params)
         return ()
 
     def update(updates: Tree, state: tuple[()], params: Tree = None, **extra: Any) -> tuple[Tree, tuple[()]]:

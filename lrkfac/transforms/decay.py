@@ -20,8 +20,8 @@ def add_decayed_weights(weight_decay: PerParameter) -> GradientTransformation:
             ``{"encoder": 0.0, "head": 1e-4}``.
 
     Raises:
-        ValueError: If it is not; in ``update``, if ``params`` is missing or differs from the updates, or a tree of
-            numbers does not fit.
+        ValueError: If it is not; in ``init``, if a tree of numbers does not fit; in ``update``, if ``params`` is
+            missing or differs from the updates.
         TypeError: If an argument has the wrong type.
     """
     need_numbers(weight_decay, "weight_decay", 0)
@@ -32,4 +32,4 @@ def add_decayed_weights(weight_decay: PerParameter) -> GradientTransformation:
             return updates
         return add_scaled(updates, of_leaves(weight_decay, updates, "weight_decay"), params)
 
-    return stateless(change)
+    return stateless(change, lambda params: of_leaves(weight_decay, params, "weight_decay"))

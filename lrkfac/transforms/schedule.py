@@ -45,7 +45,7 @@ def scale_by_learning_rate(learning_rate: PerParameter) -> GradientTransformatio
             ends earlier: ``{"encoder": 0.01, "head": warmup_cosine_schedule(0.1, 10, 100)}``.
 
     Raises:
-        ValueError: If it is a negative or non-finite number; in ``update``, if it is a tree that does not fit.
+        ValueError: If it is a negative or non-finite number; in ``init``, if it is a tree that does not fit.
         TypeError: If an argument has the wrong type.
     """
     need_numbers(learning_rate, "learning_rate", 0, schedules=True)
@@ -53,11 +53,16 @@ def scale_by_learning_rate(learning_rate: PerParameter) -> GradientTransformatio
     def change(updates: Tree, rate: PerParameter) -> Tree:
         return scaled(of_leaves(optree.tree_map(operator.neg, rate), updates, "learning_rate"), updates)
 
+    def check(params: Tree) -> None:
+        if not callable(learning_rate):
+            of_leaves(learning_rate, params, "learning_rate")
+
     if not any(callable(one) for one in optree.tree_leaves(learning_rate)):
-        return stateless(lambda updates, params, **extra: change(updates, learning_rate))
+        return stateless(lambda updates, params, **extra: change(updates, learning_rate), check)
 
     def init(params: Tree) -> ScheduleState:
         check_tree(params, "params")
+        check(params)
         return ScheduleState(counter(params))
 
     def update(updates: Tree, state: ScheduleState, params: Tree = None, **extra: Any) -> tuple[Tree, ScheduleState]:

@@ -110,10 +110,11 @@ def test_it_is_found(name):
 
 
 @each
-@pytest.mark.parametrize("treatment", ["expand", "reduce"])
-@pytest.mark.parametrize("bias", ["joint", "separate"])
-@pytest.mark.parametrize("estimator", ["exact", "mc", "empirical", "forward_only"])
-def test_gradients_and_factors_are_those_of_the_explicit_rows(name, estimator, bias, treatment):
+@pytest.mark.parametrize(
+    ("estimator", "bias"),
+    [("exact", "joint"), ("exact", "separate"), ("mc", "joint"), ("empirical", "joint"), ("forward_only", "joint")],
+)
+def test_gradients_and_factors_are_those_of_the_explicit_rows(name, estimator, bias):
     own, explicit, params, *both = made(name, bias=bias)
     noise = {"noise": NOISE} if estimator == "mc" else {}
     found, expected = (
@@ -122,17 +123,18 @@ def test_gradients_and_factors_are_those_of_the_explicit_rows(name, estimator, b
     )
     close(found.grads, expected.grads)
     close(found.grads, torch.func.grad(lambda p: F.cross_entropy(own(p, X), Y))(params))
-    of_both = []
-    for layers, e in zip(both, (found, expected), strict=True):
-        of_layer = (e.statistics.inputs["w"], e.statistics.output_gradients["w"], e.statistics.scale)
-        of_both.append(factors(layers["w"], *of_layer, treatment))
-    for mine, theirs in zip(*of_both, strict=True):
-        matrix = theirs.dense()
-        close(mine.dense(), matrix)
-        close(mine.diagonal(), matrix.diagonal())
-        close(mine.trace(), matrix.trace())
-        some = torch.randn(len(matrix), 2, dtype=DOUBLE)
-        close(mine.matvec(some), matrix @ some)
+    for treatment in ("expand", "reduce"):
+        of_both = []
+        for layers, e in zip(both, (found, expected), strict=True):
+            of_layer = (e.statistics.inputs["w"], e.statistics.output_gradients["w"], e.statistics.scale)
+            of_both.append(factors(layers["w"], *of_layer, treatment))
+        for mine, theirs in zip(*of_both, strict=True):
+            matrix = theirs.dense()
+            close(mine.dense(), matrix)
+            close(mine.diagonal(), matrix.diagonal())
+            close(mine.trace(), matrix.trace())
+            some = torch.randn(len(matrix), 2, dtype=DOUBLE)
+            close(mine.matvec(some), matrix @ some)
 
 
 STRUCTURES = {
