@@ -85,10 +85,11 @@ class Held(NamedTuple):
 
 def identity(block: Block, state: Any) -> Held:
     """What is held before the first statistics: averages that are zero, with damping 1."""
-    return Held(state, *_by_group(block, lambda one: _inverted(block, one, 1.0))(state))
+    return Held(state, *_by_group(block, lambda one: inverted(block, one, 1.0))(state))
 
 
-def _inverted(block: Block, state: Any, damping: float | Tensor) -> tuple[Any, Tensor]:
+def inverted(block: Block, state: Any, damping: float | Tensor) -> tuple[Any, Tensor]:
+    """The inverse of an average, and the dampings in it."""
     damping = floating(damping, floating_dtype(state))  # scalars of two dtypes would make the wider one of vectors
     with profiled("inverse"):
         return block.structure.inverse(state, damping), block.structure.dampings(state, damping)
@@ -130,7 +131,7 @@ def refresh(block: Block, held: Held, statistics: Statistics, damping: float | T
         assert isinstance(structure, BlockStructure)
         rows = [_example_rows(layer, statistics).flatten(1) for layer in block.layers]
         new = structure.update(held.state, torch.cat(rows, dim=1)[:, :, None], scale, decay)
-        return Held(new, *_inverted(block, new, damping))
+        return Held(new, *inverted(block, new, damping))
     (layer,) = block.layers
     inputs = split_groups(layer, statistics.inputs[layer.name])
     gradients = split_groups(layer, statistics.output_gradients[layer.name])
@@ -145,7 +146,7 @@ def refresh(block: Block, held: Held, statistics: Statistics, damping: float | T
         else:
             rows = example_gradients(layer, inputs, gradients).flatten(0, 1)
             new = structure.update(state, rows, scale, decay)
-        return Held(new, *_inverted(block, new, damping))
+        return Held(new, *inverted(block, new, damping))
 
     try:
         return _by_group(block, one_group)(held.state, inputs, gradients)

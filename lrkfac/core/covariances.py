@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from torch.func import vmap
 
 from lrkfac.core.layers import KINDS, Kind, Options, counts
 from lrkfac.core.own_calls import mean_squares
-from lrkfac.core.rows import DiagonalCovariance, RowCovariance, SumCovariance
+from lrkfac.core.rows import DiagonalCovariance, RowCovariance, SumCovariance, with_ones
 from lrkfac.core.tree import wide, widest
 from lrkfac.core.types import Covariance, Layer, Treatment
 from lrkfac.core.unformed import Unformed
@@ -44,17 +46,30 @@ class InputCovariance:
 
     def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
         """``A V`` by the operation with ``V`` in place of its weights, and its transpose."""
-        assert self.kind.operation is not None
-        weights, constants = (vectors[:-1], vectors[-1]) if self.joint else (vectors, None)
         total, rows = torch.zeros_like(vectors), 0
-        for a, options in zip(self.inputs, self.options, strict=True):
-            a = wide(a)
-            s = self.kind.operation(a, weights.mT, options)
-            trailing = [1] * (-self.kind.channel(options) - 1)
-            s = s if constants is None else s + constants.reshape(-1, *trailing)
-            total = total + _joined(self.kind, a, s, weights.shape[0], options, self.joint).mT
+        for a, options, s in self._along(vectors.mT):
+            total = total + _joined(self.kind, a, s, self.dimension - self.joint, options, self.joint).mT
             rows += s.numel() // vectors.shape[1]
         return total / rows
+
+    def between(self, x: Float[Tensor, "k d"]) -> Float[Tensor, "k k"]:
+        """``x A xᵀ``, by the operation alone."""
+        total, rows = x.new_zeros(x.shape[0], x.shape[0]), 0
+        for _, options, s in self._along(x):
+            along = s.movedim(self.kind.channel(options), 0).flatten(1)
+            total = total + along @ along.mT
+            rows += along.shape[1]
+        return total / rows
+
+    def _along(self, x: Tensor) -> Iterator[tuple[Tensor, Options, Tensor]]:
+        """Of each use, its input, its settings, and the operation with ``x`` in place of the weights."""
+        assert self.kind.operation is not None
+        weights, constants = (x[:, :-1], x[:, -1]) if self.joint else (x, None)
+        for a, options in zip(self.inputs, self.options, strict=True):
+            a = wide(a)
+            s = self.kind.operation(a, weights, options)
+            trailing = [1] * (-self.kind.channel(options) - 1)
+            yield a, options, s if constants is None else s + constants.reshape(-1, *trailing)
 
     def diagonal(self) -> Float[Tensor, "d"]:
         """The mean of the squared rows, by the operation's transpose on the squared input."""
@@ -76,14 +91,9 @@ class InputCovariance:
         return self.diagonal().sum()
 
     def dense(self) -> Float[Tensor, "d d"]:
-        """The matrix: from the rows where they are at hand, else column by column by ``matvec``."""
-        if self.kind.rows is None:
-            like = wide(self.inputs[0])
-            return self.matvec(torch.eye(self.dimension, dtype=like.dtype, device=like.device))
-        rows = torch.cat([self.kind.rows(wide(a), self.dimension - self.joint) for a in self.inputs])
-        if self.joint:
-            rows = with_ones(rows)
-        return rows.mT @ rows / rows.shape[0]
+        """The matrix, column by column by ``matvec``."""
+        like = wide(self.inputs[0])
+        return self.matvec(torch.eye(self.dimension, dtype=like.dtype, device=like.device))
 
 
 class Factors(NamedTuple):
@@ -131,8 +141,7 @@ def _expanded(
 ) -> Factors:
     d = layer.d_in if kind.one_hot else layer.d_out
     if gradients:
-        rows = [g.reshape(-1, d) for g in _channels_last(kind, options, gradients)]
-        joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+        joined = joined_rows([g.reshape(-1, d) for g in _channels_last(kind, options, gradients)])
         moment: Covariance = RowCovariance(joined, scale.to(joined.dtype))
     else:
         joined = scale.new_ones(d)
@@ -141,7 +150,16 @@ def _expanded(
         number = sum(a.numel() for a in inputs)
         found = torch.stack([counts(a, *o) for a, o in zip(inputs, options, strict=True)]).sum(dim=0)
         return Factors(DiagonalCovariance(found.to(joined.dtype) / number), moment)
-    return Factors(moment, InputCovariance(kind, inputs, options, layer.d_in, layer.bias is not None))
+    joint = layer.bias is not None
+    if kind.rows is None:
+        return Factors(moment, InputCovariance(kind, inputs, options, layer.d_in, joint))
+    rows = joined_rows([kind.rows(wide(a), layer.d_in - joint) for a in inputs])
+    return Factors(moment, RowCovariance(rows, rows.new_full((), 1 / max(rows.shape[0], 1)), joint))
+
+
+def joined_rows(rows: list[Tensor]) -> Tensor:
+    """Those of all uses."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
 
 
 def _reduced(
@@ -205,10 +223,8 @@ def gradient_matrix(layer: Layer, inputs: Uses, gradients: Uses) -> Tensor:
     """``sum of g aᵀ`` over uses, examples and positions: ``[d_out, d_in]``, or ``[groups, d_out, d_in]``."""
     joint = layer.bias is not None
 
-    def one_group(inputs: Uses, gradients: Uses) -> Tensor:
-        return _gradient(layer, inputs, gradients, joint)
-
     inputs, gradients = split_groups(layer, inputs), split_groups(layer, gradients)
+    one_group = partial(_gradient, layer, joint=joint)
     return one_group(inputs, gradients) if layer.groups == 1 else vmap(one_group)(inputs, gradients)
 
 
@@ -219,11 +235,6 @@ def prepared(layer: Layer, inputs: Uses, gradients: Uses, examples: int) -> tupl
         for a, g, kind, options in zip(inputs, gradients, layer.kinds, layer.options, strict=True)
     ]
     return tuple(a for a, _ in pairs), tuple(g for _, g in pairs)
-
-
-def with_ones(rows: Tensor) -> Tensor:
-    """Rows with the trailing 1 of a joint bias."""
-    return torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
 
 
 def to_matrix(layer: Layer, leaves: list[Any]) -> Any:

@@ -62,7 +62,7 @@ class DenseStructure:
         return DenseState(wide(like).new_zeros(dimension, dimension), no_steps(like))
 
     def update(self, state: DenseState, covariance: Covariance, decay: float | Tensor) -> DenseState:
-        kept = kept_weight(state.steps, state.matrix, decay)
+        kept = kept_weight(state.steps, state.matrix, decay)[..., None, None]
         return DenseState(kept * state.matrix + (1 - kept) * covariance.dense(), state.steps + 1)
 
     def operator(self, state: DenseState) -> Dense:
@@ -90,7 +90,7 @@ class DiagonalStructure:
         return DiagonalState(wide(like).new_zeros(dimension), no_steps(like))
 
     def update(self, state: DiagonalState, covariance: Covariance, decay: float | Tensor) -> DiagonalState:
-        kept = kept_weight(state.steps, state.diagonal, decay)
+        kept = kept_weight(state.steps, state.diagonal, decay)[..., None]
         return DiagonalState(kept * state.diagonal + (1 - kept) * covariance.diagonal(), state.steps + 1)
 
     def operator(self, state: DiagonalState) -> Diagonal:

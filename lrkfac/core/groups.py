@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.blocks import Held, refresh
+from lrkfac.core.blocks import Held, inverted, refresh
 from lrkfac.core.choice import Block
+from lrkfac.core.covariances import Factors, Uses, joined_rows
+from lrkfac.core.factors import DenseStructure, DiagonalStructure
 from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.layers import BIAS, LINEAR
-from lrkfac.core.types import Statistics
+from lrkfac.core.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
+from lrkfac.core.rows import DiagonalCovariance, RowCovariance
+from lrkfac.core.tree import floating, floating_dtype
+from lrkfac.core.types import Covariance, Layer, Statistics
 
 LARGEST = 2**24
 """Numbers of statistics that are stacked at most: beyond, operations are long enough to be made one by one."""
@@ -55,17 +60,66 @@ def _together(
     group: list[Block], held: dict[str, Held], statistics: Statistics, damping: float | Tensor, decay: float | Tensor
 ) -> dict[str, Held]:
     first = group[0]
+    each = [(held[b.name].state, statistics.inputs[b.name], statistics.output_gradients[b.name]) for b in group]
+    stacked = optree.tree_map(lambda *x: torch.stack(x), *each)
 
     def one(state: Any, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Held:
         own = Statistics({first.name: inputs}, {first.name: gradients}, statistics.scale)
         return refresh(first, Held(state, (), ()), own, damping, decay)
 
-    each = [(held[b.name].state, statistics.inputs[b.name], statistics.output_gradients[b.name]) for b in group]
-    leaves, structure = optree.tree_flatten(vmap(one)(*optree.tree_map(lambda *x: torch.stack(x), *each)))
+    of_all = _by_rows(first, statistics.scale, damping, decay) if _has_rows(first) else vmap(one)
+    leaves, structure = optree.tree_flatten(of_all(*stacked))
     # Laid out as those of a block alone; what is repeated along an axis stays so.
     tidy = [x if 0 in x.stride() else x.contiguous() for x in leaves]
     members = zip(*[x.unbind() for x in tidy], strict=True)
     return {b.name: optree.tree_unflatten(structure, list(own)) for b, own in zip(group, members, strict=True)}
+
+
+def _has_rows(block: Block) -> bool:
+    """Whether the rows of a layer are at hand, and what holds it takes those of several layers as they are."""
+    (layer,), structure = block.layers, block.structure
+    if len(set(layer.kinds)) > 1 or not set(layer.kinds) <= {LINEAR.name, BIAS.name}:
+        return False
+    assert isinstance(structure, KroneckerStructure)
+    return structure.treatment == "expand" and all(
+        isinstance(one, DenseStructure | DiagonalStructure)
+        or (isinstance(one, LowRankStructure | LowRankPlusDiagonalStructure) and one.method == "subspace")
+        for one in (structure.input, structure.output)
+    )
+
+
+def _by_rows(
+    block: Block, scale: Tensor, damping: float | Tensor, decay: float | Tensor
+) -> Callable[[Any, tuple[Tensor, ...], tuple[Tensor, ...]], Held]:
+    """``refresh`` of blocks like this one, from their states and statistics, stacked: without ``vmap``."""
+    (layer,), structure = block.layers, block.structure
+    assert isinstance(structure, KroneckerStructure)
+
+    def of_all(state: Any, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Held:
+        dtype = floating_dtype(state)
+        rows = [tuple([floating(x, dtype) for x in uses]) for uses in (inputs, gradients)]
+        try:
+            new = structure.update(state, *_stacked_factors(layer, scale.to(dtype), *rows), decay)
+            return Held(new, *inverted(block, new, damping))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise ValueError(str(error)) from error
+
+    return of_all
+
+
+def _stacked_factors(layer: Layer, scale: Tensor, inputs: Uses, gradients: Uses) -> Factors:
+    """``covariances.factors`` of several layers like this one, from their statistics, stacked."""
+    joint = layer.bias is not None
+    if gradients:
+        moment: Covariance = RowCovariance(joined_rows([_rows(g, layer.d_out) for g in gradients]), scale)
+    else:
+        moment = DiagonalCovariance(scale.new_ones(layer.d_out))
+    rows = joined_rows([_rows(a, layer.d_in - joint) for a in inputs])
+    return Factors(moment, RowCovariance(rows, rows.new_full((), 1 / max(rows.shape[-2], 1)), joint))
+
+
+def _rows(x: Tensor, d: int) -> Tensor:
+    return x.reshape(x.shape[0], -1, d)
 
 
 def _groups(blocks: Sequence[Block], held: dict[str, Held], statistics: Statistics) -> list[list[Block]]:

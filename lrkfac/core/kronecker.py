@@ -54,11 +54,11 @@ class KroneckerStructure:
         return Kronecker(self.output.operator(state.output), self.input.operator(state.input))
 
     def dampings(self, state: KroneckerState, damping: float | Tensor) -> Tensor:
-        """``δ_B`` and ``δ_A`` in the inverse, ``[2]``."""
+        """``δ_B`` and ``δ_A`` in the inverse, ``[*, 2]``."""
         operator = self.operator(state)
         input_damping, output_damping = split_damping(operator, damping)
         like: Any = operator.output[0]
-        return torch.stack([output_damping, input_damping]).to(like.dtype)
+        return torch.stack([output_damping, input_damping], dim=-1).to(like.dtype)
 
     def inverse(self, state: KroneckerState, damping: float | Tensor) -> Kronecker:
         """``(B + δ_B I)⁻¹ ⊗ (A + δ_A I)⁻¹`` with ``δ_A δ_B = damping``, split as in ``Kronecker.shifted``."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from lrkfac.core.averages import Average, average, explained
 from lrkfac.core.checks import need_choice, need_integer, need_number
 from lrkfac.core.factors import FactorStructure, dense, kept_weight, no_steps
 from lrkfac.core.operators import LowRankPlusDiagonal, Operator
-from lrkfac.core.power_iteration import orthonormal, power_iteration, pseudo_random, subspace_iteration
+from lrkfac.core.power_iteration import orthonormal, power_iteration, pseudo_random, ritz
 from lrkfac.core.sherman_morrison import damped_inverse
 from lrkfac.core.tree import wide
 from lrkfac.core.types import Covariance
@@ -54,13 +54,13 @@ class LowRankStructure:
         return LowRankState(vectors, vectors.new_zeros(vectors.shape[1]), vectors.new_zeros(()), no_steps(like))
 
     def update(self, state: LowRankState, covariance: Covariance, decay: float | Tensor) -> LowRankState:
-        d, r = state.vectors.shape
+        d, r = state.vectors.shape[-2:]
         kept = kept_weight(state.steps, state.vectors, decay)
-        average = _Average(kept, _isotropic(state, 1.0), covariance)
-        vectors = state.vectors
+        new = average(kept, _isotropic(state, 1.0), covariance)
+        vectors, nothing = state.vectors, torch.zeros_like(new.previous.diagonal[..., :1])
         for i in range(self.iterations):
-            vectors, values = _largest(self.method, average.matvec, vectors, state.steps + i)
-        missed = (average.trace() - values.sum()).clamp(min=0)
+            vectors, values = _largest(self.method, new, nothing, vectors, state.steps + i)
+        missed = (new.trace() - values.sum(dim=-1)).clamp(min=0)
         isotropic = self.residual == "isotropic" and r < d
         residual = missed / (d - r) if isotropic else torch.zeros_like(missed)
         return LowRankState(vectors, values, residual, state.steps + 1)
@@ -73,11 +73,12 @@ class LowRankStructure:
         # In float32 the damping is at least 4e-6 of the largest eigenvalue; below is only rounding.
         margin = 32 * torch.finfo(state.vectors.dtype).eps
         residual = self.weight * state.residual
-        damping = torch.clamp(margin * state.values.amax() - residual, min=damping)
+        damping = torch.clamp(margin * state.values.amax(dim=-1) - residual, min=damping)
+        residual, damping = residual[..., None], damping[..., None]
         rest = residual + damping
         shrinkage = (state.values - residual) / (state.values + damping)
         values = -shrinkage.clamp(max=1 - margin) / rest
-        return LowRankPlusDiagonal(state.vectors, values, (1 / rest).expand(state.vectors.shape[0]))
+        return LowRankPlusDiagonal(state.vectors, values, (1 / rest).expand(state.vectors.shape[:-1]))
 
 
 class LowRankPlusDiagonalState(NamedTuple):
@@ -114,23 +115,19 @@ class LowRankPlusDiagonalStructure:
         self, state: LowRankPlusDiagonalState, covariance: Covariance, decay: float | Tensor
     ) -> LowRankPlusDiagonalState:
         kept = kept_weight(state.steps, state.vectors, decay)
-        average = _Average(kept, LowRankPlusDiagonal(state.vectors, state.values, state.diagonal), covariance)
-        whole = average.diagonal()
-        vectors, values, rest = state.vectors, state.values, state.diagonal
+        new = average(kept, LowRankPlusDiagonal(state.vectors, state.values, state.diagonal), covariance)
+        whole = new.diagonal()
+        vectors, rest = state.vectors, state.diagonal
         # The last diagonal as a share of the whole one: the factor's scale may have changed since.
-        rest = whole * _ratio(rest, rest + vectors.square() @ values)
+        rest = whole * _ratio(rest, rest + explained(vectors, state.values))
         for i in range(self.iterations):
             subtracted = whole if self.fit == "off_diagonal" else rest
-
-            def off_diagonal(v: Tensor, subtracted: Tensor = subtracted) -> Tensor:
-                return average.matvec(v) - subtracted[:, None] * v
-
-            vectors, values = _largest(self.method, off_diagonal, vectors, state.steps + i)
-            explained = vectors.square() @ values
-            rest = (whole - explained).clamp(min=0)
+            vectors, values = _largest(self.method, new, subtracted, vectors, state.steps + i)
+            held = explained(vectors, values)
+            rest = (whole - held).clamp(min=0)
         # Where the vectors explain more than the whole diagonal, rows are shortened: it is kept exactly.
-        shortened = _ratio(whole, explained).clamp(max=1).sqrt()
-        return LowRankPlusDiagonalState(shortened[:, None] * vectors, values, rest, state.steps + 1)
+        shortened = _ratio(whole, held).clamp(max=1).sqrt()
+        return LowRankPlusDiagonalState(shortened[..., None] * vectors, values, rest, state.steps + 1)
 
     def operator(self, state: LowRankPlusDiagonalState) -> LowRankPlusDiagonal:
         return LowRankPlusDiagonal(state.vectors, state.values, self.weight * state.diagonal)
@@ -141,46 +138,26 @@ class LowRankPlusDiagonalStructure:
 
 def _isotropic(state: LowRankState, weight: float) -> LowRankPlusDiagonal:
     """The average, the residual times a weight."""
-    residual = weight * state.residual
-    return LowRankPlusDiagonal(state.vectors, state.values - residual, residual.expand(state.vectors.shape[0]))
+    residual = (weight * state.residual)[..., None]
+    return LowRankPlusDiagonal(state.vectors, state.values - residual, residual.expand(state.vectors.shape[:-1]))
 
 
-class _Average(NamedTuple):
-    """``kept * previous + (1 - kept) * batch``, neither of them formed."""
-
-    kept: Tensor
-    previous: LowRankPlusDiagonal
-    batch: Covariance
-
-    def matvec(self, vectors: Tensor) -> Tensor:
-        return self._mixed(self.previous.matvec(vectors), self.batch.matvec(vectors))
-
-    def diagonal(self) -> Tensor:
-        vectors, values, diagonal = self.previous
-        return self._mixed(diagonal + vectors.square() @ values, self.batch.diagonal())
-
-    def trace(self) -> Tensor:
-        return self._mixed(self.previous.trace(), self.batch.trace())
-
-    def _mixed(self, previous: Tensor, batch: Tensor) -> Tensor:
-        return self.kept * previous + (1 - self.kept) * batch
-
-
-def _largest(
-    method: Method, matvec: Callable[[Tensor], Tensor], vectors: Tensor, seed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One step towards the eigenpairs of largest value; negative values, which a positive semi-definite
-    operator cannot hold, become 0.
+def _largest(method: Method, new: Average, less: Tensor, vectors: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """One step towards the eigenpairs of largest value of ``new - diag(less)``; negative values, which a positive
+    semi-definite operator cannot hold, become 0.
     """
-    d, r = vectors.shape
+    d, r = vectors.shape[-2:]
     fresh = pseudo_random(d, min(OVERSAMPLING, d - r), seed).to(vectors.dtype)
-    start = torch.cat([vectors, fresh], dim=1)
     if method == "power":
-        vectors, values = power_iteration(matvec, start, max_iterations=1)
-    else:
-        vectors, values = subspace_iteration(matvec, start)
-    order = values.argsort(descending=True)[:r]
-    return vectors[:, order], values[order].clamp(min=0)
+        start = torch.cat([vectors, fresh], dim=-1)
+        vectors, values = power_iteration(lambda v: new.of_rows(v.mT, less).mT, start, max_iterations=1)
+        order = values.argsort(descending=True)[:r]
+        return vectors[:, order], values[order].clamp(min=0)
+    # Rows, as which they lie in memory for products and QR alike.
+    start = torch.cat([vectors.mT, fresh.mT], dim=-2)
+    basis = orthonormal(new.of_rows(start, less).mT)
+    values, rotation = ritz(new.between(basis.mT, less))
+    return basis @ rotation[..., -r:].flip(-1), values[..., -r:].flip(-1).clamp(min=0)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Symmetric matrices that are applied without being formed, as NamedTuples of tensors.
 
 Each class is a pytree for ``optree`` and ``torch.func`` alike. An operator knows ``matvec``, ``of_rows``,
-``to_dense``, ``trace`` and ``shifted`` (``M + shift I``) and nothing more. ``of_rows`` of the first three takes
-operators and rows that are stacked along leading axes, too.
+``to_dense``, ``trace`` and ``shifted`` (``M + shift I``) and nothing more. Of the first three, several may be
+stacked along leading axes: ``of_rows``, ``trace`` and ``shifted`` then take one argument for each.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Diagonal(NamedTuple):
         """The matrix."""
         return torch.diag_embed(self.diagonal)
 
-    def trace(self) -> Float[Tensor, ""]:
+    def trace(self) -> Float[Tensor, "*many"]:
         """The sum of the eigenvalues."""
-        return self.diagonal.sum()
+        return self.diagonal.sum(dim=-1)
 
     def shifted(self, shift: float | Tensor) -> Diagonal:
         """``M + shift I``."""
-        return Diagonal(self.diagonal + shift)
+        return Diagonal(self.diagonal + _over(shift, 1))
 
 
 class Dense(NamedTuple):
@@ -60,14 +60,14 @@ class Dense(NamedTuple):
         """The matrix."""
         return self.matrix
 
-    def trace(self) -> Float[Tensor, ""]:
+    def trace(self) -> Float[Tensor, "*many"]:
         """The sum of the eigenvalues."""
-        return self.matrix.diagonal().sum()
+        return self.matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
 
     def shifted(self, shift: float | Tensor) -> Dense:
         """``M + shift I``."""
         identity = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
-        return Dense(self.matrix + shift * identity)
+        return Dense(self.matrix + _over(shift, 2) * identity)
 
 
 class LowRankPlusDiagonal(NamedTuple):
@@ -97,13 +97,13 @@ class LowRankPlusDiagonal(NamedTuple):
         """The matrix."""
         return (self.vectors * self.values) @ self.vectors.mT + torch.diag_embed(self.diagonal)
 
-    def trace(self) -> Float[Tensor, ""]:
+    def trace(self) -> Float[Tensor, "*many"]:
         """The sum of the eigenvalues."""
-        return self.diagonal.sum() + (self.values * self.vectors.square()).sum()
+        return self.diagonal.sum(dim=-1) + (self.values * self.vectors.square().sum(dim=-2)).sum(dim=-1)
 
     def shifted(self, shift: float | Tensor) -> LowRankPlusDiagonal:
         """``M + shift I``."""
-        return self._replace(diagonal=self.diagonal + shift)
+        return self._replace(diagonal=self.diagonal + _over(shift, 1))
 
 
 class Kronecker(NamedTuple):
@@ -132,7 +132,7 @@ class Kronecker(NamedTuple):
         """The matrix."""
         return _kron(self.output.to_dense(), self.input.to_dense())
 
-    def trace(self) -> Float[Tensor, ""]:
+    def trace(self) -> Float[Tensor, "*many"]:
         """The sum of the eigenvalues."""
         return self.output.trace() * self.input.trace()
 
@@ -256,6 +256,11 @@ def split_damping(operator: Kronecker, damping: float | Tensor) -> tuple[Tensor,
     pi = ratio.clamp(1e-16, 1e16).sqrt()
     root = damping**0.5
     return root * pi, root / pi
+
+
+def _over(shift: float | Tensor, axes: int) -> float | Tensor:
+    """A number for each of several operators, with axes of length 1 behind."""
+    return shift[(..., *[None] * axes)] if isinstance(shift, Tensor) else shift
 
 
 def _times_rows(scale: Tensor, x: Tensor) -> Tensor:

@@ -99,20 +99,25 @@ def rayleigh_ritz(
     Returns:
         The ``rank`` Ritz pairs of largest magnitude, in that order.
     """
-    projected = basis.mT @ matvec(basis)
-    values, rotation = torch.linalg.eigh(without_subnormal((projected + projected.mT) / 2))
+    values, rotation = ritz(basis.mT @ matvec(basis))
     order = values.abs().argsort(descending=True)[:rank]
     return basis @ rotation[:, order], values[order]
 
 
-def without_subnormal(matrix: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
+def ritz(projected: Float[Tensor, "*many k k"]) -> tuple[Float[Tensor, "*many k"], Float[Tensor, "*many k k"]]:
+    """Eigenvalues of ``Qᵀ M Q``, rising, and its eigenvectors."""
+    values, rotation = torch.linalg.eigh(without_subnormal((projected + projected.mT) / 2))
+    return values, rotation
+
+
+def without_subnormal(matrix: Float[Tensor, "*many k k"]) -> Float[Tensor, "*many k k"]:
     """The matrix with zeros for entries far below its rounding: of subnormal numbers, LAPACK's eigh makes NaN."""
     limits = torch.finfo(matrix.dtype)
-    smallest = (limits.eps**2 * matrix.abs().amax()).clamp(min=limits.tiny)
+    smallest = (limits.eps**2 * matrix.abs().amax(dim=(-2, -1), keepdim=True)).clamp(min=limits.tiny)
     return torch.where(matrix.abs() < smallest, 0, matrix)
 
 
-def orthonormal(columns: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+def orthonormal(columns: Float[Tensor, "*many d k"]) -> Float[Tensor, "*many d k"]:
     """An orthonormal basis whose first ``j`` vectors span the first ``j`` columns, for every ``j``.
 
     Householder reflections: orthonormal to rounding even where columns are zero or dependent, which
@@ -121,7 +126,7 @@ def orthonormal(columns: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
     return torch.linalg.qr(columns).Q
 
 
-def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "d k"]:
+def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "*many d k"]:
     """Numbers in [-1, 1) that depend on their place and on ``seed`` alone, float32.
 
     Start vectors need no quality beyond generic position, but must be pure and equal on every device,
@@ -131,13 +136,13 @@ def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "d k"]
     Args:
         rows: Number of rows.
         columns: Number of columns.
-        seed: int64, ``[]``.
+        seed: int64, ``[*]``: for each number of it, others.
     """
     if seed.device.type == "meta":  # shapes alone, for which torch would go through Python operation by operation
-        return torch.empty(rows, columns, dtype=torch.float32, device=seed.device)
+        return torch.empty(*seed.shape, rows, columns, dtype=torch.float32, device=seed.device)
     mask = 0xFFFFFFFF
     place = torch.arange(rows * columns, dtype=torch.int64, device=seed.device).reshape(rows, columns)
-    x = (place + seed * 0x9E3779B9 + 1) & mask
+    x = (place + (seed * 0x9E3779B9 + 1)[..., None, None]) & mask
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
     x = x ^ (x >> 16)

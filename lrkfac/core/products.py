@@ -39,7 +39,7 @@ def two_sided(both: Kronecker, x: Tensor, column: Tensor | None) -> tuple[Tensor
     along = of_columns(output, along) * input.values[..., None, :]
     scaled = output.values[..., None] * (output.vectors.mT @ x) * weights[..., None, :]
     left, right = torch.cat([output.vectors, along], dim=-1), torch.cat([scaled, vectors.mT], dim=-2)
-    total = _added(_diagonal_times(output.diagonal, x, weights, input.diagonal[..., :1]), left, right)
+    total = added(_diagonal_times(output.diagonal, x, weights, input.diagonal[..., :1]), left, right)
     if last is None or column is None:
         return total, None
     own = of_columns(output, column[..., None]) * input.diagonal[..., -1:, None]
@@ -99,8 +99,8 @@ def _diagonal_times(left: Tensor, x: Tensor, right: Tensor, unit: Tensor) -> Ten
     return total.mul_(relative) if changes_in_place() else total * relative
 
 
-def _added(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``total + left right``, in place of ``total``."""
+def added(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``total + left right``, in place of ``total``, which nothing else may hold."""
     if total.ndim > 3:
         return total + left @ right
     if changes_in_place():

@@ -14,26 +14,54 @@ from lrkfac.core.types import Covariance
 
 @dataclass(frozen=True)
 class RowCovariance:
-    """``scale * rowsᵀ rows`` with ``rows`` ``[n, d]``."""
+    """``scale * Σ z zᵀ`` over rows ``z``, which are ``[*, n, d]``, or one column less where each has a trailing 1.
+
+    Several may be stacked along leading axes, which ``scale`` ``[*]`` may have, too.
+    """
 
     rows: Tensor
     scale: Tensor
+    joint: bool = False
 
-    def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+    def matvec(self, vectors: Float[Tensor, "*many d k"]) -> Float[Tensor, "*many d k"]:
         """``C V``."""
-        return self.scale * (self.rows.mT @ (self.rows @ vectors))
+        return self.of_rows(vectors.mT).mT
 
-    def diagonal(self) -> Float[Tensor, "d"]:
+    def of_rows(self, x: Float[Tensor, "*many k d"]) -> Float[Tensor, "*many k d"]:
+        """``x C``: the matrix applied to each row of ``x``."""
+        along = self._along(x) * self.scale[..., None, None]
+        back = along @ self.rows
+        return torch.cat([back, along.sum(dim=-1, keepdim=True)], dim=-1) if self.joint else back
+
+    def between(self, x: Float[Tensor, "*many k d"]) -> Float[Tensor, "*many k k"]:
+        """``x C xᵀ``."""
+        along = self._along(x)
+        return (along * self.scale[..., None, None]) @ along.mT
+
+    def diagonal(self) -> Float[Tensor, "*many d"]:
         """The diagonal."""
-        return self.scale * self.rows.square().sum(dim=0)
+        squares = self.rows.square().sum(dim=-2)
+        if self.joint:
+            squares = torch.cat([squares, squares.new_full((*squares.shape[:-1], 1), self.rows.shape[-2])], dim=-1)
+        return self.scale[..., None] * squares
 
-    def trace(self) -> Float[Tensor, ""]:
+    def trace(self) -> Float[Tensor, "*many"]:
         """The trace."""
-        return self.scale * self.rows.square().sum()
+        squares = torch.linalg.vector_norm(self.rows, dim=(-2, -1)).square()  # without a copy of the rows
+        return self.scale * (squares + self.joint * self.rows.shape[-2])
 
-    def dense(self) -> Float[Tensor, "d d"]:
+    def dense(self) -> Float[Tensor, "*many d d"]:
         """The matrix."""
-        return self.scale * (self.rows.mT @ self.rows)
+        rows = with_ones(self.rows) if self.joint else self.rows
+        return self.scale[..., None, None] * (rows.mT @ rows)
+
+    def _along(self, x: Tensor) -> Tensor:
+        return x[..., :-1] @ self.rows.mT + x[..., -1:] if self.joint else x @ self.rows.mT
+
+
+def with_ones(rows: Tensor) -> Tensor:
+    """Rows with the trailing 1 of a joint bias."""
+    return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -42,21 +70,21 @@ class DiagonalCovariance:
 
     entries: Tensor
 
-    def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+    def matvec(self, vectors: Float[Tensor, "*many d k"]) -> Float[Tensor, "*many d k"]:
         """``C V``."""
-        return self.entries[:, None] * vectors
+        return self.entries[..., None] * vectors
 
-    def diagonal(self) -> Float[Tensor, "d"]:
+    def diagonal(self) -> Float[Tensor, "*many d"]:
         """The diagonal."""
         return self.entries
 
-    def trace(self) -> Float[Tensor, ""]:
+    def trace(self) -> Float[Tensor, "*many"]:
         """The trace."""
-        return self.entries.sum()
+        return self.entries.sum(dim=-1)
 
-    def dense(self) -> Float[Tensor, "d d"]:
+    def dense(self) -> Float[Tensor, "*many d d"]:
         """The matrix."""
-        return torch.diag(self.entries)
+        return torch.diag_embed(self.entries)
 
 
 @dataclass(frozen=True)

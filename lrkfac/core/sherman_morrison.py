@@ -91,12 +91,13 @@ def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
 
 def _woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     margin = _margin(operator.vectors)
-    scale = torch.maximum(operator.diagonal, margin * _eigenvalues(operator).amax()).rsqrt()
-    basis, triangle = torch.linalg.qr(scale[:, None] * operator.vectors * operator.values.abs().sqrt())
+    scale = torch.maximum(operator.diagonal, margin * _eigenvalues(operator).amax(dim=-1, keepdim=True)).rsqrt()
+    roots = operator.values.abs().sqrt()[..., None, :]
+    basis, triangle = torch.linalg.qr(scale[..., None] * operator.vectors * roots)
     accurate = triangle.to(_widest(triangle))
-    mu, rotation = torch.linalg.eigh((accurate * operator.values.sign()) @ accurate.mT)
+    mu, rotation = torch.linalg.eigh((accurate * operator.values.sign()[..., None, :]) @ accurate.mT)
     shrinkage = mu / (1 + mu).clamp(min=torch.finfo(basis.dtype).eps)
-    vectors = scale[:, None] * (basis @ rotation.to(basis.dtype))
+    vectors = scale[..., None] * (basis @ rotation.to(basis.dtype))
     return LowRankPlusDiagonal(vectors, -shrinkage.clamp(max=1 - margin).to(basis.dtype), scale.square())
 
 
@@ -142,7 +143,7 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
 
 def _eigenvalues(operator: LowRankPlusDiagonal) -> Tensor:
     """Those of each positive rank-one term."""
-    return (operator.values * operator.vectors.square().sum(dim=0)).clamp(min=0)
+    return (operator.values * operator.vectors.square().sum(dim=-2)).clamp(min=0)
 
 
 def _widest(x: Tensor) -> torch.dtype:

@@ -190,7 +190,7 @@ class Evaluation(NamedTuple):
 @runtime_checkable
 class Covariance(Protocol):
     """A symmetric positive semi-definite ``[d, d]`` matrix known by its action: the seam between
-    layers and structures.
+    layers and structures. Where that is cheaper, ``between(x)`` is ``x C xᵀ`` for ``x`` ``[k, d]``.
     """
 
     def matvec(self, vectors: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch.func import vmap
 
 from lrkfac import find_layers
 from lrkfac.core.covariances import (
-    InputCovariance,
     example_gradients,
     factors,
     from_matrices,
@@ -20,7 +19,6 @@ from lrkfac.core.covariances import (
     split_groups,
     to_matrix,
 )
-from lrkfac.core.layers import KINDS
 from lrkfac.core.rows import RowCovariance
 from lrkfac.core.types import Covariance
 from lrkfac.testing import covariances, layers
@@ -72,7 +70,7 @@ def output_rows(layer, gradients):
 
 def input_covariance(layer, inputs):
     """That of one group."""
-    return InputCovariance(KINDS[layer.kind], inputs, layer.options, layer.d_in, layer.bias is not None)
+    return factors(layer, inputs, (), torch.ones(())).input
 
 
 def output_covariance(layer, gradients, scale):
