@@ -288,3 +288,24 @@ def test_only_a_yes_or_no_is_taken():
     params, x, _ = problem(linear)
     with pytest.raises(TypeError, match="thin: expected True or False, got 1"):
         lrkfac.fisher(linear, lrkfac.categorical(), lrkfac.find_layers(linear, params, x), thin=1)
+
+
+def test_what_is_not_held_by_rows_is_scaled_and_formed_at_the_end():
+    """One matrix less for each factor: clipped and accumulated in one, added to the parameters in the other."""
+    params = {"w": torch.randn(64, 64)}
+    model = lambda p, x: F.linear(x, p["w"])  # noqa: E731
+    x, y = torch.randn(64, 64), torch.randint(64, (64,))
+    layers = lrkfac.find_layers(model, params, x)
+    made = []
+    for thin in (True, False):
+        evaluate, tx = lrkfac.fisher(model, lrkfac.categorical(), layers, thin=thin), lrkfac.low_rank_kfac(layers, 0.1)
+        state = tx.init(params)
+        e = evaluate(params, x, y, statistics=False)
+        assert isinstance(e.grads["w"], torch.Tensor) and e.thin == thin
+        with MatrixCount(64**2) as count:
+            updates, _ = tx.update(e.grads, state, params, evaluation=e)
+            new = lrkfac.apply_updates(params, updates)
+        assert isinstance(updates["w"], Unformed) == thin
+        made.append((count.made, new))
+    assert made[0][0] == made[1][0] - 2
+    torch.testing.assert_close(made[0][1], made[1][1])

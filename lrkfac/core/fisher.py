@@ -75,9 +75,8 @@ def fisher(
         examples: Statistics are taken from so many examples of the batch (or all, where it has fewer), drawn
             without replacement from torch's default generator, by a pass of their own; loss and gradients of all.
         thin: Whether the gradient of a linear layer's weight is held by its rows, as an ``Unformed``, where these hold
-            at most half as many numbers, ``2 n (d_in + d_out) <= d_in d_out`` for ``n`` of them. K-FAC then
-            preconditions the rows, and the gradient itself is formed only where a transformation asks for it. Not the
-            default, since ``evaluation.grads`` then holds leaves that are no tensors, until ``lrkfac.formed``.
+            at most half as many numbers, ``2 n (d_in + d_out) <= d_in d_out`` for ``n`` of them. They, and what K-FAC
+            makes of other matrices, are formed at a chain's end, or by ``lrkfac.formed``: not the default for that.
 
     Returns:
         ``evaluate(params, inputs, targets, statistics=True, noise=None) -> Evaluation``. With
@@ -199,7 +198,8 @@ def fisher(
             return loss_of(params)[0]
 
         weight, found = heads.total_weight(outputs, targets), found and of_layers(found, names)
-        return Evaluation(loss, grads, heads.unflatten(outputs), aux, found, product, quadratic, gram, loss_at, weight)
+        first_four = loss, grads, heads.unflatten(outputs), aux
+        return Evaluation(*first_four, found, product, quadratic, gram, loss_at, weight, thin)
 
     def runner(params: Tree, inputs: Tree, layers: Layers, rest: list[Any]) -> Callable[[Free], tuple[Any, Any]]:
         """The model as a function of some leaves, by number, and of the probes of some layers."""

@@ -173,6 +173,7 @@ class Evaluation(NamedTuple):
         loss_at: ``loss_at(params)`` is the loss of this batch at other parameters, ``[]``.
         weight: With what this batch counts beside others: of a single likelihood the weights of all terms together
             (their number, where none has a weight), of several heads the number of examples, ``[]``.
+        thin: Whether leaves of ``grads`` and of the updates made of them may be ``Unformed``, see ``fisher``.
     """
 
     loss: Tensor
@@ -185,6 +186,7 @@ class Evaluation(NamedTuple):
     gram: Callable[[Tree], Tensor]
     loss_at: Callable[[Tree], Tensor]
     weight: Tensor
+    thin: bool = False
 
 
 @runtime_checkable

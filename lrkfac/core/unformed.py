@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lrkfac.core.checks import changes_in_place
+
 
 @dataclass(frozen=True, eq=False)
 class Unformed:
@@ -58,8 +60,8 @@ class Unformed:
 
     def scaled(self, scale: float | Tensor) -> Unformed:
         """``scale`` times the matrix."""
-        terms = tuple([(scale * c, x) for c, x in self.terms])
-        return Unformed((scale * self.left).to(self.left.dtype), self.right, self.dtype, terms)
+        left = (scale * self.left).to(self.left.dtype) if self.left.shape[0] else self.left
+        return Unformed(left, self.right, self.dtype, tuple([(scale * c, x) for c, x in self.terms]))
 
     def plus(self, x: Tensor, scale: float | Tensor = 1.0) -> Unformed:
         """The matrix and ``scale * x``."""
@@ -69,15 +71,31 @@ class Unformed:
         """The matrix, in a dtype that holds all that it is made of."""
         if not self.terms:
             return self.left.mT @ self.right
-        (scale, total), *others = self.terms
         if self.left.shape[0] == 0:
-            total = total if isinstance(scale, float) and scale == 1.0 else scale * total
-        elif isinstance(scale, Tensor) or total.dtype != self.left.dtype:
+            return self._sum()
+        (scale, total), *others = self.terms
+        if isinstance(scale, Tensor) or total.dtype != self.left.dtype:
             total = scale * total + self.left.mT @ self.right
         else:
             total = torch.addmm(total, self.left.mT, self.right, beta=scale)
         for scale, x in others:
             total = total + scale * x if isinstance(scale, Tensor) else torch.add(total, x, alpha=scale)
+        return total
+
+    def _sum(self) -> Tensor:
+        """Of the terms alone: on top of one that must be multiplied first, since its coefficient is a tensor."""
+        first = next((i for i, (c, _) in enumerate(self.terms) if isinstance(c, Tensor)), 0)
+        scale, total = self.terms[first]
+        fresh = isinstance(scale, Tensor) or scale != 1.0
+        total = scale * total if fresh else total
+        for scale, x in (*self.terms[:first], *self.terms[first + 1 :]):
+            if isinstance(scale, Tensor):
+                total = total + scale * x
+            elif fresh and x.dtype == total.dtype and changes_in_place():
+                total.add_(x, alpha=scale)
+            else:
+                total = torch.add(total, x, alpha=scale)
+            fresh = True
         return total
 
     def dense(self) -> Tensor:
@@ -87,7 +105,8 @@ class Unformed:
     def vdot(self, other: Unformed | Tensor) -> Tensor:
         """The sum of products of the entries, ``[]``; of two gradients by inner products of their rows."""
         if self.terms:
-            return (self.form() * (other.form() if isinstance(other, Unformed) else other)).sum()
+            one, two = self.form(), other.form() if isinstance(other, Unformed) else other
+            return torch.dot(one.reshape(-1), two.reshape(-1)) if one.dtype == two.dtype else (one * two).sum()
         if isinstance(other, Unformed) and not other.terms:
             return ((self.left @ other.left.mT) * (self.right @ other.right.mT)).sum()
         return ((self.left @ (other.form() if isinstance(other, Unformed) else other)) * self.right).sum()

@@ -17,6 +17,7 @@ from lrkfac.core.profiling import profiled
 from lrkfac.core.ranks import AutoRank, resolved
 from lrkfac.core.tree import check_like, counter, need_layers, without_autocast
 from lrkfac.core.types import Evaluation, Layers, Tree
+from lrkfac.core.unformed import Unformed
 from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
 
 
@@ -119,9 +120,10 @@ def precondition_by_fisher(
         factor_damping: float | Tensor | None = None,
         **extra: Any,
     ) -> tuple[Tree, PreconditionState]:
-        statistics = need_evaluation(evaluation, "precondition_by_fisher").statistics
+        evaluation = need_evaluation(evaluation, "precondition_by_fisher")
+        statistics = evaluation.statistics
         need_state(state, PreconditionState)
-        leaves = leaves_of(updates, "updates")
+        leaves: list[Any] = leaves_of(updates, "updates")
         check_state(expected, state.factors, {block.name: dtype or dtype_of(block, leaves) for block in held})
         known = None if params is None else leaves_of(params, "params")
         if statistics is not None and not differentiable:
@@ -135,7 +137,9 @@ def precondition_by_fisher(
                 since = _since(since, state.factors, factors)
         with profiled("apply"), without_autocast(since):
             for i, leaf in natural_gradients(together, inverses, leaves).items():
-                leaves[i] = leaf
+                # Scaled and added to in fewer passes over memory, at the end of the chain.
+                waits = evaluation.thin and isinstance(leaf, Tensor) and leaf.ndim == 2
+                leaves[i] = Unformed.of(leaf) if waits else leaf
         other = state.fallback
         if fallback:
             own = None if known is None else [known[i] for i in free]

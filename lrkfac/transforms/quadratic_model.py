@@ -160,7 +160,7 @@ def scale_by_quadratic_model(
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, QuadraticModelState]:
-        evaluation = need_evaluation(evaluation, "scale_by_quadratic_model")
+        evaluation = need_evaluation(evaluation, "scale_by_quadratic_model")._replace(thin=False)
         need_state(state, QuadraticModelState)
         check_tree(need_params(params, "scale_by_quadratic_model"), "params")
         check_like(params, updates, "updates beside params")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.func import vmap
 
 from lrkfac import apply_updates, formed
 from lrkfac.core.tree import add_scaled, scaled, unformed_like, vdot, wide, zeros_like
@@ -74,3 +75,17 @@ def test_other_shapes_are_refused(other):
     other = other if isinstance(other, dict) else {"w": other}
     with pytest.raises(ValueError, match=r"updates: expected 'w' of shape \(2, 3\), got"):
         apply_updates({"w": torch.ones(2, 3)}, other)
+
+
+@given(st.lists(numbers, min_size=1, max_size=3), st.sampled_from([torch.float64, torch.float32]))
+def test_a_sum_of_terms_changes_none_of_them(coefficients, dtype):
+    """The same under vmap, where nothing is changed in place."""
+    terms = [(c, torch.randn(2, 3).double().to(dtype if i else torch.float64)) for i, c in enumerate(coefficients)]
+    copies = [x.clone() for _, x in terms]
+    held = Unformed(torch.empty(0, 2), torch.empty(0, 3), torch.float64, tuple(terms))
+    found, expected = held.form(), sum(c * x.double() for c, x in terms)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(x, copy) for (_, x), copy in zip(terms, copies, strict=True))
+    many = vmap(lambda s: Unformed(held.left, held.right, held.dtype, ((s, terms[0][1]), *terms[1:])).form())
+    torch.testing.assert_close(many(torch.ones(2).double())[1], expected + (1 - coefficients[0]) * copies[0], rtol=1e-6,
+                               atol=1e-6, check_dtype=False)  # fmt: skip
