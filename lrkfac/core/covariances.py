@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -202,7 +201,7 @@ def example_gradients(layer: Layer, inputs: Uses, gradients: Uses) -> Float[Tens
     joint = layer.bias is not None
 
     def one(a: Uses, g: Uses) -> Tensor:
-        return _gradient(layer, a, g, joint)
+        return gradient(layer, a, g, joint)
 
     a, g = tuple(wide(x) for x in inputs), tuple(wide(x) for x in gradients)
     return vmap(vmap(one), in_dims=(None, 0))(a, g)
@@ -219,13 +218,10 @@ def split_groups(layer: Layer, tensors: Uses) -> Uses:
     return tuple(split)
 
 
-def gradient_matrix(layer: Layer, inputs: Uses, gradients: Uses) -> Tensor:
-    """``sum of g aᵀ`` over uses, examples and positions: ``[d_out, d_in]``, or ``[groups, d_out, d_in]``."""
-    joint = layer.bias is not None
-
-    inputs, gradients = split_groups(layer, inputs), split_groups(layer, gradients)
-    one_group = partial(_gradient, layer, joint=joint)
-    return one_group(inputs, gradients) if layer.groups == 1 else vmap(one_group)(inputs, gradients)
+def collect(found: dict[int, Any], more: dict[int, Any]) -> None:
+    """Adds what several layers make of one parameter."""
+    for i, leaf in more.items():
+        found[i] = found[i] + leaf if i in found else leaf
 
 
 def prepared(layer: Layer, inputs: Uses, gradients: Uses, examples: int) -> tuple[Uses, Uses]:
@@ -270,13 +266,13 @@ def from_matrices(layers: list[Layer], matrices: list[Tensor]) -> dict[int, Any]
         if layer.bias is not None:
             parts.append((layer.bias, flat[:, -1]))
         for parameter, part in parts:
-            whole = put(parameter.view, parameter.shape, part)
-            found[parameter.index] = found[parameter.index] + whole if parameter.index in found else whole
+            collect(found, {parameter.index: put(parameter.view, parameter.shape, part)})
     return found
 
 
-def _gradient(layer: Layer, inputs: Uses, gradients: Uses, joint: bool) -> Tensor:
-    d = layer.d_in - joint
+def gradient(layer: Layer, inputs: Uses, gradients: Uses, joint: bool) -> Tensor:
+    """``sum of g aᵀ`` over uses, examples and positions of one group, with or without the column of a joint bias."""
+    d = layer.d_in - (layer.bias is not None)
     parts = [
         _joined(KINDS[kind], a, g, d, options, joint)
         for a, g, kind, options in zip(inputs, gradients, layer.kinds, layer.options, strict=True)

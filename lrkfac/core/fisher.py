@@ -13,7 +13,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from lrkfac.core.capture import OutputSpec, output_specs, run_captured, with_constant_padding, zero_probes
 from lrkfac.core.checks import need_flag, need_model, need_values
-from lrkfac.core.covariances import from_matrices, gradient_matrix
+from lrkfac.core.covariances import collect
 from lrkfac.core.derivatives import gradient, transposed
 from lrkfac.core.joint import Joint, joint
 from lrkfac.core.likelihoods import Likelihood
@@ -32,7 +32,7 @@ from lrkfac.core.statistics import (
     with_others,
     without_others,
 )
-from lrkfac.core.thin import by_rows, thin_layers
+from lrkfac.core.thin import by_rows, gradients_of, thin_layers
 from lrkfac.core.tree import check_like, check_stacked, formed, need_layers, scaled, wide
 from lrkfac.core.types import Evaluation, Layer, Layers, Statistics, Tree
 
@@ -256,14 +256,13 @@ def fisher(
         free_grads, at_probes = seen.transpose(divided(cotangent, scale))
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
         of_loss = seen.standard_form_of_one(at_probes)
-        found, formed_layers = dict(free_grads), [layer for layer in layers if layer not in rows]
-        for layer in rows:
-            found |= by_rows(layer, *of_loss[layer.name])
-        matrices = [
-            gradient_matrix(layer, of_loss[layer.name][0], tuple(g[0] for g in of_loss[layer.name][1]))
-            for layer in formed_layers
-        ]
-        found |= from_matrices(formed_layers, matrices)
+        found = dict(free_grads)
+        for layer in layers:
+            inputs_of, gradients = of_loss[layer.name]
+            if layer in rows:
+                found |= by_rows(layer, inputs_of, gradients)
+            else:
+                collect(found, gradients_of(layer, inputs_of, tuple(g[0] for g in gradients)))
         del at_probes
         if estimator != "empirical":  # the rows of the loss make room for those of the estimator
             of_loss = {name: (inputs_of, ()) for name, (inputs_of, _) in of_loss.items()}

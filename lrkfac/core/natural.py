@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrkfac.core.blocks import apply
 from lrkfac.core.choice import Block
-from lrkfac.core.covariances import from_matrices, to_matrix, turned
+from lrkfac.core.covariances import collect, from_matrices, to_matrix, turned
 from lrkfac.core.kronecker import KroneckerStructure
 from lrkfac.core.operators import Kronecker
 from lrkfac.core.products import STACKABLE, of_rows, two_sided
@@ -75,7 +75,7 @@ def natural_gradients(groups: Sequence[Sequence[Block]], inverses: dict[str, Any
         if not in_parts(group[0]):
             for block in group:
                 matrices = apply(block, inverses[block.name], [to_matrix(layer, leaves) for layer in block.layers])
-                _collect(found, from_matrices(list(block.layers), matrices))
+                collect(found, from_matrices(list(block.layers), matrices))
             continue
         layers = [block.layers[0] for block in group]
         parts = [part_of(layer, leaves) for layer in layers]
@@ -84,7 +84,7 @@ def natural_gradients(groups: Sequence[Sequence[Block]], inverses: dict[str, Any
             operators = [inverses[group[i].name] for i in numbers]
             of_group = _of_units if isinstance(group[0].structure, BlockStructure) else _of_products
             for i, part in zip(numbers, of_group(group[0].structure, operators, chosen), strict=True):
-                _collect(found, _leaves_of(layers[i], part))
+                collect(found, _leaves_of(layers[i], part))
     return found
 
 
@@ -200,11 +200,5 @@ def _leaves_of(layer: Layer, part: Part) -> dict[int, Any]:
         found = {layer.weight.index: put(layer.weight.view, layer.weight.shape, part.weight)}
     if layer.bias is not None and part.bias is not None:
         bias = put(layer.bias.view, layer.bias.shape, part.bias)
-        _collect(found, {layer.bias.index: bias})
+        collect(found, {layer.bias.index: bias})
     return found
-
-
-def _collect(found: dict[int, Any], more: dict[int, Any]) -> None:
-    """Adds what several layers make of one parameter."""
-    for i, leaf in more.items():
-        found[i] = found[i] + leaf if i in found else leaf

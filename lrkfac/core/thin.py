@@ -1,14 +1,19 @@
-"""Which gradients are held by their rows, and how."""
+"""The gradients of layers from what was captured: which are held by their rows, and how; the others."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.func import vmap
+
 from lrkfac.core.capture import OutputSpec
-from lrkfac.core.covariances import Uses, turned
-from lrkfac.core.layers import LINEAR
+from lrkfac.core.covariances import Uses, collect, gradient, split_groups, turned
+from lrkfac.core.layers import KINDS, LINEAR
 from lrkfac.core.tree import widest
 from lrkfac.core.types import Layer, Layers
 from lrkfac.core.unformed import Unformed
@@ -44,4 +49,18 @@ def by_rows(layer: Layer, inputs: Uses, gradients: Uses) -> dict[int, Any]:
     found: dict[int, Any] = {layer.weight.index: turned(layer, Unformed(g.to(dtype), a.to(dtype), dtype))}
     if layer.bias is not None:
         found[layer.bias.index] = put(layer.bias.view, layer.bias.shape, g.to(dtype).sum(dim=0))
+    return found
+
+
+def gradients_of(layer: Layer, inputs: Uses, gradients: Uses) -> dict[int, Tensor]:
+    """``sum of g aᵀ`` over uses, examples and positions, and that of ``g``: the leaves of a layer by their index."""
+    parts = split_groups(layer, inputs), split_groups(layer, gradients)
+    of_weight = partial(gradient, layer, joint=False)
+    weight = of_weight(*parts) if layer.groups == 1 else vmap(of_weight)(*parts)
+    found = {layer.weight.index: put(layer.weight.view, layer.weight.shape, weight.flatten(0, -2))}
+    if layer.bias is not None:
+        uses = zip(inputs, gradients, layer.kinds, layer.options, strict=True)
+        rows = [g.to(widest(a.dtype, g.dtype)).movedim(KINDS[kind].channel(o), -1) for a, g, kind, o in uses]
+        bias = torch.stack([x.flatten(0, -2).sum(dim=0) for x in rows]).sum(dim=0)
+        collect(found, {layer.bias.index: put(layer.bias.view, layer.bias.shape, bias)})
     return found

@@ -14,12 +14,12 @@ from lrkfac.core.covariances import (
     example_gradients,
     factors,
     from_matrices,
-    gradient_matrix,
     prepared,
     split_groups,
     to_matrix,
 )
 from lrkfac.core.rows import RowCovariance
+from lrkfac.core.thin import gradients_of
 from lrkfac.core.types import Covariance
 from lrkfac.testing import covariances, layers
 from tests import cases, reference, reference_networks
@@ -217,14 +217,17 @@ def test_linear_layer_is_touched_without_the_matrix():
 
 @each_dtype
 @given(case=layers())
-def test_gradient_matrix_is_the_sum_of_g_times_rows(dtype, case):
+def test_gradients_are_the_sums_of_g_times_rows(dtype, case):
     layer, (options,) = case.layer, case.layer.options
     a, g = input_rows(layer, case.inputs, options), output_rows(layer, case.output_gradients)
     expected = torch.einsum("grk,grd->gkd", g, a)
     expected = expected[0] if layer.groups == 1 else expected
-    found = gradient_matrix(layer, (case.inputs.to(dtype),), (case.output_gradients.to(dtype),))
-    close(found, expected, dtype, size=g.norm() * a.norm())
+    found = gradients_of(layer, (case.inputs.to(dtype),), (case.output_gradients.to(dtype),))
     weight, bias = joined(layer, expected)
+    assert set(found) == {layer.weight.index} | (set() if layer.bias is None else {layer.bias.index})
+    close(found[layer.weight.index], weight, dtype, size=g.norm() * a.norm())
+    if layer.bias is not None:
+        close(found[layer.bias.index], bias, dtype, size=g.norm() * a.norm())
     assert weight.shape == layer.weight.shape and (bias is None) == (layer.bias is None)
     leaves = [weight] if bias is None else [bias, weight]
     assert torch.equal(to_matrix(layer, leaves), expected)
@@ -248,11 +251,11 @@ def test_example_gradients_are_the_sums_over_the_rows_of_each_example(dtype, cas
 
 
 @each_case
-def test_gradient_matrix_of_every_network(case):
+def test_gradients_of_every_network(case):
     terms, expected = reference_networks.number_of_terms(case), reference_networks.gradients(case)
     for layer in find_layers(case.model, case.params, case.inputs):
         inputs, (gradients,) = network_statistics(case, layer)
-        weight, bias = joined(layer, gradient_matrix(layer, inputs, (gradients[0] / terms,)))
-        close(weight, expected[layer.weight.path])
+        found = gradients_of(layer, inputs, (gradients[0] / terms,))
+        close(found[layer.weight.index], expected[layer.weight.path])
         if layer.bias is not None:
-            close(bias, expected[layer.bias.path])
+            close(found[layer.bias.index], expected[layer.bias.path])
