@@ -132,7 +132,8 @@ def test_any_chain(make):
     for transformation in (lrkfac.kfac, lambda layers, lr: lrkfac.chain(lrkfac.trace(0.5), lrkfac.scale(-0.1))):
         net = make(torch.float64)
         torch.manual_seed(1)
-        expected = functional(copy.deepcopy(net), data, transformation, rates=[0.2] * 6)
+        thin = transformation is lrkfac.kfac  # as by default in the class
+        expected = functional(copy.deepcopy(net), data, transformation, rates=[0.2] * 6, thin=thin)
         torch.manual_seed(1)
         by_class(net, data, lr=0.2, transformation=transformation)
         same(trained(net), expected)
@@ -141,7 +142,7 @@ def test_any_chain(make):
 def test_nothing_to_tune():
     net, data = plain(torch.float64), batches(6)
     torch.manual_seed(1)
-    expected = functional(copy.deepcopy(net), data, lrkfac.adaptive_low_rank_kfac, rank=2)
+    expected = functional(copy.deepcopy(net), data, lrkfac.adaptive_low_rank_kfac, thin=True, rank=2)
     torch.manual_seed(1)
     optimizer = by_class(net, data, transformation=lrkfac.adaptive_low_rank_kfac, rank=2)
     same(trained(net), expected)
@@ -153,8 +154,9 @@ def test_schedulers_set_the_learning_rate_of_each_step(as_tensor):
     net, data = plain(torch.float64), batches(6)
     rate = torch.tensor(0.2, dtype=torch.float64) if as_tensor else 0.2
     expected_rates = [0.2 * 0.5 ** (i // 2) for i in range(6)]
+    given = [torch.tensor(one, dtype=torch.float64) if as_tensor else one for one in expected_rates]
     torch.manual_seed(1)
-    expected = functional(copy.deepcopy(net), data, lrkfac.low_rank_kfac, rates=expected_rates, **OPTIONS)
+    expected = functional(copy.deepcopy(net), data, lrkfac.low_rank_kfac, rates=given, thin=True, **OPTIONS)
     torch.manual_seed(1)
     optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], lr=rate, statistics_every=3, **OPTIONS)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
