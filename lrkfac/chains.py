@@ -83,13 +83,13 @@ def adaptive_low_rank_kfac(
     weight_decay: PerParameter = 0.0,
     dtype: torch.dtype | None = None,
     max_kl: float | Tensor | None = None,
-    gradient_decay: float = 0.9,
+    gradient_decay: float = 0.6,
 ) -> GradientTransformation:
     """Natural gradient with low-rank factors and nothing to tune: no learning rate, momentum or damping.
 
     All three follow in each step from the quadratic model of the batch, see ``scale_by_quadratic_model``. What is
-    preconditioned is the sum ``Σ_k decay^k ∇_{t-k}`` of the last gradients, whose noise is a fraction of that of one:
-    the model of the batch then says how far to go along a direction that many batches have chosen. Its updates are
+    preconditioned is the sum ``Σ_k gradient_decay^k ∇_{t-k}`` of the last gradients, less noisy than one: the model of
+    the batch then says how far to go along a direction that several batches have chosen. Its updates are
     added to the parameters as they are, and ``state[-1].average`` is the running average of the parameters, which is
     often better than the last ones, see ``ema_params``.
 
