@@ -9,7 +9,6 @@ import torch.nn.functional as F
 import lrkfac
 from lrkfac import LayerKind, dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal
 from lrkfac.core.covariances import factors
-from lrkfac.testing import check_layer_kind
 from tests.marks import requires_compiler
 
 DOUBLE = torch.float64
@@ -242,69 +241,3 @@ def test_an_input_without_the_batch_in_front_is_not_covered():
     params = {"w": torch.randn(2, 5, dtype=DOUBLE), "head": torch.randn(6, 2, dtype=DOUBLE)}
     layers = lrkfac.find_layers(lambda p, x: (x @ p["head"]) + kind(x.mT, p["w"]).mT.sum(), params, X, kinds=[kind])
     assert ["used by turned on an input without the batch in front"] == [reason for _, reason in layers.uncovered]
-
-
-ARGUMENTS = {
-    "circular": ((X, torch.randn(6, dtype=DOUBLE)), {"power": 2, "b": torch.randn(1, dtype=DOUBLE)}),
-    "pairs": ((X, X.cos()), {"w": torch.randn(4, 6, 6, dtype=DOUBLE), "b": torch.randn(4, dtype=DOUBLE)}),
-    "patches": ((X.unflatten(1, (1, 6)).repeat(1, 2, 1), torch.randn(2, 4, 3, dtype=DOUBLE)), {}),
-}
-
-
-@each
-def test_the_checker_passes_what_is_right(name):
-    args, kwargs = ARGUMENTS[name]
-    check_layer_kind(KINDS[name], *args, **kwargs)
-
-
-WRONG = {
-    "another function": ("pairs", {"operation": lambda a, w: 2 * a @ w.mT}, "with the weight and the bias"),
-    "another shape": ("pairs", {"operation": lambda a, w: (a @ w.mT).sum(0)}, "the shape of the output"),
-    "rows mixed": ("pairs", {"operation": lambda a, w: a @ w.mT if len(w) == 4 else a @ w.mT.flip(1)}, "its own row"),
-    "outputs apart": (
-        "pairs",
-        {
-            "function": lambda x, y, w, b: pairs(x, y, w, b) * torch.arange(1, 5),
-            "operation": lambda a, w: a @ w.mT * torch.arange(1, 1 + len(w)),
-            "parts": lambda x, y, w, b: ((x[:, :, None] * y[:, None, :]).flatten(1), w),
-        },
-        "operation",
-    ),
-    "examples mixed": (
-        "patches",
-        {
-            "function": lambda x, w: patches(x - x.mean(0), w),
-            "operation": lambda a, w: F.conv1d(a - a.mean(0), w.unflatten(1, (-1, 3))),
-        },
-        "each example by itself",
-    ),
-    "input of the weight": (
-        "patches",
-        {
-            "function": lambda x, w: patches(x * w.sum(), w),
-            "parts": lambda x, w: (x * w.sum(), w),
-        },
-        "does not depend on the weight",
-    ),
-    "a bias of another size": (
-        "pairs",
-        {"parts": lambda x, y, w, b: (*KINDS["pairs"].parts(x, y, w, b)[:2], b[:1])},
-        "bias",
-    ),
-    "not linear": (
-        "patches",
-        {
-            "function": lambda x, w: patches(x, w).tanh(),
-            "operation": lambda a, w: F.conv1d(a, w.unflatten(1, (-1, 3))).tanh(),
-        },
-        "linear in W",
-    ),
-    "another weight": ("patches", {"parts": lambda x, w: (x, w * 1)}, "one of the arguments"),
-}
-
-
-@pytest.mark.parametrize(("name", "changes", "match"), WRONG.values(), ids=WRONG)
-def test_the_checker_names_what_is_wrong(name, changes, match):
-    args, kwargs = ARGUMENTS[name]
-    with pytest.raises(AssertionError, match=match):
-        check_layer_kind(replace(KINDS[name], **changes), *args, **kwargs)
