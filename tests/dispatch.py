@@ -24,6 +24,27 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+class MatrixCount(LargestTensor):
+    """Counts the operations that make a matrix of a size, and notes the largest tensor of others."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.made = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {_key(x) for x in optree.tree_leaves((args, kwargs or {})) if isinstance(x, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in optree.tree_leaves(result):
+            if not isinstance(x, torch.Tensor) or _key(x) in given:
+                continue
+            held = x.untyped_storage().nbytes() // x.element_size()
+            if held >= self.size:
+                self.made += 1
+            else:
+                self.numel = max(self.numel, held)
+        return result
+
+
 class PeakMemory(TorchDispatchMode):
     """Counts the bytes that tensors made inside hold at most at one time."""
 

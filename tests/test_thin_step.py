@@ -10,7 +10,7 @@ from torch.func import vmap
 
 import lrkfac
 from lrkfac import Unformed, formed, kronecker
-from tests.dispatch import LargestTensor
+from tests.dispatch import MatrixCount
 from tests.marks import requires_compiler
 
 N, D = 5, 24
@@ -235,31 +235,6 @@ def test_compiled_equals_eager():
         return run
 
     compared(linear, CHAINS["weight decay"], after=after)
-
-
-class MatrixCount(LargestTensor):
-    """Counts the operations that make a matrix of a size, and notes the largest tensor of others."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size, self.made = size, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in optree.tree_leaves((args, kwargs or {})) if _is_tensor(x)}
-        result = func(*args, **(kwargs or {}))
-        for x in optree.tree_leaves(result):
-            if not _is_tensor(x) or x.untyped_storage()._cdata in given:
-                continue
-            held = x.untyped_storage().nbytes() // x.element_size()
-            if held >= self.size:
-                self.made += 1
-            else:
-                self.numel = max(self.numel, held)
-        return result
-
-
-def _is_tensor(x):
-    return isinstance(x, torch.Tensor)
 
 
 @pytest.mark.parametrize("thin", [True, False])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import optree
@@ -174,6 +174,24 @@ def apply(block: Block, inverse: Any, matrices: list[Any]) -> list[Tensor]:
     (matrix,) = matrices
     natural = _by_group(block, block.structure.apply)(inverse, matrix.to(wider))
     return [natural.contiguous().to(matrix.dtype)]
+
+
+def packed(wanted: Iterable[tuple[Any, int, int]]) -> list[list[int]]:
+    """Numbers of what is stacked, in the order of the first of each list.
+
+    Args:
+        wanted: The form that what is stacked has in common (``None`` for what stays alone), the size, and how large a
+            stack with it may be.
+    """
+    found: list[tuple[Any, int, list[int]]] = []
+    for i, (form, size, largest) in enumerate(wanted):
+        for j, (other, stacked, numbers) in enumerate(found):
+            if form is not None and form == other and stacked + size <= largest:
+                found[j] = (other, stacked + size, [*numbers, i])
+                break
+        else:
+            found.append((form, size, [i]))
+    return [numbers for _, _, numbers in found]
 
 
 def _in_dtype(block: Block, statistics: Statistics, dtype: torch.dtype) -> Statistics:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.blocks import Held, inverted, refresh
+from lrkfac.core.blocks import Held, inverted, packed, refresh
 from lrkfac.core.choice import Block
 from lrkfac.core.covariances import Factors, Uses, joined_rows
 from lrkfac.core.factors import DenseStructure, DiagonalStructure
@@ -124,18 +124,12 @@ def _rows(x: Tensor, d: int) -> Tensor:
 
 def _groups(blocks: Sequence[Block], held: dict[str, Held], statistics: Statistics) -> list[list[Block]]:
     """Blocks that may be stacked, in the order of their first; the others alone."""
-    found: list[tuple[Any, int, list[Block]]] = []
-    for block in blocks:
-        form, size = _form(block, held, statistics)
+
+    def wanted(block: Block) -> tuple[Any, int, int]:
         convolved = CONVOLUTIONS.intersection(block.layers[0].kinds)
-        largest = min(LARGEST, LARGEST_OF_CONVOLUTIONS) if convolved else LARGEST
-        for i, (other, stacked, group) in enumerate(found):
-            if form is not None and form == other and stacked + size <= largest:
-                found[i] = (other, stacked + size, [*group, block])
-                break
-        else:
-            found.append((form, size, [block]))
-    return [group for _, _, group in found]
+        return (*_form(block, held, statistics), min(LARGEST, LARGEST_OF_CONVOLUTIONS) if convolved else LARGEST)
+
+    return [[blocks[i] for i in numbers] for numbers in packed([wanted(block) for block in blocks])]
 
 
 def _form(block: Block, held: dict[str, Held], statistics: Statistics) -> tuple[Any, int]:

@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.blocks import apply
+from lrkfac.core.blocks import apply, packed
 from lrkfac.core.choice import Block
 from lrkfac.core.covariances import collect, from_matrices, to_matrix, turned
 from lrkfac.core.kronecker import KroneckerStructure
@@ -118,23 +118,18 @@ def _together(group: Sequence[Block], inverses: dict[str, Any], parts: list[Part
     if len(group) == 1:
         return [[0]]
     of_products = isinstance(group[0].structure, KroneckerStructure)
-    found: list[tuple[Any, int, list[int]]] = []
-    for i, (block, part) in enumerate(zip(group, parts, strict=True)):
+
+    def wanted(block: Block, part: Part) -> tuple[Any, int, int]:
         weight, inverse = part.weight, inverses[block.name]
         like = weight.left if isinstance(weight, Unformed) else weight
         size = weight.left.numel() + weight.right.numel() if isinstance(weight, Unformed) else weight.numel()
-        form = (type(weight), weight.dtype, like.dtype, like.device, floating_dtype(inverse))
+        form: Any = (type(weight), weight.dtype, like.dtype, like.device, floating_dtype(inverse))
         if of_products:
-            form = (*form, like.shape, *(type(factor) for factor in inverse))
-        stackable = not of_products or all(isinstance(factor, STACKABLE) for factor in inverse)
-        for j, (other, stacked, numbers) in enumerate(found):
-            largest = LARGEST.get(like.device.type, LARGEST_ELSEWHERE)
-            if stackable and form == other and stacked + size <= largest:
-                found[j] = (other, stacked + size, [*numbers, i])
-                break
-        else:
-            found.append((form, size, [i]))
-    return [numbers for _, _, numbers in found]
+            alone = not all(isinstance(factor, STACKABLE) for factor in inverse)
+            form = None if alone else (*form, like.shape, *(type(factor) for factor in inverse))
+        return form, size, LARGEST.get(like.device.type, LARGEST_ELSEWHERE)
+
+    return packed([wanted(*pair) for pair in zip(group, parts, strict=True)])
 
 
 def _of_products(structure: Structure, inverses: list[Any], parts: list[Part]) -> list[Part]:
