@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -32,10 +32,10 @@ def refresh_all(
     blocks: Sequence[Block],
     held: dict[str, Held],
     statistics: Statistics,
-    damping: float | Tensor,
+    dampings: Mapping[str, float | Tensor],
     decay: float | Tensor,
 ) -> dict[str, Held]:
-    """``blocks.refresh`` of each block, by name.
+    """``blocks.refresh`` of each block, by name, with its damping.
 
     Blocks of linear layers or convolutions with equal structure, sizes, options and shapes of statistics are
     stacked and refreshed together.
@@ -47,28 +47,38 @@ def refresh_all(
     for group in _groups(blocks, held, statistics):
         if len(group) > 1:
             try:
-                found.update(_together(group, held, statistics, damping, decay))
+                found.update(_together(group, held, statistics, dampings, decay))
                 continue
             except ValueError:
                 pass  # one of them is refused, by name, below
         for block in group:
-            found[block.name] = refresh(block, held[block.name], statistics, damping, decay)
+            found[block.name] = refresh(block, held[block.name], statistics, dampings[block.name], decay)
     return {block.name: found[block.name] for block in blocks}
 
 
 def _together(
-    group: list[Block], held: dict[str, Held], statistics: Statistics, damping: float | Tensor, decay: float | Tensor
+    group: list[Block],
+    held: dict[str, Held],
+    statistics: Statistics,
+    dampings: Mapping[str, float | Tensor],
+    decay: float | Tensor,
 ) -> dict[str, Held]:
     first = group[0]
+    each_damping = [dampings[b.name] for b in group]
+    common = all(one is each_damping[0] for one in each_damping)
+    damping = each_damping[0] if common else torch.stack([torch.as_tensor(one) for one in each_damping])
     each = [(held[b.name].state, statistics.inputs[b.name], statistics.output_gradients[b.name]) for b in group]
     stacked = optree.tree_map(lambda *x: torch.stack(x), *each)
 
-    def one(state: Any, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Held:
+    def one(damping: float | Tensor, state: Any, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Held:
         own = Statistics({first.name: inputs}, {first.name: gradients}, statistics.scale)
         return refresh(first, Held(state, (), ()), own, damping, decay)
 
-    of_all = _by_rows(first, statistics.scale, damping, decay) if _has_rows(first) else vmap(one)
-    leaves, structure = optree.tree_flatten(of_all(*stacked))
+    if _has_rows(first):
+        refreshed = _by_rows(first, statistics.scale, damping, decay)(*stacked)
+    else:
+        refreshed = vmap(one, in_dims=(None if common else 0, 0, 0, 0))(damping, *stacked)
+    leaves, structure = optree.tree_flatten(refreshed)
     # Laid out as those of a block alone; what is repeated along an axis stays so.
     tidy = [x if 0 in x.stride() else x.contiguous() for x in leaves]
     members = zip(*[x.unbind() for x in tidy], strict=True)

@@ -8,6 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.balance import balanced as balance
 from lrkfac.core.blocks import Held, check_state, dtype_of, forms, identity, init
 from lrkfac.core.checks import need_dtype, need_flag, need_number
 from lrkfac.core.choice import Chosen, blocks
@@ -54,6 +55,7 @@ def precondition_by_fisher(
     fallback: GradientTransformation | None = None,
     dtype: torch.dtype | None = None,
     differentiable: bool = False,
+    balanced: bool = False,
 ) -> GradientTransformation:
     """``(B + δ_B I)⁻¹ ∇W (A + δ_A I)⁻¹`` for each layer: natural gradient by K-FAC, or by exact blocks.
 
@@ -81,6 +83,10 @@ def precondition_by_fisher(
         differentiable: Whether derivatives through an update (``torch.func.grad``) go through the statistics, too.
             By default these are constants, and derivatives those with respect to gradient, damping and learning rate.
             With it, a factor held by eigenpairs must be of full rank, with distinct ones, for a derivative to exist.
+        balanced: Whether blocks that are smaller by orders of magnitude are damped less, by the last averages: with
+            ``damping (s / max s)^p`` for a block of mean eigenvalue ``s``, where ``p`` rises from 0 to 1 while
+            ``max s / min s`` does from 1000 to 3200. Queries and keys of a transformer start with millionths of the
+            curvature of other layers: what is a small damping to these leaves those with plain gradients.
 
     Raises:
         ValueError: If ``rank`` is below 1 or no layer takes it, ``damping`` not positive and finite, ``decay`` outside
@@ -92,6 +98,7 @@ def precondition_by_fisher(
     need_number(damping, "damping", 0, includes_low=False)
     need_number(decay, "decay", 0, 1)
     need_flag(differentiable, "differentiable")
+    need_flag(balanced, "balanced")
     if fallback is not None:
         need_transformation(fallback, "fallback")
     if dtype is not None:
@@ -133,7 +140,8 @@ def precondition_by_fisher(
         if statistics is not None:
             with profiled("refresh"), without_autocast(since):
                 last = {block.name: Held(*[part[block.name] for part in state[:3]]) for block in held}
-                factors, inverses, dampings = _by_part(refresh_all(held, last, statistics, used, decay))
+                each = balance(held, state.factors, used) if balanced else dict.fromkeys(state.factors, used)
+                factors, inverses, dampings = _by_part(refresh_all(held, last, statistics, each, decay))
                 since = _since(since, state.factors, factors)
         with profiled("apply"), without_autocast(since):
             for i, leaf in natural_gradients(together, inverses, leaves).items():
