@@ -122,6 +122,7 @@ public(
     decay=SHARE,
     fallback=TRANSFORMATION.filter(lambda x: x is not None),
     differentiable=FLAG,
+    balanced=FLAG,
     **OF_DTYPE,
 )
 public(

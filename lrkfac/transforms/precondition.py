@@ -84,9 +84,10 @@ def precondition_by_fisher(
             By default these are constants, and derivatives those with respect to gradient, damping and learning rate.
             With it, a factor held by eigenpairs must be of full rank, with distinct ones, for a derivative to exist.
         balanced: Whether blocks that are smaller by orders of magnitude are damped less, by the last averages: with
-            ``damping (s / max s)^p`` for a block of mean eigenvalue ``s``, where ``p`` rises from 0 to 1 while
-            ``max s / min s`` does from 1000 to 3200. Queries and keys of a transformer start with millionths of the
-            curvature of other layers: what is a small damping to these leaves those with plain gradients.
+            ``damping (s / max s)^p``, at least a millionth of ``damping``, for a block of mean eigenvalue ``s``, where
+            ``p`` rises from 0 to 1 while ``max s / min s`` does from 1000 to 3200. Queries and keys of a transformer
+            start with millionths of the curvature of other layers: what is a small damping to these leaves those with
+            plain gradients.
 
     Raises:
         ValueError: If ``rank`` is below 1 or no layer takes it, ``damping`` not positive and finite, ``decay`` outside
