@@ -133,7 +133,7 @@ def test_of_groups_it_is_the_mean():
     (block,) = blocks(layers, structure, None)
     draw = lambda leaf: torch.rand_like(leaf) if leaf.is_floating_point() else leaf  # noqa: E731
     state = optree.tree_map(draw, init(block, [weight]))
-    each = vmap(lambda one: structure.operator(one).to_dense())(state)
+    each = vmap(lambda one: block.structure.operator(one).to_dense())(state)
     expected = each.diagonal(dim1=-2, dim2=-1).mean()
     torch.testing.assert_close(mean_eigenvalue(block, state), expected)
 
