@@ -256,7 +256,8 @@ def _minimum(
     a, c, b = diagonal[:-1], diagonal[-1], curvature[:-1, -1]
     p, q = slopes[:-1], slopes[-1]
     determinant = a * c - b * b
-    apart = determinant > COLLINEAR * a * c
+    # A last update that is nothing beside the direction is no second one: its numbers may be below the smallest normal.
+    apart = (determinant > COLLINEAR * a * c) & (c > torch.finfo(c.dtype).eps ** 2 * a)
     if momentum is None:
         both = torch.where(apart, determinant, 1.0)
         free = torch.where(apart, (b * p - a * q) / both, 0.0)
