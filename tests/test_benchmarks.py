@@ -1,6 +1,7 @@
 """The benchmarks: every problem builds, every method trains, results survive, files of images are read."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -29,6 +30,7 @@ CPU = torch.device("cpu")
 each_problem = pytest.mark.parametrize("name", PROBLEMS)
 
 
+@functools.cache
 def setup(name, refresh=2):
     problem = PROBLEMS[name](None, "relu")
     params = problem.init(0)
@@ -42,7 +44,11 @@ def setup(name, refresh=2):
 def test_every_method_takes_three_steps_on_every_problem(name, method):
     if METHODS[method].missing:
         pytest.skip(METHODS[method].missing)
+    if (name, method) == ("deep_autoencoder", "muon"):
+        pytest.skip("bfloat16 products of this width take a minute on some CPUs; the digits autoencoder is alike")
     problem, start = setup(name)
+    # The loss of few examples, or of few windows of the text: that of all takes longer than the steps.
+    problem = dataclasses.replace(problem, inputs=problem.inputs[:64], targets=problem.targets[:64], evaluated=1)
     run = Run(method, {}, 0)
     trainer = METHODS[method].make(start, METHODS[method].settings)
     assert sum(train(problem, trainer, run, min(16, problem.batch_size), 3, 3, CPU)) == 3
@@ -91,8 +97,10 @@ def test_both_kinds_of_trainers_compute_the_same_steps():
 @requires_compiler
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")  # torch's own aten.diagonal
-def test_compiled_steps_are_the_same():
-    problem, start = setup("regression")
+def test_compiled_steps_are_the_same(monkeypatch):
+    """Traced as a whole; what the C++ compiler makes of it is for the tests of the steps themselves."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    problem, start = setup("digits_classifier")
     for method, settings in (("low_rank_kfac", {}), ("adam", {"learning_rate": 0.01})):
         losses = []
         for compiled in (False, True):

@@ -14,7 +14,6 @@ from lrkfac import dense, diagonal, full, kronecker, layer_wise, low_rank, low_r
 from lrkfac.core import groups
 from lrkfac.core.blocks import init, mean_eigenvalue
 from lrkfac.core.choice import blocks
-from tests.marks import requires_compiler
 
 STRUCTURES = {
     "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
@@ -136,14 +135,3 @@ def test_of_groups_it_is_the_mean():
     each = vmap(lambda one: block.structure.operator(one).to_dense())(state)
     expected = each.diagonal(dim1=-2, dim2=-1).mean()
     torch.testing.assert_close(mean_eigenvalue(block, state), expected)
-
-
-@pytest.mark.slow
-@requires_compiler
-def test_compiled_equals_eager():
-    torch.compiler.reset()
-    layers, params, e = problem((1.0, 0.1, 0.01))
-    tx = lrkfac.precondition_by_fisher(layers, STRUCTURES["low rank"], balanced=True)
-    update = lambda state: tx.update(e.grads, state, params, evaluation=e)  # noqa: E731
-    _, state = update(tx.init(params))
-    close(torch.compile(update, fullgraph=True, backend="aot_eager")(state), update(state))

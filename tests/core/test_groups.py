@@ -179,7 +179,7 @@ def test_the_layer_that_is_not_finite_is_named():
 @requires_compiler
 def test_compiled_equals_eager():
     torch.compiler.reset()
-    layers, params, evaluate = deep(3)
+    layers, params, evaluate = deep(2)
     tx = precondition_by_fisher(layers, STRUCTURES["low rank"])
 
     def step(params, state):
