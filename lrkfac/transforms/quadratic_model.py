@@ -256,8 +256,9 @@ def _minimum(
     a, c, b = diagonal[:-1], diagonal[-1], curvature[:-1, -1]
     p, q = slopes[:-1], slopes[-1]
     determinant = a * c - b * b
-    # A last update that is nothing beside the direction is no second one: its numbers may be below the smallest normal.
-    apart = (determinant > COLLINEAR * a * c) & (c > torch.finfo(c.dtype).eps ** 2 * a)
+    # Products of smaller numbers are not normal ones, and what is divided by them is anything.
+    smallest = tiny / torch.finfo(curvature.dtype).eps
+    apart = (determinant > COLLINEAR * (a * c).clamp(min=smallest)) & (c > smallest)
     if momentum is None:
         both = torch.where(apart, determinant, 1.0)
         free = torch.where(apart, (b * p - a * q) / both, 0.0)
