@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrkfac.core.blocks import mean_eigenvalue
+from lrkfac.core.blocks import size
 from lrkfac.core.choice import Block
 
 FROM, TO = 3.0, 3.5
@@ -18,14 +18,14 @@ LEAST = -6.0
 """The decade below the largest beyond which a block counts as one there: those that die have less and less."""
 
 
-def balanced(blocks: Sequence[Block], states: Mapping[str, Any], damping: float | Tensor) -> dict[str, Tensor]:
+def balanced_dampings(blocks: Sequence[Block], states: Mapping[str, Any], damping: float | Tensor) -> dict[str, Tensor]:
     """``λ (s / max s)^p`` for each block, by name; ``s`` is the mean eigenvalue of its average.
 
     ``p`` rises from 0 to 1 while ``max s / min s`` does from 1000 to 3200. No block has less than a
     millionth of ``λ``; one of which nothing is known, since its average is zero, has ``λ`` and does not count.
     """
-    found = [mean_eigenvalue(block, states[block.name]) for block in blocks]
-    sizes = torch.stack([size.to(found[0].dtype) for size in found])
+    found = [size(block, states[block.name]) for block in blocks]
+    sizes = torch.stack([one.to(found[0].dtype) for one in found])
     known = (sizes > 0) & sizes.isfinite()
     logs = torch.where(known, sizes, 1.0).log10()
     largest = torch.where(known, logs, -torch.inf).amax()

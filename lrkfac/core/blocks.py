@@ -15,7 +15,7 @@ from lrkfac.core.corrected import CorrectedStructure
 from lrkfac.core.covariances import Uses, example_gradients, factors, split_groups
 from lrkfac.core.examples import ExampleGradients
 from lrkfac.core.kronecker import KroneckerStructure
-from lrkfac.core.operators import Kronecker, dimension
+from lrkfac.core.operators import mean_eigenvalue
 from lrkfac.core.profiling import profiled
 from lrkfac.core.structures import BlockStructure
 from lrkfac.core.tree import floating, floating_dtype, formed, widest
@@ -158,18 +158,11 @@ def refresh(block: Block, held: Held, statistics: Statistics, damping: float | T
         ) from error
 
 
-def mean_eigenvalue(block: Block, state: Any) -> Tensor:
-    """Of an average, ``[]``; of several, where there is one for each group or unit, the mean."""
+def size(block: Block, state: Any) -> Tensor:
+    """The mean eigenvalue of an average, ``[]``; where there is one for each group or unit, the mean of all."""
     structure = block.structure
-
-    def one(state: Any) -> Tensor:
-        whole = structure.factor.operator(state) if isinstance(structure, BlockStructure) else structure.operator(state)
-        if isinstance(whole, Kronecker):
-            # Each side by itself: the product of two traces may be too large for a float32.
-            return (whole.output.trace() / dimension(whole.output)) * (whole.input.trace() / dimension(whole.input))
-        return whole.trace() / dimension(whole)
-
-    return _by_group(block, one)(state).mean()
+    operator = structure.factor.operator if isinstance(structure, BlockStructure) else structure.operator
+    return _by_group(block, lambda one: mean_eigenvalue(operator(one)))(state).mean()
 
 
 def apply(block: Block, inverse: Any, matrices: list[Any]) -> list[Tensor]:

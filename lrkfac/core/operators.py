@@ -243,14 +243,20 @@ def dimension(operator: Operator) -> int:
     return operator.matrix.shape[-1] if isinstance(operator, Dense) else operator.diagonal.shape[-1]
 
 
+def mean_eigenvalue(operator: Operator) -> Tensor:
+    """``[*]``. Of a product side by side: the product of two traces may be too large for a float32."""
+    if isinstance(operator, Kronecker):
+        return mean_eigenvalue(operator.output) * mean_eigenvalue(operator.input)
+    return operator.trace() / dimension(operator)
+
+
 def split_damping(operator: Kronecker, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     """``(δ_A, δ_B)`` with ``δ_A δ_B = damping``, in proportion to the factors' mean eigenvalues.
 
     A factor that is zero says nothing about scale: then ``π = 1``. Elsewhere ``π`` is kept within
     1e-8 and 1e8.
     """
-    mean_input = operator.input.trace() / dimension(operator.input)
-    mean_output = operator.output.trace() / dimension(operator.output)
+    mean_input, mean_output = mean_eigenvalue(operator.input), mean_eigenvalue(operator.output)
     known = (mean_input > 0) & (mean_output > 0)
     ratio = torch.where(known, mean_input, 1.0) / torch.where(known, mean_output, 1.0)
     pi = ratio.clamp(1e-16, 1e16).sqrt()

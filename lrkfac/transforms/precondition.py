@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.balance import balanced as balance
+from lrkfac.core.balance import balanced_dampings
 from lrkfac.core.blocks import Held, check_state, dtype_of, forms, identity, init
 from lrkfac.core.checks import need_dtype, need_flag, need_number
 from lrkfac.core.choice import Chosen, blocks
@@ -141,7 +141,7 @@ def precondition_by_fisher(
         if statistics is not None:
             with profiled("refresh"), without_autocast(since):
                 last = {block.name: Held(*[part[block.name] for part in state[:3]]) for block in held}
-                each = balance(held, state.factors, used) if balanced else dict.fromkeys(state.factors, used)
+                each = balanced_dampings(held, state.factors, used) if balanced else dict.fromkeys(last, used)
                 factors, inverses, dampings = _by_part(refresh_all(held, last, statistics, each, decay))
                 since = _since(since, state.factors, factors)
         with profiled("apply"), without_autocast(since):

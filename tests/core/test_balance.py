@@ -12,7 +12,7 @@ from torch.func import vmap
 import lrkfac
 from lrkfac import dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal, unit_wise
 from lrkfac.core import groups
-from lrkfac.core.blocks import init, mean_eigenvalue
+from lrkfac.core.blocks import init, size
 from lrkfac.core.choice import blocks
 
 STRUCTURES = {
@@ -123,7 +123,7 @@ def test_mean_eigenvalue_is_that_of_the_explicit_block(structure):
     tx = lrkfac.precondition_by_fisher(layers, structure, decay=0.0)
     _, state = tx.update(e.grads, tx.init(params), params, evaluation=e)
     (block,) = blocks(layers, structure, None)
-    torch.testing.assert_close(mean_eigenvalue(block, state.factors[block.name]), expected / params["l0"].numel())
+    torch.testing.assert_close(size(block, state.factors[block.name]), expected / params["l0"].numel())
 
 
 def test_of_groups_it_is_the_mean():
@@ -134,4 +134,4 @@ def test_of_groups_it_is_the_mean():
     state = optree.tree_map(draw, init(block, [weight]))
     each = vmap(lambda one: block.structure.operator(one).to_dense())(state)
     expected = each.diagonal(dim1=-2, dim2=-1).mean()
-    torch.testing.assert_close(mean_eigenvalue(block, state), expected)
+    torch.testing.assert_close(size(block, state), expected)
