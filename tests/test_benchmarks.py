@@ -23,7 +23,6 @@ from benchmarks.robustness import trained
 from benchmarks.runs import Results, Run, train
 from benchmarks.time_to_loss_report import Line, draw, lines, table
 from benchmarks.trainers import Functional, Setup
-from tests.marks import requires_compiler
 
 CPU = torch.device("cpu")
 
@@ -94,12 +93,11 @@ def test_both_kinds_of_trainers_compute_the_same_steps():
         torch.testing.assert_close(leaf, functional.params()[name], rtol=0, atol=1e-4)  # of steps of 1e-2
 
 
-@requires_compiler
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")  # torch's own aten.diagonal
 def test_compiled_steps_are_the_same(monkeypatch):
     """Traced as a whole; what the C++ compiler makes of it is for the tests of the steps themselves."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     problem, start = setup("digits_classifier")
     for method, settings in (("low_rank_kfac", {}), ("adam", {"learning_rate": 0.01})):
         losses = []

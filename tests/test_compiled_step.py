@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import lrkfac
 from lrkfac import kronecker
+from tests.compiling import traced
 from tests.marks import requires_compiler
 from tests.test_training_step import (
     FULL_RANK,
@@ -32,15 +33,16 @@ def mixed(layers):
 
 
 @pytest.mark.slow
-@requires_compiler
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")  # torch's own aten.diagonal
 @pytest.mark.parametrize(
     "backend, case, make, estimator",
-    [("inductor", STRIDE, mixed, "mc"), ("aot_eager", GROUPS, never_dense(1), "exact")],
-    ids=["inductor", "aot_eager"],
+    [
+        pytest.param("inductor", STRIDE, mixed, "mc", marks=requires_compiler, id="compiled"),
+        pytest.param("eager", GROUPS, never_dense(1), "exact", id="traced"),
+    ],
 )
 def test_compiled_equals_eager(backend, case, make, estimator):
-    """A step with statistics and one without, after an eager one; ``aot_eager`` spares the C++ compiler."""
+    """A step with statistics and one without, after an eager one; ``eager`` is the tracer alone."""
     torch.compiler.reset()
     step, init = stepper(case, make, estimator)
     compiled = torch.compile(step, fullgraph=True, backend=backend)
@@ -78,13 +80,12 @@ def test_states_keep_their_layout(case, make):
 
 
 @pytest.mark.slow
-@requires_compiler
 @pytest.mark.parametrize("make", [never_dense(2), dense], ids=["never dense", "dense"])
 def test_step_is_compiled_once(make):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     step, init = stepper(GROUPS, make)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = traced(step)
     params, state = GROUPS.params, init(GROUPS.params)
     for noise in noises(GROUPS, 3):
         params, state, _ = compiled(params, state, GROUPS.inputs, GROUPS.targets, noise)
@@ -92,7 +93,6 @@ def test_step_is_compiled_once(make):
 
 
 @pytest.mark.slow
-@requires_compiler
 def test_a_thousand_steps_are_compiled_twice():
     """One graph for refresh steps and one for the others, the first step included: no count of steps is a constant of
     theirs. The backend compiles nothing, so that only what the tracer decides is counted.

@@ -10,8 +10,8 @@ from torch.func import vmap
 
 import lrkfac
 from lrkfac import Unformed, formed, kronecker
+from tests.compiling import traced
 from tests.dispatch import MatrixCount
-from tests.marks import requires_compiler
 
 N, D = 5, 24
 
@@ -215,7 +215,6 @@ def test_ensembles():
 
 
 @pytest.mark.slow
-@requires_compiler
 def test_compiled_equals_eager():
     torch.compiler.reset()
 
@@ -224,7 +223,7 @@ def test_compiled_equals_eager():
             params, state, grads = step(*args)
             return params, state, optree.tree_map(lambda g: g.dense() if isinstance(g, Unformed) else g, grads)
 
-        compiled = torch.compile(forms, fullgraph=True, backend="aot_eager")
+        compiled = traced(forms)
 
         def run(*args):
             params, state, grads = compiled(*args)

@@ -10,7 +10,7 @@ from torch.func import functional_call, vjp, vmap
 from lrkfac import find_layers
 from lrkfac.core.capture import Recorded, output_specs, run_captured, zero_probes
 from tests import cases, reference, reference_networks
-from tests.marks import requires_compiler
+from tests.compiling import traced
 
 each_case = pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
 
@@ -227,10 +227,9 @@ def test_under_vmap_the_same_as_alone(case):
 
 
 @pytest.mark.slow
-@requires_compiler
 @pytest.mark.parametrize("case", [cases.SEQUENCE[0], cases.CONVOLUTION[3]], ids=lambda case: case.name)
 def test_compiled_the_same_as_eager(case):
     layers = find_layers(case.model, case.params, case.inputs)
     run = lambda params, x: captured(case.model, params, x, torch.ones_like, layers)  # noqa: E731
-    compiled = torch.compile(run, fullgraph=True)
+    compiled = traced(run)
     optree.tree_map(close, compiled(case.params, case.inputs), run(case.params, case.inputs))

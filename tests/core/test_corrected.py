@@ -20,7 +20,7 @@ from lrkfac.core.types import Moments
 from lrkfac.testing import check_transformation, seeds
 from lrkfac.testing.strategies import corrected_kroneckers
 from tests import cases, reference_networks
-from tests.marks import requires_compiler
+from tests.compiling import traced
 
 FACTORS = {
     "dense": (dense(), dense()),
@@ -234,7 +234,6 @@ def test_applied_in_float32_the_inverse_stays_positive():
         assert (x * apart.two_sided(x)).sum() > 0
 
 
-@requires_compiler
 @pytest.mark.parametrize("name", ["dense", "low rank plus diagonal"])
 def test_compiled_equals_eager(name):
     torch.compiler.reset()
@@ -243,7 +242,7 @@ def test_compiled_equals_eager(name):
     tx = by_fisher(layers, kronecker(*FACTORS[name], corrected=True))
     step = lambda e, state: tx.update(e.grads, state, evaluation=e)[0]  # noqa: E731
     e, state = e._replace(product=None, quadratic=None, gram=None, loss_at=None, aux=None), tx.init(case.params)
-    found = torch.compile(step, fullgraph=True, backend="aot_eager")(e, state)
+    found = traced(step)(e, state)
     for key, x in step(e, state).items():
         torch.testing.assert_close(found[key], x, rtol=1e-8, atol=1e-10)
 

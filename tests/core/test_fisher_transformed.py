@@ -1,5 +1,6 @@
 """Evaluations under ``vmap`` and the compiler are those of each member and of eager mode."""
 
+from functools import partial
 from operator import itemgetter
 
 import optree
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch.func import vmap
 
+from tests.compiling import traced
 from tests.core.test_fisher import (
     CASE,
     P,
@@ -39,8 +41,11 @@ def test_ensemble_under_vmap(estimator):
 
 
 @pytest.mark.slow
-@requires_compiler
-@each_estimator
-def test_compiled_the_same_as_eager(estimator):
+@pytest.mark.parametrize(
+    "estimator, compiled",
+    [pytest.param("mc", partial(torch.compile, fullgraph=True), marks=requires_compiler)]
+    + [(estimator, traced) for estimator in ("exact", "empirical", "forward_only")],
+)
+def test_compiled_the_same_as_eager(estimator, compiled):
     run = results(evaluator(CASE, estimator), CASE, noise_for(CASE) if estimator == "mc" else None)
-    optree.tree_map(close, torch.compile(run, fullgraph=True)(P), run(P))
+    optree.tree_map(close, compiled(run)(P), run(P))

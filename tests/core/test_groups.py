@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lrkfac
 from lrkfac import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, precondition_by_fisher
 from lrkfac.core import groups
-from tests.marks import requires_compiler
+from tests.compiling import traced
 
 STRUCTURES = {
     "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
@@ -176,7 +176,6 @@ def test_the_layer_that_is_not_finite_is_named():
 
 
 @pytest.mark.slow
-@requires_compiler
 def test_compiled_equals_eager():
     torch.compiler.reset()
     layers, params, evaluate = deep(2)
@@ -186,7 +185,7 @@ def test_compiled_equals_eager():
         e = evaluate(params)
         return tx.update(e.grads, state, params, evaluation=e)
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = traced(step)
     state = step(params, tx.init(params))[1]
     found, expected = compiled(params, state), step(params, state)
     close(found[0], expected[0])

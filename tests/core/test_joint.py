@@ -13,7 +13,7 @@ from torch.func import vmap
 import lrkfac
 from lrkfac import bernoulli, categorical, find_layers, fisher, from_module, gaussian, joint
 from lrkfac.testing import gradients
-from tests.marks import requires_compiler
+from tests.compiling import traced
 
 GENERATOR = torch.Generator().manual_seed(0)
 PARAMS = {
@@ -174,7 +174,6 @@ def test_ensemble_under_vmap(estimator):
 
 
 @pytest.mark.slow
-@requires_compiler
 @each_estimator
 def test_compiled_the_same_as_eager(estimator):
     wrap = WRAPPED["dictionary"]
@@ -186,7 +185,7 @@ def test_compiled_the_same_as_eager(estimator):
         e = f(p, X, wrap(MASK, CLASS), noise=noise)
         return e.loss, e.grads, e.outputs, e.statistics, e.product(p), e.quadratic(p, p)
 
-    optree.tree_map(close, torch.compile(run, fullgraph=True)(PARAMS), run(PARAMS))
+    optree.tree_map(close, traced(run)(PARAMS), run(PARAMS))
 
 
 DICTIONARY = WRAPPED["dictionary"]

@@ -10,8 +10,8 @@ import lrkfac
 from lrkfac import dense, formed, kronecker, low_rank, precondition_by_fisher
 from lrkfac.core import natural
 from lrkfac.core.unformed import Unformed
+from tests.compiling import traced
 from tests.core.test_groups import STRUCTURES, Operations, close
-from tests.marks import requires_compiler
 
 STRUCTURES = STRUCTURES | {
     "by name": {"l1.w": kronecker(dense(), low_rank(2)), "l[02].w": kronecker(low_rank(3), low_rank(2))},
@@ -151,7 +151,6 @@ def test_under_vmap_and_derivatives(thin):
 
 
 @pytest.mark.slow
-@requires_compiler
 def test_compiled_equals_eager():
     """The update alone; of a whole step, tests/test_compiled_step.py."""
     torch.compiler.reset()
@@ -164,7 +163,7 @@ def test_compiled_equals_eager():
         return formed(tx.update({**grads, **held}, state, evaluation=e)[0])
 
     grads = formed(e.grads)
-    compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
+    compiled = traced(of)
     close(compiled(rows, grads), of(rows, grads))
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled(optree.tree_map(lambda x: 2 * x, rows), grads)

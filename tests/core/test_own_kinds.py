@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import lrkfac
 from lrkfac import LayerKind, dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal
 from lrkfac.core.covariances import factors
-from tests.marks import requires_compiler
+from tests.compiling import traced
 
 DOUBLE = torch.float64
 
@@ -182,7 +182,6 @@ def test_compiled_and_mapped(name):
     close({k: x[0] for k, x in found.items()}, step(params, state))
 
 
-@requires_compiler
 def test_compiled():
     own, _, params, layers, _ = made("circular")
     fisher = lrkfac.fisher(own, lrkfac.categorical(), layers, "empirical")
@@ -191,7 +190,7 @@ def test_compiled():
         e = fisher(params, X, Y)
         return e.grads, e.statistics
 
-    close(torch.compile(gradients, fullgraph=True, backend="aot_eager")(params), gradients(params))
+    close(traced(gradients)(params), gradients(params))
 
 
 def test_functions_of_torch_in_an_unmodified_module():

@@ -19,8 +19,8 @@ from lrkfac.core.choice import blocks
 from lrkfac.core.covariances import factors, split_groups, to_matrix
 from lrkfac.testing import check_transformation, layers
 from tests import cases, reference, reference_networks
+from tests.compiling import traced
 from tests.core.test_covariances import close, input_rows, is_the_matrix, largest, normal, output_rows
-from tests.marks import requires_compiler
 
 REDUCE = kronecker(dense(), dense(), treatment="reduce")
 EXPAND = kronecker(dense(), dense())
@@ -201,14 +201,13 @@ def test_laws(case, structure):
     check_transformation(tx, case.params, both)
 
 
-@requires_compiler
 def test_compiled_equals_eager():
     case = cases.CONVOLUTION[3]
     described, e = evaluation(case.model, case.params, case.inputs, case.targets, case.likelihood, case)
     tx = precondition_by_fisher(described, REDUCE)
     step = lambda e, state: tx.update(e.grads, state, evaluation=e)[0]  # noqa: E731
     e, state = e._replace(product=None, quadratic=None, gram=None, loss_at=None, aux=None), tx.init(case.params)
-    found = torch.compile(step, fullgraph=True, backend="aot_eager")(e, state)
+    found = traced(step)(e, state)
     for name, x in step(e, state).items():
         close(found[name], x)
 

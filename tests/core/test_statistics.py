@@ -13,8 +13,8 @@ from torch.func import vmap
 import lrkfac
 from lrkfac import find_layers, fisher
 from tests import cases
+from tests.compiling import traced
 from tests.core.test_fisher import close, described, each_estimator, evaluator, flops, likelihood, noise_for
-from tests.marks import requires_compiler
 
 CASE = cases.LINEAR[0]
 CASES = [CASE, cases.LINEAR[5], cases.SEQUENCE[2], cases.CONVOLUTION[1], cases.CONVOLUTION[3]]
@@ -118,7 +118,6 @@ def test_examples_of_an_ensemble(estimator):
 
 
 @pytest.mark.slow
-@requires_compiler
 @pytest.mark.parametrize("estimator", ["mc", "empirical"])
 def test_examples_compiled(estimator):
     noise, numbers, f = noise_for(CASE)[:, :3], torch.tensor([4, 0, 2]), evaluator(CASE, estimator, examples=3)
@@ -127,7 +126,7 @@ def test_examples_compiled(estimator):
         evaluation = f(p, CASE.inputs, CASE.targets, statistics=i, noise=noise if estimator == "mc" else None)
         return evaluation[:5], f(p, CASE.inputs, CASE.targets).statistics.inputs["0"][0]
 
-    found, rows = torch.compile(run, fullgraph=True)(CASE.params, numbers)
+    found, rows = traced(run)(CASE.params, numbers)
     close(found, run(CASE.params, numbers)[0])
     assert (rows[:, None] == CASE.inputs).all(-1).sum() == 3
 

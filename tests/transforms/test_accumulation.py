@@ -14,7 +14,7 @@ from lrkfac.core.structures import KroneckerStructure
 from lrkfac.testing import check_transformation, seeds
 from lrkfac.testing.architectures import architectures
 from tests import cases, reference_kinds, reference_optimizers
-from tests.marks import requires_compiler
+from tests.compiling import traced
 from tests.test_every_combination import BLOCKS, ESTIMATORS, FACTORS
 from tests.transforms.test_base import close, nested, replayed, steps
 from tests.transforms.test_precondition import evaluator
@@ -172,7 +172,6 @@ def test_aux_and_no_statistics():
 
 
 @pytest.mark.slow
-@requires_compiler
 def test_compiled_equals_eager():
     layers, _ = evaluator(MLP)
     tx, n = lrkfac.kfac(layers, 0.1), MLP.targets.shape[0]
@@ -187,7 +186,7 @@ def test_compiled_equals_eager():
         return updates, state, gathered.update(e.grads, other, params, evaluation=e._replace(statistics=None))
 
     given = MLP.params, tx.init(MLP.params), gathered.init(MLP.params)
-    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*given)
+    found = traced(step)(*given)
     close(found, step(*given), rtol=1e-8)
 
 

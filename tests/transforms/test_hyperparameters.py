@@ -9,7 +9,7 @@ import lrkfac
 from lrkfac import apply_updates, chain, exponential_schedule, inject_hyperparameters, low_rank_kfac, scale, trace
 from lrkfac.testing import check_transformation
 from tests import cases
-from tests.marks import requires_compiler
+from tests.compiling import traced
 from tests.transforms.test_base import close, nested, replayed, steps
 from tests.transforms.test_precondition import evaluator
 
@@ -146,7 +146,6 @@ def test_gradients_that_are_held_by_their_rows():
 
 
 @pytest.mark.slow
-@requires_compiler
 def test_compiled_once_for_all_values():
     layers, evaluate = evaluator(MLP)
     e = evaluate(MLP.params)
@@ -159,7 +158,7 @@ def test_compiled_once_for_all_values():
 
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    compiled, state = torch.compile(step, fullgraph=True, backend="aot_eager"), tx.init(MLP.params)
+    compiled, state = traced(step), tx.init(MLP.params)
     for damping in (0.1, 1.0, 0.01):
         state = changed(state, damping=damping)
         expected = step(e.grads, state, e.statistics)

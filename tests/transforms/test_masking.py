@@ -10,7 +10,7 @@ import lrkfac
 from lrkfac import apply_updates, chain, identity, masked, partition, scale, scale_by_adam, trace
 from lrkfac.testing import check_transformation, seeds
 from tests import cases, reference_optimizers
-from tests.marks import requires_compiler
+from tests.compiling import traced
 from tests.transforms.test_base import Pair, close, flat, nested, replayed, steps
 from tests.transforms.test_precondition import evaluator
 
@@ -150,7 +150,6 @@ def test_a_quadratic_model_of_some_parameters():
 
 
 @pytest.mark.slow
-@requires_compiler
 def test_compiled_equals_eager():
     layers, evaluate = evaluator(SHIFT)
     tx, e = kfac_and_adam(layers), evaluate(SHIFT.params)
@@ -160,7 +159,7 @@ def test_compiled_equals_eager():
         return tx.update(grads, state, SHIFT.params, evaluation=e._replace(grads=grads, statistics=statistics))
 
     given = (e.grads, tx.init(SHIFT.params), e.statistics)
-    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*given)
+    found = traced(step)(*given)
     close(found, step(*given), rtol=1e-9)
 
 

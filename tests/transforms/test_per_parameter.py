@@ -7,7 +7,7 @@ import torch
 import lrkfac
 from lrkfac.testing import check_transformation
 from tests import cases
-from tests.marks import requires_compiler
+from tests.compiling import traced
 from tests.transforms.test_base import Pair, flat, nested, replayed, steps
 from tests.transforms.test_precondition import evaluator
 
@@ -92,13 +92,12 @@ def test_gradients_by_rows():
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
-@requires_compiler
 def test_compiled():
     tree = {"a": 0.1, "b": (0.2, SCHEDULE)}
     tx = lrkfac.chain(lrkfac.trace({"a": 0.5, "b": 0.9}), lrkfac.scale_by_learning_rate(tree))
     params = {"a": torch.randn(3), "b": (torch.randn(2), torch.randn(2))}
     state = tx.init(params)
-    compiled = torch.compile(tx.update, fullgraph=True, backend="aot_eager")
+    compiled = traced(tx.update)
     torch.testing.assert_close(compiled(params, state), tx.update(params, state))
 
 

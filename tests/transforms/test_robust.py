@@ -11,7 +11,7 @@ import lrkfac
 from lrkfac import apply_if_finite, apply_updates, chain, scale_by_adam, trace
 from lrkfac.testing import check_transformation
 from tests import cases
-from tests.marks import requires_compiler
+from tests.compiling import traced
 from tests.transforms.test_base import close, nested, steps
 from tests.transforms.test_precondition import evaluator
 
@@ -146,7 +146,6 @@ def test_each_model_of_an_ensemble_on_its_own():
 
 
 @pytest.mark.slow
-@requires_compiler
 def test_compiled_equals_eager():
     layers, evaluate = evaluator(MLP)
     tx, e = apply_if_finite(lrkfac.low_rank_kfac(layers, 0.1, rank=100), 2), evaluate(MLP.params)
@@ -154,7 +153,7 @@ def test_compiled_equals_eager():
     def step(grads, state, statistics):
         return tx.update(grads, state, MLP.params, evaluation=e._replace(grads=grads, statistics=statistics))
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = traced(step)
     state = tx.init(MLP.params)
     for bad in (False, True):
         given = (spoiled(e.grads) if bad else e.grads, state, e.statistics)
