@@ -13,7 +13,7 @@ from tests.shape_checking import check_shapes
 # the others.
 _slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=20, **_slow)
-settings.register_profile("ci", max_examples=100, derandomize=True, **_slow)
+settings.register_profile("ci", max_examples=50, derandomize=True, **_slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 # The tensors of tests are too small to share among threads, which then only wait for each other.
