@@ -139,6 +139,7 @@ class Functional:
             e = evaluate(self.params, *self.batch)
             return e.grads, e.aux, e.statistics
 
+        empirical()  # the first call looks for shapes, by operations that would be counted
         reads = (self.params, self.batch)
         return {GRADIENT: Method(lambda: self.gradient(self.params), reads, again=self.params),
                 EMPIRICAL: Method(empirical, reads, again=self.params)}  # fmt: skip

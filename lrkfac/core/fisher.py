@@ -256,18 +256,18 @@ def fisher(
         free_grads, at_probes = seen.transpose(divided(cotangent, scale))
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
         of_loss = seen.standard_form_of_one(at_probes)
-        found = dict(free_grads)
+        found: dict[int, Any] = dict(free_grads if scale is None else scaled(scale, free_grads))
         for layer in layers:
             inputs_of, gradients = of_loss[layer.name]
             if layer in rows:
-                found |= by_rows(layer, inputs_of, gradients)
+                of_layer = by_rows(layer, inputs_of, gradients)
+                found |= of_layer if scale is None else scaled(scale, of_layer)
             else:
-                collect(found, gradients_of(layer, inputs_of, tuple(g[0] for g in gradients)))
+                collect(found, gradients_of(layer, inputs_of, tuple(g[0] for g in gradients), scale))
         del at_probes
         if estimator != "empirical":  # the rows of the loss make room for those of the estimator
             of_loss = {name: (inputs_of, ()) for name, (inputs_of, _) in of_loss.items()}
-        of_leaves = [found[i] if scale is None else scaled(scale, found[i]) for i in range(len(leaves))]
-        cast = [g.to(leaf.dtype) for g, leaf in zip(of_leaves, leaves, strict=True)]
+        cast = [found[i].to(leaf.dtype) for i, leaf in enumerate(leaves)]
         return loss, optree.tree_unflatten(structure, cast), with_others(tensors, rest), seen, of_loss
 
     def of_examples(

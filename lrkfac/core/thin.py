@@ -14,7 +14,7 @@ from torch.func import vmap
 from lrkfac.core.capture import OutputSpec
 from lrkfac.core.covariances import Uses, collect, gradient, split_groups, turned
 from lrkfac.core.layers import KINDS, LINEAR
-from lrkfac.core.tree import widest
+from lrkfac.core.tree import scaled, widest
 from lrkfac.core.types import Layer, Layers
 from lrkfac.core.unformed import Unformed
 from lrkfac.core.views import TRANSPOSITIONS, put
@@ -52,8 +52,15 @@ def by_rows(layer: Layer, inputs: Uses, gradients: Uses) -> dict[int, Any]:
     return found
 
 
-def gradients_of(layer: Layer, inputs: Uses, gradients: Uses) -> dict[int, Tensor]:
-    """``sum of g aᵀ`` over uses, examples and positions, and that of ``g``: the leaves of a layer by their index."""
+def gradients_of(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor | None = None) -> dict[int, Tensor]:
+    """``sum of g aᵀ`` over uses, examples and positions, and that of ``g``: the leaves of a layer by their index.
+
+    With a ``scale``, ``[]``, times that: it multiplies rows where they are fewer numbers than the weight.
+    """
+    if scale is not None:
+        if sum(g.numel() for g in gradients) > math.prod(layer.weight.shape):
+            return {i: scaled(scale, found) for i, found in gradients_of(layer, inputs, gradients).items()}
+        gradients = tuple(scaled(scale, list(gradients)))
     parts = split_groups(layer, inputs), split_groups(layer, gradients)
     of_weight = partial(gradient, layer, joint=False)
     weight = of_weight(*parts) if layer.groups == 1 else vmap(of_weight)(*parts)
