@@ -69,33 +69,16 @@ class Unformed:
 
     def form(self) -> Tensor:
         """The matrix, in a dtype that holds all that it is made of."""
-        if not self.terms:
-            return self.left.mT @ self.right
-        if self.left.shape[0] == 0:
-            return self._sum()
-        (scale, total), *others = self.terms
-        if isinstance(scale, Tensor) or total.dtype != self.left.dtype:
-            total = scale * total + self.left.mT @ self.right
-        else:
-            total = torch.addmm(total, self.left.mT, self.right, beta=scale)
-        for scale, x in others:
-            total = total + scale * x if isinstance(scale, Tensor) else torch.add(total, x, alpha=scale)
-        return total
-
-    def _sum(self) -> Tensor:
-        """Of the terms alone: on top of one that must be multiplied first, since its coefficient is a tensor."""
-        first = next((i for i, (c, _) in enumerate(self.terms) if isinstance(c, Tensor)), 0)
-        scale, total = self.terms[first]
-        fresh = isinstance(scale, Tensor) or scale != 1.0
-        total = scale * total if fresh else total
-        for scale, x in (*self.terms[:first], *self.terms[first + 1 :]):
-            if isinstance(scale, Tensor):
-                total = total + scale * x
-            elif fresh and x.dtype == total.dtype and changes_in_place():
-                total.add_(x, alpha=scale)
-            else:
-                total = torch.add(total, x, alpha=scale)
-            fresh = True
+        terms = list(self.terms)
+        if self.left.shape[0] or not terms:
+            total, fresh = self.left.mT @ self.right, True
+        else:  # on top of a term that must be multiplied first, since its coefficient is a tensor
+            number = next((i for i, (c, _) in enumerate(terms) if isinstance(c, Tensor)), 0)
+            scale, total = terms.pop(number)
+            fresh = isinstance(scale, Tensor) or scale != 1.0
+            total = scale * total if fresh else total
+        for scale, x in terms:
+            total, fresh = _added(total, scale, x, fresh), True
         return total
 
     def dense(self) -> Tensor:
@@ -110,3 +93,15 @@ class Unformed:
         if isinstance(other, Unformed) and not other.terms:
             return ((self.left @ other.left.mT) * (self.right @ other.right.mT)).sum()
         return ((self.left @ (other.form() if isinstance(other, Unformed) else other)) * self.right).sum()
+
+
+def _added(total: Tensor, scale: float | Tensor, x: Tensor, fresh: bool) -> Tensor:
+    """``total + scale x``, in the place of a total that nothing else holds.
+
+    Not by ``addmm`` of the product onto ``x``, which copies ``x`` first, and which the compiler does not join with the
+    sums that follow.
+    """
+    in_place = fresh and x.dtype == total.dtype and changes_in_place()
+    if isinstance(scale, Tensor):
+        return total.addcmul_(x, scale) if in_place and scale.dtype == x.dtype else total + scale * x
+    return total.add_(x, alpha=scale) if in_place else torch.add(total, x, alpha=scale)
