@@ -144,6 +144,8 @@ def scale_by_quadratic_model(
             raise ValueError(
                 "preconditioner: nothing in it preconditions; pass precondition_by_fisher(layers) or a chain with it"
             )
+        # As in every later state, where they are picked among candidates: else a compiled step is compiled once more.
+        inner = optree.tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, inner)
         last = torch.zeros_like(as_row(params))
         start = last.new_zeros(()) + damping
         since = torch.zeros_like(start, dtype=torch.int64)
