@@ -79,6 +79,29 @@ def test_states_keep_their_layout(case, make):
         state = after
 
 
+def test_states_of_the_adaptive_chain_keep_their_layout():
+    """Shapes, strides and dtypes of the first state are those of every later one, and no tensor stands in it twice:
+    nothing is compiled twice.
+    """
+    params = {"w": torch.randn(20, 24), "b": torch.randn(20)}
+    model = lambda p, x: x @ p["w"].mT + p["b"]  # noqa: E731
+    layers = lrkfac.find_layers(model, params, torch.randn(5, 24))
+    evaluate = lrkfac.fisher(model, lrkfac.gaussian(), layers)
+    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=3)
+
+    def layout(state):
+        leaves = optree.tree_leaves(state)
+        assert len({id(x) for x in leaves}) == len(leaves)
+        return [(x.shape, x.stride(), x.dtype) for x in leaves]
+
+    state = tx.init(params)
+    for statistics in (True, False, True):
+        e = evaluate(params, torch.randn(5, 24), torch.randn(5, 20), statistics=statistics)
+        _, after = tx.update(e.grads, state, params, evaluation=e)
+        assert layout(after) == layout(state)
+        state = after
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [never_dense(2), dense], ids=["never dense", "dense"])
 def test_step_is_compiled_once(make):

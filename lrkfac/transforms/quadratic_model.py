@@ -144,8 +144,9 @@ def scale_by_quadratic_model(
             raise ValueError(
                 "preconditioner: nothing in it preconditions; pass precondition_by_fisher(layers) or a chain with it"
             )
-        # As in every later state, where they are picked among candidates: else a compiled step is compiled once more.
-        inner = optree.tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, inner)
+        # Each with memory of its own, as in every later state, where they are picked among candidates: else a step is
+        # compiled once more.
+        inner = optree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), inner)
         last = torch.zeros_like(as_row(params))
         start = last.new_zeros(()) + damping
         since = torch.zeros_like(start, dtype=torch.int64)

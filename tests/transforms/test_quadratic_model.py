@@ -252,22 +252,6 @@ def test_compiled_equals_eager(statistics):
     close(traced(step)(params, state), step(params, state), rtol=1e-8, atol=1e-10)
 
 
-def test_states_keep_their_layout():
-    """Shapes, strides and dtypes of the first state are those of every later one: nothing is compiled twice."""
-    params = {"w": torch.randn(20, 24), "b": torch.randn(20)}
-    model = lambda p, x: x @ p["w"].mT + p["b"]  # noqa: E731
-    layers = lrkfac.find_layers(model, params, torch.randn(5, 24))
-    evaluate = lrkfac.fisher(model, lrkfac.gaussian(), layers)
-    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=3)
-    layout = lambda tree: optree.tree_map(lambda x: (x.shape, x.stride(), x.dtype), tree)  # noqa: E731
-    state = tx.init(params)
-    for statistics in (True, False, True):
-        e = evaluate(params, torch.randn(5, 24), torch.randn(5, 20), statistics=statistics)
-        _, after = tx.update(e.grads, state, params, evaluation=e)
-        assert layout(after) == layout(state)
-        state = after
-
-
 def test_it_is_written_for_preconditioners_in_chains():
     layers, evaluate = evaluator(MLP)
     inner = lrkfac.chain(precondition_by_fisher(layers, DENSE), lrkfac.scale(2.0))
