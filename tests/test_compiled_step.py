@@ -79,27 +79,53 @@ def test_states_keep_their_layout(case, make):
         state = after
 
 
-def test_states_of_the_adaptive_chain_keep_their_layout():
-    """Shapes, strides and dtypes of the first state are those of every later one, and no tensor stands in it twice:
-    nothing is compiled twice.
-    """
-    params = {"w": torch.randn(20, 24), "b": torch.randn(20)}
-    model = lambda p, x: x @ p["w"].mT + p["b"]  # noqa: E731
-    layers = lrkfac.find_layers(model, params, torch.randn(5, 24))
-    evaluate = lrkfac.fisher(model, lrkfac.gaussian(), layers)
-    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=3)
+def linear(p, x):
+    return F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["v"])
 
-    def layout(state):
-        leaves = optree.tree_leaves(state)
-        assert len({id(x) for x in leaves}) == len(leaves)
+
+def product(p, x):
+    return torch.tanh(x @ p["w"] + p["b"]) @ p["v"]
+
+
+def convolution(p, x):
+    return F.linear(torch.tanh(F.conv2d(x, p["w"], p["b"])).mean((2, 3)), p["v"])
+
+
+LAST = torch.channels_last
+SPELLED = {
+    "linear": (linear, {"w": torch.ones(20, 24), "b": torch.ones(20), "v": torch.ones(3, 20)}, torch.ones(5, 24)),
+    "product": (product, {"w": torch.ones(24, 20), "b": torch.ones(20), "v": torch.ones(20, 3)}, torch.ones(5, 24)),
+    "channels last": (
+        convolution,
+        {"w": torch.ones(8, 6, 3, 3).to(memory_format=LAST), "b": torch.ones(8), "v": torch.ones(3, 8)},
+        torch.ones(5, 6, 5, 5).to(memory_format=LAST),
+    ),
+}
+
+
+@pytest.mark.parametrize("model, params, inputs", SPELLED.values(), ids=SPELLED.keys())
+@pytest.mark.parametrize("thin", [True, False])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_layouts_do_not_depend_on_spelling(model, params, inputs, thin, adaptive):
+    """Those of parameters and later states, and that no tensor stands in the adaptive chain's state twice."""
+    params = {name: p + torch.randn_like(p) / 4 for name, p in params.items()}
+    inputs, targets = inputs + torch.randn_like(inputs), torch.randint(3, (5,))
+    layers = lrkfac.find_layers(model, params, inputs)
+    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, thin=thin)
+    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=3) if adaptive else lrkfac.low_rank_kfac(layers, 0.1, rank=3)
+
+    def layout(params, state):
+        leaves = optree.tree_leaves((params, state))
+        assert not adaptive or len({id(x) for x in leaves}) == len(leaves)
         return [(x.shape, x.stride(), x.dtype) for x in leaves]
 
     state = tx.init(params)
-    for statistics in (True, False, True):
-        e = evaluate(params, torch.randn(5, 24), torch.randn(5, 20), statistics=statistics)
-        _, after = tx.update(e.grads, state, params, evaluation=e)
-        assert layout(after) == layout(state)
-        state = after
+    first = layout(params, state)
+    for statistics in (True, False, True, False):
+        e = evaluate(params, inputs, targets, statistics=statistics)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        params = lrkfac.apply_updates(params, updates)
+        assert layout(params, state) == first
 
 
 @pytest.mark.slow

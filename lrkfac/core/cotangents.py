@@ -113,3 +113,11 @@ def _times(factors: Sequence[Tensor | float], cotangents: list[Tensor]) -> list[
         (factor * g).to(g.dtype) if isinstance(factor, Tensor) else g
         for factor, g in zip(factors, cotangents, strict=True)
     ]
+
+
+def divided(cotangent: list[Tensor], scale: Tensor | None) -> list[Tensor]:
+    """The cotangent of the mean loss over the factor that makes a mean of the terms; as it is without one."""
+    if scale is None:
+        return cotangent
+    scale = torch.where(scale == 0, 1, scale)  # of what counts nothing, rows are zero
+    return [(c / scale).to(c.dtype) for c in cotangent]

@@ -13,6 +13,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from lrkfac.core.capture import OutputSpec, output_specs, run_captured, with_constant_padding, zero_probes
 from lrkfac.core.checks import need_flag, need_model, need_values
+from lrkfac.core.cotangents import divided
 from lrkfac.core.covariances import collect
 from lrkfac.core.derivatives import gradient, transposed
 from lrkfac.core.joint import Joint, joint
@@ -35,6 +36,7 @@ from lrkfac.core.statistics import (
 from lrkfac.core.thin import by_rows, gradients_of, thin_layers
 from lrkfac.core.tree import check_like, check_stacked, formed, need_layers, scaled, wide
 from lrkfac.core.types import Evaluation, Layer, Layers, Statistics, Tree
+from lrkfac.core.views import laid_out_like
 
 Specs = dict[str, list[OutputSpec]]
 """What the probes of each source must look like."""
@@ -155,6 +157,8 @@ def fisher(
                     statistics = torch.randperm(outputs[0].shape[0], device=outputs[0].device)[:examples]
                 with profiled("capture"):
                     found = of_examples(params, inputs, targets, statistics, noise)
+
+        grads = optree.tree_map(laid_out_like, grads, params)
 
         def outputs_of(params: Tree) -> list[Tensor]:
             with with_constant_padding(layers):
@@ -288,11 +292,6 @@ def fisher(
         return statistics_of(seen, seen.standard_form_of_one(at_probes), heads, targets, estimator, samples, noise)
 
     return evaluate
-
-
-def divided(cotangent: list[Tensor], scale: Tensor | None) -> list[Tensor]:
-    """The cotangent of the mean loss over the factor that makes a mean of the terms; as it is without one."""
-    return cotangent if scale is None else [(c / scale).to(c.dtype) for c in cotangent]
 
 
 def _tensors(tree: Tree) -> list[Tensor]:

@@ -110,7 +110,7 @@ class Joint:
         """What sums over rows are multiplied by, ``[]``, and for each head the factor of its rows.
 
         The scale is ``1 / Σ wₙ`` of a single head, and 1 over the number of examples for several, whose rows make up
-        for the difference. Rows of a batch in which nothing counts are zero, and finite.
+        for the difference. Where nothing counts they are finite all the same.
         """
         inverse = [
             weight / head.total_weight(f, y).clamp(min=torch.finfo(wide(f).dtype).tiny)

@@ -65,6 +65,21 @@ def put(view: View, shape: tuple[int, ...], x: Tensor) -> Tensor:
     return transpose(x.reshape(part.shape))[0]
 
 
+def laid_out_like(x: Any, like: Any) -> Any:
+    """``x`` with its numbers in the same order in memory as those of ``like``, by a copy where they are in another.
+
+    So the trees of a training loop keep their layout from step to step, and nothing is compiled twice. What is not
+    formed is passed on, as is what has no such order, expanded numbers.
+    """
+    if not isinstance(x, Tensor) or not isinstance(like, Tensor):
+        return x
+    strides = like.stride()
+    if x.stride() == strides or 0 in strides:
+        return x
+    order = sorted(range(x.ndim), key=lambda i: -strides[i])
+    return x.permute(order).contiguous().permute([order.index(i) for i in range(x.ndim)])
+
+
 def is_view(func: Callable[..., Any]) -> str | None:
     """The name of the method or attribute if ``func`` is one that only rearranges a tensor."""
     return _NAMES.get(func)

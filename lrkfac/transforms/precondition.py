@@ -19,6 +19,7 @@ from lrkfac.core.ranks import AutoRank, resolved
 from lrkfac.core.tree import check_like, counter, need_layers, without_autocast
 from lrkfac.core.types import Evaluation, Layers, Tree
 from lrkfac.core.unformed import Unformed
+from lrkfac.core.views import laid_out_like
 from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
 
 
@@ -145,7 +146,8 @@ def precondition_by_fisher(
                 factors, inverses, dampings = _by_part(refresh_all(held, last, statistics, each, decay))
                 since = _since(since, state.factors, factors)
         with profiled("apply"), without_autocast(since):
-            for i, leaf in natural_gradients(together, inverses, leaves).items():
+            for i, found in natural_gradients(together, inverses, leaves).items():
+                leaf = laid_out_like(found, leaves[i])
                 # Scaled and added to in fewer passes over memory, at the end of the chain.
                 waits = evaluation.thin and isinstance(leaf, Tensor) and leaf.ndim == 2
                 leaves[i] = Unformed.of(leaf) if waits else leaf

@@ -120,6 +120,15 @@ def test_statistics_of_some_examples(estimator):
 
 
 @each_estimator
+def test_a_single_head_of_weight_zero_changes_nothing(estimator):
+    model = lambda p, x: {"mask": forward(p, x)[0]}  # noqa: E731
+    likelihood = joint({"mask": bernoulli()}, {"mask": 0.0})
+    e = fisher(model, likelihood, find_layers(model, PARAMS, X), estimator)(PARAMS, X, {"mask": MASK})
+    assert all((g == 0).all() for g in optree.tree_leaves((e.loss, e.grads)))
+    assert all(x.isfinite().all() for x in optree.tree_leaves(e.statistics))
+
+
+@each_estimator
 def test_a_head_of_which_nothing_counts_leaves_the_statistics_of_the_others(estimator):
     """Known by ``vmap`` over targets, where values are not looked at."""
     f = evaluator(Pair, estimator)
