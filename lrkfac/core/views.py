@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import optree
 import torch
 from torch import Tensor
 from torch.func import vjp
@@ -87,7 +86,12 @@ def is_view(func: Callable[..., Any]) -> str | None:
 
 def picks_by_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether entries are picked by a tensor of numbers, as in ``w[numbers]``: no static description."""
-    return any(isinstance(x, Tensor) for x in optree.tree_leaves((args[1:], kwargs)))
+    # Not by tree_leaves, through which the compiler of torch 2.11 cannot pass slices.
+    return any(_holds_tensor(x) for x in (*args[1:], *kwargs.values()))
+
+
+def _holds_tensor(x: Any) -> bool:
+    return any(_holds_tensor(one) for one in x) if isinstance(x, tuple | list) else isinstance(x, Tensor)
 
 
 def steps_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> list[tuple[Step, Tensor]]:

@@ -192,6 +192,7 @@ def test_compiled_equals_eager():
     close(compiled(params, found[1])[0], step(params, expected[1])[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # of torch 2.11
 def test_ranges_are_profiled():
     layers, params, evaluate = deep(2)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
