@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.func import grad, grad_and_value, vmap
 
 from lrkfac import categorical, find_layers, fisher, gaussian, poisson
+from tests.compiling import traced
 from tests.core.test_families import LIKELIHOODS, close
-from tests.marks import requires_compiler
 
 SHAPES = [
     ((6, 4), -1),
@@ -143,11 +143,10 @@ def test_values_are_looked_at_where_they_are_known():
 
 
 @pytest.mark.slow
-@requires_compiler
 def test_compiled_without_valid_targets_the_loss_is_not_finite_and_rows_are_zero():
     params, inputs = {"w": torch.randn(3, 3)}, torch.randn(2, 3)
     f = fisher(linear, categorical(ignore_index=-100), find_layers(linear, params, inputs), "exact")
-    run = torch.compile(lambda p, x, y: itemgetter(0, 4)(f(p, x, y)), fullgraph=True)
+    run = traced(lambda p, x, y: itemgetter(0, 4)(f(p, x, y)))
     loss, statistics = run(params, inputs, torch.full((2,), -100))
     (g,) = statistics.output_gradients["w"]
     assert loss.isnan() and not g.any() and statistics.scale.isfinite()
