@@ -108,13 +108,12 @@ def adaptive_low_rank_kfac(
     Raises:
         ValueError: If an argument is out of range.
     """
-    need_number(gradient_decay, "gradient_decay", 0, 1)
     # The weights were found on the digits autoencoder; on four other problems of benchmarks/ they are better than
     # 1, too, or make no difference.
     both = ranked(layers, rank, lambda r: kronecker(low_rank(r, weight=2.0), low_rank_plus_diagonal(r, weight=0.5)))
     precondition = precondition_by_fisher(layers, both, decay=decay, dtype=dtype, balanced=True)
     return chain(
-        scale_by_quadratic_model(chain(trace(gradient_decay), precondition), damping, weight_decay, max_kl=max_kl),
+        scale_by_quadratic_model(precondition, damping, weight_decay, max_kl=max_kl, gradient_decay=gradient_decay),
         ema_params(),
     )
 

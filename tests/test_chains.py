@@ -81,9 +81,9 @@ def test_the_adaptive_chain(case, gradient_decay):
     if gradient_decay != 0:
         summed = lrkfac.trace(0.6 if gradient_decay is None else gradient_decay)
         preconditioner = lrkfac.chain(summed, preconditioner)
-    by_hand = lrkfac.chain(lrkfac.scale_by_quadratic_model(preconditioner, 0.2, 0.01, max_kl=1.0))
+    by_hand = lrkfac.chain(lrkfac.scale_by_quadratic_model(preconditioner, 0.2, 0.01))
     options = {} if gradient_decay is None else {"gradient_decay": gradient_decay}
-    found = lrkfac.adaptive_low_rank_kfac(layers, 2, 0.2, 0.7, 0.01, max_kl=1.0, **options)
+    found = lrkfac.adaptive_low_rank_kfac(layers, 2, 0.2, 0.7, 0.01, **options)
     same(path(found, case), path(by_hand, case))
 
 

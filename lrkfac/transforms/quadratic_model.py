@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.checks import need_number
+from lrkfac.core.quadratic import least, within
 from lrkfac.core.tree import (
     add_scaled,
     as_row,
@@ -43,16 +44,15 @@ GOOD, POOR = 0.75, 0.25
 """Reduction ratios above and below which the damping falls and rises."""
 SMALLEST, LARGEST = 1e-10, 1e8
 """Bounds of both dampings."""
-COLLINEAR = 1e-4
-"""Squared sine of the angle between two directions, in the model's metric, below which only one is used."""
 
 
 class QuadraticModelState(NamedTuple):
-    """What is carried from step to step; tensors ``[]`` but for the first two.
+    """What is carried from step to step; tensors ``[]`` but for the first three.
 
     Attributes:
         preconditioner: The state of the preconditioner.
         last: The last update, all parameters in one row, ``[P]``.
+        total: The decaying sum of the gradients, ``[P]``.
         damping: ``λ`` of the quadratic model.
         factor_damping: ``γ`` of the preconditioner, the product of the two factors' dampings.
         since: Steps since the last statistics; int64.
@@ -65,6 +65,7 @@ class QuadraticModelState(NamedTuple):
 
     preconditioner: Any
     last: Tensor
+    total: Tensor
     damping: Tensor
     factor_damping: Tensor
     since: Tensor
@@ -75,14 +76,6 @@ class QuadraticModelState(NamedTuple):
     rejected: Tensor
 
 
-class Minimum(NamedTuple):
-    """Where ``½ xᵀ Q x + bᵀ x`` is smallest, ``x = (rate, momentum)``, and its value there; ``[k]`` each."""
-
-    rate: Tensor
-    momentum: Tensor
-    value: Tensor
-
-
 def scale_by_quadratic_model(
     preconditioner: GradientTransformation,
     damping: float | Tensor = 0.1,
@@ -90,6 +83,7 @@ def scale_by_quadratic_model(
     learning_rate: float | Tensor | None = None,
     momentum: float | Tensor | None = None,
     max_kl: float | Tensor | None = None,
+    gradient_decay: float | Tensor = 0.0,
 ) -> GradientTransformation:
     """``α Δ + μ δ₀``, chosen to minimise the quadratic model of this batch's loss.
 
@@ -119,6 +113,8 @@ def scale_by_quadratic_model(
             ``α Δ`` in the preconditioner's, twice what the step changes the model by in nats per example. A longer
             step, or one with ``|μ| > 1``, is shortened. By default none is: a batch unlike all others, such as of
             another scale by mistake, is then believed at once.
+        gradient_decay: Decay of the sum ``Σ_k gradient_decay^k ∇h_{t-k}`` that is preconditioned, in [0, 1); by default
+            the batch's own gradient is.
 
     Raises:
         ValueError: If a number is out of range; in ``init``, if nothing in ``preconditioner`` preconditions; in
@@ -135,6 +131,7 @@ def scale_by_quadratic_model(
         need_number(momentum, "momentum", 0, 1)
     if max_kl is not None:
         need_number(max_kl, "max_kl", 0, includes_low=False)
+    need_number(gradient_decay, "gradient_decay", 0, 1)
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0
 
     def init(params: Tree) -> QuadraticModelState:
@@ -152,7 +149,7 @@ def scale_by_quadratic_model(
         since = torch.zeros_like(start, dtype=torch.int64)
         rate, speed, predicted, ratio = (torch.zeros_like(start) for _ in range(4))
         return QuadraticModelState(
-            inner, last, start, start.clone(), since, rate, speed, predicted, ratio, since.clone()
+            inner, last, last.clone(), start, start.clone(), since, rate, speed, predicted, ratio, since.clone()
         )
 
     def update(
@@ -178,10 +175,12 @@ def scale_by_quadratic_model(
             )
         sound = evaluation.loss.isfinite() & slope.isfinite().all()
         since = state.since + 1
+        total = add_scaled(slope, gradient_decay, state.total)
+        summed = from_row(total, params)
 
         def precondition(candidate: Tensor) -> tuple[Tensor, Any]:
             found, inner = preconditioner.update(
-                grads, state.preconditioner, params, evaluation=evaluation, factor_damping=candidate, **extra
+                summed, state.preconditioner, params, evaluation=evaluation, factor_damping=candidate, **extra
             )
             return -as_row(found), inner
 
@@ -205,9 +204,9 @@ def scale_by_quadratic_model(
             each = optree.tree_map(lambda p, one: torch.zeros_like(p) + one, params, decay)
             curvature = gram + ((state.damping + as_row(each)) * rows) @ rows.mT
         slopes = rows @ slope
-        minimum = _minimum(curvature, slopes, learning_rate, momentum)
+        minimum = least(curvature, slopes, learning_rate, momentum)
         if max_kl is not None:
-            minimum = _within(max_kl, minimum, gram, curvature, slopes)
+            minimum = within(max_kl, minimum, gram, curvature, slopes, rows[:-1] @ total)
         best = minimum.value.argmin(keepdim=True)
         rate, speed, predicted, kept = (_pick(x, best) for x in (*minimum, candidates))
         if evaluation.statistics is not None:
@@ -228,6 +227,7 @@ def scale_by_quadratic_model(
         new = QuadraticModelState(
             inner,
             step,
+            total,
             (state.damping * factor).clamp(SMALLEST, LARGEST),
             kept,
             torch.zeros_like(since) if evaluation.statistics is not None else since,
@@ -245,53 +245,6 @@ def scale_by_quadratic_model(
 def _penalty(decay: PerParameter, params: Tree) -> Tensor:
     """``½ η ‖θ‖²``."""
     return 0.5 * decay * vdot(params, params) if is_number(decay) else 0.5 * vdot(params, params, decay)
-
-
-def _minimum(
-    curvature: Tensor, slopes: Tensor, rate: float | Tensor | None, momentum: float | Tensor | None
-) -> Minimum:
-    """The minimum for each direction ``i < k``, paired with the last one, the last update.
-
-    ``curvature`` is ``[k + 1, k + 1]``, ``slopes`` ``[k + 1]``. Where the two directions of a pair are nearly one,
-    as at the first step, when there was no update yet, the first alone is used.
-    """
-    diagonal = curvature.reshape(-1)[:: len(curvature) + 1]
-    tiny = torch.finfo(curvature.dtype).tiny
-    a, c, b = diagonal[:-1], diagonal[-1], curvature[:-1, -1]
-    p, q = slopes[:-1], slopes[-1]
-    determinant = a * c - b * b
-    # Products of smaller numbers are not normal ones, and what is divided by them is anything.
-    smallest = tiny / torch.finfo(curvature.dtype).eps
-    apart = (determinant > COLLINEAR * (a * c).clamp(min=smallest)) & (c > smallest)
-    if momentum is None:
-        both = torch.where(apart, determinant, 1.0)
-        free = torch.where(apart, (b * p - a * q) / both, 0.0)
-        given = torch.where(c > 0, -(q + b * (0.0 if rate is None else rate)) / c.clamp(min=tiny), 0.0)
-        speed = free if rate is None else given
-    else:
-        speed = torch.zeros_like(a) + momentum
-    alone = -(p + b * speed) / a.clamp(min=tiny)
-    length = torch.where(a > 0, alone, 0.0) if rate is None else torch.zeros_like(a) + rate
-    value = 0.5 * (a * length.square() + c * speed.square()) + b * length * speed + p * length + q * speed
-    return Minimum(length, speed, value)
-
-
-def _within(max_kl: float | Tensor, minimum: Minimum, gram: Tensor, curvature: Tensor, slopes: Tensor) -> Minimum:
-    """The minimum, shortened, and the model's value there: ``δᵀ F δ`` and ``α² Δᵀ F̂ Δ = -α² ∇hᵀ Δ`` are at most
-    ``max_kl``, ``|μ|`` at most 1.
-
-    The batch alone is no judge: where it says nothing, as of layers that are silent in it, any step is short.
-    """
-    rate, speed, _ = minimum
-
-    def square(matrix: Tensor) -> Tensor:
-        own = matrix.diagonal()
-        return own[:-1] * rate.square() + 2 * matrix[:-1, -1] * rate * speed + own[-1] * speed.square()
-
-    longest = torch.maximum(square(gram), rate.square() * slopes[:-1].abs())
-    share = (max_kl / torch.clamp(longest, min=max_kl)).sqrt() / speed.abs().clamp(min=1)
-    linear = slopes[:-1] * rate + slopes[-1] * speed
-    return Minimum(share * rate, share * speed, share * linear + 0.5 * share.square() * square(curvature))
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
