@@ -1,11 +1,23 @@
 """``scale_by_quadratic_model(max_kl=...)``: steps are shortened along themselves, until they are short enough."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lrkfac
+from lrkfac.core.tree import as_row
 from tests.transforms.test_quadratic_model import MLP, flat, make, model_of, row, run
+
+
+class Plain(NamedTuple):
+    """The state of what passes for a preconditioner, and leaves gradients as they are."""
+
+    @property
+    def preconditions(self):
+        return True
 
 
 @given(st.floats(-8, 2))
@@ -39,3 +51,23 @@ def test_a_step_that_is_shortened_keeps_its_direction():
         steps.append(flat(MLP, next(run(tx, MLP, evaluate, 1))[3]))
     cosine = torch.nn.functional.cosine_similarity(*steps, dim=0)
     assert steps[1].norm() < steps[0].norm() and cosine == pytest.approx(1, abs=1e-9)
+
+
+def test_what_a_direction_was_made_of_bounds_it_where_the_batch_is_silent():
+    """A sum of gradients reaches into layers of which a batch knows nothing: neither its slope nor its curvature do."""
+    some, other = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
+    params = {"w": torch.zeros(4, 3, dtype=torch.float64), "b": torch.zeros(3, dtype=torch.float64)}
+    x, y, bound = torch.cat([some, -some]), 100 * torch.cat([other, -other])[:, :3], 1e-3  # of which b learns nothing
+    model = lambda p, inputs: inputs[1] * (inputs[0] @ p["w"]) + p["b"]  # noqa: E731
+    layers = lrkfac.find_layers(model, params, (x, x[:, :1]))
+    evaluate = lrkfac.fisher(model, lrkfac.gaussian(), layers)
+    plain = lrkfac.GradientTransformation(
+        lambda params: Plain(), lambda updates, state, *args, **extra: (updates, state)
+    )
+    tx = lrkfac.scale_by_quadratic_model(plain, damping=1e-9, momentum=0.0, max_kl=bound, gradient_decay=0.9)
+    state = tx.init(params)
+    for gate, targets in ((1.0, y), (1.0, y), (0.0, 0.01 + 0 * y), (0.0, 0.01 + 0 * y)):
+        e = evaluate(params, (x, torch.full_like(x[:, :1], gate)), targets, statistics=False)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        assert 0 < (state.learning_rate * (as_row(updates) @ state.total)).abs() <= bound * (1 + 1e-9)
+        params = lrkfac.apply_updates(params, updates)
