@@ -134,6 +134,7 @@ public(
     learning_rate=number(0, optional=True),
     momentum=number(0, 1, optional=True),
     max_kl=MAX_KL,
+    gradient_decay=SHARE,
 )
 valid(
     "chain",

@@ -65,18 +65,22 @@ def put(view: View, shape: tuple[int, ...], x: Tensor) -> Tensor:
 
 
 def laid_out_like(x: Any, like: Any) -> Any:
-    """``x`` with its numbers in the same order in memory as those of ``like``, by a copy where they are in another.
+    """``x`` with its axes in the same order in memory as those of ``like``, by a copy where they are in another.
 
     So the trees of a training loop keep their layout from step to step, and nothing is compiled twice. What is not
-    formed is passed on, as is what has no such order, expanded numbers.
+    formed is passed on.
     """
-    if not isinstance(x, Tensor) or not isinstance(like, Tensor):
+    if not isinstance(x, Tensor) or not isinstance(like, Tensor) or _order(x) == _order(like):
         return x
-    strides = like.stride()
-    if x.stride() == strides or 0 in strides:
-        return x
-    order = sorted(range(x.ndim), key=lambda i: -strides[i])
+    order = _order(like)
+    order += [i for i in range(x.ndim) if i not in order]
     return x.permute(order).contiguous().permute([order.index(i) for i in range(x.ndim)])
+
+
+def _order(x: Tensor) -> list[int]:
+    """The axes longer than 1, that of the largest stride first."""
+    strides = x.stride()
+    return sorted([i for i in range(x.ndim) if x.shape[i] > 1], key=lambda i: -strides[i])
 
 
 def is_view(func: Callable[..., Any]) -> str | None:
