@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import optree
@@ -260,12 +261,12 @@ def fisher(
         free_grads, at_probes = seen.transpose(divided(cotangent, scale))
         # Weights take no part in the backward pass: their gradients follow from its rows, once.
         of_loss = seen.standard_form_of_one(at_probes)
-        found: dict[int, Any] = dict(free_grads if scale is None else scaled(scale, free_grads))
+        times = partial(scaled, scale) if scale is not None else lambda tree: tree
+        found: dict[int, Any] = dict(times(free_grads))
         for layer in layers:
             inputs_of, gradients = of_loss[layer.name]
             if layer in rows:
-                of_layer = by_rows(layer, inputs_of, gradients)
-                found |= of_layer if scale is None else scaled(scale, of_layer)
+                found |= times(by_rows(layer, inputs_of, gradients))
             else:
                 collect(found, gradients_of(layer, inputs_of, tuple(g[0] for g in gradients), scale))
         del at_probes

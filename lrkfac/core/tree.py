@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrkfac.core.checks import need_number
 from lrkfac.core.types import Layers, PerParameter, Tree
-from lrkfac.core.unformed import Unformed
+from lrkfac.core.unformed import Unformed, added
 
 
 def vdot(x: Tree, y: Tree, weights: Tree | None = None) -> Tensor:
@@ -35,7 +35,7 @@ def add_scaled(x: Tree, scale: PerParameter, y: Tree) -> Tree:
             return a.plus(_formed(b), c)
         if isinstance(b, Unformed):
             return b.scaled(c).plus(a).form().to(a.dtype)
-        return (a + c * b if isinstance(c, Tensor) else torch.add(a, b, alpha=c)).to(a.dtype)
+        return added(a, c, b).to(a.dtype)
 
     if is_number(scale):
         return optree.tree_map(lambda a, b: one(a, b, scale), x, y)

@@ -78,7 +78,7 @@ class Unformed:
             fresh = isinstance(scale, Tensor) or scale != 1.0
             total = scale * total if fresh else total
         for scale, x in terms:
-            total, fresh = _added(total, scale, x, fresh), True
+            total, fresh = added(total, scale, x, fresh), True
         return total
 
     def dense(self) -> Tensor:
@@ -95,8 +95,8 @@ class Unformed:
         return ((self.left @ (other.form() if isinstance(other, Unformed) else other)) * self.right).sum()
 
 
-def _added(total: Tensor, scale: float | Tensor, x: Tensor, fresh: bool) -> Tensor:
-    """``total + scale x``, in the place of a total that nothing else holds.
+def added(total: Tensor, scale: float | Tensor, x: Tensor, fresh: bool = False) -> Tensor:
+    """``total + scale x``, in the place of a fresh total, which nothing else may hold.
 
     Not by ``addmm`` of the product onto ``x``, which copies ``x`` first, and which the compiler does not join with the
     sums that follow.

@@ -70,9 +70,11 @@ def laid_out_like(x: Any, like: Any) -> Any:
     So the trees of a training loop keep their layout from step to step, and nothing is compiled twice. What is not
     formed is passed on.
     """
-    if not isinstance(x, Tensor) or not isinstance(like, Tensor) or _order(x) == _order(like):
+    if not isinstance(x, Tensor) or not isinstance(like, Tensor) or x.stride() == like.stride():
         return x
     order = _order(like)
+    if _order(x) == order:
+        return x
     order += [i for i in range(x.ndim) if i not in order]
     return x.permute(order).contiguous().permute([order.index(i) for i in range(x.ndim)])
 

@@ -187,7 +187,6 @@ def scale_by_quadratic_model(
         if evaluation.statistics is None:
             candidates = state.factor_damping[None]
             direction, inner = precondition(state.factor_damping)
-            inner = optree.tree_map(torch.Tensor.contiguous, inner)  # as what is picked
             rows = torch.stack([direction, state.last])
         else:
             evaluation = evaluation._replace(statistics=zero_unless(sound, evaluation.statistics))
