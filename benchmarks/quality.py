@@ -26,8 +26,9 @@ from benchmarks.common import (
     write_results,
 )
 from benchmarks.problems import PROBLEMS
-from lrkfac.core.covariances import factors, to_matrix
-from lrkfac.core.operators import Kronecker, LowRankPlusDiagonal, split_damping
+from lrkfac.core.curvature.covariances import factors
+from lrkfac.core.layers.matrix import to_matrix
+from lrkfac.core.linalg.operators import Kronecker, LowRankPlusDiagonal, split_damping
 
 MODULE = "benchmarks.quality"
 DENSE, OURS, BEST, TRUNCATED, PLAIN = "dense", "low rank", "eigenvectors", "eigenvectors, no rest", "plain gradient"

@@ -25,8 +25,8 @@ from benchmarks.common import (
 )
 from benchmarks.floors import Rates, cost, started
 from benchmarks.ratio_tables import milliseconds
-from lrkfac.core.kronecker import KroneckerStructure
-from lrkfac.core.rows import RowCovariance
+from lrkfac.core.curvature.kronecker import KroneckerStructure
+from lrkfac.core.linalg.covariances import RowCovariance
 
 MODULE = "benchmarks.refresh"
 LIMITS = {2048: 1 / 50, 4096: 1 / 200}

@@ -3,25 +3,31 @@
 from lrkfac import plot as plot
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.checkpoint import load, save
-from lrkfac.core.costs import Explanation, explain
-from lrkfac.core.factors import dense, diagonal
-from lrkfac.core.families import bernoulli, categorical, gaussian, poisson
-from lrkfac.core.find import find_layers
-from lrkfac.core.fisher import fisher
-from lrkfac.core.joint import joint
-from lrkfac.core.likelihoods import Likelihood, Weights
-from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
-from lrkfac.core.module import from_module
-from lrkfac.core.operator_entries import to_dense
-from lrkfac.core.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal
-from lrkfac.core.own_kinds import LayerKind
-from lrkfac.core.policy import staggered, staleness
-from lrkfac.core.power_iteration import power_iteration, subspace_iteration
-from lrkfac.core.sherman_morrison import inverse, sherman_morrison, woodbury
-from lrkfac.core.structures import full, kronecker, layer_wise, unit_wise
-from lrkfac.core.tree import formed
-from lrkfac.core.types import Evaluation, Layer, Layers, Statistics
-from lrkfac.core.unformed import Unformed
+from lrkfac.core.base.lazy import Unformed
+from lrkfac.core.base.trees import formed
+from lrkfac.core.curvature.costs import Explanation, explain
+from lrkfac.core.curvature.drift import staleness
+from lrkfac.core.curvature.exact import full, layer_wise, unit_wise
+from lrkfac.core.curvature.factors import dense, diagonal
+from lrkfac.core.curvature.low_rank import low_rank, low_rank_plus_diagonal
+from lrkfac.core.curvature.schedule import staggered
+from lrkfac.core.curvature.structures import kronecker
+from lrkfac.core.evaluation.evaluation import Evaluation
+from lrkfac.core.evaluation.evaluator import fisher
+from lrkfac.core.layers.custom import LayerKind
+from lrkfac.core.layers.description import Layer, Layers
+from lrkfac.core.layers.discovery import find_layers
+from lrkfac.core.layers.module import from_module
+from lrkfac.core.layers.statistics import Statistics
+from lrkfac.core.likelihoods.bernoulli import bernoulli
+from lrkfac.core.likelihoods.categorical import categorical
+from lrkfac.core.likelihoods.gaussian import gaussian
+from lrkfac.core.likelihoods.joint import joint
+from lrkfac.core.likelihoods.poisson import poisson
+from lrkfac.core.likelihoods.protocol import Likelihood, Weights
+from lrkfac.core.linalg.eigen import power_iteration, subspace_iteration
+from lrkfac.core.linalg.inverses import inverse, sherman_morrison, woodbury
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
 from lrkfac.diagnostics import Diagnosis, diagnose, ranks_by_trace
 from lrkfac.optim import LowRankKFAC
 from lrkfac.state_dicts import from_state_dict, state_dict

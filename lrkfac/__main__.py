@@ -9,9 +9,8 @@ import time
 import torch
 from torch import Tensor
 
-from lrkfac.core.operator_entries import to_dense
-from lrkfac.core.operators import Dense, Kronecker, LowRankPlusDiagonal, Operator
-from lrkfac.core.sherman_morrison import inverse, sherman_morrison
+from lrkfac.core.linalg.inverses import inverse, sherman_morrison
+from lrkfac.core.linalg.operators import Dense, Kronecker, LowRankPlusDiagonal, Operator, to_dense
 from lrkfac.version import __version__
 
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-11}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrkfac.core.checks import need_number
-from lrkfac.core.choice import Chosen
-from lrkfac.core.factors import dense
-from lrkfac.core.low_rank import low_rank, low_rank_plus_diagonal
-from lrkfac.core.ranks import AutoRank, ranked
-from lrkfac.core.structures import kronecker
-from lrkfac.core.tree import need_numbers
-from lrkfac.core.types import Layers, PerParameter
+from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.per_parameter import need_numbers
+from lrkfac.core.base.types import PerParameter
+from lrkfac.core.curvature.assignment import Chosen
+from lrkfac.core.curvature.factors import dense
+from lrkfac.core.curvature.low_rank import low_rank, low_rank_plus_diagonal
+from lrkfac.core.curvature.ranks import AutoRank, ranked
+from lrkfac.core.curvature.structures import kronecker
+from lrkfac.core.layers.description import Layers
 from lrkfac.transforms.averaging import ema_params
 from lrkfac.transforms.base import GradientTransformation, chain
 from lrkfac.transforms.clip import clip_by_kl

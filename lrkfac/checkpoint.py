@@ -14,8 +14,9 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from lrkfac.core.checks import need_values
-from lrkfac.core.types import Layers, Tree
+from lrkfac.core.base.arguments import need_values
+from lrkfac.core.base.types import Tree
+from lrkfac.core.layers.description import Layers
 from lrkfac.state_dicts import form, named
 from lrkfac.version import __version__
 

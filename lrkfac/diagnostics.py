@@ -10,17 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrkfac.core.blocks import Held, form
-from lrkfac.core.checks import need_number
-from lrkfac.core.corrected import CorrectedState
-from lrkfac.core.covariances import to_matrix
-from lrkfac.core.diagnosis import SIDES, WHOLE, LayerDiagnosis, is_before, needed_rank, of_block
-from lrkfac.core.factors import DiagonalState
-from lrkfac.core.kronecker import KroneckerState
-from lrkfac.core.operators import CorrectedKronecker, Kronecker, dimension
-from lrkfac.core.table import table
-from lrkfac.core.tree import check_like, formed, need_layers, wide
-from lrkfac.core.types import Layer, Layers, Tree
+from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.text import table
+from lrkfac.core.base.tree_checks import check_like
+from lrkfac.core.base.trees import formed
+from lrkfac.core.base.types import Tree
+from lrkfac.core.curvature.blocks import Held, form
+from lrkfac.core.curvature.diagnosis import SIDES, WHOLE, LayerDiagnosis, is_before, needed_rank, of_block
+from lrkfac.core.curvature.ekfac import CorrectedState
+from lrkfac.core.curvature.factors import DiagonalState
+from lrkfac.core.curvature.kronecker import KroneckerState
+from lrkfac.core.layers.description import Layer, Layers, need_layers
+from lrkfac.core.layers.matrix import to_matrix
+from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
+from lrkfac.core.linalg.operators import Kronecker, dimension
 from lrkfac.transforms.hyperparameters import HyperparametersState
 from lrkfac.transforms.precondition import PreconditionState
 from lrkfac.transforms.quadratic_model import QuadraticModelState

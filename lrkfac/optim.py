@@ -11,15 +11,19 @@ from torch import Tensor, nn
 from torch.optim.optimizer import required
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
-from lrkfac.core.checks import need_function, need_integer, need_number
-from lrkfac.core.find import find_layers
-from lrkfac.core.fisher import fisher
-from lrkfac.core.joint import Joint
-from lrkfac.core.likelihoods import Likelihood
-from lrkfac.core.module import from_module
-from lrkfac.core.statistics import Asked, Estimator
-from lrkfac.core.tree import formed, without_autocast
-from lrkfac.core.types import Evaluation, Layers, Tree
+from lrkfac.core.base.arguments import need_function, need_integer, need_number
+from lrkfac.core.base.dtypes import without_autocast
+from lrkfac.core.base.trees import formed
+from lrkfac.core.base.types import Tree
+from lrkfac.core.evaluation.estimators import Estimator
+from lrkfac.core.evaluation.evaluation import Evaluation
+from lrkfac.core.evaluation.evaluator import fisher
+from lrkfac.core.evaluation.selection import Asked
+from lrkfac.core.layers.description import Layers
+from lrkfac.core.layers.discovery import find_layers
+from lrkfac.core.layers.module import from_module
+from lrkfac.core.likelihoods.joint import Joint
+from lrkfac.core.likelihoods.protocol import Likelihood
 from lrkfac.param_groups import OfGroups, check_group, check_module, defaults, filled, function_of, listed
 from lrkfac.state_dicts import carried_over, from_state_dict, state_dict
 from lrkfac.transforms.base import GradientTransformation, apply_updates

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import required
 
-from lrkfac.core.checks import need_number
-from lrkfac.core.module import from_module
-from lrkfac.core.types import Layers, PerParameter
+from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.types import PerParameter
+from lrkfac.core.layers.description import Layers
+from lrkfac.core.layers.module import from_module
 from lrkfac.transforms.base import GradientTransformation
 
 Group = dict[str, Any]

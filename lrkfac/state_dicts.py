@@ -8,9 +8,9 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from lrkfac.core.checks import need_values
-from lrkfac.core.tree import paths
-from lrkfac.core.types import Tree
+from lrkfac.core.base.arguments import need_values
+from lrkfac.core.base.tree_checks import paths
+from lrkfac.core.base.types import Tree
 
 Plain = bool | int | float | str
 """What a leaf may be apart from a tensor."""

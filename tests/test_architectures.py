@@ -9,7 +9,8 @@ from torch.func import vmap
 
 import lrkfac
 from lrkfac import find_layers, fisher, kronecker, precondition_by_fisher, to_dense
-from lrkfac.core.covariances import example_gradients, split_groups, to_matrix
+from lrkfac.core.curvature.examples import example_gradients
+from lrkfac.core.layers.matrix import split_groups, to_matrix
 from lrkfac.testing import architectures, gradients
 from tests.test_training_step import NeverDense, NeverDensePlusDiagonal
 

@@ -15,7 +15,7 @@ from benchmarks.floors import Cost, Rates, cost
 from benchmarks.networks import Work, gpt, perceptron
 from benchmarks.ratios import Functional
 from benchmarks.resnet18 import ResNet18
-from lrkfac.core.profiling import profiled
+from lrkfac.core.base.profiling import profiled
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import lrkfac
 from lrkfac import dense, diagonal, full, kronecker, layer_wise, low_rank, precondition_by_fisher, unit_wise
-from lrkfac.core.covariances import to_matrix
+from lrkfac.core.layers.matrix import to_matrix
 from lrkfac.testing import check_transformation
 from tests import cases, reference_networks, test_models
 from tests.dispatch import LargestTensor

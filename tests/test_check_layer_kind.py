@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lrkfac.testing import check_layer_kind
-from tests.core.test_own_kinds import DOUBLE, KINDS, X, each, pairs, patches
+from tests.core.layers.test_custom import DOUBLE, KINDS, X, each, pairs, patches
 
 ARGUMENTS = {
     "circular": ((X, torch.randn(6, dtype=DOUBLE)), {"power": 2, "b": torch.randn(1, dtype=DOUBLE)}),

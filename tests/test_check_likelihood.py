@@ -7,7 +7,7 @@ import torch
 
 from lrkfac import Likelihood, Weights, bernoulli, categorical, joint, poisson
 from lrkfac.testing import check_likelihood
-from tests.core.test_likelihoods import FAMILIES, problem
+from tests.core.likelihoods.test_protocol import FAMILIES, problem
 
 OUTPUTS = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TARGETS = torch.rand(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

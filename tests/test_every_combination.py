@@ -20,7 +20,7 @@ from lrkfac import (
     precondition_by_fisher,
     unit_wise,
 )
-from lrkfac.core.layers import KINDS, OWN
+from lrkfac.core.layers.kinds import KINDS, OWN
 from lrkfac.testing import check_transformation
 from tests import reference_kinds as reference
 from tests.compiling import traced

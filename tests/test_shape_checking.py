@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError
 from torch.func import grad, vmap
 
 from lrkfac import Diagonal
-from lrkfac.core.power_iteration import orthonormal
+from lrkfac.core.linalg.eigen import orthonormal
 from tests.marks import requires_compiler
 from tests.shape_checking import check_shapes
 

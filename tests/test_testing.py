@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrkfac import Dense, GradientTransformation, LowRankPlusDiagonal, dense, low_rank, scale, trace
-from lrkfac.core.factors import DenseStructure
-from lrkfac.core.low_rank import LowRankStructure
+from lrkfac.core.curvature.factors import DenseStructure
+from lrkfac.core.curvature.low_rank import LowRankStructure
 from lrkfac.testing import (
     check_inverse,
     check_structure,

@@ -11,7 +11,7 @@ from torch.func import vmap
 
 import lrkfac
 from lrkfac import kronecker
-from lrkfac.core.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
+from lrkfac.core.curvature.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
 from tests import cases, reference_networks, reference_optimizers
 from tests.transforms.test_precondition import cast
 

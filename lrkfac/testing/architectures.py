@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrkfac.core.families import bernoulli, categorical, gaussian
-from lrkfac.core.likelihoods import Likelihood
-from lrkfac.core.types import Tree
+from lrkfac.core.base.types import Tree
+from lrkfac.core.likelihoods.bernoulli import bernoulli
+from lrkfac.core.likelihoods.categorical import categorical
+from lrkfac.core.likelihoods.gaussian import gaussian
+from lrkfac.core.likelihoods.protocol import Likelihood
 from lrkfac.testing.strategies import dtypes, generator_of, seeds
 
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (

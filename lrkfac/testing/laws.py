@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.corrected import CorrectedStructure
-from lrkfac.core.factors import FactorStructure
-from lrkfac.core.operators import Kronecker, LowRankPlusDiagonal, Operator
-from lrkfac.core.rows import RowCovariance
-from lrkfac.core.sherman_morrison import inverse
-from lrkfac.core.structures import ProductStructure
-from lrkfac.core.types import Tree
+from lrkfac.core.base.types import Tree
+from lrkfac.core.curvature.ekfac import CorrectedStructure
+from lrkfac.core.curvature.factors import FactorStructure
+from lrkfac.core.curvature.structures import ProductStructure
+from lrkfac.core.linalg.covariances import RowCovariance
+from lrkfac.core.linalg.inverses import inverse
+from lrkfac.core.linalg.operators import Kronecker, LowRankPlusDiagonal, Operator
 from lrkfac.testing.strategies import generator_of, gradients
 from lrkfac.transforms.base import GradientTransformation, apply_updates, chain, identity
 

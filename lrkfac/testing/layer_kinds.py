@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrkfac.core.own_calls import call_of_own
-from lrkfac.core.own_kinds import LayerKind, OwnOptions
-from lrkfac.core.views import taken
+from lrkfac.core.layers.custom import LayerKind, OwnOptions
+from lrkfac.core.layers.custom_calls import call_of_own
+from lrkfac.core.layers.views import taken
 from lrkfac.testing.laws import _close, _law
 from lrkfac.testing.strategies import gradients
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vmap
 
-from lrkfac.core.joint import Joint
-from lrkfac.core.likelihoods import Likelihood
-from lrkfac.core.types import Tree
+from lrkfac.core.base.types import Tree
+from lrkfac.core.likelihoods.joint import Joint
+from lrkfac.core.likelihoods.protocol import Likelihood
 from lrkfac.testing.laws import _close, _law
 from lrkfac.testing.strategies import generator_of, gradients
 

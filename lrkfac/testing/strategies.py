@@ -9,11 +9,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrkfac.core.layers import CONVOLUTIONS, LINEAR, ConvolutionOptions, LinearOptions
-from lrkfac.core.operators import CorrectedKronecker, Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
-from lrkfac.core.rows import RowCovariance
-from lrkfac.core.types import Layer, Parameter, Tree
-from lrkfac.core.views import Step
+from lrkfac.core.base.types import Tree
+from lrkfac.core.layers.description import Layer, Parameter
+from lrkfac.core.layers.kinds import CONVOLUTIONS, LINEAR, ConvolutionOptions, LinearOptions
+from lrkfac.core.layers.views import Step
+from lrkfac.core.linalg.covariances import RowCovariance
+from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
 
 dtypes = st.sampled_from([torch.float64, torch.float32])
 seeds = st.integers(0, 2**31 - 1)

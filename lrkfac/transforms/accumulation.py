@@ -9,9 +9,13 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.checks import need_integer
-from lrkfac.core.tree import check_like, check_tree, counter, difference, formed, wide
-from lrkfac.core.types import Evaluation, Statistics, Tree
+from lrkfac.core.base.arguments import need_integer
+from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.tree_checks import check_like, check_tree, difference
+from lrkfac.core.base.trees import counter, formed
+from lrkfac.core.base.types import Tree
+from lrkfac.core.evaluation.evaluation import Evaluation
+from lrkfac.core.layers.statistics import Statistics
 from lrkfac.transforms.base import (
     GradientTransformation,
     need_evaluation,

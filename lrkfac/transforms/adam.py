@@ -8,9 +8,10 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.checks import need_number
-from lrkfac.core.tree import check_like, check_tree, counter, formed, zeros_like
-from lrkfac.core.types import Tree
+from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.tree_checks import check_like, check_tree
+from lrkfac.core.base.trees import counter, formed, zeros_like
+from lrkfac.core.base.types import Tree
 from lrkfac.transforms.base import GradientTransformation, need_state
 
 

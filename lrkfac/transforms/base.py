@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from lrkfac.core.tree import add_scaled, check_like, check_tree
-from lrkfac.core.types import Evaluation, Tree
+from lrkfac.core.base.tree_checks import check_like, check_tree
+from lrkfac.core.base.trees import add_scaled
+from lrkfac.core.base.types import Tree
+from lrkfac.core.evaluation.evaluation import Evaluation
 
 T = TypeVar("T")
 

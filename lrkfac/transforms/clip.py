@@ -8,20 +8,12 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.checks import need_number
-from lrkfac.core.tree import (
-    at_step,
-    check_like,
-    check_tree,
-    counter,
-    formed,
-    is_number,
-    need_numbers,
-    of_leaves,
-    scaled,
-    vdot,
-)
-from lrkfac.core.types import Evaluation, PerParameter, Tree
+from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.per_parameter import at_step, is_number, need_numbers, of_leaves
+from lrkfac.core.base.tree_checks import check_like, check_tree
+from lrkfac.core.base.trees import counter, formed, scaled, vdot
+from lrkfac.core.base.types import PerParameter, Tree
+from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, stateless
 
 

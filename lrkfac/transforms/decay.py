@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lrkfac.core.tree import add_scaled, check_like, need_numbers, of_leaves
-from lrkfac.core.types import PerParameter, Tree
+from lrkfac.core.base.per_parameter import need_numbers, of_leaves
+from lrkfac.core.base.tree_checks import check_like
+from lrkfac.core.base.trees import add_scaled
+from lrkfac.core.base.types import PerParameter, Tree
 from lrkfac.transforms.base import GradientTransformation, need_params, stateless
 
 

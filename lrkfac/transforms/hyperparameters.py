@@ -9,8 +9,9 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.tree import check_tree, counter
-from lrkfac.core.types import Tree
+from lrkfac.core.base.tree_checks import check_tree
+from lrkfac.core.base.trees import counter
+from lrkfac.core.base.types import Tree
 from lrkfac.transforms.base import GradientTransformation, need_state
 
 

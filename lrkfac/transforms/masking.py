@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import optree
 from torch import Tensor
 
-from lrkfac.core.tree import check_like, check_tree, paths, spread, zeros_like
-from lrkfac.core.types import Evaluation, Tree
+from lrkfac.core.base.per_parameter import spread
+from lrkfac.core.base.tree_checks import check_like, check_tree, paths
+from lrkfac.core.base.trees import zeros_like
+from lrkfac.core.base.types import Tree
+from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_params, need_state, need_transformation
 
 

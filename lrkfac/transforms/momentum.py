@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lrkfac.core.checks import need_flag
-from lrkfac.core.tree import (
-    add_scaled,
-    check_like,
-    check_tree,
-    formed,
-    need_numbers,
-    of_leaves,
-    unformed_like,
-    zeros_like,
-)
-from lrkfac.core.types import PerParameter, Tree
+from lrkfac.core.base.arguments import need_flag
+from lrkfac.core.base.per_parameter import need_numbers, of_leaves
+from lrkfac.core.base.tree_checks import check_like, check_tree
+from lrkfac.core.base.trees import add_scaled, formed, unformed_like, zeros_like
+from lrkfac.core.base.types import PerParameter, Tree
 from lrkfac.transforms.base import GradientTransformation, need_state
 
 

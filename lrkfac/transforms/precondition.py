@@ -8,18 +8,23 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.balance import balanced_dampings
-from lrkfac.core.blocks import Held, check_state, dtype_of, forms, identity, init
-from lrkfac.core.checks import need_dtype, need_flag, need_number
-from lrkfac.core.choice import Chosen, blocks
-from lrkfac.core.groups import refresh_all
-from lrkfac.core.natural import alike, natural_gradients
-from lrkfac.core.profiling import profiled
-from lrkfac.core.ranks import AutoRank, resolved
-from lrkfac.core.tree import check_like, counter, need_layers, without_autocast
-from lrkfac.core.types import Evaluation, Layers, Tree
-from lrkfac.core.unformed import Unformed
-from lrkfac.core.views import laid_out_like
+from lrkfac.core.base.arguments import need_dtype, need_flag, need_number
+from lrkfac.core.base.dtypes import without_autocast
+from lrkfac.core.base.layout import laid_out_like
+from lrkfac.core.base.lazy import Unformed
+from lrkfac.core.base.profiling import profiled
+from lrkfac.core.base.tree_checks import check_like
+from lrkfac.core.base.trees import counter
+from lrkfac.core.base.types import Tree
+from lrkfac.core.curvature.assignment import Chosen, blocks
+from lrkfac.core.curvature.blocks import Held, dtype_of, forms, identity, init
+from lrkfac.core.curvature.blocks import check_averages as check_state
+from lrkfac.core.curvature.damping import balanced_dampings
+from lrkfac.core.curvature.precondition import alike, natural_gradients
+from lrkfac.core.curvature.ranks import AutoRank, resolved
+from lrkfac.core.curvature.refresh import refresh_all
+from lrkfac.core.evaluation.evaluation import Evaluation
+from lrkfac.core.layers.description import Layers, need_layers
 from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
 
 

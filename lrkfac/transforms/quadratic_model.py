@@ -9,23 +9,12 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.checks import need_number
-from lrkfac.core.quadratic import least, within
-from lrkfac.core.tree import (
-    add_scaled,
-    as_row,
-    check_like,
-    check_tree,
-    formed,
-    from_row,
-    is_number,
-    need_numbers,
-    of_leaves,
-    selected,
-    vdot,
-    zero_unless,
-)
-from lrkfac.core.types import Evaluation, PerParameter, Tree
+from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.per_parameter import is_number, need_numbers, of_leaves
+from lrkfac.core.base.tree_checks import check_like, check_tree
+from lrkfac.core.base.trees import add_scaled, as_row, formed, from_row, selected, vdot, zero_unless
+from lrkfac.core.base.types import PerParameter, Tree
+from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.transforms.base import (
     GradientTransformation,
     apply_updates,
@@ -35,6 +24,7 @@ from lrkfac.transforms.base import (
     need_transformation,
     preconditions,
 )
+from lrkfac.transforms.quadratic import least, within
 
 ADAPTATION = 0.95
 """By how much the dampings may change per step (19/20 in Martens & Grosse 2015)."""

@@ -8,10 +8,12 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.checks import need_integer
-from lrkfac.core.tree import check_tree, counter, selected, zero_unless
-from lrkfac.core.types import Evaluation, Tree
-from lrkfac.core.unformed import Unformed
+from lrkfac.core.base.arguments import need_integer
+from lrkfac.core.base.lazy import Unformed
+from lrkfac.core.base.tree_checks import check_tree
+from lrkfac.core.base.trees import counter, selected, zero_unless
+from lrkfac.core.base.types import Tree
+from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
 
 

@@ -11,9 +11,11 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.checks import need_number
-from lrkfac.core.tree import at_step, check_tree, counter, need_numbers, of_leaves, scaled
-from lrkfac.core.types import PerParameter, Tree
+from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.per_parameter import at_step, need_numbers, of_leaves
+from lrkfac.core.base.tree_checks import check_tree
+from lrkfac.core.base.trees import counter, scaled
+from lrkfac.core.base.types import PerParameter, Tree
 from lrkfac.transforms.base import GradientTransformation, need_state, stateless
 
 Schedule = Callable[[Tensor], float | Tensor]

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import lrkfac
-from lrkfac.core.covariances import factors as factors_of
-from lrkfac.core.covariances import to_matrix
+from lrkfac.core.curvature.covariances import factors as factors_of
+from lrkfac.core.layers.matrix import to_matrix
 
 pytestmark = pytest.mark.peers
 

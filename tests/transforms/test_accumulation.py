@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lrkfac
 from lrkfac import accumulate, apply_updates, chain, kronecker, merge_evaluations, precondition_by_fisher, scale_by_adam
-from lrkfac.core.structures import KroneckerStructure
+from lrkfac.core.curvature.kronecker import KroneckerStructure
 from lrkfac.testing import check_transformation, seeds
 from lrkfac.testing.architectures import architectures
 from tests import cases, reference_kinds, reference_optimizers

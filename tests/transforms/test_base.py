@@ -9,7 +9,7 @@ from torch.func import vmap
 
 import lrkfac
 from lrkfac import GradientTransformation, apply_updates, chain, identity
-from lrkfac.core.checks import need_number
+from lrkfac.core.base.arguments import need_number
 from lrkfac.testing import check_transformation, gradients
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrkfac
-from lrkfac.core.tree import as_row
+from lrkfac.core.base.trees import as_row
 from tests.transforms.test_quadratic_model import MLP, flat, make, model_of, row, run
 
 

@@ -1,0 +1,107 @@
+"""A matrix that is kept as factors and terms until its entries are needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lrkfac.core.base.eager import changes_in_place
+
+
+@dataclass(frozen=True, eq=False)
+class Unformed:
+    """``leftᵀ right + Σ cᵢ Xᵢ``: a linear layer's gradient ``Σ_n g_n a_nᵀ``, or a sum with it, not formed yet.
+
+    A leaf to ``optree``. What stands in a chain scales rows and coefficients; the sum is formed at its end, on top of
+    what it is added to: in the one product that the gradient needs anyway, and with one pass over memory for each
+    further term. ``lrkfac.formed(tree)`` forms the leaves of a tree.
+
+    Attributes:
+        left: ``[n, rows]``; ``n`` may be 0.
+        right: ``[n, columns]``.
+        dtype: Of the matrix; the rows may have a wider one.
+        terms: Pairs ``(c, X)`` with ``X`` ``[rows, columns]``.
+    """
+
+    left: Tensor
+    right: Tensor
+    dtype: torch.dtype
+    terms: tuple[tuple[float | Tensor, Tensor], ...] = ()
+
+    @staticmethod
+    def of(x: Tensor) -> Unformed:
+        """``x`` as the only term."""
+        return Unformed(x.new_empty(0, x.shape[0]), x.new_empty(0, x.shape[1]), x.dtype, ((1.0, x),))
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[rows, columns]``."""
+        return torch.Size((self.left.shape[1], self.right.shape[1]))
+
+    @property
+    def device(self) -> torch.device:
+        """Of the rows."""
+        return self.left.device
+
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return 2
+
+    def t(self) -> Unformed:
+        """The transpose."""
+        return Unformed(self.right, self.left, self.dtype, tuple([(c, x.t()) for c, x in self.terms]))
+
+    def to(self, dtype: torch.dtype) -> Unformed:
+        """The matrix in another dtype."""
+        return replace(self, dtype=dtype)
+
+    def scaled(self, scale: float | Tensor) -> Unformed:
+        """``scale`` times the matrix."""
+        left = (scale * self.left).to(self.left.dtype) if self.left.shape[0] else self.left
+        return Unformed(left, self.right, self.dtype, tuple([(scale * c, x) for c, x in self.terms]))
+
+    def plus(self, x: Tensor, scale: float | Tensor = 1.0) -> Unformed:
+        """The matrix and ``scale * x``."""
+        return replace(self, terms=((scale, x), *self.terms))
+
+    def form(self) -> Tensor:
+        """The matrix, in a dtype that holds all that it is made of."""
+        terms = list(self.terms)
+        if self.left.shape[0] or not terms:
+            total, fresh = self.left.mT @ self.right, True
+        else:  # on top of a term that must be multiplied first, since its coefficient is a tensor
+            number = next((i for i, (c, _) in enumerate(terms) if isinstance(c, Tensor)), 0)
+            scale, total = terms.pop(number)
+            fresh = isinstance(scale, Tensor) or scale != 1.0
+            total = scale * total if fresh else total
+        for scale, x in terms:
+            total, fresh = added(total, scale, x, fresh), True
+        return total
+
+    def dense(self) -> Tensor:
+        """The matrix, in its own dtype."""
+        return self.form().to(self.dtype)
+
+    def vdot(self, other: Unformed | Tensor) -> Tensor:
+        """The sum of products of the entries, ``[]``; of two gradients by inner products of their rows."""
+        if self.terms:
+            one, two = self.form(), other.form() if isinstance(other, Unformed) else other
+            return torch.dot(one.reshape(-1), two.reshape(-1)) if one.dtype == two.dtype else (one * two).sum()
+        if isinstance(other, Unformed) and not other.terms:
+            return ((self.left @ other.left.mT) * (self.right @ other.right.mT)).sum()
+        return ((self.left @ (other.form() if isinstance(other, Unformed) else other)) * self.right).sum()
+
+
+def added(total: Tensor, scale: float | Tensor, x: Tensor, fresh: bool = False) -> Tensor:
+    """``total + scale x``, in the place of a fresh total, which nothing else may hold.
+
+    Not by ``addmm`` of the product onto ``x``, which copies ``x`` first, and which the compiler does not join with the
+    sums that follow.
+    """
+    in_place = fresh and x.dtype == total.dtype and changes_in_place()
+    if isinstance(scale, Tensor):
+        return total.addcmul_(x, scale) if in_place and scale.dtype == x.dtype else total + scale * x
+    return total.add_(x, alpha=scale) if in_place else torch.add(total, x, alpha=scale)

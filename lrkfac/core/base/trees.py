@@ -1,0 +1,120 @@
+"""Arithmetic of trees that ``optree`` lacks; leaves may be lazy matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.lazy import Unformed, added
+from lrkfac.core.base.per_parameter import is_number
+from lrkfac.core.base.types import PerParameter, Tree
+
+
+def vdot(x: Tree, y: Tree, weights: Tree | None = None) -> Tensor:
+    """Inner product of two trees: the sum over all leaves of ``sum(x * y)``, or of its product with a weight, ``[]``.
+
+    Half-precision leaves are summed in float32.
+    """
+    products = optree.tree_leaves(optree.tree_map(_vdot, x, y))
+    if weights is not None:
+        products = [weight * one for weight, one in zip(optree.tree_leaves(weights), products, strict=True)]
+    return torch.stack(products).sum() if products else torch.zeros(())
+
+
+def add_scaled(x: Tree, scale: PerParameter, y: Tree) -> Tree:
+    """``x + scale * y`` leaf by leaf, in the dtype of ``x``; what is not formed in ``x`` stays so."""
+
+    def one(a: Any, b: Any, c: float | Tensor) -> Any:
+        if isinstance(a, Unformed):
+            return a.plus(_formed(b), c)
+        if isinstance(b, Unformed):
+            return b.scaled(c).plus(a).form().to(a.dtype)
+        return added(a, c, b).to(a.dtype)
+
+    if is_number(scale):
+        return optree.tree_map(lambda a, b: one(a, b, scale), x, y)
+    return optree.tree_map(one, x, y, scale)
+
+
+def scaled(scale: PerParameter, x: Tree) -> Tree:
+    """``scale * x`` leaf by leaf, in the dtype of ``x``."""
+
+    def one(a: Any, c: float | Tensor) -> Any:
+        return a.scaled(c) if isinstance(a, Unformed) else (c * a).to(a.dtype)
+
+    return optree.tree_map(lambda a: one(a, scale), x) if is_number(scale) else optree.tree_map(one, x, scale)
+
+
+def zeros_like(x: Tree) -> Tree:
+    """A tree of zeros with the shapes, dtypes and devices of ``x``."""
+    return optree.tree_map(
+        lambda a: a.left.new_zeros(a.shape, dtype=a.dtype) if isinstance(a, Unformed) else torch.zeros_like(a), x
+    )
+
+
+def selected(condition: Tensor, new: Tree, old: Tree) -> Tree:
+    """``new`` where the condition ``[]`` holds, else ``old``; what has not changed is passed on."""
+    return optree.tree_map(lambda x, y: x if x is y else torch.where(condition, x, y), new, old)
+
+
+def zero_unless(condition: Tensor, x: Tree) -> Tree:
+    """The tree where the condition ``[]`` holds, else zeros, whatever the entries are."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Unformed):
+            return torch.where(condition, leaf, 0)
+        return Unformed(one(leaf.left), one(leaf.right), leaf.dtype, tuple([(c, one(t)) for c, t in leaf.terms]))
+
+    return optree.tree_map(one, x)
+
+
+def formed(x: Tree) -> Tree:
+    """The tree with tensors for all leaves.
+
+    Raises:
+        TypeError: If a leaf is neither tensor nor ``Unformed``.
+    """
+    return optree.tree_map(_formed, x)
+
+
+def unformed_like(x: Tree, y: Tree) -> Tree:
+    """``y`` with leaves that are still to be scaled and added to where those of ``x`` are not formed."""
+    return optree.tree_map(lambda a, b: Unformed.of(b) if isinstance(a, Unformed) else b, x, y)
+
+
+def _formed(leaf: Any) -> Any:
+    if isinstance(leaf, Unformed):
+        return leaf.dense()
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"formed: expected x to be a tree of tensors, got {type(leaf).__name__} in it")
+    return leaf
+
+
+def _vdot(a: Any, b: Any) -> Tensor:
+    if isinstance(a, Unformed) or isinstance(b, Unformed):
+        a, b = (a, b) if isinstance(a, Unformed) else (b, a)
+        return wide(a).vdot(wide(b))
+    return torch.dot(wide(a).reshape(-1), wide(b).reshape(-1))
+
+
+def as_row(x: Tree) -> Tensor:
+    """All leaves in one row, ``[P]``, in the widest of their dtypes, at least float32."""
+    return torch.cat([wide(leaf).reshape(-1) for leaf in optree.tree_leaves(x)])
+
+
+def from_row(row: Tensor, like: Tree) -> Tree:
+    """The inverse of ``as_row``: a tree with the shapes and dtypes of another."""
+    leaves, structure = optree.tree_flatten(like)
+    parts = row.split([leaf.numel() for leaf in leaves])
+    cast = [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+    return optree.tree_unflatten(structure, cast)
+
+
+def counter(x: Tree) -> Tensor:
+    """A zero to count steps with: int64, ``[]``, on the device of the first leaf of ``x``."""
+    leaves = optree.tree_leaves(x)
+    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)

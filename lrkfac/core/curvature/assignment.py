@@ -1,0 +1,180 @@
+"""Which structure holds which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from lrkfac.core.curvature.ekfac import CorrectedStructure
+from lrkfac.core.curvature.exact import BlockStructure, unit_wise
+from lrkfac.core.curvature.factors import DiagonalStructure, FactorStructure, diagonal
+from lrkfac.core.curvature.kronecker import KroneckerStructure
+from lrkfac.core.curvature.low_rank import low_rank, low_rank_plus_diagonal
+from lrkfac.core.curvature.structures import ProductStructure, Structure, kronecker
+from lrkfac.core.layers.description import Layer, Layers
+from lrkfac.core.layers.kinds import KINDS
+
+Choice = Structure | FactorStructure
+
+
+Chosen = Choice | Mapping[str, Choice] | Callable[[Layer], Choice | None] | None
+
+
+Rank = int | Mapping[str, int]
+
+
+class Block(NamedTuple):
+    """Layers held together, by their one structure; one layer, but for ``full``; ``implied`` if nobody chose it."""
+
+    name: str
+    layers: tuple[Layer, ...]
+    structure: Structure
+    implied: bool = False
+
+
+RANK = 32
+"""Rank of the default structure."""
+
+
+def blocks(layers: Layers, structure: Chosen, rank: Rank | None) -> tuple[Block, ...]:
+    """Which structure holds which layer.
+
+    Args:
+        layers: From ``find_layers``.
+        structure: One for all, a mapping from patterns of names, or a function of the layer; see
+            ``precondition_by_fisher``.
+        rank: Of the default, or a mapping from patterns of names to ranks; ``None``, and no pattern, means ``RANK``.
+
+    Raises:
+        ValueError: If a pattern decides for no layer, a structure makes no sense for a layer, or ``rank`` is given
+            and no layer is left to the default.
+        TypeError: If something is no structure.
+    """
+    ranks = ranks_of(layers, RANK if rank is None else rank)
+    if isinstance(structure, BlockStructure) and structure.per == "model":
+        if rank is not None:
+            raise ValueError(_NO_DEFAULT.format(rank=rank))
+        for layer in layers:
+            _need_examples(layer)
+        whole = sum(layer.groups * layer.d_out * layer.d_in for layer in layers)
+        return (Block("", tuple(layers), structure.fitted(1, whole)),)
+    if isinstance(structure, Mapping):
+        _check_patterns("structure", structure, [layer.name for layer in layers])
+    found, default = [], []
+    for layer in layers:
+        chosen = _chosen(layer, structure)
+        implied = chosen is None or (isinstance(structure, ProductStructure) and unit_wise_by_kind(layer))
+        if implied:
+            held: Structure = unit_wise() if unit_wise_by_kind(layer) else _default(ranks[layer.name])
+            default += [] if unit_wise_by_kind(layer) else [layer.name]
+        else:
+            held = _checked(layer, chosen)
+        if isinstance(held, CorrectedStructure) and any(KINDS[kind].one_hot for kind in layer.kinds):
+            held = held.factors  # a basis of the one-hot side would be a square of the vocabulary
+        if isinstance(held, KroneckerStructure) and layer.kind == "embedding":
+            held = replace(held, output=diagonal())  # the one-hot side; with treatment="expand", exactly
+        found.append(Block(layer.name, (layer,), held.fitted(layer.d_in, layer.d_out), implied))
+    if rank is not None and not default:
+        raise ValueError(_NO_DEFAULT.format(rank=rank))
+    if isinstance(rank, Mapping):
+        _check_patterns("rank", rank, default)
+    return tuple(found)
+
+
+def ranks_of(layers: Layers, rank: Rank) -> dict[str, int]:
+    """The rank of each layer by name.
+
+    Raises:
+        ValueError: If a rank is below 1.
+        TypeError: If a rank is no integer.
+    """
+    if not isinstance(rank, Mapping):
+        low_rank(rank)  # refuses it
+        return {layer.name: rank for layer in layers}
+    for pattern, one in rank.items():
+        if isinstance(one, bool) or not isinstance(one, int) or one < 1:
+            kind = ValueError if isinstance(one, int) and not isinstance(one, bool) else TypeError
+            raise kind(f"rank: expected an integer >= 1 for {pattern!r}, got {one!r}")
+    return {
+        layer.name: next((r for pattern, r in rank.items() if _matches(layer.name, pattern)), RANK) for layer in layers
+    }
+
+
+_NO_DEFAULT = (
+    "rank: the structure decides for every layer, so that no layer takes the default with rank={rank}; leave rank "
+    "out, or give the structure that rank, as in kronecker(low_rank({rank}), low_rank_plus_diagonal({rank}))"
+)
+
+
+def _default(rank: int) -> ProductStructure:
+    return kronecker(low_rank(rank), low_rank_plus_diagonal(rank))
+
+
+def _check_patterns(what: str, given: Mapping[str, Any], names: list[str]) -> None:
+    left = names
+    for pattern in given:
+        matched = [name for name in names if _matches(name, pattern)]
+        if not matched:
+            raise ValueError(f"{what}: the pattern {pattern!r} matches none of the layers {names}")
+        if not set(matched) & set(left):
+            raise ValueError(
+                f"{what}: the pattern {pattern!r} decides for no layer: earlier patterns match {matched}, too; "
+                "put it before them, the first that matches counts"
+            )
+        left = [name for name in left if name not in matched]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern is the name itself, which may have brackets, or matches it."""
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def _chosen(layer: Layer, structure: Chosen) -> Any:
+    if isinstance(structure, Mapping):
+        return next((value for pattern, value in structure.items() if _matches(layer.name, pattern)), None)
+    if callable(structure):
+        return structure(layer)
+    return structure
+
+
+def unit_wise_by_kind(layer: Layer) -> bool:
+    """Whether it is a scale or shift, whose block is no product."""
+    return any(KINDS[kind].unit_wise for kind in layer.kinds)
+
+
+def _checked(layer: Layer, structure: Any) -> Structure:
+    if isinstance(structure, DiagonalStructure):
+        structure = BlockStructure(structure, "layer")
+    if isinstance(structure, BlockStructure | CorrectedStructure) or (
+        isinstance(structure, KroneckerStructure) and structure.treatment == "reduce"
+    ):
+        _need_examples(layer)
+    if isinstance(structure, ProductStructure) and unit_wise_by_kind(layer):
+        raise ValueError(
+            f"structure: layer {layer.name!r} is a {layer.kind}, whose block is no Kronecker product; use unit_wise(), "
+            "layer_wise() or diagonal()"
+        )
+    if isinstance(structure, BlockStructure) and structure.per == "model":
+        raise ValueError(f"structure: full() holds all layers together and cannot stand for {layer.name!r} alone")
+    if isinstance(structure, int):
+        raise TypeError(
+            f"structure: expected one such as kronecker(...), got {structure}; for a rank, rank={structure}"
+        )
+    if not isinstance(structure, Structure):
+        raise TypeError(
+            f"structure: expected kronecker(input, output), unit_wise(), layer_wise() or diagonal() for layer "
+            f"{layer.name!r}, got {structure!r}; a factor structure such as dense() stands inside: "
+            "kronecker(dense(), dense())"
+        )
+    return structure
+
+
+def _need_examples(layer: Layer) -> None:
+    if not layer.batched:
+        raise ValueError(
+            f"structure: layer {layer.name!r} is used where the batch is not the leading axis: the gradients of "
+            'single examples are not known; use kronecker(...) with treatment="expand", uncorrected, for it, or write '
+            "the batch as the leading axis"
+        )

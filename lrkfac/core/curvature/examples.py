@@ -1,0 +1,113 @@
+"""Second moments of the gradients of single examples, without forming more of these than memory holds anyway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vmap
+
+from lrkfac.core.base.dtypes import wide
+from lrkfac.core.layers.description import Layer
+from lrkfac.core.layers.kinds import KINDS
+from lrkfac.core.layers.matrix import gradient
+from lrkfac.core.layers.statistics import Uses
+from lrkfac.core.linalg.moments import Moments
+
+
+@dataclass(frozen=True)
+class ExampleGradients:
+    """``G_n = Σ_t g_t a_tᵀ`` of one group, ``t`` over the positions and uses of an example, for each sample or column.
+
+    Expectations are ``scale * sum`` over examples and samples.
+    """
+
+    layer: Layer
+    inputs: Uses
+    gradients: Uses
+    scale: Tensor
+
+    def moments(self, output_vectors: Float[Tensor, "o p"], input_vectors: Float[Tensor, "i q"]) -> Moments:
+        """Those along orthonormal columns.
+
+        Without sharing from the projected rows alone: ``E (uᵀg)² (aᵀv)²``, ``E (uᵀg)² ‖a‖²`` and so on. With few
+        positions in wide layers from the Gram matrices of each example's rows, ``‖G‖² = Σ_{t,s} g_tᵀg_s a_tᵀa_s``. Else
+        by the matrices ``G_n`` of a few examples at a time, which together are no larger than the rows.
+        """
+        k = self.gradients[0].shape[0]
+        d_out, d_in = self.layer.d_out, self.layer.d_in
+        given = sum(x.numel() for x in (*self.inputs, *self.gradients))
+        rows, positions = None, 0
+        if all(KINDS[kind].rows is not None for kind in self.layer.kinds):
+            rows = self._rows()
+            positions = rows[0].shape[1]
+        if rows is not None and positions == 1:
+            found = _without_sharing(*rows, output_vectors, input_vectors)
+        elif rows is not None and positions * (d_out + d_in) <= d_out * d_in:
+            each = k * (output_vectors.shape[1] * input_vectors.shape[1] + positions**2)
+            parts = zip(*(x.split(max(1, given // each), dim=-3) for x in rows), strict=True)
+            found = _sum([_by_gram_matrices(a, g, output_vectors, input_vectors) for a, g in parts])
+        else:
+            size = max(1, given // (k * d_out * d_in))
+            parts = zip(_split(self.inputs, size, 0), _split(self.gradients, size, 1), strict=True)
+            found = _sum([self._by_matrices(a, g, output_vectors, input_vectors) for a, g in parts])
+        return Moments(*[self.scale.to(total.dtype) * total for total in found])
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """``a`` ``[n, positions, d_in]`` and ``g`` ``[k, n, positions, d_out]``."""
+        joint = self.layer.bias is not None
+        inputs, gradients = [], []
+        for a, g, kind in zip(self.inputs, self.gradients, self.layer.kinds, strict=True):
+            of_kind = KINDS[kind].rows
+            assert of_kind is not None
+            g = wide(g).reshape(*g.shape[:2], -1, g.shape[-1])
+            a = of_kind(wide(a), self.layer.d_in - joint).unflatten(0, (g.shape[1], -1))
+            a = a.expand(-1, g.shape[2], -1)  # the constant input of a bias has no positions
+            inputs.append(torch.cat([a, torch.ones_like(a[..., :1])], dim=-1) if joint else a)
+            gradients.append(g)
+        return torch.cat(inputs, dim=1), torch.cat(gradients, dim=2)
+
+    def _by_matrices(self, a: Uses, g: Uses, u: Tensor, v: Tensor) -> Moments:
+        matrices = example_gradients(self.layer, a, g).flatten(0, 1)
+        left, right = u.mT @ matrices, matrices @ v
+        squares = (x.square().sum(dim=0) for x in (left @ v, left, right, matrices))
+        kept, output, input, total = squares
+        return Moments(kept, output.sum(dim=1), input.sum(dim=0), total.sum())
+
+
+def _without_sharing(a: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Moments:
+    a, g = a[:, 0], g[:, :, 0]
+    along_in, along_out = (a @ v).square(), (g @ u).square().sum(dim=0)
+    whole_in, whole_out = a.square().sum(dim=1), g.square().sum(dim=(0, 2))
+    return Moments(along_out.mT @ along_in, along_out.mT @ whole_in, along_in.mT @ whole_out, whole_out @ whole_in)
+
+
+def _by_gram_matrices(a: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Moments:
+    x, y, of_inputs, of_gradients = a @ v, g @ u, a @ a.mT, g @ g.mT
+    return Moments(
+        (y.mT @ x).square().sum(dim=(0, 1)),
+        (y * (of_inputs @ y)).sum(dim=(0, 1, 2)),
+        (x * (of_gradients.sum(dim=0) @ x)).sum(dim=(0, 1)),
+        (of_inputs * of_gradients).sum(),
+    )
+
+
+def _sum(parts: list[Moments]) -> Moments:
+    return Moments(*[torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True)])
+
+
+def _split(uses: Uses, size: int, axis: int) -> list[Uses]:
+    return list(zip(*(x.split(size, dim=axis) for x in uses), strict=True))
+
+
+def example_gradients(layer: Layer, inputs: Uses, gradients: Uses) -> Float[Tensor, "k n o i"]:
+    """``Σ g aᵀ`` over uses and positions of each example of one group, for each sample or column."""
+    joint = layer.bias is not None
+
+    def one(a: Uses, g: Uses) -> Tensor:
+        return gradient(layer, a, g, joint)
+
+    a, g = tuple(wide(x) for x in inputs), tuple(wide(x) for x in gradients)
+    return vmap(vmap(one), in_dims=(None, 0))(a, g)

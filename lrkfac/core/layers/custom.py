@@ -1,0 +1,103 @@
+"""An operation of one's own with a weight, as a kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+from torch.overrides import _pop_mode_temporarily
+
+from lrkfac.core.base.arguments import need_function
+
+
+def _input_weight_bias(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
+    """The first two or three arguments."""
+    return input, weight, bias
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerKind:
+    """An operation of one's own with a weight, for ``find_layers(..., kinds=(kind,))``.
+
+    It must be linear in the weight and do with each of its outputs the same: for every example and position ``t`` (of a
+    convolution, a sequence), ``s_t = W a_t + b``, where the rows ``a_t`` follow from the input alone. ``operation`` is
+    that map with a matrix of any number of outputs in the weight's place. All else follows from it: the gradient and
+    the way back by its derivative, ``A V`` by both, with ``V`` as the matrix, so that rows are never formed; only the
+    diagonal of ``A``, and with it what a low rank leaves out, needs it with as many outputs as ``a`` has entries, 64 at
+    a time. ``lrkfac.testing.check_layer_kind`` checks all this.
+
+    The model calls the ``LayerKind`` itself, as it would call ``function``; where ``function`` is torch's, such as
+    ``F.bilinear``, it calls that, and need not be changed.
+
+    Attributes:
+        name: As shown in the table of layers.
+        function: What computes the output, from whatever arguments.
+        operation: ``(input, W, *settings) -> s`` without bias, with ``W`` ``[k, d]`` for any ``k``, and ``s`` like the
+            output, ``k`` along the axis ``channel``; for any number of examples.
+        parts: From the arguments of a call ``(input, weight)``, ``(input, weight, bias)`` or ``(input, weight, bias,
+            settings)``; by default these are the first two or three arguments. ``input`` ``[N, ...]`` is what the rows
+            follow from, made of the arguments if need be; ``settings`` is a tuple of numbers and names that stay the
+            same.
+        weight_axis: The weight's axis of outputs; the others, flattened, are the ``d`` columns of ``W``. ``None`` for a
+            weight without one, such as a filter; the output then has no axis of channels either, and ``operation`` has
+            it as the last.
+        channel: The axis of the channels in the output, from the end.
+
+    Raises:
+        TypeError: If something is no function, or an axis no integer.
+        ValueError: If ``channel`` is not counted from the end.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    operation: Callable[..., Tensor]
+    parts: Callable[..., tuple[Any, ...]] = _input_weight_bias
+    weight_axis: int | None = 0
+    channel: int = -1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name: expected a string, got {type(self.name).__name__}")
+        for name in ("function", "operation", "parts"):
+            need_function(getattr(self, name), name)
+        for name, axis in {"weight_axis": self.weight_axis, "channel": self.channel}.items():
+            if isinstance(axis, bool) or not (isinstance(axis, int) or (axis is None and name == "weight_axis")):
+                raise TypeError(f"{name}: expected an integer, got {axis!r}")
+        if self.channel >= 0 or (self.weight_axis is None and self.channel != -1):
+            allowed = (
+                "-1, where weight_axis is None" if self.weight_axis is None else "an axis from the end, such as -1"
+            )
+            raise ValueError(f"channel: expected {allowed}, got {self.channel}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of ``function``; seen by ``find_layers`` and what it describes."""
+        # What torch's own functions do, in a form that the compiler follows, too.
+        if torch._C._len_torch_function_stack():
+            with _pop_mode_temporarily() as mode:
+                result: Tensor = mode.__torch_function__(self, (), args, kwargs)
+                return result
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"LayerKind({self.name!r})"
+
+
+class OwnOptions(NamedTuple):
+    """What is fixed of a call: the kind, its settings, and how many axes the input has beside the batch."""
+
+    kind: LayerKind
+    settings: tuple[Any, ...]
+    axes: int
+
+    def apply(self, a: Tensor, w: Tensor) -> Tensor:
+        """The operation, of any leading axes together."""
+        return self.kind.operation(a.reshape(-1, *a.shape[a.ndim - self.axes :]), w, *self.settings)
+
+    def transpose(self, a: Tensor, g: Tensor, d: int) -> Tensor:
+        """The gradient of ``sum(g * s)`` with respect to ``W`` ``[k, d]``."""
+        s, back = vjp(lambda w: self.apply(a, w), g.new_zeros(g.shape[self.kind.channel], d))
+        return back(g.reshape(s.shape))[0]

@@ -1,0 +1,46 @@
+"""Calls of custom layer kinds in the form of all others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lrkfac.core.layers.custom import LayerKind, OwnOptions
+from lrkfac.core.layers.kinds import OWN
+from lrkfac.core.layers.parsers import Call, Known
+from lrkfac.core.layers.views import Step, taken
+
+
+def call_of_own(kinds: tuple[LayerKind, ...], func: Any, known: Known, args: Any, kwargs: Any) -> Call | None:
+    """The call as one of the first kind whose function it is, if there is one and its weight is followed."""
+    for kind in kinds:
+        if func is kind or func is kind.function:
+            input, weight, *rest = kind.parts(*args, **kwargs)
+            if not known(weight):
+                return None
+            bias = rest[0] if rest else None
+            settings = tuple(rest[1]) if len(rest) > 1 else ()
+            turn: tuple[Step, ...] = (Step("reshape", (1, -1)),)
+            if kind.weight_axis is not None:
+                d_out = weight.shape[kind.weight_axis]
+                turn = (Step("movedim", (kind.weight_axis, 0)), Step("reshape", (d_out, -1)))
+            return Call(OWN, input, weight, bias, OwnOptions(kind, settings, input.ndim - 1), turn)
+    return None
+
+
+def check_use(call: Call, output: Tensor) -> None:
+    """Refuses a use whose output is not what its kind says.
+
+    Raises:
+        ValueError: Names the kind.
+    """
+    options = OwnOptions(*call.options)
+    matrix = taken(call.turn, call.weight)
+    found = tuple(options.apply(call.input, matrix).shape)
+    expected = (*output.shape, 1) if options.kind.weight_axis is None else tuple(output.shape)
+    if found != expected:
+        raise ValueError(
+            f"kinds: {options.kind.name!r}: expected its operation to return the shape {expected} for the input "
+            f"{tuple(call.input.shape)} and weights {tuple(matrix.shape)}, got {found}"
+        )

@@ -1,0 +1,143 @@
+"""Static description of parameters and layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import torch
+
+from lrkfac.core.base.text import table
+from lrkfac.core.base.types import Tree
+from lrkfac.core.layers.views import View
+
+Treatment = Literal["expand", "reduce"]
+"""What K-FAC makes of the positions and uses at which one example shares a weight."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Where a parameter lies in the parameter tree.
+
+    ``path`` is its dotted path, ``index`` its place among ``optree.tree_leaves(params)``; ``view`` are the steps
+    from the parameter to the part of it, in the arrangement, that a layer uses. ``dtype`` is what it was when the
+    layers were found, and no part of the description.
+    """
+
+    path: str
+    index: int
+    shape: tuple[int, ...]
+    view: View = ()
+    dtype: torch.dtype = field(default=torch.float32, compare=False)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operation with a weight, as static data.
+
+    Attributes:
+        name: The weight's path without its last part (the whole path where that is not unique).
+        kinds: For each use of the weight in one forward pass, the name of the entry in ``lrkfac.core.layers``
+            that knows the operation.
+        weight: The weight, or, for the kind ``"bias"``, the bias itself.
+        bias: The bias where it is joint with the weight, else ``None``.
+        d_in: Length of one input row ``a`` of one group, with the trailing 1 of a joint bias.
+        d_out: Length of one output row ``s`` of one group.
+        groups: Number of independent blocks (grouped convolutions); 1 elsewhere.
+        options: For each use, the operation's settings.
+        sites: For each use, the label of the weight or of the view of it that the operation received (for the
+            kind ``"bias"`` its weight's), and the number of the call among those with this label.
+        batched: Whether the batch is the leading axis at every use: only then is there a gradient per example.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    weight: Parameter
+    bias: Parameter | None
+    d_in: int
+    d_out: int
+    groups: int
+    options: tuple[tuple[Any, ...], ...]
+    sites: tuple[tuple[str, int], ...]
+    batched: bool = True
+
+    @property
+    def kind(self) -> str:
+        """The kinds, each named once; those of one's own by their names."""
+        named = [o[0].name if kind == "own" else kind for kind, o in zip(self.kinds, self.options, strict=True)]
+        return " + ".join(dict.fromkeys(named))
+
+    @property
+    def uses(self) -> int:
+        """How often the weight is used in one forward pass."""
+        return len(self.options)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a model, as ``find_layers`` describes them. ``print`` shows them as a table.
+
+    Attributes:
+        layers: One entry for each weight that is covered, in the order of their first use.
+        uncovered: Each other parameter with the reason.
+        parameters: All parameters, in the order of ``optree.tree_leaves(params)``.
+        tree: The parameter tree with each parameter's ``Parameter`` as its leaf.
+        own: The ``LayerKind`` s that ``find_layers`` was given.
+    """
+
+    layers: tuple[Layer, ...]
+    uncovered: tuple[tuple[Parameter, str], ...]
+    parameters: tuple[Parameter, ...]
+    tree: Tree
+    own: tuple[Any, ...] = ()
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> Layer:
+        by_name = {layer.name: layer for layer in self.layers}
+        if name not in by_name:
+            near = get_close_matches(str(name), by_name, n=3, cutoff=0.3) or list(by_name)
+            raise KeyError(f"layers: no layer {name!r}; the nearest are {near}")
+        return by_name[name]
+
+    @property
+    def covered(self) -> frozenset[int]:
+        """The indices of the parameters that belong to a layer."""
+        both = [p for layer in self.layers for p in (layer.weight, layer.bias)]
+        return frozenset(p.index for p in both if p is not None)
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """The labels of the weights and views at whose uses something is captured."""
+        return frozenset(label for layer in self.layers for label, _ in layer.sites)
+
+    def __str__(self) -> str:
+        rows = [("name", "kind", "parameters", "shape", "factors", "uses")]
+        for layer in self.layers:
+            paths = layer.weight.path if layer.bias is None else f"{layer.weight.path}, {layer.bias.path}"
+            blocks = f"{layer.groups} x " if layer.groups > 1 else ""
+            factors = f"{blocks}A {layer.d_in}, B {layer.d_out}"
+            shape = " x ".join(map(str, layer.weight.shape))
+            if layer.name != layer.weight.path and layer.name.startswith(layer.weight.path):
+                paths = layer.name
+            rows.append((layer.name, layer.kind, paths, shape, factors, str(layer.uses)))
+        lines = [table(rows)]
+        if self.uncovered:
+            lines += ["", "not covered (plain gradient):"]
+            lines += [f"  {p.path} {tuple(p.shape)}: {reason}" for p, reason in self.uncovered]
+        else:
+            lines += ["", "every parameter is covered"]
+        return "\n".join(lines)
+
+
+def need_layers(given: Any) -> Layers:
+    """Refuses what is not from ``find_layers``."""
+    if not isinstance(given, Layers):
+        raise TypeError(f"layers: expected what find_layers() returned, got {type(given).__name__}")
+    return given

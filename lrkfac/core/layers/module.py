@@ -1,0 +1,78 @@
+"""An unmodified ``nn.Module`` as a pure function."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lrkfac.core.base.arguments import need_flag
+from lrkfac.core.base.types import Tree
+
+
+def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
+    """A module as ``model(params, inputs)``, and its parameters.
+
+    The function keeps the module's mode (``train`` or ``eval``) of this moment and copies of its buffers;
+    every call works on fresh copies of them, so that BatchNorm in training mode, which changes its buffers
+    in place, is pure too. Parameters share memory with the module's, which nothing here changes; those that
+    do not require a gradient are frozen: constants of the function, not among ``params``.
+
+    Args:
+        module: Any module without active dropout.
+        buffers: Whether the caller carries the buffers along.
+
+    Returns:
+        ``(model, params)`` with ``params`` a dictionary from names to tensors. ``inputs`` is one argument, of which a
+        tuple is spread as positional, a dictionary as keyword arguments, and anything else is passed as it is.
+
+        With ``buffers=True``: ``(model, params, buffers)``, where ``model(params, (buffers, inputs))`` returns
+        ``(outputs, updated buffers)``; use it with ``fisher(..., has_aux=True)``.
+
+    Raises:
+        TypeError: If ``module`` is no module.
+        ValueError: If the module has no parameters, or a submodule draws hidden random numbers for dropout.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+    need_flag(buffers, "buffers")
+    _refuse_dropout(module)
+    params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    constant = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    if not params:
+        raise ValueError(f"module: {type(module).__name__} has no parameters that require a gradient")
+    shared = {id(x): x for x in (*module.parameters(), *module.buffers())}
+    frozen = copy.deepcopy(module, shared)  # the module's mode and structure, without copies of tensors
+    kept = {name: b.detach().clone() for name, b in module.named_buffers()}
+
+    def call(params: Tree, buffers: dict[str, Tensor], inputs: Tree) -> tuple[Any, dict[str, Tensor]]:
+        # A module may change a buffer in place or put another tensor in its place: both end in this dictionary.
+        state = {**constant, **params, **{name: b.clone() for name, b in buffers.items()}}
+        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
+        if isinstance(inputs, dict):
+            args, kwargs = (), inputs
+        outputs = functional_call(frozen, state, args, kwargs, strict=True)
+        return outputs, {name: state[name] for name in buffers}
+
+    def stateless(params: Tree, inputs: Tree) -> Any:
+        return call(params, kept, inputs)[0]
+
+    def stateful(params: Tree, inputs: tuple[dict[str, Tensor], Tree]) -> tuple[Any, dict[str, Tensor]]:
+        return call(params, *inputs)
+
+    model: Callable[[Tree, Any], Any] = stateful if buffers else stateless
+    return (model, params, kept) if buffers else (model, params)
+
+
+def _refuse_dropout(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        probability = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0.0)
+        if part.training and isinstance(probability, float) and probability > 0:
+            raise ValueError(
+                f"module: {name or type(module).__name__} ({type(part).__name__}) draws hidden random numbers with "
+                f"p={probability}; call eval() on it, set p to 0, or write the model as a function that takes "
+                "the mask in its inputs"
+            )

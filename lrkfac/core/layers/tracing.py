@@ -1,0 +1,172 @@
+"""Follows parameters through a pure function and records what passes through its layers.
+
+A ``TorchFunctionMode`` sees every call of a known operation and knows a weight, or a view of one, by identity.
+It records the operation's input and adds a *probe* to its output: a broadcast zero, the derivative with
+respect to which is the gradient at the output. So the statistics of all layers are the ``vjp`` of one pure
+function ``(parameters, probes) -> outputs``, without hooks and whatever the model does after the operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lrkfac.core.base.types import Tree
+from lrkfac.core.layers.attention import OPENED
+from lrkfac.core.layers.custom import LayerKind
+from lrkfac.core.layers.custom_calls import call_of_own
+from lrkfac.core.layers.description import Layers
+from lrkfac.core.layers.parsers import PARSERS, Call
+from lrkfac.core.layers.purity import refuse_hidden_effects
+from lrkfac.core.layers.views import View, is_view, picks_by_tensor, steps_of
+
+Tracked = list[tuple[str, View, Tensor]]
+"""``(path of the parameter, view, tensor)``: what is followed."""
+
+
+class Recorded(NamedTuple):
+    """One use of a weight: what the operation received and returned (before the probe)."""
+
+    input: Tensor
+    output: Tensor
+
+
+class Follow(TorchFunctionMode):
+    """Follows parameters through their views and shows each use to ``used``.
+
+    ``tracked`` grows as views are taken. It is passed in from outside, as are the records of ``Capture``: the
+    compiler follows changes of such a list or dictionary, but not of an attribute of the mode.
+
+    Args:
+        tracked: All parameters with their paths.
+        guarded: Whether to refuse hidden effects; only where parameters and inputs are fake tensors.
+        own: Kinds beside those that the package knows.
+    """
+
+    def __init__(self, tracked: Tracked, guarded: bool = False, own: tuple[LayerKind, ...] = ()) -> None:
+        super().__init__()
+        self.tracked, self.guarded, self.own = tracked, guarded, own
+        self.level = torch._C._functorch.maybe_current_level() if guarded else None
+
+    def inside(self) -> bool:
+        """Whether the model is within a transformation of its own."""
+        return torch._C._functorch.maybe_current_level() != self.level
+
+    def place(self, x: Any) -> tuple[str, View] | None:
+        """Path and view of a tensor that is followed."""
+        for path, view, tensor in self.tracked:
+            if tensor is x:
+                return path, view
+        return None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.guarded and not self.inside():
+            refuse_hidden_effects(func, args, kwargs)
+        opened = OPENED.get(func)
+        if opened is not None:
+            with self:
+                return opened(*args, **kwargs)
+        result = func(*args, **kwargs)
+        name = is_view(func)
+        if name is not None and not picks_by_tensor(args, kwargs):
+            place = self.place(args[0]) if args else None
+            if place is not None:
+                for step, part in steps_of(name, args, kwargs, result):
+                    self.tracked.append((place[0], (*place[1], step), part))
+            return result
+        call = call_of_own(self.own, func, self.known, args, kwargs)
+        if call is None:
+            parser = PARSERS.get(func)
+            call = None if parser is None else parser(self.known, *args, **kwargs)
+        return self.used(func, args, kwargs, call, result)
+
+    def known(self, x: Any) -> bool:
+        """Whether an argument is a parameter, or a view of one."""
+        return self.place(x) is not None
+
+    def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
+        """Called after a function has run; returns its result, changed or not."""
+        return result
+
+
+class Capture(Follow):
+    """Records the uses of some weights in ``records`` and adds ``probes`` to the outputs.
+
+    Args:
+        tracked: All parameters with their paths.
+        sources: The labels of the weights to watch, see ``label``.
+        records: Filled with the uses of each source, in order.
+        probes: For each source, one probe per use; none at all to record only.
+        guarded: See ``Follow``.
+        own: See ``Follow``.
+    """
+
+    def __init__(
+        self,
+        tracked: Tracked,
+        sources: frozenset[str],
+        records: dict[str, list[Recorded]],
+        probes: dict[str, list[Tensor]] | None = None,
+        guarded: bool = False,
+        own: tuple[LayerKind, ...] = (),
+    ) -> None:
+        super().__init__(tracked, guarded, own)
+        self.sources, self.records, self.probes = sources, records, probes
+
+    def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
+        """Records and adds a probe."""
+        place = None if call is None else self.place(call.weight)
+        if call is None or place is None:
+            return result
+        source = label(*place)
+        if source not in self.sources:
+            return result
+        uses = self.records.setdefault(source, [])
+        uses.append(Recorded(call.input, result))
+        if self.probes is not None and len(uses) <= len(self.probes[source]):
+            return result + self.probes[source][len(uses) - 1]
+        return result
+
+
+def label(path: str, view: View) -> str:
+    """The name of a parameter or of a view of it, as in ``in_proj_weight.chunk(3)[0]``."""
+    return path + "".join([str(step) for step in view])
+
+
+def run_captured(
+    model: Callable[[Tree, Tree], Any],
+    layers: Layers,
+    params: Tree,
+    inputs: Tree,
+    probes: dict[str, list[Tensor]] | None = None,
+    guarded: bool = False,
+) -> tuple[Any, dict[str, list[Recorded]]]:
+    """The model's result, and what passed through each layer, by the source of the layer.
+
+    Raises:
+        ValueError: If a weight was used more or less often than ``find_layers`` saw.
+    """
+    leaves, structure = optree.tree_flatten(params)
+    # Views, so that one tensor at two places of the tree is two parameters.
+    leaves = [leaf.view_as(leaf) for leaf in leaves]
+    records: dict[str, list[Recorded]] = {}
+    tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
+    with Capture(tracked, layers.sources, records, probes, guarded, layers.own):
+        result = model(optree.tree_unflatten(structure, leaves), inputs)
+    for layer in layers:
+        for site in {site for site, _ in layer.sites}:
+            expected, used = sum(name == site for name, _ in layer.sites), len(records.get(site, ()))
+            if used != expected:
+                raise ValueError(
+                    f"layer {layer.name!r}: expected {expected} uses of {site!r}, saw {used}; the model takes "
+                    "another path than in find_layers(): describe the layers again for these inputs"
+                )
+    return result, records

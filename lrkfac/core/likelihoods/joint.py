@@ -1,0 +1,183 @@
+"""Several heads, each with a likelihood of its own: what ``fisher`` asks of outputs, be they one tensor or a tree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.tree_checks import difference
+from lrkfac.core.base.types import Tree
+from lrkfac.core.likelihoods.protocol import Likelihood
+
+Leaves = Sequence[Tensor]
+"""Outputs or targets of all heads, in the order of ``optree.tree_leaves``."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A sum of likelihoods ``Σ weightₕ lossₕ``, one for each leaf of a tree of outputs.
+
+    A single likelihood is the tree with one leaf. The Fisher matrix is ``Σ weightₕ Fₕ``: heads are independent
+    given the parameters.
+
+    Attributes:
+        tree: Likelihoods in the structure of the outputs.
+        heads: Its leaves.
+        weights: One for each head.
+    """
+
+    tree: Tree
+    heads: tuple[Likelihood, ...]
+    weights: tuple[float, ...]
+
+    def leaves(self, given: Tree, source: str, what: str = "") -> list[Tensor]:
+        """The tensors of a tree in the structure of the heads; ``source`` and ``what`` name it in errors.
+
+        Raises:
+            TypeError: If the tree has another structure or holds something else than tensors.
+        """
+        if isinstance(self.tree, Likelihood):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{source}: expected {what}a tensor, got {type(given).__name__}")
+            return [given]
+        leaves: list[Any] = optree.tree_leaves(given)
+        differs = difference(self.tree, given)
+        if differs is not None:
+            raise TypeError(f"{source}: expected {what}a tree in the structure of joint(...), got {differs}")
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{source}: expected {what}a tree of tensors, got {type(leaf).__name__} in it")
+        return leaves
+
+    def split(self, result: Any, has_aux: bool) -> tuple[list[Tensor], Any]:
+        """Outputs of a model, head by head, and what else it returned (``None`` without ``has_aux``).
+
+        Raises:
+            TypeError: If the outputs have another structure than the likelihood.
+            ValueError: If they are no floating-point numbers with a batch axis in front, or the batch is empty.
+        """
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"model: expected (outputs, aux) with has_aux=True, got {type(result).__name__}")
+        result, aux = result if has_aux else (result, None)
+        try:
+            outputs = self.leaves(result, "model", "outputs as ")
+        except TypeError as error:
+            raise TypeError(
+                f"{error}; pass has_aux=True if, and only if, the model returns (outputs, aux), and joint(...) as the "
+                "likelihood of several outputs"
+            ) from error
+        for one in outputs:
+            if one.ndim == 0 or not one.is_floating_point():
+                raise ValueError(
+                    "model: expected floating-point outputs with a batch axis, got "
+                    f"{one.dtype} of shape {tuple(one.shape)}"
+                )
+            if one.numel() == 0:
+                raise ValueError(f"inputs: the batch is empty: outputs have the shape {tuple(one.shape)}")
+            if one.shape[0] != outputs[0].shape[0]:
+                raise ValueError(
+                    "model: expected outputs of all heads with the same batch axis in front, got shapes "
+                    f"{tuple(outputs[0].shape)} and {tuple(one.shape)}"
+                )
+        return outputs, aux
+
+    def unflatten(self, leaves: Leaves) -> Tree:
+        """The inverse of ``leaves``."""
+        return optree.tree_unflatten(optree.tree_structure(self.tree), list(leaves))
+
+    def loss(self, outputs: Leaves, targets: Leaves) -> Tensor:
+        """``Σ weightₕ lossₕ``, ``[]``."""
+        losses = [head.loss(f, y) for head, f, y in zip(self.heads, outputs, targets, strict=True)]
+        total = _times(self.weights[0], losses[0])
+        for weight, loss in zip(self.weights[1:], losses[1:], strict=True):
+            total = total + weight * loss
+        return total
+
+    def total_weight(self, outputs: Leaves, targets: Leaves) -> Tensor:
+        """``Σ wₙ`` of a single head, the number of examples for several, ``[]``."""
+        if len(self.heads) == 1:
+            return self.heads[0].total_weight(outputs[0], targets[0])
+        return torch.full((), outputs[0].shape[0], dtype=wide(outputs[0]).dtype, device=outputs[0].device)
+
+    def normalization(self, outputs: Leaves, targets: Leaves) -> tuple[Tensor, list[Tensor | float]]:
+        """What sums over rows are multiplied by, ``[]``, and for each head the factor of its rows.
+
+        The scale is ``1 / Σ wₙ`` of a single head, and 1 over the number of examples for several, whose rows make up
+        for the difference. Where nothing counts they are finite all the same.
+        """
+        inverse = [
+            weight / head.total_weight(f, y).clamp(min=torch.finfo(wide(f).dtype).tiny)
+            for weight, head, f, y in zip(self.weights, self.heads, outputs, targets, strict=True)
+        ]
+        if len(inverse) == 1:
+            return inverse[0], [1.0]
+        examples = outputs[0].shape[0]
+        return torch.full_like(inverse[0], 1 / examples), [(examples * x).sqrt() for x in inverse]
+
+    def columns(self, outputs: Leaves) -> int:
+        """How many columns the square root of every example's Hessian has.
+
+        One for each entry of all axes but the first: several terms of one example, such as the positions of a
+        sequence, depend on the same weights, and one pass for all of them would mix them.
+        """
+        return sum(math.prod(f.shape[1:]) for f in outputs)
+
+    def column(self, outputs: Leaves, targets: Leaves, number: Tensor) -> list[Tensor]:
+        """The column of one number ``[]`` out of ``columns(outputs)``; like the outputs."""
+        found, first = [], 0
+        for head, f, y in zip(self.heads, outputs, targets, strict=True):
+            entries = math.prod(f.shape[1:])
+            unit = (torch.arange(first, first + entries, device=f.device) == number).to(f.dtype)
+            found.append(head.weighted_root(f, y, unit.reshape(1, *f.shape[1:]).expand(f.shape)))
+            first += entries
+        return found
+
+    def product(self, outputs: Leaves, targets: Leaves, tangent: Leaves) -> list[Tensor]:
+        """The (expected) Hessian of the loss in the outputs times a tangent; like the outputs."""
+        return [
+            (weight / head.total_weight(f, y) * head.weighted_product(f, y, t)).to(f.dtype)
+            for weight, head, f, y, t in zip(self.weights, self.heads, outputs, targets, tangent, strict=True)
+        ]
+
+
+def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:
+    """Several heads: the loss is the sum of each head's own mean loss, the Fisher matrix the sum of theirs.
+
+    The model returns a tree (dictionary, tuple, list, NamedTuple) of outputs, and targets are a tree of the same
+    structure: ``joint({"mask": bernoulli(), "class": categorical()}, weights={"mask": 1.0, "class": 0.1})``.
+
+    Args:
+        likelihoods: One for each head.
+        weights: Of each head's loss, nonnegative numbers in the same structure; by default 1.
+
+    Raises:
+        ValueError: If there is no head, ``weights`` have another structure, or one is negative or not finite.
+        TypeError: If a leaf is no likelihood, or a weight no number.
+    """
+    heads = tuple(optree.tree_leaves(likelihoods))
+    for head in heads:
+        if not isinstance(head, Likelihood):
+            raise TypeError(f"likelihoods: expected a tree of likelihoods such as categorical(), got {head!r} in it")
+    if not heads:
+        raise ValueError("likelihoods: expected at least one head")
+    numbers = tuple(optree.tree_leaves(weights)) if weights is not None else (1.0,) * len(heads)
+    differs = None if weights is None else difference(likelihoods, weights)
+    if differs is not None:
+        raise ValueError(f"weights: expected a number for each likelihood, in their structure, got {differs}")
+    for number in numbers:
+        if isinstance(number, Tensor):
+            raise TypeError("weights: expected numbers, got a tensor")
+        need_number(number, "weights", 0)
+    return Joint(likelihoods, heads, numbers)
+
+
+def _times(weight: float, x: Tensor) -> Tensor:
+    return x if weight == 1 else weight * x

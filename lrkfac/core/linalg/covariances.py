@@ -1,0 +1,139 @@
+"""Covariances known by their action: the protocol, and those of rows, diagonals and sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lrkfac.core.base.layout import with_ones
+
+
+@runtime_checkable
+class Covariance(Protocol):
+    """A symmetric positive semi-definite ``[d, d]`` matrix known by its action: the seam between
+    layers and structures. Where that is cheaper, ``between(x)`` is ``x C xᵀ`` for ``x`` ``[k, d]``.
+    """
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``C V`` for ``V`` of shape ``[d, k]``."""
+        ...
+
+    def diagonal(self) -> Tensor:
+        """The diagonal, ``[d]``."""
+        ...
+
+    def trace(self) -> Tensor:
+        """The trace, ``[]``."""
+        ...
+
+    def dense(self) -> Tensor:
+        """The matrix itself, ``[d, d]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowCovariance:
+    """``scale * Σ z zᵀ`` over rows ``z``, which are ``[*, n, d]``, or one column less where each has a trailing 1.
+
+    Several may be stacked along leading axes, which ``scale`` ``[*]`` may have, too.
+    """
+
+    rows: Tensor
+    scale: Tensor
+    joint: bool = False
+
+    def matvec(self, vectors: Float[Tensor, "*many d k"]) -> Float[Tensor, "*many d k"]:
+        """``C V``."""
+        return self.of_rows(vectors.mT).mT
+
+    def of_rows(self, x: Float[Tensor, "*many k d"]) -> Float[Tensor, "*many k d"]:
+        """``x C``: the matrix applied to each row of ``x``."""
+        along = self._along(x) * self.scale[..., None, None]
+        back = along @ self.rows
+        return torch.cat([back, along.sum(dim=-1, keepdim=True)], dim=-1) if self.joint else back
+
+    def between(self, x: Float[Tensor, "*many k d"]) -> Float[Tensor, "*many k k"]:
+        """``x C xᵀ``."""
+        along = self._along(x)
+        return (along * self.scale[..., None, None]) @ along.mT
+
+    def diagonal(self) -> Float[Tensor, "*many d"]:
+        """The diagonal."""
+        squares = self.rows.square().sum(dim=-2)
+        if self.joint:
+            squares = torch.cat([squares, squares.new_full((*squares.shape[:-1], 1), self.rows.shape[-2])], dim=-1)
+        return self.scale[..., None] * squares
+
+    def trace(self) -> Float[Tensor, "*many"]:
+        """The trace."""
+        squares = torch.linalg.vector_norm(self.rows, dim=(-2, -1)).square()  # without a copy of the rows
+        return self.scale * (squares + self.joint * self.rows.shape[-2])
+
+    def dense(self) -> Float[Tensor, "*many d d"]:
+        """The matrix."""
+        rows = with_ones(self.rows) if self.joint else self.rows
+        return self.scale[..., None, None] * (rows.mT @ rows)
+
+    def _along(self, x: Tensor) -> Tensor:
+        return x[..., :-1] @ self.rows.mT + x[..., -1:] if self.joint else x @ self.rows.mT
+
+
+@dataclass(frozen=True)
+class DiagonalCovariance:
+    """A diagonal matrix, such as that of one-hot rows: how often each number occurs."""
+
+    entries: Tensor
+
+    def matvec(self, vectors: Float[Tensor, "*many d k"]) -> Float[Tensor, "*many d k"]:
+        """``C V``."""
+        return self.entries[..., None] * vectors
+
+    def diagonal(self) -> Float[Tensor, "*many d"]:
+        """The diagonal."""
+        return self.entries
+
+    def trace(self) -> Float[Tensor, "*many"]:
+        """The trace."""
+        return self.entries.sum(dim=-1)
+
+    def dense(self) -> Float[Tensor, "*many d d"]:
+        """The matrix."""
+        return torch.diag_embed(self.entries)
+
+
+@dataclass(frozen=True)
+class SumCovariance:
+    """``Σ weights[i] * parts[i]``."""
+
+    parts: tuple[Covariance, ...]
+    weights: tuple[Tensor, ...]
+
+    def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+        """``C V``."""
+        return self._sum(lambda part: part.matvec(vectors))
+
+    def diagonal(self) -> Float[Tensor, "d"]:
+        """The diagonal."""
+        return self._sum(lambda part: part.diagonal())
+
+    def trace(self) -> Float[Tensor, ""]:
+        """The trace."""
+        return self._sum(lambda part: part.trace())
+
+    def dense(self) -> Float[Tensor, "d d"]:
+        """The matrix."""
+        return self._sum(lambda part: part.dense())
+
+    def _sum(self, of: Callable[[Covariance], Tensor]) -> Tensor:
+        terms = [weight * of(part) for part, weight in zip(self.parts, self.weights, strict=True)]
+        return torch.stack(terms).sum(dim=0)
+
+
+def joined_rows(rows: list[Tensor]) -> Tensor:
+    """Those of all uses."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)

@@ -1,0 +1,173 @@
+"""Dominant eigenvectors of a symmetric matrix known only by its action: stateless iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lrkfac.core.base.arguments import need_function, need_integer, need_number
+
+
+def power_iteration(
+    matvec: Callable[[Tensor], Tensor],
+    start: Float[Tensor, "d k"],
+    rank: int | None = None,
+    max_iterations: int = 100,
+    tolerance: float = 1e-6,
+) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
+    """Dominant eigenpairs, one vector after another: ``v ← M v / ‖M v‖`` orthogonal to those found.
+
+    A vector stands still once a step turns it by less than ``tolerance``; the number of steps does not
+    depend on values, so that the function can be compiled and mapped over batches. At the end the
+    basis is rotated to the Ritz vectors, which also separates eigenvalues of equal magnitude.
+
+    Args:
+        matvec: ``V ↦ M V`` for ``V`` of shape ``[d, j]``, with ``M`` symmetric, definite or not.
+        start: First guess of each vector, ``[d, k]`` with ``k ≥ rank``; any columns, zeros included.
+        rank: Number of eigenpairs ``r``, at most ``d``; by default the columns of ``start``.
+        max_iterations: Steps for each vector.
+        tolerance: Sine of the angle between a vector and its image below which it has converged.
+
+    Returns:
+        Orthonormal vectors ``[d, r]`` (to rounding, whatever ended the iteration) and the Ritz
+        values ``[r]``, largest magnitude first.
+
+    Raises:
+        ValueError: If ``rank`` or ``max_iterations`` is below 1 or ``start`` has too few rows or columns.
+        TypeError: If an argument has the wrong type.
+    """
+    rank = _check(matvec, start, rank, max_iterations=max_iterations)
+    need_number(tolerance, "tolerance", 0)
+    found = start[:, :0]
+    for i in range(rank):
+        vector = orthonormal(torch.cat([found, start[:, i : i + 1]], dim=1))[:, i:]
+        converged = torch.zeros((), dtype=torch.bool, device=start.device)
+        for _ in range(max_iterations):
+            image = matvec(vector)
+            rest = _deflate(_deflate(image, found), found)
+            norm = torch.linalg.vector_norm(rest)
+            # Where the image lies within the vectors found, only rounding is left of it: stand still.
+            lost = norm <= 8 * torch.finfo(start.dtype).eps * torch.linalg.vector_norm(image)
+            candidate = rest / torch.where(lost, 1.0, norm)
+            cosine = (candidate * vector).sum()
+            turned = torch.linalg.vector_norm(candidate - cosine * vector)
+            vector = torch.where(converged | lost, vector, candidate)
+            converged = converged | lost | (turned <= tolerance)
+        found = torch.cat([found, vector], dim=1)
+    return rayleigh_ritz(matvec, orthonormal(found), rank)
+
+
+def subspace_iteration(
+    matvec: Callable[[Tensor], Tensor],
+    start: Float[Tensor, "d k"],
+    rank: int | None = None,
+    iterations: int = 1,
+) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
+    """Dominant eigenpairs, all vectors at once: ``Q ← orthonormal(M Q)``, then a Rayleigh–Ritz step.
+
+    Columns of ``start`` beyond ``rank`` speed up convergence (Halko, Martinsson & Tropp 2011, arXiv
+    0909.4061, algorithm 4.4). ``start`` may be the last result, which one iteration then renews.
+
+    Args:
+        matvec: ``V ↦ M V`` for ``V`` of shape ``[d, j]``, with ``M`` symmetric, definite or not.
+        start: First guess of the space, ``[d, k]`` with ``rank ≤ k ≤ d``.
+        rank: Number of eigenpairs ``r``; by default the columns of ``start``.
+        iterations: Products with ``M`` before the Rayleigh–Ritz step, which needs one more.
+
+    Returns:
+        Orthonormal vectors ``[d, r]`` and the Ritz values ``[r]``, largest magnitude first.
+
+    Raises:
+        ValueError: If ``rank`` or ``iterations`` is below 1 or ``start`` has too few rows or columns.
+        TypeError: If an argument has the wrong type.
+    """
+    rank = _check(matvec, start, rank, iterations=iterations)
+    basis = start / torch.linalg.vector_norm(start, dim=0).clamp(min=torch.finfo(start.dtype).tiny)
+    for _ in range(iterations):
+        basis = orthonormal(matvec(basis))
+    return rayleigh_ritz(matvec, basis, rank)
+
+
+def rayleigh_ritz(
+    matvec: Callable[[Tensor], Tensor], basis: Float[Tensor, "d k"], rank: int
+) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
+    """The best eigenpairs within the span of an orthonormal basis: those of ``Qᵀ M Q``.
+
+    Returns:
+        The ``rank`` Ritz pairs of largest magnitude, in that order.
+    """
+    values, rotation = ritz(basis.mT @ matvec(basis))
+    order = values.abs().argsort(descending=True)[:rank]
+    return basis @ rotation[:, order], values[order]
+
+
+def ritz(projected: Float[Tensor, "*many k k"]) -> tuple[Float[Tensor, "*many k"], Float[Tensor, "*many k k"]]:
+    """Eigenvalues of ``Qᵀ M Q``, rising, and its eigenvectors."""
+    values, rotation = torch.linalg.eigh(without_subnormal((projected + projected.mT) / 2))
+    return values, rotation
+
+
+def without_subnormal(matrix: Float[Tensor, "*many k k"]) -> Float[Tensor, "*many k k"]:
+    """The matrix with zeros for entries far below its rounding: of subnormal numbers, LAPACK's eigh makes NaN."""
+    limits = torch.finfo(matrix.dtype)
+    smallest = (limits.eps**2 * matrix.abs().amax(dim=(-2, -1), keepdim=True)).clamp(min=limits.tiny)
+    return torch.where(matrix.abs() < smallest, 0, matrix)
+
+
+def orthonormal(columns: Float[Tensor, "*many d k"]) -> Float[Tensor, "*many d k"]:
+    """An orthonormal basis whose first ``j`` vectors span the first ``j`` columns, for every ``j``.
+
+    Householder reflections: orthonormal to rounding even where columns are zero or dependent, which
+    then get an arbitrary direction orthogonal to the others.
+    """
+    return torch.linalg.qr(columns).Q
+
+
+def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "*many d k"]:
+    """Numbers in [-1, 1) that depend on their place and on ``seed`` alone, float32.
+
+    Start vectors need no quality beyond generic position, but must be pure and equal on every device,
+    in eager and compiled code and under ``vmap``; hence an integer hash (the finaliser of
+    MurmurHash3) and not a random generator.
+
+    Args:
+        rows: Number of rows.
+        columns: Number of columns.
+        seed: int64, ``[*]``: for each number of it, others.
+    """
+    if seed.device.type == "meta":  # shapes alone, for which torch would go through Python operation by operation
+        return torch.empty(*seed.shape, rows, columns, dtype=torch.float32, device=seed.device)
+    mask = 0xFFFFFFFF
+    place = torch.arange(rows * columns, dtype=torch.int64, device=seed.device).reshape(rows, columns)
+    x = (place + (seed * 0x9E3779B9 + 1)[..., None, None]) & mask
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
+    x = x ^ (x >> 16)
+    return x.to(torch.float32) / 2**31 - 1
+
+
+def _deflate(x: Tensor, found: Tensor) -> Tensor:
+    return x - found @ (found.mT @ x)
+
+
+def _check(matvec: Callable[[Tensor], Tensor], start: Tensor, rank: int | None, **iterations: int) -> int:
+    need_function(matvec, "matvec")
+    if not isinstance(start, Tensor) or not start.is_floating_point():
+        got = start.dtype if isinstance(start, Tensor) else type(start).__name__
+        raise TypeError(f"start: expected a floating-point tensor [d, k], got {got}")
+    if start.ndim != 2 or not start.numel():
+        raise ValueError(f"start: expected vectors [d, k], got the shape {tuple(start.shape)}")
+    d, k = start.shape
+    rank = k if rank is None else rank
+    need_integer(rank, "rank")
+    for name, value in iterations.items():
+        need_integer(value, name)
+    if not 1 <= rank <= min(d, k):
+        raise ValueError(
+            f"rank: expected 1 <= rank <= {min(d, k)} for a start of shape {(d, k)}, got {rank}; "
+            "give as many start columns as vectors are wanted, and no more vectors than rows"
+        )
+    return rank

@@ -1,0 +1,159 @@
+"""Inverses of operators; for low rank plus diagonal, without ever forming a ``d × d`` matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrkfac.core.base.arguments import need_number
+from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator, need_operator
+
+
+def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:
+    """``(M + damping I)⁻¹`` as an operator of the same class.
+
+    For a Kronecker product the damping is split between the factors (``Kronecker.shifted``).
+
+    Args:
+        operator: A symmetric matrix such that ``M + damping I`` is positive definite.
+        damping: ``λ ≥ 0``, a number or a tensor ``[]``.
+
+    Raises:
+        ValueError: If ``damping`` is a negative or non-finite number, or the entries of ``operator`` do not fit
+            together.
+        TypeError: If ``operator`` is not one of the package's operators.
+    """
+    need_number(damping, "damping", 0)
+    need_operator(operator)
+    return damped_inverse(operator, damping)
+
+
+def damped_inverse(operator: Operator, damping: float | Tensor) -> Operator:
+    """``inverse``, of what is known to be an operator."""
+    return _inverse(operator.shifted(damping))
+
+
+def _inverse(operator: Operator) -> Operator:
+    if isinstance(operator, Kronecker):
+        return Kronecker(_inverse(operator.output), _inverse(operator.input))
+    if isinstance(operator, LowRankPlusDiagonal):
+        return _woodbury(operator)
+    if isinstance(operator, Dense):
+        return _cholesky_inverse(operator)
+    if isinstance(operator, CorrectedKronecker):
+        return _inverse_in_basis(operator)
+    return Diagonal(1 / operator.diagonal)
+
+
+def _cholesky_inverse(operator: Dense) -> Dense:
+    # Rounding alone can make a matrix of large condition indefinite: a shift of a few ulps of its norm
+    # is within the factorisation's own error and keeps both the factor and the inverse positive definite.
+    norm = operator.matrix.abs().sum(dim=-1).amax(dim=-1)
+    factor = torch.linalg.cholesky(operator.shifted(_margin(operator.matrix) * norm).matrix)
+    return Dense(torch.cholesky_inverse(factor).mT)  # symmetric, and row-major so
+
+
+def _inverse_in_basis(operator: CorrectedKronecker) -> CorrectedKronecker:
+    # Differences of eigenvalues are applied: those beyond the precision of the largest are raised to it, so that
+    # the inverse stays positive definite (see woodbury).
+    groups = operator.kept, operator.output, operator.input, operator.rest
+    largest = torch.stack([values.amax() for values in groups]).amax()
+    kept, output, input, rest = (1 / values.clamp(min=_margin(values) * largest) for values in groups)
+    return CorrectedKronecker(operator.output_vectors, operator.input_vectors, kept, output, input, rest)
+
+
+def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
+    """The inverse of ``M = D + V Λ Vᵀ`` in matrix form, in O(d r²).
+
+    With ``U = D^{-1/2} V |Λ|^{1/2} = Q R`` and ``R sign(Λ) Rᵀ = P diag(μ) Pᵀ``,
+    ``M⁻¹ = D⁻¹ - D^{-1/2} Q P diag(μ / (1 + μ)) (Q P)ᵀ D^{-1/2}``: the formula of Woodbury in a basis
+    in which the capacitance matrix is diagonal. Since ``Q P`` is orthonormal to rounding, positive
+    definiteness only asks that ``μ / (1 + μ) < 1``, which is enforced with a margin of a few ulps; a
+    Cholesky factor of ``I + UᵀU`` gives no such guarantee in float32.
+
+    Directions beyond the precision (in float32, of less than 4e-6 times the largest eigenvalue) are noise: there
+    ``D`` is raised to that floor, so that the inverse is too small along them rather than too large along others.
+
+    Args:
+        operator: Positive definite, with ``D > 0``; values of either sign.
+
+    Returns:
+        Vectors ``[d, min(d, r)]``, values of the opposite signs, diagonal ``1 / D``.
+
+    Raises:
+        ValueError: If the entries of ``operator`` do not fit together.
+        TypeError: If it is no ``LowRankPlusDiagonal`` of floating-point tensors.
+    """
+    need_operator(operator, LowRankPlusDiagonal)
+    return _woodbury(operator)
+
+
+def _woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
+    margin = _margin(operator.vectors)
+    scale = torch.maximum(operator.diagonal, margin * _eigenvalues(operator).amax(dim=-1, keepdim=True)).rsqrt()
+    roots = operator.values.abs().sqrt()[..., None, :]
+    basis, triangle = torch.linalg.qr(scale[..., None] * operator.vectors * roots)
+    accurate = triangle.to(_widest(triangle))
+    mu, rotation = torch.linalg.eigh((accurate * operator.values.sign()[..., None, :]) @ accurate.mT)
+    shrinkage = mu / (1 + mu).clamp(min=torch.finfo(basis.dtype).eps)
+    vectors = scale[..., None] * (basis @ rotation.to(basis.dtype))
+    return LowRankPlusDiagonal(vectors, -shrinkage.clamp(max=1 - margin).to(basis.dtype), scale.square())
+
+
+def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
+    """The inverse of ``M = D + Σ λᵢ vᵢ vᵢᵀ`` by one rank-one update after another, in O(d r²).
+
+    With ``uᵢ = |λᵢ|^{1/2} D^{-1/2} vᵢ``, ``sᵢ = sign λᵢ`` and what the first ``i - 1`` updates left,
+    ``yᵢ = uᵢ - Σ_{j<i} cⱼ wⱼ (wⱼᵀ uᵢ)``, the formula of Sherman and Morrison gives
+    ``wᵢ = yᵢ / √(1 + sᵢ uᵢᵀ yᵢ)``, ``cᵢ = sᵢ`` and ``M⁻¹ = D⁻¹ - D^{-1/2} (Σ cᵢ wᵢ wᵢᵀ) D^{-1/2}``.
+
+    Repeated updates are not backward stable (Hashemi & Nakatsukasa 2025, arXiv 2510.01696): hence the
+    scaling by ``D^{-1/2}``, float64 inside where the device has it, positive updates first, so that
+    every matrix on the way is positive definite, and the floor of ``woodbury`` for ``D``.
+    ``woodbury`` computes the same with a fixed number of operations and is what ``inverse`` uses.
+
+    Args:
+        operator: Positive definite, with ``D > 0``; values of either sign.
+
+    Returns:
+        Vectors ``[d, r]``, values -1 or 1 (0 where the operator's are), diagonal ``1 / D``.
+
+    Raises:
+        ValueError: If the entries of ``operator`` do not fit together.
+        TypeError: If it is no ``LowRankPlusDiagonal`` of floating-point tensors.
+    """
+    need_operator(operator, LowRankPlusDiagonal)
+    dtype, accurate = operator.vectors.dtype, _widest(operator.vectors)
+    order = operator.values.argsort(descending=True)
+    values = operator.values[order].to(accurate)
+    floor = _margin(operator.vectors) * _eigenvalues(operator).sum()
+    scale = torch.maximum(operator.diagonal, floor).to(accurate).rsqrt()
+    updates = scale[:, None] * operator.vectors[:, order].to(accurate) * values.abs().sqrt()
+    signs = values.sign()
+    done = updates[:, :0]
+    for i in range(updates.shape[1]):
+        u = updates[:, i]
+        y = u - done @ (signs[:i] * (done.mT @ u))
+        pivot = 1 + signs[i] * (u * y).sum()
+        w = y / pivot.clamp(min=torch.finfo(accurate).tiny).sqrt()
+        done = torch.cat([done, w[:, None]], dim=1)
+    return LowRankPlusDiagonal((scale[:, None] * done).to(dtype), -signs.to(dtype), scale.square().to(dtype))
+
+
+def _eigenvalues(operator: LowRankPlusDiagonal) -> Tensor:
+    """Those of each positive rank-one term."""
+    return (operator.values * operator.vectors.square().sum(dim=-2)).clamp(min=0)
+
+
+def _widest(x: Tensor) -> torch.dtype:
+    """float64, or the tensor's own dtype on devices that have no float64."""
+    return x.dtype if x.device.type == "mps" else torch.float64
+
+
+def _margin(x: Tensor) -> float:
+    """How far below 1 an eigenvalue of ``W Wᵀ`` must stay for ``I - W Wᵀ`` to be positive definite after rounding.
+
+    In float64 the ratio of eigenvalues that float32 can tell apart is far from the limit.
+    """
+    return (4 if x.dtype == torch.float64 else 32) * torch.finfo(x.dtype).eps

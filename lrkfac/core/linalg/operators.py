@@ -1,0 +1,240 @@
+"""Symmetric matrices that are applied without being formed, as NamedTuples of tensors.
+
+Each class is a pytree for ``optree`` and ``torch.func`` alike. An operator knows ``matvec``, ``of_rows``,
+``to_dense``, ``trace`` and ``shifted`` (``M + shift I``) and nothing more. Of the first three, several may be
+stacked along leading axes: ``of_rows``, ``trace`` and ``shifted`` then take one argument for each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lrkfac.core.linalg.eigenbasis import CorrectedKronecker, kron
+
+
+class Diagonal(NamedTuple):
+    """``diag(diagonal)``, with ``diagonal`` ``[d]``."""
+
+    diagonal: Tensor
+
+    def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
+        """``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``."""
+        return _times_rows(self.diagonal, x)
+
+    def of_rows(self, x: Float[Tensor, "*many n d"]) -> Float[Tensor, "*many n d"]:
+        """``x M``: the matrix applied to each row of ``x``."""
+        return x * self.diagonal[..., None, :]
+
+    def to_dense(self) -> Float[Tensor, "d d"]:
+        """The matrix."""
+        return torch.diag_embed(self.diagonal)
+
+    def trace(self) -> Float[Tensor, "*many"]:
+        """The sum of the eigenvalues."""
+        return self.diagonal.sum(dim=-1)
+
+    def shifted(self, shift: float | Tensor) -> Diagonal:
+        """``M + shift I``."""
+        return Diagonal(self.diagonal + _over(shift, 1))
+
+
+class Dense(NamedTuple):
+    """A symmetric matrix held in full, ``[d, d]``."""
+
+    matrix: Tensor
+
+    def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
+        """``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``."""
+        return self.matrix @ x
+
+    def of_rows(self, x: Float[Tensor, "*many n d"]) -> Float[Tensor, "*many n d"]:
+        """``x M``: the matrix applied to each row of ``x``."""
+        return x @ self.matrix
+
+    def to_dense(self) -> Float[Tensor, "d d"]:
+        """The matrix."""
+        return self.matrix
+
+    def trace(self) -> Float[Tensor, "*many"]:
+        """The sum of the eigenvalues."""
+        return self.matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+
+    def shifted(self, shift: float | Tensor) -> Dense:
+        """``M + shift I``."""
+        identity = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
+        return Dense(self.matrix + _over(shift, 2) * identity)
+
+
+class LowRankPlusDiagonal(NamedTuple):
+    """``V diag(values) Vᵀ + diag(diagonal)``.
+
+    ``vectors`` ``[d, r]`` need not be orthonormal and ``values`` ``[r]`` may be negative, so that the
+    class is closed under inversion; ``diagonal`` is ``[d]``.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    diagonal: Tensor
+
+    def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
+        """``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``, in O(d r k)."""
+        inner = _times_rows(self.values, self.vectors.mT @ x)
+        if x.ndim == 1:
+            return self.diagonal * x + self.vectors @ inner
+        return torch.addcmul(self.vectors @ inner, self.diagonal[:, None], x)
+
+    def of_rows(self, x: Float[Tensor, "*many n d"]) -> Float[Tensor, "*many n d"]:
+        """``x M``: the matrix applied to each row of ``x``, in O(n d r)."""
+        inner = (x @ self.vectors) * self.values[..., None, :]
+        return torch.addcmul(inner @ self.vectors.mT, x, self.diagonal[..., None, :])
+
+    def to_dense(self) -> Float[Tensor, "d d"]:
+        """The matrix."""
+        return (self.vectors * self.values) @ self.vectors.mT + torch.diag_embed(self.diagonal)
+
+    def trace(self) -> Float[Tensor, "*many"]:
+        """The sum of the eigenvalues."""
+        return self.diagonal.sum(dim=-1) + (self.values * self.vectors.square().sum(dim=-2)).sum(dim=-1)
+
+    def shifted(self, shift: float | Tensor) -> LowRankPlusDiagonal:
+        """``M + shift I``."""
+        return self._replace(diagonal=self.diagonal + _over(shift, 1))
+
+
+class Kronecker(NamedTuple):
+    """``output ⊗ input``: acts on ``vec(G)``, row-major, as ``output G input``."""
+
+    output: Operator
+    input: Operator
+
+    def two_sided(self, gradient: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        """``output G input`` for a matrix ``G`` of the layer's shape."""
+        return self.input.of_rows(self.output.matvec(gradient))
+
+    def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """``x (output ⊗ input)``: applied to each row of ``x``."""
+        return self.matvec(x.mT).mT
+
+    def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
+        """``(output ⊗ input) x`` for ``x`` of shape ``[d_out d_in]`` or ``[d_out d_in, k]``."""
+        columns = x.reshape(x.shape[0], -1)
+        d_out, d_in = dimension(self.output), dimension(self.input)
+        left = self.output.matvec(columns.reshape(d_out, -1)).reshape(d_out, d_in, -1)
+        both = self.input.matvec(left.transpose(0, 1).reshape(d_in, -1)).reshape(d_in, d_out, -1)
+        return both.transpose(0, 1).reshape(x.shape)
+
+    def to_dense(self) -> Float[Tensor, "d d"]:
+        """The matrix."""
+        return kron(self.output.to_dense(), self.input.to_dense())
+
+    def trace(self) -> Float[Tensor, "*many"]:
+        """The sum of the eigenvalues."""
+        return self.output.trace() * self.input.trace()
+
+    def shifted(self, shift: float | Tensor) -> Kronecker:
+        """``(output + δ_B I) ⊗ (input + δ_A I)`` with ``δ_A δ_B = shift``: factored Tikhonov damping.
+
+        ``δ_A = π √shift`` and ``δ_B = √shift / π`` with ``π² = mean eigenvalue of the input factor /
+        mean eigenvalue of the output factor`` (Martens & Grosse 2015, arXiv 1503.05671, section 6.3).
+        It is not ``M + shift I``, which has no Kronecker form.
+        """
+        input_damping, output_damping = split_damping(self, shift)
+        return Kronecker(self.output.shifted(output_damping), self.input.shifted(input_damping))
+
+
+Operator = Diagonal | Dense | LowRankPlusDiagonal | Kronecker | CorrectedKronecker
+
+
+def dimension(operator: Operator) -> int:
+    """Number of rows of an operator."""
+    if isinstance(operator, Kronecker):
+        return dimension(operator.output) * dimension(operator.input)
+    if isinstance(operator, CorrectedKronecker):
+        return operator.output_vectors.shape[-2] * operator.input_vectors.shape[-2]
+    return operator.matrix.shape[-1] if isinstance(operator, Dense) else operator.diagonal.shape[-1]
+
+
+def mean_eigenvalue(operator: Operator) -> Tensor:
+    """``[*]``. Of a product side by side: the product of two traces may be too large for a float32."""
+    if isinstance(operator, Kronecker):
+        return mean_eigenvalue(operator.output) * mean_eigenvalue(operator.input)
+    return operator.trace() / dimension(operator)
+
+
+def split_damping(operator: Kronecker, damping: float | Tensor) -> tuple[Tensor, Tensor]:
+    """``(δ_A, δ_B)`` with ``δ_A δ_B = damping``, in proportion to the factors' mean eigenvalues.
+
+    A factor that is zero says nothing about scale: then ``π = 1``. Elsewhere ``π`` is kept within
+    1e-8 and 1e8.
+    """
+    mean_input, mean_output = mean_eigenvalue(operator.input), mean_eigenvalue(operator.output)
+    known = (mean_input > 0) & (mean_output > 0)
+    ratio = torch.where(known, mean_input, 1.0) / torch.where(known, mean_output, 1.0)
+    pi = ratio.clamp(1e-16, 1e16).sqrt()
+    root = damping**0.5
+    return root * pi, root / pi
+
+
+def _over(shift: float | Tensor, axes: int) -> float | Tensor:
+    """A number for each of several operators, with axes of length 1 behind."""
+    return shift[(..., *[None] * axes)] if isinstance(shift, Tensor) else shift
+
+
+def _times_rows(scale: Tensor, x: Tensor) -> Tensor:
+    return scale * x if x.ndim == 1 else scale[:, None] * x
+
+
+def to_dense(operator: Operator) -> Float[Tensor, "d d"]:
+    """The matrix that an operator stands for, ``[d, d]``: for tests and small problems.
+
+    Raises:
+        TypeError: If ``operator`` is not one of the package's operators, or its entries are no floating-point tensors.
+        ValueError: If their shapes or devices do not fit together.
+    """
+    need_operator(operator)
+    return operator.to_dense()
+
+
+def need_operator(given: Any, expected: Any = Operator) -> None:
+    """Refuses what is no operator (of these classes), or one whose entries do not fit together.
+
+    Raises:
+        TypeError: If it is none, or an entry is no floating-point tensor.
+        ValueError: If the shapes of entries do not fit together, or they are on different devices.
+    """
+    if not isinstance(given, expected):
+        name = "one of lrkfac's operators" if expected is Operator else f"a {expected.__name__}"
+        raise TypeError(f"operator: expected {name}, got {type(given).__name__}")
+    if isinstance(given, Kronecker):
+        need_operator(given.output)
+        need_operator(given.input)
+        return
+    entries: dict[str, Any] = given._asdict()
+    for name, x in entries.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"operator: expected floating-point tensors, got {got} as {name!r}")
+    shapes = {name: tuple(x.shape) for name, x in entries.items()}
+    if () in list(shapes.values())[:1] or _shapes(given) != shapes or len({x.device for x in entries.values()}) > 1:
+        raise ValueError(f"operator: expected entries of one {type(given).__name__}, on one device, got {shapes}")
+
+
+def _shapes(operator: Diagonal | Dense | LowRankPlusDiagonal | CorrectedKronecker) -> dict[str, tuple[int, ...]] | None:
+    """The shapes that the entries of an operator must have, from the first of them."""
+    first = tuple(operator[0].shape)
+    if isinstance(operator, Diagonal):
+        return {"diagonal": first[:1]}
+    if isinstance(operator, Dense):
+        return {"matrix": first[:1] * 2}
+    if len(first) != 2:
+        return None
+    d, r = first
+    if isinstance(operator, LowRankPlusDiagonal):
+        return {"vectors": first, "values": (r,), "diagonal": (d,)}
+    (d_in, r_in) = (*operator.input_vectors.shape, 0, 0)[:2]
+    vectors = {"output_vectors": first, "input_vectors": (d_in, r_in)}
+    return {**vectors, "kept": (r, r_in), "output": (r,), "input": (r_in,), "rest": ()}

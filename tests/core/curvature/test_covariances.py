@@ -1,0 +1,255 @@
+"""Factors by their action, against the unfolded rows of the reference; gradients as matrices."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import vmap
+
+from lrkfac import find_layers
+from lrkfac.core.curvature.covariances import factors
+from lrkfac.core.curvature.examples import example_gradients
+from lrkfac.core.evaluation.gradients import gradients_of
+from lrkfac.core.layers.matrix import from_matrices, prepared, split_groups, to_matrix
+from lrkfac.core.linalg.covariances import Covariance, RowCovariance
+from lrkfac.testing import covariances, layers
+from tests import cases, reference, reference_networks
+from tests.dispatch import LargestTensor
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+each_case = pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(found, expected, dtype=torch.float64, size=None):
+    """With a tolerance relative to the norm, or to the size of what was summed, which may cancel."""
+    assert found.shape == expected.shape and found.dtype == dtype
+    size = expected.norm() if size is None else size
+    assert (found.double() - expected).norm() <= TOLERANCE[dtype] * (1e-6 + size)
+
+
+def is_the_matrix(covariance, expected, dtype=torch.float64):
+    """Everything by which a structure knows a factor."""
+    assert isinstance(covariance, Covariance)
+    vectors = normal(len(expected), 3).to(dtype)
+    close(covariance.dense(), expected, dtype)
+    close(covariance.matvec(vectors), expected @ vectors.double(), dtype)
+    close(covariance.diagonal(), expected.diagonal(), dtype)
+    close(covariance.trace(), expected.trace(), dtype)
+
+
+def input_rows(layer, inputs, options):
+    """[groups, R, d] from the reference, for a prepared input, in which uneven padding is done."""
+    if layer.kind == "linear":
+        return reference.linear_input_rows(inputs, layer.bias is not None)
+    _, stride, padding, dilation, groups, *_ = options
+    even = [before for before, after in padding] if all(x == y for x, y in padding) else [0, 0]
+    bias = layer.bias is not None
+    return reference.conv2d_input_rows(inputs, layer.weight.shape, stride, even, dilation, groups, bias)
+
+
+def output_rows(layer, gradients):
+    """[groups, R, d_out] from the reference."""
+    if layer.kind == "linear":
+        return reference.linear_output_rows(gradients)
+    return reference.conv2d_output_rows(gradients, layer.groups)
+
+
+def input_covariance(layer, inputs):
+    """That of one group."""
+    return factors(layer, inputs, (), torch.ones(())).input
+
+
+def output_covariance(layer, gradients, scale):
+    """That of one group: the factor that needs no input."""
+    nothing = tuple(torch.empty(0, dtype=g.dtype) for g in gradients)
+    return factors(layer, nothing, gradients, scale).output
+
+
+def of_groups(layer, tensors, covariance):
+    """The covariance of each group from what all of them received."""
+    parts = split_groups(layer, tensors)
+    if layer.groups == 1:
+        return [covariance(layer, parts)]
+    return [covariance(layer, tuple(part[i] for part in parts)) for i in range(layer.groups)]
+
+
+def network_statistics(case, layer):
+    """What a layer received and the gradients at its output, ``[1, ...]``, in standard form."""
+    inputs = reference_networks.forward(case)[1][layer.name]
+    gradients = reference_networks.output_gradients(case)[layer.name]
+    return prepared(layer, (inputs,), (gradients[None],), len(case.inputs))
+
+
+def joined(layer, matrix):
+    """Weight and bias of a matrix."""
+    found = from_matrices([layer], [matrix])
+    return found[layer.weight.index], None if layer.bias is None else found[layer.bias.index]
+
+
+@each_dtype
+@given(case=layers())
+def test_input_covariance_is_that_of_the_rows(dtype, case):
+    (options,) = case.layer.options
+    expected = reference.second_moment(input_rows(case.layer, case.inputs, options))
+    found = of_groups(case.layer, (case.inputs.to(dtype),), input_covariance)
+    assert len(found) == case.layer.groups
+    for covariance, matrix in zip(found, expected, strict=True):
+        is_the_matrix(covariance, matrix, dtype)
+
+
+@each_dtype
+@given(case=layers(), scale=st.floats(0.1, 10))
+def test_output_covariance_is_that_of_the_rows(dtype, case, scale):
+    """``[k, *output]``: samples are rows too."""
+    gradients = torch.stack([case.output_gradients, 2 * case.output_gradients])
+    make = lambda layer, g: output_covariance(layer, g, torch.tensor(scale))  # noqa: E731
+    rows = output_rows(case.layer, case.output_gradients)
+    expected = 5 * torch.tensor(scale).double() * reference.second_moment(rows) * rows.shape[1]
+    for covariance, matrix in zip(of_groups(case.layer, (gradients.to(dtype),), make), expected, strict=True):
+        is_the_matrix(covariance, matrix, dtype)
+
+
+@each_case
+def test_factors_of_every_network(case):
+    scale = torch.tensor(1 / reference_networks.number_of_terms(case), dtype=torch.float64)
+    expected = reference_networks.factors(case, "empirical")
+    described = find_layers(case.model, case.params, case.inputs)
+    assert {layer.name for layer in described} == set(expected)
+    for layer in described:
+        inputs, gradients = (split_groups(layer, x) for x in network_statistics(case, layer))
+        A, B = expected[layer.name]
+        for i in range(layer.groups):
+            a, g = (tuple(x[i] for x in both) if layer.groups > 1 else both for both in (inputs, gradients))
+            found = factors(layer, a, g, scale)
+            is_the_matrix(found.input, A[i])
+            is_the_matrix(found.output, B[i])
+
+
+@given(layers())
+def test_uses_of_one_weight_are_rows_of_one_factor(case):
+    """Also with other settings, and thus another number of rows."""
+    layer, inputs = case.layer, case.inputs
+    (options,) = layer.options
+    more = options
+    if layer.kind == "conv2d":
+        more = (options[0], (1, 1), ((2, 2), (2, 2)), *options[3:])
+    layer = replace(layer, options=(options, more), kinds=layer.kinds * 2, sites=layer.sites * 2)
+    both = (inputs, torch.cat([inputs, inputs[:1] + 1]))
+    rows = [input_rows(layer, x, o) for x, o in zip(both, layer.options, strict=True)]
+    expected = reference.second_moment(torch.cat(rows, 1))
+    for covariance, matrix in zip(of_groups(layer, both, input_covariance), expected, strict=True):
+        is_the_matrix(covariance, matrix)
+
+
+@given(layers())
+def test_groups_at_once_are_groups_alone(case):
+    layer = case.layer
+    (parts,) = split_groups(layer, (case.inputs,))
+    if layer.groups == 1:
+        assert parts is case.inputs
+        return
+    V = normal(layer.d_in, 2)
+    mapped = vmap(lambda a: (input_covariance(layer, (a,)).matvec(V), input_covariance(layer, (a,)).diagonal()))(parts)
+    for i, covariance in enumerate(of_groups(layer, (case.inputs,), input_covariance)):
+        close(mapped[0][i], covariance.matvec(V))
+        close(mapped[1][i], covariance.diagonal())
+
+
+@given(layers())
+def test_half_precision_is_summed_in_float32(case):
+    layer, scale = case.layer, torch.tensor(1.0)
+
+    def both(x, g):
+        make = lambda layer, g: output_covariance(layer, g, scale)  # noqa: E731
+        return of_groups(layer, (x,), input_covariance) + of_groups(layer, (g,), make)
+
+    x, g = case.inputs.bfloat16(), case.output_gradients.bfloat16()
+    for half, single in zip(both(x, g), both(x.float(), g.float()), strict=True):
+        is_the_matrix(half, single.dense().double(), torch.float32)
+
+
+@given(covariances(dtype=torch.float64))
+def test_covariance_of_given_rows(covariance):
+    assert isinstance(covariance, RowCovariance)
+    is_the_matrix(covariance, covariance.scale * covariance.rows.mT @ covariance.rows)
+
+
+def largest(function):
+    with LargestTensor() as mode:
+        function()
+    return mode.numel
+
+
+def test_convolution_is_touched_without_unfolding():
+    """Nothing is larger than the input, where unfolding takes nine times that."""
+    x, w, k = normal(4, 16, 20, 20), normal(8, 16, 3, 3), 4
+    (layer,) = find_layers(lambda p, x: F.conv2d(x, p["w"], p["b"], padding=1), {"w": w, "b": normal(8)}, x)
+    covariance, V = input_covariance(layer, (x,)), normal(layer.d_in, k)
+    assert largest(lambda: covariance.matvec(V)) <= x.numel()
+    assert largest(lambda: covariance.diagonal()) <= x.numel()
+    assert largest(lambda: reference.conv2d_input_factor(x, w.shape, padding=1)) >= 9 * x.numel()
+
+
+def test_linear_layer_is_touched_without_the_matrix():
+    x, d, k = normal(8, 512), 512, 4
+    (layer,) = find_layers(lambda p, x: F.linear(x, p["w"], p["b"]), {"w": normal(600, d), "b": normal(600)}, x)
+    covariance, V = input_covariance(layer, (x,)), normal(d + 1, k)
+    assert largest(lambda: covariance.matvec(V)) <= 2 * x.numel()
+    assert largest(lambda: covariance.diagonal()) <= 2 * x.numel()
+    assert largest(lambda: covariance.dense()) >= d * d
+    covariance = output_covariance(layer, (normal(1, 8, 600),), torch.tensor(1.0))
+    assert largest(lambda: (covariance.matvec(normal(600, k)), covariance.diagonal(), covariance.trace())) <= 8 * 600
+
+
+@each_dtype
+@given(case=layers())
+def test_gradients_are_the_sums_of_g_times_rows(dtype, case):
+    layer, (options,) = case.layer, case.layer.options
+    a, g = input_rows(layer, case.inputs, options), output_rows(layer, case.output_gradients)
+    expected = torch.einsum("grk,grd->gkd", g, a)
+    expected = expected[0] if layer.groups == 1 else expected
+    found = gradients_of(layer, (case.inputs.to(dtype),), (case.output_gradients.to(dtype),))
+    weight, bias = joined(layer, expected)
+    assert set(found) == {layer.weight.index} | (set() if layer.bias is None else {layer.bias.index})
+    close(found[layer.weight.index], weight, dtype, size=g.norm() * a.norm())
+    if layer.bias is not None:
+        close(found[layer.bias.index], bias, dtype, size=g.norm() * a.norm())
+    assert weight.shape == layer.weight.shape and (bias is None) == (layer.bias is None)
+    leaves = [weight] if bias is None else [bias, weight]
+    assert torch.equal(to_matrix(layer, leaves), expected)
+
+
+@each_dtype
+@given(case=layers())
+def test_example_gradients_are_the_sums_over_the_rows_of_each_example(dtype, case):
+    """For each sample, and in one group what the gradient matrix is the sum of."""
+    layer, (options,) = case.layer, case.layer.options
+    n = len(case.inputs)
+    a, g = input_rows(layer, case.inputs, options), output_rows(layer, case.output_gradients)
+    split = [x.reshape(len(x), n, -1, x.shape[-1]) for x in (g, a)]
+    expected = torch.einsum("gnrk,gnrd->gnkd", *split)
+    inputs = split_groups(layer, (case.inputs.to(dtype),))
+    gradients = split_groups(layer, (torch.stack([case.output_gradients, 2 * case.output_gradients]).to(dtype),))
+    for i in range(layer.groups):
+        one = [tuple(x[i] for x in both) if layer.groups > 1 else both for both in (inputs, gradients)]
+        found = example_gradients(layer, *one)
+        close(found, torch.stack([expected[i], 2 * expected[i]]), dtype, size=g.norm() * a.norm())
+
+
+@each_case
+def test_gradients_of_every_network(case):
+    terms, expected = reference_networks.number_of_terms(case), reference_networks.gradients(case)
+    for layer in find_layers(case.model, case.params, case.inputs):
+        inputs, (gradients,) = network_statistics(case, layer)
+        found = gradients_of(layer, inputs, (gradients[0] / terms,))
+        close(found[layer.weight.index], expected[layer.weight.path])
+        if layer.bias is not None:
+            close(found[layer.bias.index], expected[layer.bias.path])

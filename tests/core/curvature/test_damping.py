@@ -1,0 +1,137 @@
+"""Blocks that are smaller by orders of magnitude, and their dampings."""
+
+import functools
+import math
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import vmap
+
+import lrkfac
+from lrkfac import dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal, unit_wise
+from lrkfac.core.curvature import refresh as groups
+from lrkfac.core.curvature.assignment import blocks
+from lrkfac.core.curvature.blocks import init, size
+
+STRUCTURES = {
+    "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
+    "dense": kronecker(dense(), dense()),
+    "diagonal": kronecker(diagonal(), diagonal()),
+    "corrected": kronecker(low_rank(2), low_rank(2), corrected=True),
+    "unit-wise": unit_wise(),
+    "layer-wise": layer_wise(),
+}
+each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
+
+
+@functools.cache
+def problem(shares, width=5, n=6):
+    """Equal layers on one input, of which each adds a share of its outputs: blocks in proportion to their squares."""
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    params = {f"l{i}": draw(width, width) / 2 for i in range(len(shares))}
+
+    def model(p, x):
+        return sum(share * F.linear(x, p[f"l{i}"]) for i, share in enumerate(shares))
+
+    x, y = draw(n, width), torch.randint(width, (n,), generator=generator)
+    layers = lrkfac.find_layers(model, params, x)
+    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, "exact")
+    return layers, params, evaluate(params, x, y)
+
+
+def dampings(shares, structure=None, damping=0.1, steps=2, **options):
+    """Of each block, the product of those of its factors, after some steps; and the last updates."""
+    layers, params, e = problem(shares)
+    tx = lrkfac.precondition_by_fisher(layers, structure, decay=0.5, balanced=True, **options)
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = tx.update(e.grads, state, params, evaluation=e, factor_damping=damping)
+    return {name: found.prod() for name, found in state.dampings.items()}, updates
+
+
+def close(found, expected):
+    for a, b in zip(optree.tree_leaves(found), optree.tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shares", [(1.0, 0.1, 0.0317), (1.0, 1.0), (1e-4,)])
+@each_structure
+def test_blocks_within_three_decades_have_one_damping(shares, structure):
+    layers, params, e = problem(shares)
+    together = lrkfac.precondition_by_fisher(layers, structure, damping=0.1, decay=0.5)
+    state = together.init(params)
+    for _ in range(2):
+        expected, state = together.update(e.grads, state, params, evaluation=e)
+    found, updates = dampings(shares, structure)
+    close(list(found.values()), [torch.tensor(0.1, dtype=torch.float64)] * len(shares))
+    close(updates, expected)
+
+
+@each_structure
+def test_beyond_damping_is_in_proportion_to_the_blocks(structure):
+    found, _ = dampings((1.0, 0.1, 0.01), structure)
+    close(found, {f"l{i}": torch.tensor(0.1 * 100.0**-i, dtype=torch.float64) for i in range(3)})
+
+
+def test_between_it_is_a_power_of_the_proportion():
+    """A block of 10^-3.25 of the largest is halfway: damping is divided by the root of that."""
+    found, _ = dampings((1.0, math.sqrt(10**-3.25)), STRUCTURES["dense"])
+    assert found["l1"].item() == pytest.approx(0.1 * 10 ** (-3.25 / 2))
+
+
+def test_no_block_has_less_than_a_millionth_and_a_silent_one_has_it_whole():
+    found, updates = dampings((1.0, 1e-9, 0.0), STRUCTURES["dense"])
+    assert [x.item() for x in found.values()] == pytest.approx([0.1, 1e-7, 0.1])
+    assert all(leaf.isfinite().all() for leaf in optree.tree_leaves(updates))
+
+
+def test_the_first_statistics_find_nothing_known():
+    found, _ = dampings((1.0, 1e-3), STRUCTURES["dense"], steps=1)
+    close(list(found.values()), [torch.tensor(0.1, dtype=torch.float64)] * 2)
+
+
+@each_structure
+def test_together_equals_one_by_one(monkeypatch, structure):
+    found = dampings((1.0, 0.1, 0.01), structure)
+    monkeypatch.setattr(groups, "LARGEST", 0)
+    close(found, dampings((1.0, 0.1, 0.01), structure))
+
+
+@each_structure
+def test_under_vmap_over_dampings(structure):
+    """As the quadratic model tries them."""
+    problem((1.0, 0.1, 0.01))  # draws outside of vmap
+    tried = torch.tensor([0.01, 0.1], dtype=torch.float64)
+    found = vmap(lambda damping: dampings((1.0, 0.1, 0.01), structure, damping)[1])(tried)
+    for i in range(2):
+        expected = dampings((1.0, 0.1, 0.01), structure, tried[i])[1]
+        close(optree.tree_map(lambda x, i=i: x[i], found), expected)
+
+
+@pytest.mark.parametrize("structure", [*STRUCTURES.values(), full()], ids=[*STRUCTURES, "full"])
+def test_mean_eigenvalue_is_that_of_the_explicit_block(structure):
+    """``F = Σ_n a aᵀ ⊗ (diag(p) - p pᵀ) / N``, or the product of the means of both."""
+    (layers, params, e), share = problem((0.3,)), 0.3
+    (x,) = e.statistics.inputs["l0"]
+    p = torch.softmax(share * F.linear(x, params["l0"]), dim=-1)
+    a, b = x.square().sum(-1), share**2 * (1 - p.square().sum(-1))
+    product = structure in (STRUCTURES["low rank"], STRUCTURES["dense"], STRUCTURES["diagonal"])
+    expected = a.mean() * b.mean() if product else (a * b).mean()
+    tx = lrkfac.precondition_by_fisher(layers, structure, decay=0.0)
+    _, state = tx.update(e.grads, tx.init(params), params, evaluation=e)
+    (block,) = blocks(layers, structure, None)
+    torch.testing.assert_close(size(block, state.factors[block.name]), expected / params["l0"].numel())
+
+
+def test_of_groups_it_is_the_mean():
+    structure, weight = STRUCTURES["low rank"], torch.randn(4, 6, 3, dtype=torch.float64)
+    layers = lrkfac.find_layers(lambda p, x: F.conv1d(x, p, groups=2).mean(2), weight, torch.ones(5, 12, 6).double())
+    (block,) = blocks(layers, structure, None)
+    draw = lambda leaf: torch.rand_like(leaf) if leaf.is_floating_point() else leaf  # noqa: E731
+    state = optree.tree_map(draw, init(block, [weight]))
+    each = vmap(lambda one: block.structure.operator(one).to_dense())(state)
+    expected = each.diagonal(dim1=-2, dim2=-1).mean()
+    torch.testing.assert_close(size(block, state), expected)

@@ -1,0 +1,263 @@
+"""Corrected eigenvalues: the diagonal of the explicit block in the factors' basis, and textbook EKFAC."""
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import grad
+
+import lrkfac
+from lrkfac import dense, diagonal, find_layers, fisher, kronecker, low_rank, low_rank_plus_diagonal
+from lrkfac import precondition_by_fisher as by_fisher
+from lrkfac.core.curvature.assignment import blocks
+from lrkfac.core.curvature.blocks import Held, identity, init, refresh
+from lrkfac.core.curvature.ekfac import CorrectedStructure, basis
+from lrkfac.core.curvature.kronecker import KroneckerStructure
+from lrkfac.core.linalg.covariances import RowCovariance
+from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
+from lrkfac.core.linalg.moments import Moments
+from lrkfac.testing import check_transformation, seeds
+from lrkfac.testing.strategies import corrected_kroneckers
+from tests import cases, reference_networks
+from tests.compiling import traced
+
+FACTORS = {
+    "dense": (dense(), dense()),
+    "low rank": (low_rank(2), low_rank(2)),
+    "low rank plus diagonal": (low_rank(2), low_rank_plus_diagonal(1)),
+    "mixed": (low_rank_plus_diagonal(2), dense()),
+    "diagonal": (diagonal(), diagonal()),
+}
+each_structure = pytest.mark.parametrize("name", FACTORS)
+each_case = pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
+
+
+def evaluator(case):
+    layers = find_layers(case.model, case.params, case.inputs)
+    likelihood = getattr(lrkfac, case.likelihood)(**case.likelihood_options)
+    made = fisher(case.model, likelihood, layers, "exact")
+    return layers, lambda params: made(params, case.inputs, case.targets)
+
+
+def evaluate(case):
+    layers, evaluation = evaluator(case)
+    return layers, evaluation(case.params)
+
+
+def states(case, structure):
+    """``(layer, structure, state)`` of each group of each layer after one batch."""
+    layers, e = evaluate(case)
+    leaves = [case.params[p.path] for p in layers.parameters]
+    for block in blocks(layers, structure, None):
+        state, *_ = refresh(block, identity(block, init(block, leaves)), e.statistics, 0.1, 0.9)
+        (layer,) = block.layers
+        for i in range(layer.groups):
+            one = optree.tree_map(lambda x, i=i: x[i], state) if layer.groups > 1 else state
+            yield layer.name, i, block.structure, one
+
+
+def is_the_part_of(block, u, v, found, rtol=1e-9):
+    """``found`` is the nearest to ``block`` of all operators of its form along ``u`` and ``v``."""
+    d_out, d_in, scale = len(u), len(v), block.trace()
+    cube = block.reshape(d_out, d_in, d_out, d_in)
+    for w in (u, v):
+        torch.testing.assert_close(w.mT @ w, torch.eye(w.shape[1]).double(), rtol=0, atol=1e-10)
+    others = [torch.eye(len(w)).double() - w @ w.mT for w in (u, v)]
+    kept = torch.einsum("oa,ib,oipj,pa,jb->ab", u, v, cube, u, v)
+    output = torch.einsum("oa,oipj,pa,ij->a", u, cube, u, others[1])
+    input = torch.einsum("ib,oipj,jb,op->b", v, cube, v, others[0])
+    rest = torch.einsum("oipj,op,ij->", cube, *others)
+    more_out, more_in = (w.shape[0] - w.shape[1] for w in (u, v))
+    pairs = [
+        (found.kept, kept),
+        (found.output * more_in, output),
+        (found.input * more_out, input),
+        (found.rest * more_out * more_in, rest),
+        (found.trace(), block.trace()),
+    ]
+    for one, expected in pairs:
+        assert (one - expected).abs().max() <= rtol * scale
+
+
+@each_case
+@each_structure
+def test_average_is_the_diagonal_of_the_explicit_block(case, name):
+    """With and without sharing, for groups, whatever holds the factors; the trace is kept."""
+    for layer, i, _, state in states(case, kronecker(*FACTORS[name], corrected=True)):
+        block = reference_networks.gauss_newton_blocks(case, layer)[i]
+        found = state.average
+        is_the_part_of(block, found.output_vectors, found.input_vectors, found)
+        values = torch.linalg.eigvalsh(found.to_dense())
+        assert values[0] >= -1e-12 * values[-1]
+
+
+@pytest.mark.parametrize("case", cases.LINEAR, ids=lambda case: case.name)
+def test_dense_factors_without_sharing_are_textbook_ekfac(case):
+    """``U_B ((U_Bᵀ G U_A) / (S + λ)) U_Aᵀ`` with ``S = E (U_Bᵀ G_n U_A)²``."""
+    layers, e = evaluate(case)
+    tx = by_fisher(layers, kronecker(dense(), dense(), corrected=True), damping=0.03)
+    found, _ = tx.update(e.grads, tx.init(case.params), case.params, evaluation=e)
+    outputs, inputs = reference_networks.forward(case)
+    roots = reference_networks.output_hessian_root(case.likelihood, outputs, **case.likelihood_options)
+    factors, jacobians = reference_networks.factors(case, "exact"), reference_networks.output_jacobians(case)
+    for name, layer in case.layers.items():
+        A, B = (torch.linalg.eigh(factor[0]).eigenvectors for factor in factors[name])
+        (a,) = reference_networks.layer_input_rows(layer, inputs[name])
+        g = torch.einsum("mkc,mkno->cno", roots, jacobians[name])  # only those of the own example are not 0
+        S = torch.einsum("cno,ni->cnoi", g @ B, a @ A).square().sum((0, 1)) / len(a)
+        G = reference_networks.gradient_matrix(case, name, e.grads)[0]
+        natural = B @ ((B.T @ G @ A) / (S + 0.03)) @ A.T
+        for path, x in reference_networks.layer_gradients(case, name, natural[None]).items():
+            torch.testing.assert_close(found[path], x, rtol=1e-8, atol=1e-10)
+
+
+@each_case
+@pytest.mark.parametrize("name", ["dense", "low rank", "diagonal"])
+def test_nearer_to_the_block_than_the_product(case, name):
+    """In Frobenius norm, where the product is diagonal in the same basis."""
+    for layer, i, structure, state in states(case, kronecker(*FACTORS[name], corrected=True)):
+        block = reference_networks.gauss_newton_blocks(case, layer)[i]
+        product = structure.factors.operator(state.factors)
+        error = (block - structure.operator(state).to_dense()).norm()
+        assert error <= (block - product.to_dense()).norm() + 1e-9 * block.norm()
+
+
+def test_full_rank_equals_dense():
+    case = cases.LINEAR[0]
+    for _, _, _, state in states(case, kronecker(dense(), dense(), corrected=True)):
+        whole = state.average
+        d_out, d_in = len(whole.output_vectors), len(whole.input_vectors)
+        structure = CorrectedStructure(KroneckerStructure(low_rank(d_in, iterations=3), low_rank(d_out, iterations=3)))
+        start = structure.init(d_in, d_out, whole.kept)
+        one = torch.tensor(1.0).double()
+        A, B = (root(factor.matrix) for factor in (state.factors.input, state.factors.output))
+        found = structure.update(start, RowCovariance(B, one), RowCovariance(A, one), Same(whole), 0.9)
+        is_the_part_of(whole.to_dense(), found.average.output_vectors, found.average.input_vectors, found.average)
+        assert (found.average.to_dense() - whole.to_dense()).norm() <= 1e-6 * whole.to_dense().norm()
+
+
+def root(matrix):
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()).mT
+
+
+class Same:
+    """A batch whose gradients have the second moment of an operator."""
+
+    def __init__(self, operator):
+        self.moments = operator.moments
+
+
+# Over time --------------------------------------------------------------------------------------------
+
+
+@given(corrected_kroneckers(36, torch.float64), st.data(), seeds)
+def test_moments_in_other_bases_are_those_of_the_matrix(operator, data, seed):
+    generator, matrix = torch.Generator().manual_seed(seed), operator.to_dense()
+    u, v = (
+        torch.linalg.qr(torch.randn(d, data.draw(st.integers(1, d)), generator=generator).double()).Q
+        for d in (len(operator.output_vectors), len(operator.input_vectors))
+    )
+    cube = matrix.reshape(len(u), len(v), len(u), len(v))
+    expected = Moments(
+        torch.einsum("oa,ib,oipj,pa,jb->ab", u, v, cube, u, v),
+        torch.einsum("oa,oipi,pa->a", u, cube, u),
+        torch.einsum("ib,oioj,jb->b", v, cube, v),
+        matrix.trace(),
+    )
+    for found, value in zip(operator.moments(u, v), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-11)
+    same = operator.moments(operator.output_vectors, operator.input_vectors)
+    torch.testing.assert_close(same.kept, operator.kept, rtol=1e-9, atol=1e-11)
+
+
+@each_structure
+def test_traces_are_averaged_exactly(name):
+    """Two batches with decay ``ρ`` weigh ``ρ / (1 + ρ)`` and ``1 / (1 + ρ)``, though the bases turn."""
+    case, decay = cases.CONVOLUTION[0], 0.6
+    second = case._replace(inputs=case.inputs.flip(0) * 2 + 1)
+    layers, e = evaluate(case)
+    _, other = evaluate(second)
+    for block in blocks(layers, kronecker(*FACTORS[name], corrected=True), None):
+        state = init(block, [case.params[p.path] for p in layers.parameters])
+        for one in (e, other):
+            state, *_ = refresh(block, Held(state, (), ()), one.statistics, 0.1, decay)
+        found = state.average
+        matrices = [reference_networks.gauss_newton_blocks(c, block.name)[0] for c in (case, second)]
+        expected = (decay * matrices[0] + matrices[1]) / (1 + decay)
+        torch.testing.assert_close(found.trace(), expected.trace(), rtol=1e-9, atol=0)
+        if name == "diagonal":  # the only bases that do not turn
+            is_the_part_of(expected, found.output_vectors, found.input_vectors, found)
+
+
+def test_bases_are_orthonormal_where_directions_are_missing():
+    vectors = torch.randn(6, 3).double() * torch.tensor([1.0, 0.0, 1.0])
+    u = basis(lrkfac.LowRankPlusDiagonal(vectors, torch.ones(3).double(), torch.ones(6).double()))
+    torch.testing.assert_close(u.mT @ u, torch.eye(3).double())
+
+
+# Steps ------------------------------------------------------------------------------------------------
+
+
+@each_structure
+@pytest.mark.parametrize("case", [cases.SEQUENCE[0], cases.CONVOLUTION[3]], ids=lambda case: case.name)
+def test_laws(case, name):
+    """With ``"reduce"`` factors of few examples have the eigenvalue 0 often: then a dense basis is arbitrary."""
+    layers, evaluation = evaluator(case)
+    treatment = "reduce" if name in ("low rank", "diagonal") else "expand"
+    tx = by_fisher(layers, kronecker(*FACTORS[name], treatment, corrected=True), damping=0.1, decay=0.7)
+    check_transformation(tx, case.params, lambda p: ((e := evaluation(p)).grads, {"evaluation": e}))
+
+
+@each_structure
+def test_float32_at_tiny_damping_goes_downhill(name):
+    case = cases.CONVOLUTION[0]
+    params = {k: p.float() for k, p in case.params.items()}
+    case = case._replace(params=params, inputs=case.inputs.float())
+    layers, e = evaluate(case)
+    tx = by_fisher(layers, kronecker(*FACTORS[name], corrected=True), damping=1e-12)
+    updates, state = tx.update(e.grads, tx.init(params), params, evaluation=e)
+    for inverse in state.inverses.values():
+        values = torch.linalg.eigvalsh(optree.tree_map(torch.Tensor.double, inverse).to_dense())
+        assert values[0] > 0
+    assert sum((updates[k] * e.grads[k]).sum() for k in params) > 0
+
+
+def test_applied_in_float32_the_inverse_stays_positive():
+    """Also where eigenvalues are further apart than the precision."""
+    u, v = (torch.linalg.qr(torch.randn(d, 2)).Q for d in (20, 30))
+    apart = lrkfac.inverse(
+        CorrectedKronecker(u, v, torch.ones(2, 2), *torch.full((3, 2), 1e-9)[:2], torch.tensor(1e-9))
+    )
+    for x in (torch.outer(a, b) for a in u.mT for b in v.mT):
+        assert (x * apart.two_sided(x)).sum() > 0
+
+
+@pytest.mark.parametrize("name", ["dense", "low rank plus diagonal"])
+def test_compiled_equals_eager(name):
+    torch.compiler.reset()
+    case = cases.CONVOLUTION[3]
+    layers, e = evaluate(case)
+    tx = by_fisher(layers, kronecker(*FACTORS[name], corrected=True))
+    step = lambda e, state: tx.update(e.grads, state, evaluation=e)[0]  # noqa: E731
+    e, state = e._replace(product=None, quadratic=None, gram=None, loss_at=None, aux=None), tx.init(case.params)
+    found = traced(step)(e, state)
+    for key, x in step(e, state).items():
+        torch.testing.assert_close(found[key], x, rtol=1e-8, atol=1e-10)
+
+
+def test_damping_may_be_a_tensor_and_differentiated():
+    case = cases.LINEAR[0]
+    layers, e = evaluate(case)
+
+    def length(damping, structure):
+        tx = by_fisher(layers, structure, damping=damping)
+        updates, _ = tx.update(e.grads, tx.init(case.params), case.params, evaluation=e)
+        return sum(x.square().sum() for x in updates.values())
+
+    structure, damping = kronecker(low_rank(2), low_rank(2), corrected=True), torch.tensor(0.1).double()
+    found = grad(length)(damping, structure)
+    small = 1e-6
+    expected = (length(damping + small, structure) - length(damping - small, structure)) / (2 * small)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)

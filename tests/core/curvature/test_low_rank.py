@@ -1,0 +1,248 @@
+"""Low-rank factors: exact in what they promise, and near the best possible in the rest."""
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrkfac import LowRankPlusDiagonal, inverse, low_rank, low_rank_plus_diagonal, subspace_iteration, to_dense
+from lrkfac.core.curvature.factors import DenseStructure
+from lrkfac.core.linalg.covariances import RowCovariance
+from lrkfac.testing import check_structure, covariances, dtypes, seeds
+from tests import reference
+
+STRUCTURES = {
+    "low_rank": low_rank,
+    "truncated": lambda rank: low_rank(rank, residual="none"),
+    "by power iteration": lambda rank: low_rank(rank, method="power", iterations=3),
+    "plus diagonal": low_rank_plus_diagonal,
+    "off-diagonal": lambda rank: low_rank_plus_diagonal(rank, fit="off_diagonal"),
+    "plus diagonal by power iteration": lambda rank: low_rank_plus_diagonal(rank, method="power", iterations=2),
+    "low rank, weighted": lambda rank: low_rank(rank, weight=2.0),
+    "plus diagonal, weighted": lambda rank: low_rank_plus_diagonal(rank, weight=0.5),
+}
+EVERY = pytest.mark.parametrize("make", STRUCTURES.values(), ids=STRUCTURES.keys())
+
+
+def averaged(structure, batches, decay=0.9):
+    """The structure's state after some batches, and the dense average."""
+    state = structure.init(batches[0].rows.shape[1], batches[0].rows)
+    for batch in batches:
+        state = structure.update(state, batch, decay)
+    return state, reference.running_averages([batch.dense().double() for batch in batches], decay)[-1]
+
+
+def changing(d, n, steps, dtype=torch.float64, seed=0):
+    """Batches from one distribution with a decaying spectrum in a rotated basis."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    scales = torch.logspace(0, -2, d, dtype=torch.float64)
+    rows = torch.randn(steps, n, d, generator=generator, dtype=torch.float64) * scales @ basis
+    return [RowCovariance(x.to(dtype), torch.tensor(1 / n, dtype=dtype)) for x in rows]
+
+
+@EVERY
+@given(dimension=st.integers(1, 12), rank=st.integers(1, 14), dtype=dtypes, seed=seeds)
+def test_laws(make, dimension, rank, dtype, seed):
+    check_structure(make(rank), dimension, dtype=dtype, seed=seed)
+
+
+@EVERY
+@given(covariance=covariances(12, torch.float64), decay=st.floats(0, 0.99))
+def test_full_rank_is_exact(make, covariance, decay):
+    structure = make(covariance.rows.shape[1])
+    state, expected = averaged(structure, [covariance, RowCovariance(2 * covariance.rows, covariance.scale)], decay)
+    if structure.__class__.__name__ == "LowRankPlusDiagonalStructure" and structure.fit == "off_diagonal":
+        torch.testing.assert_close(to_dense(structure.operator(state)).diagonal(), expected.diagonal())
+        return
+    error = (to_dense(structure.operator(state)) - expected).norm()
+    assert error <= 1e-12 * expected.norm()
+
+
+@given(covariances(16), st.integers(1, 6), st.floats(0, 0.99))
+def test_low_rank_keeps_the_trace(covariance, rank, decay):
+    batches = [covariance, RowCovariance(covariance.rows.flip(1), covariance.scale)]
+    state, expected = averaged(low_rank(rank), batches, decay)
+    eps = torch.finfo(covariance.rows.dtype).eps
+    found = to_dense(low_rank(rank).operator(state)).trace().double()
+    assert (found - expected.trace()).abs() <= 100 * eps * expected.trace()
+
+
+@given(covariances(16), st.integers(1, 6), st.floats(0, 0.99), st.floats(0, 10))
+def test_a_weight_multiplies_what_is_left_out_of_the_vectors_and_nothing_else(covariance, rank, decay, weight):
+    """The average goes on unweighted."""
+    batches = [covariance, RowCovariance(covariance.rows.flip(1), covariance.scale)]
+    for make in (low_rank, low_rank_plus_diagonal):
+        plain, weighted = make(rank), make(rank, weight=weight)
+        (state, _), (same, _) = averaged(plain, batches, decay), averaged(weighted, batches, decay)
+        assert all(torch.equal(x, y) for x, y in zip(state, same, strict=True))
+        V, values = state.vectors, state.values
+        d, identity = len(V), torch.eye(len(V), dtype=V.dtype)
+        rest = torch.diag(state.diagonal) if make is low_rank_plus_diagonal else state.residual * (identity - V @ V.mT)
+        expected = V * values @ V.mT + weight * rest
+        tolerance = 100 * d * torch.finfo(V.dtype).eps * (1 + weight)
+        assert (to_dense(weighted.operator(state)) - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("fit", ["alternating", "off_diagonal"])
+@given(covariances(16), st.integers(1, 6), st.floats(0, 0.99))
+def test_low_rank_plus_diagonal_keeps_the_diagonal(fit, covariance, rank, decay):
+    structure = low_rank_plus_diagonal(rank, fit)
+    batches = [covariance, RowCovariance(covariance.rows.flip(1), covariance.scale)]
+    state, expected = averaged(structure, batches, decay)
+    assert (state.diagonal >= 0).all() and (state.values >= 0).all()
+    eps = torch.finfo(covariance.rows.dtype).eps
+    found = to_dense(structure.operator(state)).diagonal().double()
+    assert (found - expected.diagonal()).abs().max() <= 100 * eps * expected.diagonal().max()
+
+
+@pytest.mark.parametrize("rank", [2, 5, 10])
+def test_low_rank_is_near_the_best_truncation(rank):
+    state, average = averaged(low_rank(rank), changing(30, 20, 15))
+    best = reference.truncated(average, rank, residual="isotropic")
+    found = to_dense(low_rank(rank).operator(state))
+    assert (found - average).norm() <= 1.1 * (best - average).norm()
+
+
+@pytest.mark.parametrize("rank", [2, 5, 10])
+def test_low_rank_plus_diagonal_is_near_the_fit_iterated_to_convergence(rank):
+    generator = torch.Generator().manual_seed(1)
+    loadings = torch.randn(30, rank, generator=generator, dtype=torch.float64)
+    noise = torch.randn(400, 30, generator=generator, dtype=torch.float64)
+    scales = torch.logspace(-1, 0.5, 30, dtype=torch.float64)
+    rows = torch.randn(400, rank, generator=generator, dtype=torch.float64) @ loadings.mT + noise * scales
+    batch = RowCovariance(rows, torch.tensor(1 / 400, dtype=torch.float64))
+    structure = low_rank_plus_diagonal(rank)
+    state, average = averaged(structure, [batch] * 160)
+    vectors, values, diagonal = reference.low_rank_plus_diagonal_dense(average, rank)
+    best = (vectors * values) @ vectors.mT + torch.diag(diagonal)
+    truncated = reference.truncated(average, rank, residual="isotropic")
+    found = to_dense(structure.operator(state))
+    assert (found - average).norm() <= 1.1 * (best - average).norm()
+    assert (found - average).norm() < (truncated - average).norm()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [low_rank, low_rank_plus_diagonal, lambda rank: low_rank(rank, method="power")],
+    ids=["subspace", "diagonal", "power"],
+)
+def test_a_new_direction_is_found_from_a_warm_basis(make):
+    """The new direction is orthogonal to the warm basis: only fresh columns can find it."""
+    d = 20
+    first, second = torch.zeros(8, d, dtype=torch.float64), torch.zeros(8, d, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    first[:, :3] = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    second[:, 10:13] = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    batches = [RowCovariance(x, torch.tensor(1 / 8, dtype=torch.float64)) for x in [first] * 5 + [second] * 60]
+    structure = make(3)
+    state, average = averaged(structure, batches, decay=0.8)
+    assert (to_dense(structure.operator(state)) - average).norm() < 0.02 * average.norm()
+
+
+@pytest.fixture(scope="module")
+def digits_factor():
+    """Inputs of the second layer of a 64-256-256-10 tanh network after 400 Adam steps on digits."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images[:1500] / 16, dtype=torch.float32), torch.tensor(labels[:1500])
+    layers = [torch.nn.Linear(64, 256), torch.nn.Linear(256, 256), torch.nn.Linear(256, 10)]
+    net = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), layers[2])
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(400):
+        batch = torch.randint(0, 1500, (128,))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        rows = torch.cat([layers[0](x).tanh(), torch.ones(1500, 1)], dim=1)
+    return RowCovariance(rows, torch.tensor(1 / 1500))
+
+
+@pytest.mark.parametrize("residual", ["none", "isotropic"])
+def test_quality_at_rank_50_of_the_digits_factor(digits_factor, residual):
+    matrix = digits_factor.dense().double()
+    damped = torch.eye(257, dtype=torch.float64) * 0.1
+    exact = torch.linalg.inv(matrix + damped)
+
+    def error(operator):
+        return (to_dense(optree.tree_map(torch.Tensor.double, operator)) - exact).norm()
+
+    best = (torch.linalg.inv(reference.truncated(matrix, 50, residual) + damped) - exact).norm()
+    cold = low_rank(50, residual, iterations=6)
+    state = cold.update(cold.init(257, digits_factor.rows), digits_factor, 0.9)
+    assert error(cold.inverse(state, 0.1)) <= 1.05 * best
+    warm = low_rank(50, residual)
+    for _ in range(5):
+        state = warm.update(state, digits_factor, 0.9)
+        assert error(warm.inverse(state, 0.1)) <= 1.05 * best
+    if residual == "none":
+        start = torch.randn(257, 60)
+        vectors, values = subspace_iteration(digits_factor.matvec, start, rank=50, iterations=6)
+        truncated = LowRankPlusDiagonal(vectors, values, torch.zeros(257))
+        assert error(inverse(truncated, 0.1)) <= 1.05 * best
+
+
+@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
+@pytest.mark.parametrize("ratio", [1e4, 1e8])
+def test_float32_inverse_stays_positive_definite(make, ratio):
+    rows = torch.randn(64, 300) * torch.logspace(0, -6, 300)
+    batch = RowCovariance(rows, torch.tensor(1 / 64))
+    state, average = averaged(make(20), [batch] * 3)
+    damping = torch.linalg.matrix_norm(average, 2).item() / ratio
+    found = to_dense(optree.tree_map(torch.Tensor.double, make(20).inverse(state, damping)))
+    assert torch.linalg.eigvalsh((found + found.mT) / 2)[0] > 0
+
+
+@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
+@pytest.mark.parametrize("damping", [1e-2, 1e-6])
+def test_float32_preconditions_as_float64_where_one_direction_stands_out(make, damping):
+    """Raw pixels: fewer rows than columns, the mean's eigenvalue 1e9 times the damping."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (16, 784), generator=generator).double()
+    gradient = rows.mT @ torch.randn(16, 1, generator=generator, dtype=torch.float64)
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        batch = RowCovariance(rows.to(dtype), torch.tensor(1 / 16, dtype=dtype))
+        structure = make(32)
+        state = structure.init(784, batch.rows)
+        for _ in range(3):
+            state = structure.update(state, batch, 0.95)
+        found[dtype] = structure.inverse(state, damping).matvec(gradient.to(dtype)).double()
+    # Never longer; the diagonal, which is rounding here, may make it shorter.
+    assert found[torch.float32].norm() <= 1.1 * found[torch.float64].norm()
+    if make is low_rank:
+        assert (found[torch.float32] - found[torch.float64]).norm() <= 0.1 * found[torch.float64].norm()
+
+
+@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
+def test_small_factors_are_held_densely(make):
+    assert isinstance(make(8).fitted(10), DenseStructure)
+    assert make(8).fitted(11) == make(8)
+    assert isinstance(make(8).fitted(1), DenseStructure)
+
+
+@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"rank": 0}, ValueError, "rank: expected an integer >= 1, got 0"),
+        ({"rank": 2.0}, TypeError, "rank: expected an integer"),
+        ({"rank": True}, TypeError, "rank: expected an integer"),
+        ({"rank": 2, "iterations": 0}, ValueError, "iterations: expected an integer >= 1"),
+        ({"rank": 2, "method": "lanczos"}, ValueError, "method: expected one of"),
+    ],
+)
+def test_bad_arguments_are_refused(make, arguments, error, words):
+    with pytest.raises(error, match=words):
+        make(**arguments)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="residual: expected one of"):
+        low_rank(2, residual="diagonal")
+    with pytest.raises(ValueError, match="fit: expected one of"):
+        low_rank_plus_diagonal(2, fit="best")

@@ -1,0 +1,281 @@
+"""Evaluations of a batch: loss, gradients and factors are the reference's for every network."""
+
+from operator import attrgetter
+
+import optree
+import pytest
+import torch
+from torch.func import grad, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+import lrkfac
+from lrkfac import find_layers, fisher
+from lrkfac.core.curvature import covariances
+from lrkfac.core.layers.matrix import split_groups
+from lrkfac.testing import gradients
+from tests import cases, reference_networks
+
+CASE = cases.LINEAR[0]
+P, X, Y = CASE.params, CASE.inputs, CASE.targets
+DISCRETE_AND_GAUSSIAN = [*cases.LINEAR[:3], cases.SEQUENCE[2], cases.CONVOLUTION[3]]
+
+
+def each(*chosen):
+    return pytest.mark.parametrize("case", chosen, ids=attrgetter("name"))
+
+
+each_estimator = pytest.mark.parametrize("estimator", ["mc", "exact", "empirical", "forward_only"])
+with_and_without = pytest.mark.parametrize("statistics", [True, False], ids=["statistics", "gradient"])
+
+
+def close(found, expected, rtol=1e-10, atol=1e-12):
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+def likelihood(case):
+    return getattr(lrkfac, case.likelihood)(**case.likelihood_options)
+
+
+def described(case, bias="joint"):
+    return find_layers(case.model, case.params, case.inputs, bias=bias)
+
+
+def evaluator(case, estimator="mc", bias="joint", **options):
+    return fisher(case.model, likelihood(case), described(case, bias), estimator, **options)
+
+
+def evaluate(case, estimator="mc", statistics=True, noise=None, **options):
+    noise = noise if estimator == "mc" else None
+    return evaluator(case, estimator, **options)(case.params, case.inputs, case.targets, statistics, noise)
+
+
+def factors(case, evaluation):
+    """``A`` and ``B`` of every layer, each ``[groups, d, d]``."""
+    result, (recorded, gradients, scale) = {}, evaluation.statistics
+    for layer in described(case):
+
+        def one(a, g, layer=layer):
+            found = covariances.factors(layer, a, g, scale)
+            return reference_networks.Factors(found.input.dense(), found.output.dense())
+
+        rows = (split_groups(layer, tensors[layer.name]) for tensors in (recorded, gradients))
+        result[layer.name] = vmap(one)(*rows) if layer.groups > 1 else optree.tree_map(lambda m: m[None], one(*rows))
+    return result
+
+
+def in_dtype(case, dtype):
+    return case._replace(params=optree.tree_map(lambda p: p.to(dtype), case.params), inputs=case.inputs.to(dtype))
+
+
+def noise_for(case, samples=1):
+    outputs, generator = case.model(case.params, case.inputs), torch.Generator().manual_seed(1)
+    return torch.rand(samples, *outputs.shape, generator=generator, dtype=torch.float64)
+
+
+@each(*cases.ALL)
+@pytest.mark.parametrize("estimator", ["mc", "exact", "empirical", "forward_only", None])
+def test_loss_and_gradients_are_those_of_autograd(case, estimator):
+    bias = "separate" if estimator == "exact" else "joint"
+    found = evaluate(case, estimator or "mc", statistics=estimator is not None, bias=bias)
+    close(found.loss, reference_networks.loss(case))
+    optree.tree_map(close, found.grads, reference_networks.gradients(case))
+    assert torch.equal(found.outputs, case.model(case.params, case.inputs))
+    assert found.aux is None and (found.statistics is None) == (estimator is None)
+    other = optree.tree_map(lambda p: p + 0.1, case.params)
+    close(found.loss_at(other), reference_networks.loss(case, other))
+
+
+@each(*cases.ALL)
+@pytest.mark.parametrize("estimator", ["exact", "empirical", "forward_only"])
+def test_factors_are_those_of_the_reference(case, estimator):
+    expected = reference_networks.factors(case, estimator)
+    optree.tree_map(close, factors(case, evaluate(case, estimator)), expected)
+
+
+@each(*DISCRETE_AND_GAUSSIAN)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_monte_carlo_is_exact_in_expectation(case, samples):
+    """Over 1000 copies of the batch; the error of the mean is below 8 % of the norm."""
+    inputs, targets = (x.repeat(1000, *[1] * (x.ndim - 1)) for x in (case.inputs, case.targets))
+    many = case._replace(inputs=inputs, targets=targets)
+    found = factors(case, evaluate(many, samples=samples, noise=noise_for(many, samples)))
+    for name, B in reference_networks.exact_output_factors(case).items():
+        assert (found[name].B - B).norm() <= 0.08 * B.norm()
+
+
+@each(*DISCRETE_AND_GAUSSIAN)
+def test_samples_are_averaged(case):
+    """``k`` samples give the mean of ``k`` single ones, and are unbiased if those are."""
+    noise = noise_for(case, 4)
+    found = factors(case, evaluate(case, samples=4, noise=noise))
+    single = [factors(case, evaluate(case, noise=u[None])) for u in noise]
+    for name, (_, B) in found.items():
+        close(B, torch.stack([one[name].B for one in single]).mean(0))
+
+
+@each(*DISCRETE_AND_GAUSSIAN)
+def test_sampled_gradients_are_those_at_the_labels(case):
+    noise = noise_for(case)
+    labels = likelihood(case).sample(case.model(case.params, case.inputs), noise[0])
+    found = evaluate(case, noise=noise).statistics.output_gradients
+    for name, g in reference_networks.output_gradients(case._replace(targets=labels)).items():
+        close(found[name][0], g[None])
+
+
+@each(*cases.ALL)
+def test_products_are_those_of_the_gauss_newton_matrix(case):
+    found, matrix = evaluate(case, statistics=False), reference_networks.gauss_newton_matrix(case)
+    u, v = gradients(case.params, 1), gradients(case.params, 2)
+    x, y = (torch.cat([tree[name].flatten() for name in case.params]) for tree in (u, v))
+    product = found.product(u)
+    assert {name: p.shape for name, p in product.items()} == {name: p.shape for name, p in u.items()}
+    close(torch.cat([product[name].flatten() for name in case.params]), matrix @ x)
+    close(found.quadratic(u, v), x @ matrix @ y)
+    close(found.quadratic(u, u), x @ matrix @ x)
+    both = torch.stack([x, y])
+    close(found.gram(optree.tree_map(lambda *leaves: torch.stack(leaves), u, v)), both @ matrix @ both.mT)
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@each(CASE, cases.SEQUENCE[0], cases.CONVOLUTION[0])
+def test_costs(case):
+    """That of a gradient, also with statistics at the true targets or none; one more way back for each sample."""
+    loss = lambda p: reference_networks.loss(case, p)  # noqa: E731
+    forward, gradient = flops(lambda: loss(case.params)), flops(lambda: grad(loss)(case.params))
+
+    def cost(estimator, statistics, **options):
+        f = evaluator(case, estimator, **options)
+        f(case.params, case.inputs, case.targets, statistics=statistics)
+        return flops(lambda: f(case.params, case.inputs, case.targets, statistics=statistics))
+
+    assert 0 < cost("mc", False) == cost("exact", False) == cost("empirical", False) == gradient
+    assert cost("empirical", True) == cost("forward_only", True) == gradient
+    assert gradient < cost("mc", True) < gradient + forward
+    assert cost("mc", True, samples=3) - gradient == 3 * (cost("mc", True) - gradient)
+
+
+@with_and_without
+@pytest.mark.parametrize("aux", [{"x": X}, (X, [None, 4, "text"]), None], ids=["tensor", "any", "None"])
+def test_auxiliary_results_come_through(aux, statistics):
+    model = lambda p, x: (CASE.model(p, x), (p["0.weight"].sum(), aux))  # noqa: E731
+    found = fisher(model, lrkfac.categorical(), described(CASE), has_aux=True)(P, X, Y, statistics)
+    total, same = found.aux
+    close(total, P["0.weight"].sum())
+    equal = lambda a, b: torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b  # noqa: E731
+    assert optree.tree_all(optree.tree_map(equal, same, aux)) and type(same) is type(aux)
+    close(found.loss_at(CASE.params), reference_networks.loss(CASE))
+
+
+def test_randomness_is_an_argument_or_torchs_seed():
+    noise, f = noise_for(CASE), evaluator(CASE)
+    run = lambda **more: f(P, X, Y, **more).statistics  # noqa: E731
+    state = torch.get_rng_state()
+    optree.tree_map(lambda *pair: torch.testing.assert_close(*pair, rtol=0, atol=0), run(noise=noise), run(noise=noise))
+    f(P, X, Y, statistics=False)
+    assert torch.equal(torch.get_rng_state(), state), "neither draws anything"
+    drawn = [torch.manual_seed(seed) and run().output_gradients["4"][0] for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+REFUSED = {
+    "noise": ({"noise": torch.rand(7, 3), "statistics": True}, ValueError, r"shape \(1, 7, 3\), got \(7, 3\)"),
+    "empty batch": ({"inputs": X[:0], "targets": Y[:0]}, ValueError, "the batch is empty"),
+    "targets' dtype": ({"targets": Y.double()}, TypeError, "categorical: expected targets that are class numbers"),
+    "targets' shape": ({"targets": Y[:3]}, ValueError, r"targets of shape \(7,\), got \(3,\)"),
+    "no targets": ({"targets": [1, 2]}, TypeError, "targets: expected a tensor, got list"),
+    "missing": ({"params": {k: P[k] for k in list(P)[1:]}}, ValueError, r"missing \['0.weight'\]"),
+    "unexpected": ({"params": {**P, "3.bias": torch.ones(3)}}, ValueError, r"unexpected \['3.bias'\]"),
+    "other tree": ({"params": list(P.values())}, ValueError, "params: the tree differs"),
+    "other shape": ({"params": {**P, "2.bias": torch.ones(3)}}, ValueError, r"'2.bias' of shape \(4,\), got"),
+    "no tensor": ({"params": {**P, "2.bias": 1.0}}, ValueError, "'2.bias' of shape .* got float"),
+}
+
+
+@with_and_without
+@pytest.mark.parametrize(("wrong", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_by_name(wrong, error, message, statistics):
+    f = evaluator(CASE)
+    with pytest.raises(error, match=message):
+        f(**{"params": P, "inputs": X, "targets": Y, "statistics": statistics, **wrong})
+
+
+@with_and_without
+@pytest.mark.parametrize("wrap", [lambda y: (y, y), lambda y: y, lambda y: {"y": y}], ids=["pair", "tensor", "dict"])
+def test_a_model_that_returns_something_else(wrap, statistics):
+    has_aux = not isinstance(wrap(X), tuple)
+    f = fisher(lambda p, x: wrap(CASE.model(p, x)), lrkfac.categorical(), described(CASE), has_aux=has_aux)
+    with pytest.raises(TypeError, match=r"model: expected .*has_aux"):
+        f(P, X, Y, statistics=statistics)
+
+
+OPTIONS = [({"estimator": "type-2"}, "estimator: expected one of .*'type-2'")]
+OPTIONS += [
+    ({name: n}, f"{name}: expected an integer >= 1, got {n}")
+    for name in ("examples", "samples")
+    for n in (0, 1.5, True)
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS)
+def test_options_are_checked(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        fisher(CASE.model, lrkfac.categorical(), described(CASE), **options)
+    with pytest.raises(TypeError, match="likelihood: expected a Likelihood"):
+        fisher(CASE.model, "categorical", described(CASE))
+
+
+@each_estimator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each(*cases.LINEAR[:3], cases.CONVOLUTION[3])
+def test_other_dtypes(case, dtype, estimator):
+    """Gradients in the parameters' dtype, the loss in at least float32, all near those in float64."""
+    low, noise, tolerance = in_dtype(case, dtype), noise_for(case), {torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]
+    found, expected = evaluate(low, estimator, noise=noise), evaluate(case, estimator, noise=noise)
+    assert found.loss.dtype == torch.float32 and found.outputs.dtype == dtype
+    assert {g.dtype for g in optree.tree_leaves(found.grads)} == {dtype}
+    parts = [
+        (e.loss, e.grads, factors(c, e), e.product(c.params), e.quadratic(c.params, c.params))
+        for c, e in ((low, found), (case, expected))
+    ]
+    for a, b in zip(*map(optree.tree_leaves, parts), strict=True):
+        assert a.isfinite().all() and (a.double() - b).norm() <= tolerance * (1e-2 + b.norm())
+
+
+ODD = {
+    "non-contiguous": (lambda p: torch.stack([p, p], -1)[..., 0], lambda x: x.mT.contiguous().mT),
+    "non-leaf": (lambda p: p.clone().requires_grad_() * 1, lambda x: x.clone().requires_grad_() * 1),
+    "batch of one": (torch.clone, lambda x: x[:1]),
+    "zero inputs": (torch.clone, torch.zeros_like),
+    "zero parameters": (torch.zeros_like, torch.clone),
+}
+
+
+@each_estimator
+@pytest.mark.parametrize(("of_param", "of_inputs"), ODD.values(), ids=ODD.keys())
+@each(CASE, cases.LINEAR[4], cases.CONVOLUTION[3])
+def test_odd_tensors_just_work(case, of_param, of_inputs, estimator):
+    inputs = of_inputs(case.inputs)
+    params, targets = optree.tree_map(of_param, case.params), case.targets[: len(inputs)]
+    case = case._replace(params=params, inputs=inputs, targets=targets)
+    before = optree.tree_map(torch.clone, (case.params, case.inputs, case.targets))
+    found = evaluate(case, estimator)
+    optree.tree_map(close, found.grads, reference_networks.gradients(case))
+    if estimator != "mc":
+        optree.tree_map(close, factors(case, found), reference_networks.factors(case, estimator))
+    optree.tree_map(close, (case.params, case.inputs, case.targets), before)
+
+
+def test_autocast_keeps_the_dtype_of_gradients():
+    """And leaves nothing behind."""
+    single, f = in_dtype(CASE, torch.float32), evaluator(CASE, "exact")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = f(single.params, single.inputs, Y)
+    assert found.outputs.dtype == torch.bfloat16
+    assert {g.dtype for g in optree.tree_leaves(found.grads)} == {torch.float32}
+    after = f(single.params, single.inputs, Y)
+    optree.tree_map(close, after[:5], evaluate(single, "exact")[:5])

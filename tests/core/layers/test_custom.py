@@ -1,0 +1,242 @@
+"""Layer kinds of one's own: all that a linear layer on the explicit rows gives."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lrkfac
+from lrkfac import LayerKind, dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal
+from lrkfac.core.curvature.covariances import factors
+from tests.compiling import traced
+
+DOUBLE = torch.float64
+
+
+def circular(x, w, b=None, power=1):
+    """``s_t = Σ_j w_j f(x)_{t + j} + b`` with the same number for all ``t``."""
+    y = torch.fft.irfft(torch.fft.rfft(x.tanh() ** power) * torch.fft.rfft(w).conj(), n=x.shape[-1])
+    return y if b is None else y + b
+
+
+def many_circular(x, w, power):
+    spectrum = torch.fft.rfft(x.tanh() ** power)[:, None] * torch.fft.rfft(w).conj()
+    return torch.fft.irfft(spectrum, n=x.shape[-1]).mT
+
+
+def pairs(x, y, w, b):
+    """``s_k = xᵀ W_k y + b_k``."""
+    return torch.einsum("ni,kij,nj->nk", x, w, y) + b
+
+
+def patches(x, w):
+    """A convolution of width 3 with ``w`` ``[d_in, d_out, 3]``, channels in the middle."""
+    return F.conv1d(x, w.transpose(0, 1))
+
+
+KINDS = {
+    "circular": LayerKind(
+        "circular", circular, many_circular, lambda x, w, b=None, power=1: (x, w, b, (power,)), weight_axis=None
+    ),
+    "pairs": LayerKind(
+        "pairs",
+        pairs,
+        lambda a, w: a @ w.mT,
+        lambda x, y, w, b: ((x[:, :, None] * y[:, None, :]).flatten(1), w, b),
+    ),
+    "patches": LayerKind(
+        "patches", patches, lambda a, w: F.conv1d(a, w.unflatten(1, (-1, 3))), weight_axis=1, channel=-2
+    ),
+}
+
+
+def rows_of_circular(x, power):
+    n = x.shape[1]
+    return torch.stack([(x.tanh() ** power).roll(-t, 1) for t in range(n)], dim=1)
+
+
+MODELS = {
+    "circular": (
+        lambda p, x: KINDS["circular"](x, p["w"], p["b"], power=2).tanh() @ p["head"],
+        lambda p, x: F.linear(rows_of_circular(x, 2), p["w"].reshape(1, -1), p["b"])[..., 0].tanh() @ p["head"],
+        {"w": (6,), "b": (1,), "head": (6, 3)},
+    ),
+    "pairs": (
+        lambda p, x: KINDS["pairs"](x, x.cos(), p["w"], p["b"]).tanh() @ p["head"],
+        lambda p, x: (
+            F.linear((x[:, :, None] * x.cos()[:, None, :]).flatten(1), p["w"].flatten(1), p["b"]).tanh() @ p["head"]
+        ),
+        {"w": (4, 6, 6), "b": (4,), "head": (4, 3)},
+    ),
+    "patches": (
+        lambda p, x: KINDS["patches"](x.unflatten(1, (2, 3)).repeat(1, 1, 2), p["w"]).tanh().mean(2) @ p["head"],
+        lambda p, x: (
+            torch.stack([x.unflatten(1, (2, 3)).repeat(1, 1, 2)[:, :, t : t + 3].flatten(1) for t in range(4)], 1)
+            @ p["w"].transpose(0, 1).reshape(4, 6).mT
+        ).tanh().mean(1) @ p["head"],
+        {"w": (2, 4, 3), "head": (4, 3)},
+    ),
+}  # fmt: skip
+each = pytest.mark.parametrize("name", KINDS)
+X, Y = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=DOUBLE), torch.tensor([0, 2, 1, 1, 0])
+NOISE = torch.rand(1, 5, 3, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+
+
+def made(name, **options):
+    """The model with the own kind, the one with explicit rows, parameters; the layers of both."""
+    own, explicit, shapes = MODELS[name]
+    generator = torch.Generator().manual_seed(2)
+    params = {k: torch.randn(s, generator=generator, dtype=DOUBLE) for k, s in shapes.items()}
+    kinds = (*KINDS.values(),)
+    found = (
+        lrkfac.find_layers(own, params, X, kinds=kinds, **options),
+        lrkfac.find_layers(explicit, params, X, **options),
+    )
+    return own, explicit, params, *found
+
+
+def close(found, expected, tolerance=1e-9):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@each
+def test_it_is_found(name):
+    *_, layers, explicit = made(name)
+    assert not layers.uncovered and layers["w"].kind == name
+    assert (layers["w"].d_in, layers["w"].d_out) == (explicit["w"].d_in, explicit["w"].d_out)
+    assert name in str(layers)
+
+
+@each
+@pytest.mark.parametrize(
+    ("estimator", "bias"),
+    [("exact", "joint"), ("exact", "separate"), ("mc", "joint"), ("empirical", "joint"), ("forward_only", "joint")],
+)
+def test_gradients_and_factors_are_those_of_the_explicit_rows(name, estimator, bias):
+    own, explicit, params, *both = made(name, bias=bias)
+    noise = {"noise": NOISE} if estimator == "mc" else {}
+    found, expected = (
+        lrkfac.fisher(model, lrkfac.categorical(), layers, estimator)(params, X, Y, **noise)
+        for model, layers in zip((own, explicit), both, strict=True)
+    )
+    close(found.grads, expected.grads)
+    close(found.grads, torch.func.grad(lambda p: F.cross_entropy(own(p, X), Y))(params))
+    for treatment in ("expand", "reduce"):
+        of_both = []
+        for layers, e in zip(both, (found, expected), strict=True):
+            of_layer = (e.statistics.inputs["w"], e.statistics.output_gradients["w"], e.statistics.scale)
+            of_both.append(factors(layers["w"], *of_layer, treatment))
+        for mine, theirs in zip(*of_both, strict=True):
+            matrix = theirs.dense()
+            close(mine.dense(), matrix)
+            close(mine.diagonal(), matrix.diagonal())
+            close(mine.trace(), matrix.trace())
+            some = torch.randn(len(matrix), 2, dtype=DOUBLE)
+            close(mine.matvec(some), matrix @ some)
+
+
+STRUCTURES = {
+    "dense": kronecker(dense(), dense()),
+    "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
+    "diagonal": kronecker(low_rank_plus_diagonal(1), diagonal()),
+    "reduce": kronecker(dense(), dense(), treatment="reduce"),
+    "corrected": kronecker(dense(), dense(), corrected=True),
+    "exact block": layer_wise(),
+    "whole matrix": full(),
+}
+
+
+@each
+@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
+def test_steps_are_those_of_the_explicit_rows(name, structure):
+    if name == "circular" and structure is STRUCTURES["corrected"]:
+        pytest.skip("its input factor has equal eigenvalues, and so many bases to measure in")
+    own, explicit, params, *both = made(name)
+    paths = []
+    for model, layers in zip((own, explicit), both, strict=True):
+        fisher = lrkfac.fisher(model, lrkfac.categorical(), layers, "exact")
+        tx, p = lrkfac.precondition_by_fisher(layers, structure), params
+        state = tx.init(p)
+        for i in range(3):
+            e = fisher(p, X, Y, statistics=i != 1)
+            updates, state = tx.update(e.grads, state, p, evaluation=e)
+            p = lrkfac.apply_updates(p, lrkfac.scale(-0.1).update(updates, ())[0])
+        paths.append(p)
+    close(*paths, 1e-7)
+
+
+@each
+def test_compiled_and_mapped(name):
+    own, _, params, layers, _ = made(name)
+    fisher, tx = lrkfac.fisher(own, lrkfac.categorical(), layers), lrkfac.low_rank_kfac(layers, 0.1, 2)
+
+    def step(params, state):
+        e = fisher(params, X, Y, noise=NOISE)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        return lrkfac.apply_updates(params, updates)
+
+    several = {k: torch.stack([x, 2 * x]) for k, x in params.items()}
+    state = tx.init(params)
+    found = torch.func.vmap(lambda p: step(p, state))(several)
+    close({k: x[0] for k, x in found.items()}, step(params, state))
+
+
+def test_compiled():
+    own, _, params, layers, _ = made("circular")
+    fisher = lrkfac.fisher(own, lrkfac.categorical(), layers, "empirical")
+
+    def gradients(params):
+        e = fisher(params, X, Y)
+        return e.grads, e.statistics
+
+    close(traced(gradients)(params), gradients(params))
+
+
+def test_functions_of_torch_in_an_unmodified_module():
+    net = torch.nn.Bilinear(3, 4, 2).double()
+    model, params = lrkfac.from_module(net)
+    x, y = (torch.randn(5, 3, dtype=DOUBLE), torch.randn(5, 4, dtype=DOUBLE)), torch.tensor([0, 1, 1, 0, 1])
+    with pytest.raises(ValueError, match=r"weight.*bilinear"):
+        lrkfac.find_layers(model, params, x)
+    kind = replace(KINDS["pairs"], name="bilinear", function=F.bilinear)
+    layers = lrkfac.find_layers(model, params, x, kinds=[kind])
+    assert [layer.kind for layer in layers] == ["bilinear"] and not layers.uncovered
+    e = lrkfac.fisher(model, lrkfac.categorical(), layers)(params, x, y)
+    close(e.grads, torch.func.grad(lambda p: F.cross_entropy(model(p, x), y))(params))
+
+
+def test_without_the_kind_its_operations_are_seen():
+    own, _, params, *_ = made("pairs")
+    layers = lrkfac.find_layers(own, params, X)
+    assert {p.path for p, _ in layers.uncovered} == {"w", "b"} or [layer.kind for layer in layers] != ["pairs"]
+
+
+def test_refused():
+    own, _, params, *_ = made("circular")
+    kind = KINDS["circular"]
+    for kinds in (kind, [circular], 1, {kind: kind}):
+        with pytest.raises(TypeError, match="kinds: expected a tuple of LayerKind"):
+            lrkfac.find_layers(own, params, X, kinds=kinds)
+    wrong = LayerKind("wrong", circular, lambda x, w, power: x @ w.mT, kind.parts, weight_axis=None)
+    with pytest.raises(ValueError, match=r"kinds: 'wrong': expected its operation to return the shape \(5, 6, 1\)"):
+        lrkfac.find_layers(lambda p, x: wrong(x, p["w"], power=2), params, X, kinds=[wrong])
+    for options, error in (
+        ({"channel": 0}, ValueError),
+        ({"channel": 1.5}, TypeError),
+        ({"channel": -2, "weight_axis": None}, ValueError),
+        ({"weight_axis": "0"}, TypeError),
+        ({"function": 1}, TypeError),
+        ({"operation": 1}, TypeError),
+        ({"parts": 1}, TypeError),
+        ({"name": 1}, TypeError),
+    ):
+        with pytest.raises(error, match=f"{next(iter(options))}: expected"):
+            replace(KINDS["pairs"], **options)
+
+
+def test_an_input_without_the_batch_in_front_is_not_covered():
+    kind = LayerKind("turned", lambda x, w: x @ w.mT, lambda x, w: x @ w.mT)
+    params = {"w": torch.randn(2, 5, dtype=DOUBLE), "head": torch.randn(6, 2, dtype=DOUBLE)}
+    layers = lrkfac.find_layers(lambda p, x: (x @ p["head"]) + kind(x.mT, p["w"]).mT.sum(), params, X, kinds=[kind])
+    assert ["used by turned on an input without the batch in front"] == [reason for _, reason in layers.uncovered]

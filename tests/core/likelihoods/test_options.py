@@ -1,0 +1,154 @@
+"""Options of the families: they mean what torch means by them, and what makes no sense is refused."""
+
+import math
+from itertools import product
+from operator import itemgetter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import grad, grad_and_value, vmap
+
+from lrkfac import categorical, find_layers, fisher, gaussian, poisson
+from tests.compiling import traced
+from tests.core.likelihoods.test_families import LIKELIHOODS, close
+
+SHAPES = [
+    ((6, 4), -1),
+    ((6, 4), 1),
+    ((3, 5, 4), -1),
+    ((3, 4, 5), 1),
+    ((3, 5, 4), 2),
+    ((3, 4, 2, 5), 1),
+    ((3, 4, 2, 5), -3),
+]
+
+
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_categorical_is_the_cross_entropy_of_torch(shape, axis, dtype):
+    """Loss and gradient, for every combination of options."""
+    generator = torch.Generator().manual_seed(len(shape) + axis)
+    outputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(4, [s for i, s in enumerate(shape) if i != axis % len(shape)], generator=generator)
+    weights = [0.3, 0.0, 2.0, 1.1]
+    for ignored, weight, smoothing in product((None, -100, 255, 2), (None, weights), (0.0, 0.1, 0.9)):
+        targets = labels.clone()
+        if ignored is not None:
+            targets.view(-1)[::3] = ignored
+        targets.view(-1)[1] = 0
+        options = {"weight": weight and torch.tensor(weight, dtype=dtype), "label_smoothing": smoothing}
+
+        def expected(f, targets=targets, options=options, ignored=ignored):
+            skipped = -100 if ignored is None else ignored
+            return F.cross_entropy(f.movedim(axis, 1), targets, ignore_index=skipped, **options)
+
+        likelihood = categorical(axis, ignored, weight, smoothing)
+        found = grad_and_value(lambda f, k=likelihood, y=targets: k.loss(f, y))(outputs)
+        for a, b in zip(found, grad_and_value(expected)(outputs), strict=True):
+            close(a, b, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_small_integers_hold_class_numbers():
+    """Also where the number to ignore does not fit their dtype."""
+    outputs, targets = torch.randn(4, 3), torch.tensor([0, 2, 1, 156 % 3], dtype=torch.uint8)
+    close(categorical(ignore_index=-100).loss(outputs, targets), F.cross_entropy(outputs, targets.long()))
+
+
+@pytest.mark.parametrize("name", ["categorical", "gaussian", "bernoulli", "poisson"])
+def test_half_precision_is_rounded_once(name):
+    """Roots and products are computed in float32."""
+    likelihood, shape = LIKELIHOODS[name], (50, 30)
+    outputs, z = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1))
+    for method in (likelihood.square_root, likelihood.hessian_product):
+        found, expected = method(outputs, z), method(outputs.double(), z.double())
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_variances_per_output():
+    """As if each output were divided by its deviation."""
+    variance, outputs, targets = torch.tensor([0.25, 4.0, 1.0]), torch.randn(5, 2, 3), torch.randn(5, 2, 3)
+    scaled = gaussian().loss(outputs / variance.sqrt(), targets / variance.sqrt())
+    close(gaussian(variance).loss(outputs, targets), scaled, 1e-6)
+    for shape in ((), (1,), (3,), (2, 1), (2, 3)):
+        gaussian(torch.ones(shape)).check(outputs, targets)
+    for shape in ((2,), (5, 2, 3), (1, 2, 3), (3, 1)):
+        with pytest.raises(ValueError, match=r"variance: expected a shape that broadcasts against \(2, 3\)"):
+            gaussian(torch.ones(shape)).check(outputs, targets)
+
+
+def test_poisson_is_that_of_torch():
+    rates, counts = torch.randn(5, 3), torch.poisson(torch.rand(5, 3) * 4)
+    expected = F.poisson_nll_loss(rates, counts, reduction="none").sum(1).mean()
+    for targets in (counts, counts.long(), counts.to(torch.uint8)):
+        close(poisson().loss(rates, targets), expected, 1e-6)
+    u = torch.tensor([0.0, 0.49, 0.5, 0.99], dtype=torch.float64)[:, None]
+    drawn = poisson().sample(torch.full((4, 1), math.log(9.0), dtype=torch.float64), u)
+    close(drawn.flatten(), torch.tensor([6.0, 6.0, 12.0, 12.0], dtype=torch.float64))
+
+
+def linear(params, inputs):
+    return F.linear(inputs, params["w"])
+
+
+NAN, INF = math.nan, math.inf
+ARGUMENTS = [
+    (categorical, {"axis": 0}, ValueError, "axis: expected the axis of the classes, got 0"),
+    (categorical, {"axis": 1.0}, TypeError, "axis: expected an integer, got 1.0"),
+    (categorical, {"ignore_index": 1.0}, TypeError, "ignore_index: expected an integer or None, got 1.0"),
+    (categorical, {"ignore_index": True}, TypeError, "ignore_index: expected an integer or None, got True"),
+    *[(categorical, {"label_smoothing": e}, ValueError, r"label_smoothing: .* \[0, 1\)") for e in (-0.1, 1, NAN)],
+    (categorical, {"label_smoothing": "1"}, TypeError, "label_smoothing: expected a number, got str"),
+    *[
+        (categorical, {"class_weights": w}, ValueError, r"class_weights: expected finite numbers \[C\], none negative")
+        for w in ([1.0, -0.1], [0.0, 0.0], [1.0, NAN], [INF, 1.0], [[1.0, 2.0]], torch.tensor(1.0))
+    ],
+    (categorical, {"class_weights": torch.ones(2).bool()}, TypeError, "class_weights: expected real numbers"),
+    *[(gaussian, {"variance": v}, ValueError, "variance: expected a positive") for v in (0, -1.0, INF, NAN)],
+    (gaussian, {"variance": torch.tensor([1.0, 0.0])}, ValueError, "variance: expected a positive"),
+    *[(gaussian, {"variance": v}, TypeError, "variance: expected a number or a tensor") for v in ("1", True, None)],
+]
+
+
+@pytest.mark.parametrize(("maker", "options", "error", "message"), ARGUMENTS)
+def test_arguments_are_checked(maker, options, error, message):
+    with pytest.raises(error, match=message):
+        maker(**options)
+
+
+def test_values_are_looked_at_where_they_are_known():
+    """In eager mode, within ``grad`` too; not under ``vmap`` over targets, where the loss is not finite instead."""
+    ignoring, outputs = categorical(ignore_index=-100), torch.zeros(2, 3)
+    none_left = torch.full((2,), -100)
+    cases = {
+        "class numbers from 0 to 2, got 3; ignore_index": (categorical(), torch.tensor([0, 3])),
+        "class numbers from 0 to 2, got -100; ignore_index": (categorical(), none_left),
+        "class numbers from 0 to 2, got -1; ignore_index": (ignoring, torch.tensor([-100, -1])),
+        r"one counts, got a batch in which all are ignored \(ignore_index=-100\)": (ignoring, none_left),
+        "or of a class of weight 0": (categorical(class_weights=[0, 1, 1]), torch.tensor([0, 0])),
+    }
+    for message, (likelihood, targets) in cases.items():
+        loss = lambda f, k=likelihood, y=targets: k.loss(f, y)  # noqa: E731
+        for run, batch in ((loss, outputs), (grad(loss), outputs), (vmap(grad(loss)), outputs[None])):
+            with pytest.raises(ValueError, match=f"categorical: expected targets .*{message}"):
+                run(batch)
+        for statistics, estimator in ((False, "mc"), (True, "mc"), (True, "exact")):
+            params = {"w": torch.zeros(3, 3)}
+            f = fisher(linear, likelihood, find_layers(linear, params, outputs), estimator)
+            with pytest.raises(ValueError, match=f"categorical: expected targets .*{message}"):
+                f(params, outputs, targets, statistics=statistics)
+    losses = vmap(ignoring.loss, (None, 0))(outputs, torch.stack([none_left, torch.tensor([0, -100])]))
+    assert losses[0].isnan() and losses[1].isfinite()
+
+
+@pytest.mark.slow
+def test_compiled_without_valid_targets_the_loss_is_not_finite_and_rows_are_zero():
+    params, inputs = {"w": torch.randn(3, 3)}, torch.randn(2, 3)
+    f = fisher(linear, categorical(ignore_index=-100), find_layers(linear, params, inputs), "exact")
+    run = traced(lambda p, x, y: itemgetter(0, 4)(f(p, x, y)))
+    loss, statistics = run(params, inputs, torch.full((2,), -100))
+    (g,) = statistics.output_gradients["w"]
+    assert loss.isnan() and not g.any() and statistics.scale.isfinite()
+    loss, statistics = run(params, inputs, torch.tensor([-100, 1]))
+    assert loss.isfinite() and statistics.output_gradients["w"][0].any()

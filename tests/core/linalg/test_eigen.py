@@ -1,0 +1,162 @@
+"""Iterations: orthonormal whatever happens, and right where they had time enough."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import vmap
+
+from lrkfac import power_iteration, subspace_iteration
+from lrkfac.core.linalg.eigen import orthonormal, pseudo_random, rayleigh_ritz
+from lrkfac.testing import dtypes, seeds
+
+CONVERGED = {power_iteration: {"max_iterations": 300}, subspace_iteration: {"iterations": 300}}
+SHORT = {power_iteration: {"max_iterations": 1}, subspace_iteration: {"iterations": 1}}
+BOTH = pytest.mark.parametrize("iterate", [power_iteration, subspace_iteration])
+
+
+def symmetric(values, seed=0):
+    """A matrix with these eigenvalues, and its eigenvectors."""
+    generator = torch.Generator().manual_seed(seed)
+    d = len(values)
+    basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    return (basis * torch.as_tensor(values, dtype=torch.float64)) @ basis.mT, basis
+
+
+def assert_orthonormal(vectors):
+    gram = vectors.mT @ vectors
+    error = (gram - torch.eye(gram.shape[0], dtype=gram.dtype)).abs().max()
+    assert error <= 20 * torch.finfo(vectors.dtype).eps * vectors.shape[0] ** 0.5
+
+
+def assert_sorted(values):
+    assert (values.abs().diff() <= 1e-6 * values.abs().max()).all()
+
+
+@BOTH
+@given(seeds, st.integers(1, 12), st.integers(1, 12), dtypes)
+def test_vectors_are_orthonormal_whatever_ended_the_iteration(iterate, seed, d, r, dtype):
+    r = min(r, d)
+    generator = torch.Generator().manual_seed(seed)
+    # Indefinite, with zero and repeated eigenvalues and a start that may be zero or dependent.
+    values = torch.randint(-2, 3, (d,), generator=generator).double()
+    matrix = symmetric(values, seed)[0].to(dtype)
+    starts = [torch.randn(d, r, generator=generator, dtype=torch.float64), torch.zeros(d, r), torch.ones(d, r)]
+    for start in [s.to(dtype) for s in starts] + [symmetric(values, seed)[1][:, :r].flip(1).to(dtype)]:
+        for steps in (1, 20):
+            vectors, found = iterate(lambda v: matrix @ v, start, r, steps)
+            assert vectors.shape == (d, r) and found.shape == (r,)
+            assert_orthonormal(vectors)
+            assert_sorted(found)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "values", [[5, 4, 3, 2, 1, 0.5], [-5, 4, -3, 2, 0.1, 0], [3, 3, 3, 1, 1, 0], [2, -2, 1, 0, 0, 0]]
+)
+def test_eigenpairs_of_largest_magnitude(iterate, values):
+    matrix, _ = symmetric(values)
+    start = pseudo_random(6, 3, torch.tensor(1)).double()
+    vectors, found = iterate(lambda v: matrix @ v, start, **CONVERGED[iterate])
+    expected = torch.tensor(sorted(values, key=lambda x: -abs(x))[:3], dtype=torch.float64)
+    torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(matrix @ vectors, vectors * found, rtol=1e-4, atol=1e-4)
+
+
+@BOTH
+def test_a_warm_start_needs_one_step(iterate):
+    matrix, basis = symmetric([9, 7, 5, 3, 1, 0.5])
+    start = basis[:, :3] + 1e-3 * torch.randn(6, 3, dtype=torch.float64)
+    _, values = iterate(lambda v: matrix @ v, start, **SHORT[iterate])
+    torch.testing.assert_close(values, torch.tensor([9.0, 7, 5], dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+@BOTH
+def test_rank_may_be_less_than_the_columns_of_the_start(iterate):
+    matrix, _ = symmetric([9, 7, 5, 3, 1, 0.5])
+    vectors, values = iterate(lambda v: matrix @ v, torch.randn(6, 5, dtype=torch.float64), rank=2)
+    assert vectors.shape == (6, 2) and values.shape == (2,)
+
+
+@BOTH
+def test_batches_under_vmap_equal_single_matrices(iterate):
+    matrices = torch.stack([symmetric([5, 3, 1, 0.1], seed)[0] for seed in range(3)])
+    start = pseudo_random(4, 2, torch.tensor(0)).double()
+
+    def dominant(matrix):
+        vectors, values = iterate(lambda v: matrix @ v, start)
+        return (vectors * values) @ vectors.mT
+
+    torch.testing.assert_close(vmap(dominant)(matrices), torch.stack([dominant(m) for m in matrices]))
+
+
+@BOTH
+def test_pure_and_on_the_device_and_dtype_of_the_start(iterate):
+    matrix, start = torch.eye(4), torch.randn(4, 2)
+    before = start.clone()
+    first, second = (iterate(lambda v: matrix @ v, start) for _ in range(2))
+    assert torch.equal(start, before) and torch.equal(first[0], second[0])
+    assert first[0].dtype == start.dtype and first[0].device == start.device
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-6])
+def test_tolerance_stops_a_vector_that_no_longer_turns(tolerance):
+    matrix, basis = symmetric([2, 1.8, 0.1, 0])
+    start = (basis[:, :1] + 0.3 * basis[:, 1:2]).double()
+    vector, _ = power_iteration(lambda v: matrix @ v, start, max_iterations=500, tolerance=tolerance)
+    sine = (basis[:, 1] @ vector[:, 0]).abs()
+    # The error of the vector is at most the last turn over 1 - the ratio of the eigenvalues.
+    assert tolerance * 0.5 < sine < 10 * tolerance
+
+
+def test_what_is_left_of_units_that_died_is_no_harm():
+    """Of such a matrix, with subnormal numbers in it, LAPACK's eigh makes NaN."""
+    matrix = torch.zeros(7, 7)
+    matrix[:5, :5] = torch.tensor(
+        [
+            [5.9256960e-02, 2.3974324e-04, -1.1479155e-09, 1.1492324e-10, -1.7898391e-25],
+            [2.3974324e-04, 1.3238668e-02, -1.4405432e-10, 2.0533908e-11, 2.0304936e-26],
+            [-1.1479155e-09, -1.4405432e-10, 2.3705385e-17, -2.4376250e-18, 3.2875737e-33],
+            [1.1492324e-10, 2.0533908e-11, -2.4376250e-18, 2.5330817e-19, -3.2180196e-34],
+            [-1.7898391e-25, 2.0304936e-26, 3.2875737e-33, -3.2180196e-34, 2.8621221e-36],
+        ]
+    )
+    subnormal = torch.tensor([3.643376e-44, 2.3822074e-44])
+    matrix[1, 5:], matrix[5:, 1] = subnormal, subnormal
+    matrix[5:, 5:] = 1.4012985e-45 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    vectors, values = rayleigh_ritz(lambda v: matrix @ v, torch.eye(7), 7)
+    assert_orthonormal(vectors)
+    assert values.isfinite().all() and abs(values[0] - 0.059258) < 1e-6
+
+
+@BOTH
+@pytest.mark.parametrize("rank", [0, 4, -1])
+def test_bad_rank_is_refused(iterate, rank):
+    with pytest.raises(ValueError, match=r"rank: expected (1 <= rank <= 3|an integer >= 1)"):
+        iterate(lambda v: v, torch.ones(5, 3), rank=rank)
+
+
+@BOTH
+def test_more_vectors_than_rows_are_refused(iterate):
+    with pytest.raises(ValueError, match="rank"):
+        iterate(lambda v: v, torch.ones(2, 3))
+
+
+def test_no_iterations_are_refused():
+    with pytest.raises(ValueError, match="iterations: expected an integer >= 1"):
+        subspace_iteration(lambda v: v, torch.ones(2, 1), iterations=0)
+
+
+def test_orthonormal_keeps_the_span_of_leading_columns():
+    columns = torch.randn(5, 3, dtype=torch.float64)
+    basis = orthonormal(columns)
+    assert_orthonormal(basis)
+    torch.testing.assert_close((basis.mT @ columns).tril(-1), torch.zeros(3, 3, dtype=torch.float64))
+
+
+def test_pseudo_random_numbers_are_spread_and_depend_on_the_seed():
+    first, second = (pseudo_random(200, 50, torch.tensor(seed)) for seed in (0, 1))
+    assert first.min() >= -1 and first.max() < 1
+    assert first.mean().abs() < 0.02 and (first.std() - 3**-0.5).abs() < 0.02
+    assert (first.flatten() @ second.flatten()).abs() < 0.05 * first.norm() * second.norm()
+    assert torch.linalg.cond(first) < 10
