@@ -107,7 +107,7 @@ def trained(name: str, steps: int, seed: int = 0) -> dict[str, Any]:
     inputs, likelihood = (x, torch.ones(len(x), 1)), lrkfac.gaussian()
     model, params = lrkfac.from_module(net)
     layers = lrkfac.find_layers(model, params, inputs)
-    evaluate = lrkfac.fisher(model, likelihood, layers)
+    evaluate = lrkfac.evaluator(model, likelihood, layers)
     optimizer = lrkfac.LowRankKFAC(net, likelihood, inputs, transformation=CHAINS[next(iter(CHAINS))])
     tx = CHAINS.get(name, CHAINS["adaptive_low_rank_kfac"])(layers)
     state, start = tx.init(params), float(likelihood.loss(model(params, inputs), y))

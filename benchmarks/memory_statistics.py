@@ -53,7 +53,7 @@ def works(batch_size: int, device: torch.device) -> tuple[dict[str, Callable[[],
 
     functions = {PLAIN: lambda: grad(loss, has_aux=True)(params)}
     for estimator in ("empirical", "mc"):
-        evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator=estimator, has_aux=True)
+        evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator=estimator, has_aux=True)
         functions[estimator] = lambda evaluate=evaluate: evaluate(params, (buffers, images), labels)
 
     def backward() -> tuple[Tensor, ...]:

@@ -67,7 +67,7 @@ def best(dense: Kronecker, rank: int, gradient: Tensor, damping: float, rest: bo
     """The gradient preconditioned by the truncated factors, damped as the dense ones are."""
     input_damping, output_damping = split_damping(dense, damping)
     output, input = (
-        lrkfac.inverse(truncated(side.to_dense(), rank, rest), shift)
+        lrkfac.linalg.inverse(truncated(side.to_dense(), rank, rest), shift)
         for side, shift in ((dense.output, output_damping), (dense.input, input_damping))
     )
     return output.matvec(input.of_rows(gradient))
@@ -84,7 +84,7 @@ def trained(problem: Any, steps: int) -> tuple[Any, lrkfac.Layers]:
     """Parameters after so many steps of low-rank K-FAC."""
     params = problem.init(0)
     layers = lrkfac.find_layers(problem.model, params, problem.inputs[:2], strict=True)
-    evaluate = lrkfac.fisher(problem.model, problem.likelihood, layers)
+    evaluate = lrkfac.evaluator(problem.model, problem.likelihood, layers)
     tx = lrkfac.low_rank_kfac(layers, LEARNING_RATE, TRAINING_RANK)
     state = tx.init(params)
     for i, batch in enumerate(islice(problem.batches(problem.batch_size, 0), steps)):
@@ -102,12 +102,17 @@ def measured(problem: Any, steps: int, refreshes: int, ranks: Sequence[int], dam
     params = optree.tree_map(lambda leaf: leaf.double(), params)
     inputs = problem.inputs.double() if problem.inputs.is_floating_point() else problem.inputs
     targets = problem.targets.double() if problem.targets.is_floating_point() else problem.targets
-    evaluate = lrkfac.fisher(problem.model, problem.likelihood, layers)
+    evaluate = lrkfac.evaluator(problem.model, problem.likelihood, layers)
     like = torch.zeros((), dtype=torch.float64)
     largest = max(max(layer.d_in, layer.d_out) for layer in layers)
     ranks = sorted({*(rank for rank in ranks if rank < largest), largest})
-    structures = {DENSE: lrkfac.kronecker(lrkfac.dense(), lrkfac.dense())}
-    structures |= {rank: lrkfac.kronecker(lrkfac.low_rank(rank), lrkfac.low_rank_plus_diagonal(rank)) for rank in ranks}
+    structures = {DENSE: lrkfac.structures.kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())}
+    structures |= {
+        rank: lrkfac.structures.kronecker(
+            lrkfac.structures.low_rank(rank), lrkfac.structures.low_rank_plus_diagonal(rank)
+        )
+        for rank in ranks
+    }
     held = {name: [Layer(layer, structure, like) for layer in layers] for name, structure in structures.items()}
     for batch in islice(problem.batches(problem.batch_size, 1), refreshes):
         evaluation = evaluate(params, inputs[batch], targets[batch])

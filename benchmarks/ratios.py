@@ -85,9 +85,9 @@ class Functional:
         return grad(loss, has_aux=True)(params)
 
     def evaluator(self, estimator: str = "mc", thin: bool = True) -> Any:
-        """``fisher`` of the network."""
+        """``evaluator`` of the network."""
         likelihood = lrkfac.categorical()
-        return lrkfac.fisher(self.model, likelihood, self.layers, estimator, has_aux=self.has_aux, thin=thin)
+        return lrkfac.evaluator(self.model, likelihood, self.layers, estimator, has_aux=self.has_aux, thin=thin)
 
     def sgd(self) -> Method:
         """Without momentum."""

@@ -65,9 +65,18 @@ def works(width: int, batch_size: int, rank: int, dense: bool, eigen: bool, devi
     torch.manual_seed(0)
     scale = torch.arange(1, width + 1, device=device).rsqrt()
     rows = tuple(torch.randn(batch_size, width, device=device) * scale[torch.randperm(width)] for _ in range(2))
-    found = {OURS: refresh(lrkfac.kronecker(lrkfac.low_rank(rank), lrkfac.low_rank_plus_diagonal(rank)), rows)}
+    found = {
+        OURS: refresh(
+            lrkfac.structures.kronecker(
+                lrkfac.structures.low_rank(rank), lrkfac.structures.low_rank_plus_diagonal(rank)
+            ),
+            rows,
+        )
+    }
     if dense:
-        found[CHOLESKY] = refresh(lrkfac.kronecker(lrkfac.dense(), lrkfac.dense()), rows)
+        found[CHOLESKY] = refresh(
+            lrkfac.structures.kronecker(lrkfac.structures.dense(), lrkfac.structures.dense()), rows
+        )
     if eigen:
         found[EIGEN] = eigenvectors(rows)
     return found

@@ -32,7 +32,7 @@ def trained(seed: int, rank: int, batch_size: int, damping: float, refresh: int,
     problem = PROBLEMS["digits_autoencoder"](None, "tanh")
     params = problem.init(seed)
     layers = lrkfac.find_layers(problem.model, params, problem.inputs[:2])
-    evaluate = lrkfac.fisher(problem.model, problem.likelihood, layers)
+    evaluate = lrkfac.evaluator(problem.model, problem.likelihood, layers)
     tx = lrkfac.adaptive_low_rank_kfac(layers, rank=rank, damping=damping)
     state, losses = tx.init(params), [problem.loss(params)]
     torch.manual_seed(seed)

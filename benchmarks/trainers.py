@@ -64,7 +64,7 @@ class Functional:
         transformation: lrkfac.GradientTransformation,
         read: Callable[[Any, Any], Any] = lambda params, state: params,
     ) -> None:
-        evaluate = lrkfac.fisher(setup.problem.model, setup.problem.likelihood, setup.layers)
+        evaluate = lrkfac.evaluator(setup.problem.model, setup.problem.likelihood, setup.layers)
 
         def step(
             params: Any, state: Any, inputs: Tensor, targets: Tensor, noise: Tensor | None, statistics: bool

@@ -190,7 +190,7 @@ def train(
     problem = method.problem or problem
     params = problem.init(seed)
     layers = lrkfac.find_layers(problem.model, params, problem.inputs[:1])
-    evaluate = lrkfac.fisher(problem.model, problem.likelihood, layers)
+    evaluate = lrkfac.evaluator(problem.model, problem.likelihood, layers)
     transformation = method.make(layers, learning_rate)
     state = transformation.init(params)
     batches, noise = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)

@@ -78,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     inputs, targets = x[of_member], y[of_member]
 
     layers = lrkfac.find_layers(network, optree.tree_map(lambda leaf: leaf[0], params), x)
-    fisher = lrkfac.fisher(network, lrkfac.gaussian(NOISE**2), layers)
+    evaluate = lrkfac.evaluator(network, lrkfac.gaussian(NOISE**2), layers)
     tx = lrkfac.low_rank_kfac(layers, LEARNING_RATE, rank=8, damping=DAMPING, kl_clip=KL_CLIP)
 
     def step(refresh: bool, params: Params, state: Any, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Any, ...]:
         """One step of one member."""
-        evaluation = fisher(params, x, y, refresh, noise)
+        evaluation = evaluate(params, x, y, refresh, noise)
         updates, state = tx.update(evaluation.grads, state, params, evaluation=evaluation)
         return evaluation.loss, lrkfac.apply_updates(params, updates), state
 

@@ -96,7 +96,7 @@ def main() -> None:
     layers = lrkfac.find_layers(model, params, (buffers, images))
     console.print(str(layers), highlight=False, soft_wrap=True)
 
-    fisher = lrkfac.fisher(model, lrkfac.categorical(), layers, has_aux=True)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, has_aux=True)
     transformation = lrkfac.low_rank_kfac(layers, LEARNING_RATE, rank=arguments.rank, damping=DAMPING, kl_clip=KL_CLIP)
     state = transformation.init(params)
 
@@ -107,7 +107,7 @@ def main() -> None:
         bar = progress.add_task("ResNet", total=arguments.steps, loss="")
         for step in range(1, arguments.steps + 1):
             start = time.perf_counter()
-            evaluation = fisher(params, (buffers, images), labels)
+            evaluation = evaluate(params, (buffers, images), labels)
             updates, state = transformation.update(evaluation.grads, state, params, evaluation=evaluation)
             params, buffers = lrkfac.apply_updates(params, updates), evaluation.aux
             seconds = time.perf_counter() - start

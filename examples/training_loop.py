@@ -89,10 +89,10 @@ class Training:
         }
 
     def save(self, path: Path) -> None:
-        lrkfac.save(path, self.tree(), self.optimizer.chain_state, self.optimizer.layers)
+        lrkfac.checkpoint.save(path, self.tree(), self.optimizer.chain_state, self.optimizer.layers)
 
     def load(self, path: Path) -> None:
-        tree, state = lrkfac.load(path, self.tree(), self.optimizer.chain_state, self.optimizer.layers)
+        tree, state = lrkfac.checkpoint.load(path, self.tree(), self.optimizer.chain_state, self.optimizer.layers)
         self.net.load_state_dict(tree["params"])
         torch.set_rng_state(tree["random"])
         self.optimizer.chain_state, self.optimizer.steps = state, tree["steps"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_number
-from lrkfac.core.base.per_parameter import need_numbers
+from lrkfac.core.base.arguments import check_number
+from lrkfac.core.base.per_parameter import check_numbers
 from lrkfac.core.base.types import PerParameter
 from lrkfac.core.curvature.assignment import Chosen
 from lrkfac.core.curvature.factors import dense
@@ -21,7 +21,7 @@ from lrkfac.transforms.decay import add_decayed_weights
 from lrkfac.transforms.momentum import trace
 from lrkfac.transforms.precondition import precondition_by_fisher
 from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
-from lrkfac.transforms.schedule import scale_by_learning_rate
+from lrkfac.transforms.scaling import scale_by_learning_rate
 
 
 def low_rank_kfac(
@@ -131,8 +131,8 @@ def _kfac(
     dtype: torch.dtype | None,
     differentiable: bool,
 ) -> GradientTransformation:
-    need_numbers(momentum, "momentum", 0, 1)
-    need_number(kl_clip, "kl_clip", 0, includes_low=False)
+    check_numbers(momentum, "momentum", 0, 1)
+    check_number(kl_clip, "kl_clip", 0, includes_low=False)
     return chain(
         precondition_by_fisher(
             layers, structure, damping=damping, decay=decay, dtype=dtype, differentiable=differentiable

@@ -14,11 +14,13 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_values
+from lrkfac.core.base.arguments import check_values
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.description import Layers
-from lrkfac.state_dicts import form, named
+from lrkfac.state_dicts import form, from_state_dict, named, state_dict
 from lrkfac.version import __version__
+
+__all__ = ["from_state_dict", "load", "save", "state_dict"]
 
 FORMAT = 2
 """Number of what stands in the file beside the tensors; it changes with every change of that."""
@@ -46,7 +48,7 @@ def save(path: str | os.PathLike[str], params: Tree, state: Tree, layers: Layers
     """
     save_file = _safetensors().torch.save_file
     target = _path(path).resolve()
-    need_values(params=params, state=state)
+    check_values(params=params, state=state)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: expected a file in a folder that exists, got {str(path)!r}; make the folder")
     tensors: dict[str, Tensor] = {}
@@ -93,10 +95,10 @@ def load(path: str | os.PathLike[str], params: Tree, state: Tree, layers: Layers
     """
     safetensors = _safetensors()
     table = None if layers is None else _table(layers)
-    need_values(params=params, state=state)
+    check_values(params=params, state=state)
     named(params, "params"), named(state, "state")  # refuses other leaves before the file is read
     if not _path(path).exists():
-        raise FileNotFoundError(f"path: expected a file that lrkfac.save wrote, there is none: {str(path)!r}")
+        raise FileNotFoundError(f"path: expected a file of lrkfac.checkpoint.save, there is none: {str(path)!r}")
     damaged = (safetensors.SafetensorError, json.JSONDecodeError, LookupError, TypeError, AttributeError, RuntimeError)
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
@@ -107,7 +109,7 @@ def load(path: str | os.PathLike[str], params: Tree, state: Tree, layers: Layers
             return _read("params", params, found["params"], file), _read("state", state, found["state"], file)
     except damaged as error:
         raise ValueError(
-            f"path: expected a file that lrkfac.save wrote, got {str(path)!r}, which is another or damaged "
+            f"path: expected a file that lrkfac.checkpoint.save wrote, got {str(path)!r}, which is another or damaged "
             f"({type(error).__name__}: {error})"
         ) from error
 

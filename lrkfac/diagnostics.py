@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.text import table
 from lrkfac.core.base.tree_checks import check_like
-from lrkfac.core.base.trees import formed
+from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.curvature.blocks import Held, form
 from lrkfac.core.curvature.diagnosis import SIDES, WHOLE, LayerDiagnosis, is_before, needed_rank, of_block
 from lrkfac.core.curvature.ekfac import CorrectedState
 from lrkfac.core.curvature.factors import DiagonalState
 from lrkfac.core.curvature.kronecker import KroneckerState
-from lrkfac.core.layers.description import Layer, Layers, need_layers
+from lrkfac.core.layers.description import Layer, Layers, check_layers
 from lrkfac.core.layers.matrix import to_matrix
 from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
 from lrkfac.core.linalg.operators import Kronecker, dimension
@@ -114,7 +114,7 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
     Of the chain: ``since_statistics``, the largest of these numbers;
     ``learning_rate``, ``momentum``, ``damping``, ``factor_damping``, ``predicted``, ``reduction_ratio``, ``rejected``
     (steps) of the quadratic model; ``left_out`` (steps) of ``apply_if_finite``; ``hyperparameters/…`` of
-    ``inject_hyperparameters``.
+    ``inject_hyperparams``.
 
     Eigenvalues of dense factors are computed, in O(d³). Nothing leaves the device, so that it can be mapped over an
     ensemble: ``vmap(lambda s: diagnose(s, layers).metrics())(states)``.
@@ -131,7 +131,7 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
             fit, or ``previous`` has seen more statistics (where they are on the CPU and their numbers known).
         TypeError: If an argument has the wrong type, or a factor is held by a structure that is not lrkfac's.
     """
-    need_layers(layers)
+    check_layers(layers)
     found = _blocks("state", state, layers)
     before = {} if previous is None else _blocks("previous", previous, layers)
     forms = [{name: form(block.state) for name, block in blocks.items()} for blocks in (found, before)]
@@ -146,7 +146,7 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
     leaves = _updates(state, layers, updates)
     for name, one in diagnosed.items() if leaves is not None else ():
         own = [layer for layer in layers if name in ("", layer.name)]
-        squares = [wide(formed(to_matrix(layer, leaves or []))).square().sum() for layer in own]
+        squares = [wide(materialize(to_matrix(layer, leaves or []))).square().sum() for layer in own]
         one.numbers[WHOLE]["update_norm"] = torch.stack(squares).sum().sqrt()
     return Diagnosis(diagnosed, _of_chain(state))
 
@@ -254,8 +254,8 @@ def ranks_by_trace(state: Any, layers: Layers, share: float = 0.95) -> dict[str,
         ValueError: If ``share`` is out of range, if there were no statistics yet, or as ``diagnose``.
         TypeError: If an argument has the wrong type, or as ``diagnose``.
     """
-    need_layers(layers)
-    need_number(share, "share", 0, 1, includes_low=False)
+    check_layers(layers)
+    check_number(share, "share", 0, 1, includes_low=False)
     ranks: dict[str, int] = {}
     for name, held in _blocks("state", state, layers).items():
         products = held.state.factors if isinstance(held.state, CorrectedState) else held.state

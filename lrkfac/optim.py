@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import required
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
-from lrkfac.core.base.arguments import need_function, need_integer, need_number
+from lrkfac.core.base.arguments import check_function, check_integer, check_number
 from lrkfac.core.base.dtypes import without_autocast
-from lrkfac.core.base.trees import formed
+from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.estimators import Estimator
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.core.evaluation.evaluator import fisher
+from lrkfac.core.evaluation.evaluator import evaluator
 from lrkfac.core.evaluation.selection import Asked
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.discovery import find_layers
@@ -88,15 +88,15 @@ class LowRankKFAC(torch.optim.Optimizer):
             transformation: ``transformation(layers, lr, **options)``, or without ``lr`` if none is given, such as
                 ``kfac``, or ``adaptive_low_rank_kfac`` without ``lr``; or one's own function. It is handed ``lr`` as a
                 schedule that returns the number that stands in ``param_groups`` just then, or a tree of schedules.
-            estimator: See ``fisher``.
-            samples: See ``fisher``.
-            thin: See ``fisher``; by default where the transformation is one of lrkfac's. It is for ``step(inputs,
+            estimator: See ``evaluator``.
+            samples: See ``evaluator``.
+            thin: See ``evaluator``; by default where the transformation is one of lrkfac's. It is for ``step(inputs,
                 targets)`` alone: ``evaluate`` forms all gradients.
             statistics_every: Statistics are taken in the first of so many steps, unless a step says otherwise.
             **options: For the transformation, such as ``rank=16, damping=1e-3``.
 
         Raises:
-            ValueError: If a number is out of range, or as ``from_module``, ``find_layers`` and ``fisher``.
+            ValueError: If a number is out of range, or as ``from_module``, ``find_layers`` and ``evaluator``.
             TypeError: If an argument has the wrong type or is missing.
         """
         groups = None if params is None else listed(params)
@@ -107,16 +107,16 @@ class LowRankKFAC(torch.optim.Optimizer):
             raise TypeError("lr: missing; pass a number, or transformation=adaptive_low_rank_kfac, which needs none")
         if "lr" in given and transformation is adaptive_low_rank_kfac:
             raise TypeError("lr: adaptive_low_rank_kfac finds its own step sizes and takes none, nor does a group")
-        need_integer(statistics_every, "statistics_every")
-        need_function(transformation, "transformation", "a function that makes a GradientTransformation, such as kfac")
+        check_integer(statistics_every, "statistics_every")
+        check_function(transformation, "transformation", "a function that makes a GradientTransformation, such as kfac")
         if lr is not None:
-            need_number(lr, "lr", 0)
+            check_number(lr, "lr", 0)
         _, trained = from_module(module)
         self._buffered = next(module.buffers(), None) is not None
         self._module, self._inputs = module, inputs
         thin = transformation in (low_rank_kfac, kfac, adaptive_low_rank_kfac) if thin is None else thin
         self._evaluator = partial(
-            fisher, likelihood=likelihood, estimator=estimator, samples=samples, has_aux=self._buffered, thin=thin
+            evaluator, likelihood=likelihood, estimator=estimator, samples=samples, has_aux=self._buffered, thin=thin
         )
         fixed = {name: value for name, value in options.items() if name not in given}
         self._make = OfGroups(lambda: self.param_groups, partial(transformation, **fixed), given)
@@ -138,17 +138,17 @@ class LowRankKFAC(torch.optim.Optimizer):
         Args:
             inputs: Of the batch.
             targets: As the likelihood takes them.
-            statistics: See ``fisher``; by default, in the first of each ``statistics_every`` steps.
+            statistics: See ``evaluator``; by default, in the first of each ``statistics_every`` steps.
 
         Returns:
             The evaluation; of several, ``merge_evaluations`` makes one.
 
         Raises:
-            ValueError: If the module has changed, in its mode or parameters, or as the function of ``fisher``.
-            TypeError: As the function of ``fisher``.
+            ValueError: If the module has changed, in its mode or parameters, or as the function of ``evaluator``.
+            TypeError: As the function of ``evaluator``.
         """
         evaluation = self._evaluate(inputs, targets, statistics)
-        evaluation = evaluation._replace(grads=formed(evaluation.grads))
+        evaluation = evaluation._replace(grads=materialize(evaluation.grads))
         for name, parameter in self._parameters.items():
             # A copy: several parameters may have the same gradient, and each may be changed in place.
             parameter.grad = evaluation.grads[name].clone()

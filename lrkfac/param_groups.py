@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import required
 
-from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.types import PerParameter
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.module import from_module
@@ -68,7 +68,7 @@ def check_group(group: Group, module: nn.Module, known: Collection[str]) -> None
             "curvature is for all parameters: give it to the optimizer, or make a chain with partition() of your own"
         )
     if "lr" in known:
-        need_number(group["lr"], "lr", 0)
+        check_number(group["lr"], "lr", 0)
 
 
 def listed(params: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_values
+from lrkfac.core.base.arguments import check_values
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 
@@ -57,7 +57,7 @@ def from_state_dict(like: Tree, state_dict: Mapping[str, Any]) -> Tree:
     for name, leaf in expected.items():
         value = state_dict[name]
         if isinstance(leaf, Tensor) and leaf.device.type != "meta":
-            need_values(state_dict=value)
+            check_values(state_dict=value)
         if form(value) != form(leaf):
             raise ValueError(
                 f"state_dict: expected {name!r} to be {form(leaf)}, got {form(value)}; pass a tree like the one that "

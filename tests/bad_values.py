@@ -72,28 +72,39 @@ TRANSFORMATION = among(
 )
 LIKELIHOOD = among(1, "categorical", torch.ones(2), lrkfac.categorical, nn.CrossEntropyLoss(), *NOTHING)
 EVALUATION = among(1, "x", True, torch.ones(()), torch.ones(2), *NOTHING)
-FACTOR = among(1, "dense", torch.ones(2), lrkfac.dense, lrkfac.full, lrkfac.Dense(torch.eye(2)), *NOTHING)
+FACTOR = among(
+    1,
+    "dense",
+    torch.ones(2),
+    lrkfac.structures.dense,
+    lrkfac.structures.full,
+    lrkfac.linalg.Dense(torch.eye(2)),
+    *NOTHING,
+)
 PATH = among(1.5, 1j, object(), {}, [], None)
 
 META = torch.ones(2, 2, device="meta")
 EYE = torch.eye(2)
 OPERATORS = [
-    *[lrkfac.Dense(x) for x in ("x", None, 1.0, torch.ones(2), torch.ones(2, 3), torch.ones(2, 2, dtype=torch.int64))],
-    *[lrkfac.Dense(x) for x in (EYE.to(torch.complex64), EYE.bool(), torch.ones(2, 2, 2), torch.ones(()))],
-    *[lrkfac.Diagonal(x) for x in ("x", 1, EYE, torch.ones(2).long(), torch.ones(()))],
-    lrkfac.LowRankPlusDiagonal(EYE, torch.ones(3), torch.ones(2)),
-    lrkfac.LowRankPlusDiagonal(EYE, torch.ones(2), torch.ones(3)),
-    lrkfac.LowRankPlusDiagonal(EYE, torch.ones(2), None),
-    lrkfac.LowRankPlusDiagonal(torch.ones(2), torch.ones(2), torch.ones(2)),
-    lrkfac.LowRankPlusDiagonal(META, torch.ones(2), torch.ones(2)),
-    lrkfac.LowRankPlusDiagonal(EYE, torch.ones(2).long(), torch.ones(2)),
-    lrkfac.Kronecker(lrkfac.Dense(EYE), "x"),
-    lrkfac.Kronecker(None, lrkfac.Dense(EYE)),
-    lrkfac.Kronecker(EYE, EYE),
-    lrkfac.Kronecker(lrkfac.Dense(torch.ones(2, 3)), lrkfac.Dense(EYE)),
+    *[
+        lrkfac.linalg.Dense(x)
+        for x in ("x", None, 1.0, torch.ones(2), torch.ones(2, 3), torch.ones(2, 2, dtype=torch.int64))
+    ],
+    *[lrkfac.linalg.Dense(x) for x in (EYE.to(torch.complex64), EYE.bool(), torch.ones(2, 2, 2), torch.ones(()))],
+    *[lrkfac.linalg.Diagonal(x) for x in ("x", 1, EYE, torch.ones(2).long(), torch.ones(()))],
+    lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(3), torch.ones(2)),
+    lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(2), torch.ones(3)),
+    lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(2), None),
+    lrkfac.linalg.LowRankPlusDiagonal(torch.ones(2), torch.ones(2), torch.ones(2)),
+    lrkfac.linalg.LowRankPlusDiagonal(META, torch.ones(2), torch.ones(2)),
+    lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(2).long(), torch.ones(2)),
+    lrkfac.linalg.Kronecker(lrkfac.linalg.Dense(EYE), "x"),
+    lrkfac.linalg.Kronecker(None, lrkfac.linalg.Dense(EYE)),
+    lrkfac.linalg.Kronecker(EYE, EYE),
+    lrkfac.linalg.Kronecker(lrkfac.linalg.Dense(torch.ones(2, 3)), lrkfac.linalg.Dense(EYE)),
 ]
-OPERATOR = among(1, "x", EYE, torch.ones(2), lrkfac.dense(), lrkfac.Dense, *OPERATORS, *NOTHING)
-LOW_RANK = among(lrkfac.Dense(EYE), lrkfac.Diagonal(torch.ones(2)), *OPERATORS, *NOTHING)
+OPERATOR = among(1, "x", EYE, torch.ones(2), lrkfac.structures.dense(), lrkfac.linalg.Dense, *OPERATORS, *NOTHING)
+LOW_RANK = among(lrkfac.linalg.Dense(EYE), lrkfac.linalg.Diagonal(torch.ones(2)), *OPERATORS, *NOTHING)
 
 
 def other_leaf(x):

@@ -23,7 +23,7 @@ def tree(number):
 
 def read(path):
     """The number of the checkpoint, which is whole."""
-    params, state = lrkfac.load(path, tree(0), (torch.zeros(SIZE),))
+    params, state = lrkfac.checkpoint.load(path, tree(0), (torch.zeros(SIZE),))
     assert (params["w"] == params["number"]).all() and (state[0] == params["number"]).all()
     return params["number"]
 
@@ -31,10 +31,10 @@ def read(path):
 def main(kills, folder):
     torch.set_num_threads(1)
     path = Path(folder) / "run.safetensors"
-    lrkfac.save(path, tree(0), (torch.zeros(SIZE),))
+    lrkfac.checkpoint.save(path, tree(0), (torch.zeros(SIZE),))
     start = time.perf_counter()
     for i in range(5):
-        lrkfac.save(path, tree(i), (torch.full((SIZE,), float(i)),))
+        lrkfac.checkpoint.save(path, tree(i), (torch.full((SIZE,), float(i)),))
     seconds = (time.perf_counter() - start) / 5
     last, replaced, during = read(path), 0, 0
     for _ in range(kills):
@@ -43,7 +43,7 @@ def main(kills, folder):
             number = last
             while True:
                 number += 1
-                lrkfac.save(path, tree(number), (torch.full((SIZE,), float(number)),))
+                lrkfac.checkpoint.save(path, tree(number), (torch.full((SIZE,), float(number)),))
         time.sleep(random.uniform(0, 4 * seconds))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

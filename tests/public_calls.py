@@ -34,6 +34,7 @@ from tests.bad_values import (
     one_of,
     tree,
 )
+from tests.public import BY_SHORT_NAME
 
 
 class Call(NamedTuple):
@@ -53,7 +54,7 @@ NET, X, Y = network(), torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 
 MODEL, PARAMS = lrkfac.from_module(NET)
 P = {name: x.clone() for name, x in PARAMS.items()}
 LAYERS = lrkfac.find_layers(MODEL, P, X)
-EVALUATE, EXACT = (lrkfac.fisher(MODEL, lrkfac.categorical(), LAYERS, estimator) for estimator in ("mc", "exact"))
+EVALUATE, EXACT = (lrkfac.evaluator(MODEL, lrkfac.categorical(), LAYERS, estimator) for estimator in ("mc", "exact"))
 E = EVALUATE(P, X, Y)
 WITHOUT = EVALUATE(P, X, Y, statistics=False)
 G = E.grads
@@ -74,7 +75,7 @@ NOT_NOISE = among(
     *[1, "x", [0.5], torch.rand(6, 2), torch.rand(2, 6, 2), torch.zeros(1, 6, 2).long(), torch.rand(1, 6, 2) + 1],
     *[torch.rand(1, 6, 2) - 1, torch.full((1, 6, 2), NAN), torch.rand(1, 6, 2, device="meta"), (torch.rand(1, 6, 2),)],
 )
-NOT_TREES = st.one_of(tree(P), st.just(lrkfac.state_dict(P) | {"0.bias": torch.ones(5)}))
+NOT_TREES = st.one_of(tree(P), st.just(lrkfac.checkpoint.state_dict(P) | {"0.bias": torch.ones(5)}))
 NOT_LEAVES = among(1j, object(), b"x", {"w": 1j}, (torch.ones(2), object()), [nn.Linear(1, 1)], {"a": {"b": b"x"}})
 VALID: dict[str, Call] = {}
 
@@ -84,16 +85,17 @@ def valid(name: str, function: Callable[..., Any], arguments: dict[str, Any], /,
 
 
 def public(name: str, arguments: dict[str, Any] | None = None, /, **bad: st.SearchStrategy[Any]) -> None:
-    valid(name, getattr(lrkfac, name), arguments or {}, **bad)
+    valid(name, BY_SHORT_NAME[name], arguments or {}, **bad)
 
 
 def container(name: str) -> None:
     """Built by trees with leaves of any kind: what it is given is looked at where it is used."""
-    fields = inspect.signature(getattr(lrkfac, name)).parameters.values()
+    fields = inspect.signature(BY_SHORT_NAME[name]).parameters.values()
     public(name, {field.name: None for field in fields if field.default is field.empty})
 
 
-for name in "Dense Diagonal Kronecker LowRankPlusDiagonal Evaluation Statistics Weights Unformed Layer Layers".split():
+OPERATORS = ("Dense", "Diagonal", "Kronecker", "LowRankPlusDiagonal")
+for name in (*OPERATORS, "Evaluation", "Statistics", "Weights", "LazyMatrix", "Layer", "Layers"):
     container(name)
 container("GradientTransformation")
 public(
@@ -133,7 +135,7 @@ public(
     channel=among(0, 1, "-1", -1.0, True, torch.tensor(-1), *NOTHING),
 )
 public(
-    "fisher",
+    "evaluator",
     {"model": MODEL, "likelihood": lrkfac.categorical(), "layers": LAYERS},
     model=FUNCTION,
     likelihood=LIKELIHOOD,
@@ -145,7 +147,7 @@ public(
     thin=FLAG,
 )
 valid(
-    "fisher()",
+    "evaluator()",
     EVALUATE,
     {"params": P, "inputs": X, "targets": Y},
     params=NOT_TREES,
@@ -155,7 +157,7 @@ valid(
     noise=NOT_NOISE,
 )
 valid(
-    "fisher(exact)()",
+    "evaluator(exact)()",
     EXACT,
     {"params": P, "inputs": X, "targets": Y},
     noise=st.one_of(NOT_NOISE, st.just(torch.rand(1, 6, 2))),
@@ -214,8 +216,8 @@ for name, y in {"bernoulli": torch.rand(6, 2), "poisson": torch.ones(6, 2), "gau
     }
     shapes = [y[:5], y[:, :1], y.mT, y[0], y.to("meta"), y.to(torch.complex64), y.tolist(), None, "x", (y,)]
     valid(
-        f"fisher({name})()",
-        lrkfac.fisher(MODEL, getattr(lrkfac, name)(), LAYERS),
+        f"evaluator({name})()",
+        lrkfac.evaluator(MODEL, getattr(lrkfac, name)(), LAYERS),
         {"params": P, "inputs": X, "targets": y},
         targets=among(*outside[name], *shapes),
     )
@@ -223,7 +225,7 @@ for name, y in {"bernoulli": torch.rand(6, 2), "poisson": torch.ones(6, 2), "gau
 # Linear algebra.
 public(
     "kronecker",
-    {"input": lrkfac.dense(), "output": lrkfac.dense()},
+    {"input": lrkfac.structures.dense(), "output": lrkfac.structures.dense()},
     input=FACTOR,
     output=FACTOR,
     treatment=one_of("expand", "reduce"),
@@ -239,9 +241,9 @@ public("low_rank", {"rank": 2}, **LOW, residual=one_of("isotropic", "none"))
 public("low_rank_plus_diagonal", {"rank": 2}, **LOW, fit=one_of("alternating", "off_diagonal"))
 for name in ("dense", "diagonal", "unit_wise", "layer_wise", "full"):
     public(name)
-LOW_RANK_OPERATOR = lrkfac.LowRankPlusDiagonal(EYE, torch.ones(2), torch.ones(2))
+LOW_RANK_OPERATOR = lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(2), torch.ones(2))
 public("to_dense", {"operator": LOW_RANK_OPERATOR}, operator=OPERATOR)
-public("inverse", {"operator": lrkfac.Dense(EYE)}, operator=OPERATOR, damping=number(0))
+public("inverse", {"operator": lrkfac.linalg.Dense(EYE)}, operator=OPERATOR, damping=number(0))
 public("woodbury", {"operator": LOW_RANK_OPERATOR}, operator=LOW_RANK)
 public("sherman_morrison", {"operator": LOW_RANK_OPERATOR}, operator=LOW_RANK)
 ITERATED = {
@@ -270,7 +272,7 @@ public(
 public("subspace_iteration", {"matvec": lambda v: v, "start": torch.ones(3, 2)}, **ITERATED, iterations=integer())
 
 # Trees.
-public("formed", {"x": P}, x=among(1, "x", 1j, object(), [1.0], {"x": "y"}, (torch.ones(2), "x")))
+public("materialize", {"x": P}, x=among(1, "x", 1j, object(), [1.0], {"x": "y"}, (torch.ones(2), "x")))
 public("apply_updates", {"params": P, "updates": G}, params=tree(P, shapes=False), updates=NOT_TREES)
 public("state_dict", {"tree": FLAT}, tree=NOT_LEAVES)
 WRONG_DICTIONARIES = [{**FLAT, "w": torch.ones(3, 2)}, {**FLAT, "w": torch.ones(2, 3).double()}, {**FLAT, "step": 3.0}]

@@ -4,19 +4,17 @@ from hypothesis import strategies as st
 
 import lrkfac
 from tests.bad_values import DTYPE, NOTHING, among, integer, number
-from tests.public_calls import LAYERS, NOT_LAYERS, E, G, P, container, public
+from tests.public_calls import LAYERS, NOT_LAYERS, E, G, P, public
 from tests.public_transformations import NOT_TREES, PRECONDITION, RANK, STRUCTURE
 
 STATE = PRECONDITION.init(P)
 NOT_STATES = among(1, "x", lrkfac.trace(0.9).init(P), (STATE, STATE), *[x for x in NOTHING if x is not None])
-container("Diagnosis")
-container("Explanation")
 public(
     "diagnose",
     {"state": STATE, "layers": LAYERS, "updates": G},
     state=st.one_of(NOT_STATES, st.none()),
     layers=NOT_LAYERS,
-    previous=st.one_of(NOT_STATES, st.just(lrkfac.precondition_by_fisher(LAYERS, lrkfac.full()).init(P))),
+    previous=st.one_of(NOT_STATES, st.just(lrkfac.precondition_by_fisher(LAYERS, lrkfac.structures.full()).init(P))),
     updates=NOT_TREES.filter(lambda x: x is not None),
 )
 public(
@@ -35,12 +33,12 @@ public(
     layers=NOT_LAYERS,
     share=number(0, 2, includes_low=False),
 )
-public("staggered", {"layers": LAYERS, "every": 3}, layers=NOT_LAYERS, every=integer())
+public("round_robin_refresh", {"layers": LAYERS, "every": 3}, layers=NOT_LAYERS, every=integer())
 NOT_FACTORS = among(
     1, "x", STATE, {"0": STATE.factors["0"]}, {**STATE.factors, "0": 1}, *[x for x in NOTHING if x != {}]
 )
 public(
-    "staleness",
+    "factor_drift",
     {"before": STATE.factors, "after": STATE.factors},
     before=NOT_FACTORS.filter(lambda x: not isinstance(x, dict) or 1 in x.values()),
     after=NOT_FACTORS,

@@ -27,7 +27,7 @@ public(
     ),
     transformation=st.one_of(FUNCTION, st.just(lambda *_: 1)),
     statistics_every=integer(),
-    **{name: VALID["fisher"].bad[name] for name in ("estimator", "samples")},
+    **{name: VALID["evaluator"].bad[name] for name in ("estimator", "samples")},
     thin=FLAG.filter(lambda x: x is not None),
 )
 valid(

@@ -39,8 +39,17 @@ SHARE, NONNEGATIVE = number(0, 1), number(0)
 SHARES, DECAYS = number(0, 1, trees=True), number(0, trees=True)
 MAX_KL = number(0, includes_low=False, optional=True)
 STRUCTURE = among(
-    *[1, "x", torch.ones(2), lrkfac.dense(), {"x": lrkfac.dense()}, {"*": lrkfac.dense()}, {"*": 1}, {"none": None}],
-    *[lambda layer: 1, lambda layer: lrkfac.full(), 1j, object(), [], ()],
+    *[
+        1,
+        "x",
+        torch.ones(2),
+        lrkfac.structures.dense(),
+        {"x": lrkfac.structures.dense()},
+        {"*": lrkfac.structures.dense()},
+        {"*": 1},
+        {"none": None},
+    ],
+    *[lambda layer: 1, lambda layer: lrkfac.structures.full(), 1j, object(), [], ()],
 )
 NOT_RANKS = among("automatic", {"none": 1}, {"*": 0}, {"*": 1.5})
 RANK = st.one_of(integer(optional=True).filter(lambda x: x != {}), NOT_RANKS)
@@ -48,7 +57,7 @@ RANK_OF_CHAIN = st.one_of(RANK, st.none())
 OF_DTYPE = {"dtype": DTYPE.filter(lambda x: x is not None)}
 
 # Transformations and schedules.
-SCHEDULE = lrkfac.constant_schedule(0.1)
+SCHEDULE = lrkfac.schedules.constant_schedule(0.1)
 public("identity")
 public("scale", {"factor": 0.1}, factor=number())
 public("scale_by_learning_rate", {"learning_rate": 0.1}, learning_rate=RATE)
@@ -56,7 +65,7 @@ public("scale_by_adam", b1=SHARE, b2=SHARE, eps=NONNEGATIVE)
 public("trace", {"decay": 0.9}, decay=SHARES, nesterov=FLAG)
 public("ema_params", decay=SHARE)
 public("add_decayed_weights", {"weight_decay": 0.1}, weight_decay=DECAYS)
-public("clip_by_value", {"max_delta": 1.0}, max_delta=POSITIVE)
+public("clip", {"max_delta": 1.0}, max_delta=POSITIVE)
 public("clip_by_global_norm", {"max_norm": 1.0}, max_norm=POSITIVE)
 public("clip_by_kl", {"max_kl": 1.0}, max_kl=POSITIVE, learning_rate=RATE)
 public("masked", {"inner": lrkfac.trace(0.9), "mask": True}, inner=TRANSFORMATION, mask=st.nothing())
@@ -82,24 +91,32 @@ public(
         1, "x", E, [E, "x"], [E, WITHOUT], [E, E.grads], (None,), [tuple(E)], *[x for x in NOTHING if not callable(x)]
     ),
 )
-public("inject_hyperparameters", {"factory": lrkfac.trace}, factory=st.one_of(FUNCTION, st.just(lrkfac.trace(0.9))))
+public("inject_hyperparams", {"factory": lrkfac.trace}, factory=st.one_of(FUNCTION, st.just(lrkfac.trace(0.9))))
 public("constant_schedule", {"value": 0.1}, value=number())
 public(
-    "warmup_cosine_schedule",
-    {"peak_value": 1.0, "warmup_steps": 2, "total_steps": 9},
+    "warmup_cosine_decay_schedule",
+    {"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 2, "decay_steps": 9},
+    init_value=number(),
     peak_value=number(),
     warmup_steps=number(0, 9),
-    total_steps=number(2, includes_low=False),
-    initial_value=number(),
-    final_value=number(),
+    decay_steps=number(2, includes_low=False),
+    end_value=number(),
 )
-EXPONENTIAL = {"initial_value": 1.0, "decay_rate": 0.5}
-public("exponential_schedule", EXPONENTIAL, initial_value=number(), decay_rate=POSITIVE, steps=number(1))
+public(
+    "exponential_decay",
+    {"init_value": 1.0, "transition_steps": 1, "decay_rate": 0.5},
+    init_value=number(),
+    transition_steps=number(1),
+    decay_rate=POSITIVE,
+    transition_begin=NONNEGATIVE,
+    staircase=FLAG,
+    end_value=number(optional=True),
+)
 public(
     "piecewise_constant_schedule",
-    {"initial_value": 1.0, "scales": {5: 0.1}},
-    initial_value=number(),
-    scales=among(
+    {"init_value": 1.0, "boundaries_and_scales": {5: 0.1}},
+    init_value=number(),
+    boundaries_and_scales=among(
         *[1, "x", {-1: 0.1}, {1: NAN}, {1: "x"}, {"x": 1}, {NAN: 1.0}, {1: None}],
         *[x for x in NOTHING if not isinstance(x, dict)],
     ),
@@ -167,8 +184,8 @@ public(
     gradient_decay=SHARE,
 )
 valid(
-    "inject_hyperparameters()",
-    lrkfac.inject_hyperparameters(lrkfac.scale_by_learning_rate),
+    "inject_hyperparams()",
+    lrkfac.inject_hyperparams(lrkfac.scale_by_learning_rate),
     {"learning_rate": 0.1},
     learning_rate=RATE,
 )
@@ -192,7 +209,7 @@ STATELESS = {
     "identity": lrkfac.identity(),
     "scale": lrkfac.scale(0.1),
     "scale_by_learning_rate": lrkfac.scale_by_learning_rate(0.1),
-    "clip_by_value": lrkfac.clip_by_value(1.0),
+    "clip": lrkfac.clip(1.0),
     "clip_by_global_norm": lrkfac.clip_by_global_norm(1.0),
     "add_decayed_weights": lrkfac.add_decayed_weights(0.1),
 }
@@ -206,7 +223,7 @@ STATEFUL = {
     "partition": lrkfac.partition({"a": lrkfac.trace(0.9)}, LABELS),
     "apply_if_finite": lrkfac.apply_if_finite(lrkfac.trace(0.9), 3),
     "accumulate": lrkfac.accumulate(lrkfac.trace(0.9), 3),
-    "inject_hyperparameters": lrkfac.inject_hyperparameters(lrkfac.trace)(decay=0.9),
+    "inject_hyperparams": lrkfac.inject_hyperparams(lrkfac.trace)(decay=0.9),
     "chain": lrkfac.chain(lrkfac.trace(0.9), lrkfac.scale(0.1)),
     "precondition_by_fisher": PRECONDITION,
     "scale_by_quadratic_model": lrkfac.scale_by_quadratic_model(PRECONDITION),
@@ -241,11 +258,11 @@ def documentation(name: str) -> str:
     """What the entry says about errors."""
     found = base(name)
     own = getattr(found, name.split(".")[-1], None) if "." in name and "(" not in name else None
-    protocol = [GradientTransformation, lrkfac.from_module, lrkfac.find_layers, lrkfac.fisher, Likelihood.loss]
+    protocol = [GradientTransformation, lrkfac.from_module, lrkfac.find_layers, lrkfac.evaluator, Likelihood.loss]
     texts = [inspect.getdoc(x) or "" for x in (found, own) if x is not None]
     if ".init" in name or ".update" in name:
         texts.append(inspect.getdoc(protocol[0]) or "")
-    if name.startswith(("LowRankKFAC", "fisher", "Evaluation")):
+    if name.startswith(("LowRankKFAC", "evaluator", "Evaluation")):
         texts += [inspect.getdoc(x) or "" for x in protocol[1:]]
     if name in ("kfac", "adaptive_low_rank_kfac", "low_rank_kfac"):
         texts.append(inspect.getdoc(lrkfac.precondition_by_fisher) or "")

@@ -70,7 +70,7 @@ def clipped_by_kl(updates: Params, gradients: Params, learning_rate: float, max_
     return {name: factor * u for name, u in updates.items()}
 
 
-def warmup_cosine_schedule(
+def warmup_cosine_decay_schedule(
     step: int, peak: float, warmup_steps: int, total_steps: int, initial: float = 0.0, final: float = 0.0
 ) -> float:
     """Linear from initial (step 0) to peak (warmup_steps), then half a cosine to final (total_steps).
@@ -83,7 +83,7 @@ def warmup_cosine_schedule(
     return final + (peak - final) * (1 + math.cos(math.pi * fraction)) / 2
 
 
-def exponential_schedule(step: int, initial: float, rate: float, interval: int = 1) -> float:
+def exponential_decay(step: int, initial: float, rate: float, interval: int = 1) -> float:
     """initial * rate^(step / interval)."""
     return initial * rate ** (step / interval)
 

@@ -8,15 +8,17 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import find_layers, fisher, kronecker, precondition_by_fisher, to_dense
+from lrkfac import evaluator, find_layers, precondition_by_fisher
 from lrkfac.core.curvature.examples import example_gradients
 from lrkfac.core.layers.matrix import split_groups, to_matrix
+from lrkfac.linalg import to_dense
+from lrkfac.structures import kronecker
 from lrkfac.testing import architectures, gradients
 from tests.test_training_step import NeverDense, NeverDensePlusDiagonal
 
 double = architectures(dtype=torch.float64)
 estimators = st.sampled_from(["mc", "exact", "empirical"])
-DENSE = kronecker(lrkfac.dense(), lrkfac.dense())
+DENSE = kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())
 
 
 def loss(case, outputs):
@@ -48,7 +50,7 @@ def test_gradients_are_those_of_autograd(case, estimator, bias):
     """``mean of g aᵀ`` is the gradient, layer by layer, and the free parameters' is as it is."""
     layers = find_layers(case.model, case.params, case.inputs, bias=bias)
     expected = plain_gradients(case)
-    evaluate = fisher(case.model, case.likelihood, layers, estimator)
+    evaluate = evaluator(case.model, case.likelihood, layers, estimator)
     tolerance = 1e-10 if optree.tree_leaves(case.params)[0].dtype == torch.float64 else 1e-4
     for statistics in (True, False):
         e = evaluate(case.params, case.inputs, case.targets, statistics=statistics)
@@ -67,7 +69,7 @@ def test_every_weight_matrix_is_covered(case):
 def test_exact_statistics_make_up_the_fisher_matrix(case, seed):
     """``uᵀ F u`` within each layer, from its examples' gradients, is that of the products of the whole model."""
     layers = find_layers(case.model, case.params, case.inputs)
-    e = fisher(case.model, case.likelihood, layers, "exact")(case.params, case.inputs, case.targets)
+    e = evaluator(case.model, case.likelihood, layers, "exact")(case.params, case.inputs, case.targets)
     leaves, structure = optree.tree_flatten(gradients(case.params, seed))
     for layer in layers:
         own = [p.index for p in (layer.weight, layer.bias) if p is not None]
@@ -89,7 +91,7 @@ def preconditioned(case, layers, structure, estimator):
     """After two batches."""
     noise = torch.rand(1, *case.model(case.params, case.inputs).shape, dtype=torch.float64)
     tx = precondition_by_fisher(layers, structure, damping=0.1, decay=0.9)
-    state, evaluate = tx.init(case.params), fisher(case.model, case.likelihood, layers, estimator)
+    state, evaluate = tx.init(case.params), evaluator(case.model, case.likelihood, layers, estimator)
     for inputs in (case.inputs, case.inputs.flip(-1)):
         e = evaluate(case.params, inputs, case.targets, noise=noise if estimator == "mc" else None)
         updates, state = tx.update(e.grads, state, case.params, evaluation=e)
@@ -116,7 +118,7 @@ def test_damped_inverse_is_positive_definite(case, estimator, rank):
     structure = kronecker(NeverDense(rank), NeverDensePlusDiagonal(rank))
     _, state = preconditioned(case, layers, structure, estimator)
     for layer in layers:
-        inverse, factors = state.inverses[layer.name], isinstance(state.inverses[layer.name], lrkfac.Kronecker)
+        inverse, factors = state.inverses[layer.name], isinstance(state.inverses[layer.name], lrkfac.linalg.Kronecker)
         for operator in inverse if factors else (inverse,):
             # Stacked: Kronecker factors by groups, other blocks by units.
             stacked = layer.groups > 1 or not factors

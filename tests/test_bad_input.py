@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import lrkfac
-from lrkfac import find_layers, fisher, kfac, low_rank_kfac, precondition_by_fisher
+from lrkfac import evaluator, find_layers, kfac, low_rank_kfac, precondition_by_fisher
 from tests import cases
-from tests.transforms.test_precondition import evaluator
+from tests.transforms.test_precondition import layers_and_evaluate
 
 CASE = cases.LINEAR[0]
 PARAMS, X, Y = CASE.params, CASE.inputs, CASE.targets
-LAYERS, EVALUATE = evaluator(CASE)
+LAYERS, EVALUATE = layers_and_evaluate(CASE)
 TX = low_rank_kfac(LAYERS, 0.1, rank=2, weight_decay=0.1)
 E = EVALUATE(PARAMS)
 STATE = TX.update(E.grads, TX.init(PARAMS), PARAMS, evaluation=E)[1]
@@ -25,9 +25,9 @@ MAKERS = {
     "precondition_by_fisher": lambda **options: precondition_by_fisher(LAYERS, **options),
     "low_rank_kfac": lambda **options: low_rank_kfac(LAYERS, 0.1, **options),
     "kfac": lambda **options: kfac(LAYERS, 0.1, **options),
-    "low_rank": lambda rank: lrkfac.low_rank(rank),
-    "low_rank_plus_diagonal": lambda rank: lrkfac.low_rank_plus_diagonal(rank),
-    "inverse": lambda damping: lrkfac.inverse(lrkfac.Diagonal(torch.ones(2)), damping),
+    "low_rank": lambda rank: lrkfac.structures.low_rank(rank),
+    "low_rank_plus_diagonal": lambda rank: lrkfac.structures.low_rank_plus_diagonal(rank),
+    "inverse": lambda damping: lrkfac.linalg.inverse(lrkfac.linalg.Diagonal(torch.ones(2)), damping),
 }
 ARGUMENTS = [
     *[("rank", value, ValueError, f"rank: expected an integer >= 1, got {value}") for value in (0, -3)],
@@ -65,7 +65,7 @@ def test_numbers_out_of_range(maker, name, value, error, words):
 
 
 def evaluation(**given):
-    return lambda: fisher(
+    return lambda: evaluator(
         given.get("model", CASE.model), given.get("likelihood", lrkfac.categorical()), LAYERS, "empirical"
     )(
         given.get("params", PARAMS),
@@ -107,8 +107,8 @@ TREES = {
     "number": ({**PARAMS, "2.bias": 1.0}, r"'2.bias' of shape \(4,\), got float"),
 }
 TREE_USERS = {
-    "fisher": lambda tree: evaluation(params=tree)(),
-    "fisher without statistics": lambda tree: evaluation(params=tree, statistics=False)(),
+    "evaluator": lambda tree: evaluation(params=tree)(),
+    "evaluator without statistics": lambda tree: evaluation(params=tree, statistics=False)(),
     "init": TX.init,
     "update": lambda tree: TX.update(tree, STATE, PARAMS, evaluation=E),
     "update's params": lambda tree: TX.update(E.grads, STATE, tree, evaluation=E),
@@ -161,7 +161,7 @@ BAD_OUTPUTS = {
 }
 
 
-DENSE = lrkfac.kronecker(lrkfac.dense(), lrkfac.dense())
+DENSE = lrkfac.structures.kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())
 
 
 def cut_state():
@@ -186,12 +186,14 @@ CALLS = {
         *MODELS["batch norm"][1:],
     ),
     **{
-        f"fisher: {name}": (evaluation(model=model), error, words)
+        f"evaluator: {name}": (evaluation(model=model), error, words)
         for name, (model, error, words) in {**MODELS, **BAD_OUTPUTS}.items()
         if name not in ("no layer", "batch norm")
     },
     "a pattern of no layer": (
-        lambda: precondition_by_fisher(LAYERS, {"conv*": lrkfac.kronecker(lrkfac.dense(), lrkfac.dense())}),
+        lambda: precondition_by_fisher(
+            LAYERS, {"conv*": lrkfac.structures.kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())}
+        ),
         ValueError,
         r"structure: the pattern 'conv\*' matches none of the layers \['0', '2', '4'\]",
     ),
@@ -222,9 +224,9 @@ CALLS = {
         )
         for name, structure in {
             "one structure": DENSE,
-            "an exact block": lrkfac.unit_wise(),
-            "full": lrkfac.full(),
-            "patterns of all layers": {"0": DENSE, "*": lrkfac.diagonal()},
+            "an exact block": lrkfac.structures.unit_wise(),
+            "full": lrkfac.structures.full(),
+            "patterns of all layers": {"0": DENSE, "*": lrkfac.structures.diagonal()},
             "a function": lambda layer: DENSE,
         }.items()
     },
@@ -252,12 +254,20 @@ CALLS = {
         for name, state, words in (
             ("another structure", precondition_by_fisher(LAYERS, DENSE).init(PARAMS), "averages of layer '0'"),
             ("another rank", precondition_by_fisher(LAYERS, rank=1).init(PARAMS), "averages of layer '0'"),
-            ("the whole model", precondition_by_fisher(LAYERS, lrkfac.full()).init(PARAMS), "averages of the layers"),
+            (
+                "the whole model",
+                precondition_by_fisher(LAYERS, lrkfac.structures.full()).init(PARAMS),
+                "averages of the layers",
+            ),
             ("other layers", cut_state(), r"averages of the layers \['0', '2', '4'\], got \['0', '2'\]"),
             ("a chain", STATE, "a PreconditionState, got tuple"),
         )
     },
-    "no structure": (lambda: precondition_by_fisher(LAYERS, lrkfac.dense()), TypeError, "structure: expected kron"),
+    "no structure": (
+        lambda: precondition_by_fisher(LAYERS, lrkfac.structures.dense()),
+        TypeError,
+        "structure: expected kron",
+    ),
     "no evaluation": (lambda: TX.update(E.grads, STATE, PARAMS), TypeError, "evaluation is missing"),
     "another state": (lambda: TX.update(E.grads, STATE[:2], PARAMS, evaluation=E), ValueError, "state: expected"),
 }

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import lrkfac
-from lrkfac import dense, diagonal, full, kronecker, layer_wise, low_rank, precondition_by_fisher, unit_wise
+from lrkfac import precondition_by_fisher
 from lrkfac.core.layers.matrix import to_matrix
+from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_rank, unit_wise
 from lrkfac.testing import check_transformation
 from tests import cases, reference_networks, test_models
 from tests.dispatch import LargestTensor
@@ -35,15 +36,15 @@ def as_case(name):
     return cases.Case(name, of_flat, flat, inputs, targets, "categorical", {}, ())
 
 
-def evaluator(case, estimator="exact"):
+def layers_and_evaluate(case, estimator="exact"):
     layers = lrkfac.find_layers(case.model, case.params, case.inputs)
     likelihood = getattr(lrkfac, case.likelihood)(**case.likelihood_options)
-    evaluate = lrkfac.fisher(case.model, likelihood, layers, estimator)
+    evaluate = lrkfac.evaluator(case.model, likelihood, layers, estimator)
     return layers, lambda params, inputs=case.inputs: evaluate(params, inputs, case.targets)
 
 
 def one_update(case, structure):
-    layers, evaluate = evaluator(case)
+    layers, evaluate = layers_and_evaluate(case)
     tx, e = precondition_by_fisher(layers, structure, damping=DAMPING), evaluate(case.params)
     return tx.update(e.grads, tx.init(case.params), case.params, evaluation=e)[0]
 
@@ -106,7 +107,7 @@ def test_models_of_all_styles(model):
 
 
 def check_structures(case):
-    layers, _ = evaluator(case)
+    layers, _ = layers_and_evaluate(case)
     matrix, place = reference_networks.gauss_newton_matrix(case), numbers(case.params)
     leaves = [place[parameter.path] for parameter in layers.parameters]
     found = [to_matrix(layer, leaves).reshape(layer.groups, layer.d_out, layer.d_in) for layer in layers]
@@ -144,7 +145,7 @@ def test_uses_without_the_batch_in_front_are_right_or_refused(model, shapes, exa
     params = {name: torch.randn(shape).double() for name, shape in shapes.items()}
     inputs, targets = torch.randn(examples, 3, 5).double(), torch.randint(3, (examples,))
     case = cases.Case("axes", model, params, inputs, targets, "categorical", {}, ())
-    uncovered = evaluator(case)[0].uncovered
+    uncovered = layers_and_evaluate(case)[0].uncovered
     if uncovered:
         assert all("batch" in reason for _, reason in uncovered)
         return
@@ -157,7 +158,7 @@ def test_uses_without_the_batch_in_front_are_right_or_refused(model, shapes, exa
 @each_structure
 @pytest.mark.parametrize("case", [cases.LINEAR[0], cases.LINEAR[6], cases.CONVOLUTION[3]], ids=lambda case: case.name)
 def test_laws(case, name):
-    layers, evaluate = evaluator(case)
+    layers, evaluate = layers_and_evaluate(case)
     tx = precondition_by_fisher(layers, STRUCTURES[name], decay=0.7)
     check_transformation(tx, case.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e}))
 
@@ -166,7 +167,7 @@ def test_laws(case, name):
 def test_averages_over_batches(name):
     """Two batches with decay ``ρ`` weigh ``ρ / (1 + ρ)`` and ``1 / (1 + ρ)``."""
     case, decay = cases.CONVOLUTION[3], 0.6
-    layers, evaluate = evaluator(case)
+    layers, evaluate = layers_and_evaluate(case)
     second = case._replace(inputs=torch.randn_like(case.inputs))
     tx = precondition_by_fisher(layers, STRUCTURES[name], damping=DAMPING, decay=decay)
     e = evaluate(case.params)
@@ -180,7 +181,7 @@ def test_averages_over_batches(name):
 
 def test_structures_may_differ_by_layer():
     case = as_case("conv1d")
-    layers, _ = evaluator(case)
+    layers, _ = layers_and_evaluate(case)
     name = layers.layers[0].name
     mixed = one_update(case, {name: layer_wise(), "*": diagonal()})
     first = {p.path for p in (layers[name].weight, layers[name].bias)}
@@ -190,7 +191,7 @@ def test_structures_may_differ_by_layer():
 
 def test_scales_and_shifts_have_a_block_for_each_unit_by_default():
     case = as_case("conv1d")
-    layers, _ = evaluator(case)
+    layers, _ = layers_and_evaluate(case)
     units = unit_wise()
     expected = one_update(case, units)
     for structure in (None, kronecker(dense(), dense())):
@@ -238,7 +239,7 @@ def test_embedding_equals_the_explicit_product():
 @pytest.mark.parametrize("structure", [None, kronecker(dense(), dense()), kronecker(low_rank(2), low_rank(2))])
 def test_embedding_needs_no_square_of_its_vocabulary(structure):
     case, largest = embedded(2000), LargestTensor()
-    layers, evaluate = evaluator(case)
+    layers, evaluate = layers_and_evaluate(case)
     assert layers["table"].kind == "embedding"
     tx = precondition_by_fisher(layers, structure)
     with largest:
@@ -255,7 +256,7 @@ def test_tied_embedding_needs_no_square_of_its_vocabulary():
     params = {"mix": torch.randn(4, 4), "table": torch.randn(2000, 4)}
     tokens, largest = torch.randint(2000, (5, 6)), LargestTensor()
     layers = lrkfac.find_layers(model, params, tokens, strict=True)
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers)
     tx = lrkfac.low_rank_kfac(layers, 0.1, rank=2)
     with largest:
         e = evaluate(params, tokens, tokens)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import lrkfac
-from lrkfac import kfac, kronecker, low_rank, low_rank_kfac, low_rank_plus_diagonal
+from lrkfac import kfac, low_rank_kfac
+from lrkfac.structures import kronecker, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_transformation
 from tests import cases, reference_networks, reference_optimizers
-from tests.transforms.test_precondition import DENSE, evaluator
+from tests.transforms.test_precondition import DENSE, layers_and_evaluate
 
 MLP, SHIFT, GROUPS = cases.LINEAR[0], cases.LINEAR[6], cases.CONVOLUTION[3]
 some_cases = pytest.mark.parametrize("case", [MLP, SHIFT, GROUPS], ids=lambda case: case.name)
@@ -18,14 +19,14 @@ OPTIONS = {"damping": 0.05, "decay": 0.7, "momentum": 0.8, "weight_decay": 0.02,
 RATES = {
     "number": 0.2,
     "tensor": torch.tensor(0.2, dtype=torch.float64),
-    "schedule": lrkfac.warmup_cosine_schedule(0.3, 2, 5, initial_value=0.1),
+    "schedule": lrkfac.schedules.warmup_cosine_decay_schedule(0.1, 0.3, 2, 5),
 }
 each_rate = pytest.mark.parametrize("rate", RATES.values(), ids=RATES.keys())
 
 
 def path(tx, case, steps=4):
     """The parameters after each step, with statistics at every second."""
-    _, evaluate = evaluator(case)
+    _, evaluate = layers_and_evaluate(case)
     params, state, found = case.params, tx.init(case.params), []
     for i in range(steps):
         e = evaluate(params, statistics=i % 2 == 0)
@@ -52,7 +53,7 @@ def same(found, expected):
 @some_cases
 @each_rate
 def test_each_argument_goes_where_it_belongs(case, rate):
-    layers, _ = evaluator(case)
+    layers, _ = layers_and_evaluate(case)
     two = kronecker(low_rank(2), low_rank_plus_diagonal(2))
     expected = path(by_hand(layers, two, rate, **OPTIONS), case)
     same(path(low_rank_kfac(layers, rate, rank=2, **OPTIONS), case), expected)
@@ -64,7 +65,7 @@ def test_each_argument_goes_where_it_belongs(case, rate):
 
 @some_cases
 def test_defaults(case):
-    layers, _ = evaluator(case)
+    layers, _ = layers_and_evaluate(case)
     values = {"damping": 1e-2, "decay": 0.95, "momentum": 0.9, "weight_decay": 0.0, "kl_clip": 1e-3}
     default = kronecker(low_rank(32), low_rank_plus_diagonal(32))
     same(path(low_rank_kfac(layers, 0.1), case), path(by_hand(layers, default, 0.1, **values), case))
@@ -75,7 +76,7 @@ def test_defaults(case):
 @pytest.mark.parametrize("gradient_decay", [None, 0.0, 0.9])
 def test_the_adaptive_chain(case, gradient_decay):
     """Sums of gradients are preconditioned; with no memory, each batch's own."""
-    layers, _ = evaluator(case)
+    layers, _ = layers_and_evaluate(case)
     both = kronecker(low_rank(2, weight=2.0), low_rank_plus_diagonal(2, weight=0.5))
     preconditioner = lrkfac.precondition_by_fisher(layers, both, decay=0.7)
     if gradient_decay != 0:
@@ -97,16 +98,16 @@ def test_signatures_that_users_rely_on():
 @pytest.mark.parametrize("make", [lambda layers, rate: low_rank_kfac(layers, rate, rank=1), kfac])
 @each_rate
 def test_laws(case, make, rate):
-    layers, evaluate = evaluator(case)
+    layers, evaluate = layers_and_evaluate(case)
     check_transformation(make(layers, rate), case.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e}))
 
 
 @pytest.mark.parametrize("case", [*cases.LINEAR, *cases.CONVOLUTION], ids=lambda case: case.name)
 def test_kfac_equals_the_reference_under_a_schedule(case):
     """Learning rates, clipping, momentum and weight decay over several steps, by the references alone."""
-    layers, evaluate = evaluator(case, "empirical")
+    layers, evaluate = layers_and_evaluate(case, "empirical")
     schedule = RATES["schedule"]
-    rates = [reference_optimizers.warmup_cosine_schedule(i, 0.3, 2, 5, 0.1) for i in range(5)]
+    rates = [reference_optimizers.warmup_cosine_decay_schedule(i, 0.3, 2, 5, 0.1) for i in range(5)]
     tx, params, reached, clipped = kfac(layers, schedule, **OPTIONS), case.params, None, []
     state = tx.init(params)
     for rate in rates:
@@ -128,7 +129,7 @@ def test_kfac_equals_the_reference_under_a_schedule(case):
 
 
 def test_micro_batches_are_merged_not_accumulated():
-    layers, _ = evaluator(MLP)
+    layers, _ = layers_and_evaluate(MLP)
     for inner in (lrkfac.kfac(layers, 0.1), lrkfac.adaptive_low_rank_kfac(layers, rank=2)):
         with pytest.raises(ValueError, match=r"inner: it preconditions.*merge_evaluations"):
             lrkfac.accumulate(inner, 2).init(MLP.params)

@@ -17,22 +17,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lrkfac
-from lrkfac import from_state_dict, state_dict
+from lrkfac.checkpoint import from_state_dict, state_dict
 
 safetensors = pytest.importorskip("safetensors", reason="the extra `checkpoint`")
 WIDTHS = (5, 8, 8, 8, 3)  # layers of equal form are refreshed together
 CHAINS = {
     "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=3, kl_clip=1e-2),
-    "dense": lambda layers: lrkfac.kfac(layers, lrkfac.warmup_cosine_schedule(0.1, 2, 20)),
+    "dense": lambda layers: lrkfac.kfac(layers, lrkfac.schedules.warmup_cosine_decay_schedule(0.0, 0.1, 2, 20)),
     "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3),
     "corrected": lambda layers: lrkfac.precondition_by_fisher(
-        layers, lrkfac.kronecker(lrkfac.low_rank(2), lrkfac.low_rank(2), corrected=True)
+        layers,
+        lrkfac.structures.kronecker(lrkfac.structures.low_rank(2), lrkfac.structures.low_rank(2), corrected=True),
     ),
     "units": lambda layers: lrkfac.chain(
-        lrkfac.precondition_by_fisher(layers, lrkfac.unit_wise()), lrkfac.scale(-0.01)
+        lrkfac.precondition_by_fisher(layers, lrkfac.structures.unit_wise()), lrkfac.scale(-0.01)
     ),
     "wrapped": lambda layers: lrkfac.apply_if_finite(
-        lrkfac.inject_hyperparameters(lrkfac.low_rank_kfac)(layers, learning_rate=0.1, rank=2), 3
+        lrkfac.inject_hyperparams(lrkfac.low_rank_kfac)(layers, learning_rate=0.1, rank=2), 3
     ),
 }
 
@@ -46,13 +47,13 @@ class Run:
         model, self.params = lrkfac.from_module(nn.Sequential(*stages).to(dtype))
         self.data = [(torch.randn(16, widths[0], dtype=dtype), torch.randint(3, (16,))) for _ in range(4)]
         self.layers = lrkfac.find_layers(model, self.params, self.data[0][0])
-        self.fisher = lrkfac.fisher(model, lrkfac.categorical(), self.layers)
+        self.evaluate = lrkfac.evaluator(model, lrkfac.categorical(), self.layers)
         self.tx = CHAINS[chain](self.layers)
         self.state, self.step = self.tx.init(self.params), 0
 
     def train(self, steps):
         for _ in range(steps):
-            e = self.fisher(self.params, *self.data[self.step % 4], statistics=self.step % 3 == 0)
+            e = self.evaluate(self.params, *self.data[self.step % 4], statistics=self.step % 3 == 0)
             updates, self.state = self.tx.update(e.grads, self.state, self.params, evaluation=e)
             self.params, self.step = lrkfac.apply_updates(self.params, updates), self.step + 1
         return self
@@ -68,8 +69,8 @@ class Run:
 
 
 def by_save(run, folder):
-    lrkfac.save(folder / "run.safetensors", run.progress, run.state, run.layers)
-    return lambda new: lrkfac.load(folder / "run.safetensors", new.progress, new.state, new.layers)
+    lrkfac.checkpoint.save(folder / "run.safetensors", run.progress, run.state, run.layers)
+    return lambda new: lrkfac.checkpoint.load(folder / "run.safetensors", new.progress, new.state, new.layers)
 
 
 def by_torch(run, folder):
@@ -163,8 +164,8 @@ def zeroed(x):
 def test_any_tree_comes_back(tmp_path_factory, params, state):
     path = tmp_path_factory.mktemp("any") / "run.safetensors"
     like = optree.tree_map(zeroed, (params, state))
-    lrkfac.save(path, params, state)
-    found = lrkfac.load(path, *like)
+    lrkfac.checkpoint.save(path, params, state)
+    found = lrkfac.checkpoint.load(path, *like)
     assert optree.tree_structure(found) == optree.tree_structure((params, state))
     assert all(map(equal, optree.tree_leaves(found), optree.tree_leaves((params, state))))
     for x, y in zip(optree.tree_leaves(found), optree.tree_leaves((params, state)), strict=True):
@@ -197,8 +198,8 @@ def test_a_flat_dictionary_is_a_copy():
 def test_matrices_lie_in_memory_as_they_did(tmp_path):
     x = torch.randn(4, 3)
     state = {"columns": x.mT, "repeated": x[:3, :1].expand(3, 5), "part": x[1:3]}
-    lrkfac.save(tmp_path / "x", {}, state)
-    _, found = lrkfac.load(tmp_path / "x", {}, optree.tree_map(torch.zeros_like, state))
+    lrkfac.checkpoint.save(tmp_path / "x", {}, state)
+    _, found = lrkfac.checkpoint.load(tmp_path / "x", {}, optree.tree_map(torch.zeros_like, state))
     strides = {"columns": (1, 3), "repeated": (1, 0), "part": (3, 1)}
     assert {name: x.stride() for name, x in found.items()} == strides
     assert os.path.getsize(tmp_path / "x") < 2000
@@ -219,22 +220,22 @@ def test_written_then_forced_to_disk_then_renamed_then_the_folder(tmp_path, monk
 
     monkeypatch.setattr(os, "fsync", seen_fsync)
     monkeypatch.setattr(os, "replace", seen_replace)
-    lrkfac.save(tmp_path / "x", {"w": torch.ones(3)}, ())
+    lrkfac.checkpoint.save(tmp_path / "x", {"w": torch.ones(3)}, ())
     assert calls == [("file", False), "rename", ("folder", True)]
     assert os.listdir(tmp_path) == ["x"]
 
 
 def test_a_failure_leaves_the_last_one(tmp_path, monkeypatch):
-    lrkfac.save(tmp_path / "x", {"w": torch.ones(3)}, ())
+    lrkfac.checkpoint.save(tmp_path / "x", {"w": torch.ones(3)}, ())
 
     def fails(*_):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="no space"):
-        lrkfac.save(tmp_path / "x", {"w": torch.zeros(3)}, ())
+        lrkfac.checkpoint.save(tmp_path / "x", {"w": torch.zeros(3)}, ())
     assert os.listdir(tmp_path) == ["x"]
-    assert lrkfac.load(tmp_path / "x", {"w": torch.zeros(3)}, ())[0]["w"].sum() == 3
+    assert lrkfac.checkpoint.load(tmp_path / "x", {"w": torch.zeros(3)}, ())[0]["w"].sum() == 3
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrkfac
-from lrkfac import from_state_dict, state_dict
+from lrkfac.checkpoint import from_state_dict, state_dict
 from tests.test_checkpoint import Run
 
 save_file = pytest.importorskip("safetensors.torch", reason="the extra `checkpoint`").save_file
@@ -23,12 +23,12 @@ save_file = pytest.importorskip("safetensors.torch", reason="the extra `checkpoi
 def saved(tmp_path, run=None, with_layers=True):
     run = run or Run().train(2)
     path = tmp_path / "run.safetensors"
-    lrkfac.save(path, run.params, run.state, run.layers if with_layers else None)
+    lrkfac.checkpoint.save(path, run.params, run.state, run.layers if with_layers else None)
     return path
 
 
 def load(path, run, with_layers=True):
-    return lrkfac.load(path, run.params, run.state, run.layers if with_layers else None)
+    return lrkfac.checkpoint.load(path, run.params, run.state, run.layers if with_layers else None)
 
 
 OTHERS = {
@@ -51,12 +51,12 @@ def test_of_another_run(options, match, tmp_path):
 def test_other_classes(tmp_path):
     """Names and shapes alone do not tell an averaged parameter from momentum."""
     params = {"w": torch.ones(3)}
-    lrkfac.save(tmp_path / "x", params, lrkfac.trace(0.9).init(params))
+    lrkfac.checkpoint.save(tmp_path / "x", params, lrkfac.trace(0.9).init(params))
     with pytest.raises(ValueError, match=r"state: .*missing"):
-        lrkfac.load(tmp_path / "x", params, lrkfac.ema_params().init(params))
+        lrkfac.checkpoint.load(tmp_path / "x", params, lrkfac.ema_params().init(params))
     with pytest.raises(ValueError, match=r"state: expected .*'tuple'.* got .*'list'"):
-        lrkfac.save(tmp_path / "y", params, [torch.ones(3)])
-        lrkfac.load(tmp_path / "y", params, (torch.ones(3),))
+        lrkfac.checkpoint.save(tmp_path / "y", params, [torch.ones(3)])
+        lrkfac.checkpoint.load(tmp_path / "y", params, (torch.ones(3),))
 
 
 def test_other_layers(tmp_path):
@@ -66,7 +66,7 @@ def test_other_layers(tmp_path):
     with pytest.raises(ValueError, match="layers: the file has none"):
         load(saved(tmp_path, with_layers=False), Run())
     with pytest.raises(TypeError, match=r"layers: expected what find_layers\(\) returned, got list"):
-        lrkfac.save(tmp_path / "x", {}, (), [])
+        lrkfac.checkpoint.save(tmp_path / "x", {}, (), [])
 
 
 def rewritten(path, change, dtype=None):
@@ -120,13 +120,13 @@ def test_pickles_are_not_read(tmp_path):
 def test_other_files_of_safetensors(tmp_path):
     save_file({"w": torch.ones(3)}, tmp_path / "x")
     with pytest.raises(ValueError, match="path: expected a file"):
-        lrkfac.load(tmp_path / "x", {"w": torch.ones(3)}, ())
+        lrkfac.checkpoint.load(tmp_path / "x", {"w": torch.ones(3)}, ())
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    lrkfac.save(folder / "x", {"w": torch.ones(3, 2)}, (torch.ones(2), 7))
+    lrkfac.checkpoint.save(folder / "x", {"w": torch.ones(3, 2)}, (torch.ones(2), 7))
     return folder, (folder / "x").read_bytes()
 
 
@@ -135,7 +135,7 @@ def test_a_part_of_a_file(whole, share):
     folder, content = whole
     (folder / "part").write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match="damaged"):
-        lrkfac.load(folder / "part", {"w": torch.ones(3, 2)}, (torch.ones(2), 7))
+        lrkfac.checkpoint.load(folder / "part", {"w": torch.ones(3, 2)}, (torch.ones(2), 7))
 
 
 @given(place=st.integers(8, 10**6), value=st.integers(0, 255))
@@ -146,7 +146,7 @@ def test_a_damaged_description(whole, place, value):
     place = 8 + (place - 8) % length
     (folder / "damaged").write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
     try:
-        params, state = lrkfac.load(folder / "damaged", {"w": torch.ones(3, 2)}, (torch.ones(2), 7))
+        params, state = lrkfac.checkpoint.load(folder / "damaged", {"w": torch.ones(3, 2)}, (torch.ones(2), 7))
     except ValueError as error:
         assert str(error)
     else:
@@ -161,21 +161,21 @@ def test_damaged_numbers(whole, place, bit):
     place = start + place % (len(content) - start)
     (folder / "bits").write_bytes(content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :])
     with pytest.raises(ValueError, match=r"damaged .*numbers of .* are not those that were written"):
-        lrkfac.load(folder / "bits", {"w": torch.ones(3, 2)}, (torch.ones(2), 7))
+        lrkfac.checkpoint.load(folder / "bits", {"w": torch.ones(3, 2)}, (torch.ones(2), 7))
 
 
 def test_no_file_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none", Run())
     with pytest.raises(FileNotFoundError, match="path: expected a file in a folder that exists"):
-        lrkfac.save(tmp_path / "none" / "x", {}, ())
+        lrkfac.checkpoint.save(tmp_path / "none" / "x", {}, ())
 
 
 @pytest.mark.parametrize("leaf", [object(), 1j, b"x", torch.nn.Linear(1, 1)], ids=lambda x: type(x).__name__)
 def test_other_leaves(leaf, tmp_path):
     for refused in (
-        lambda: lrkfac.save(tmp_path / "x", {"w": leaf}, ()),
-        lambda: lrkfac.load(tmp_path / "x", {"w": leaf}, ()),
+        lambda: lrkfac.checkpoint.save(tmp_path / "x", {"w": leaf}, ()),
+        lambda: lrkfac.checkpoint.load(tmp_path / "x", {"w": leaf}, ()),
         lambda: state_dict({"w": leaf}),
     ):
         with pytest.raises(TypeError, match=f"(tree|params): expected 'w' .*{type(leaf).__name__}"):
@@ -199,7 +199,7 @@ def test_without_the_extra(tmp_path):
     code = (
         "import sys; sys.modules['safetensors'] = None\n"
         "import lrkfac\n"
-        "for call in (lrkfac.save, lrkfac.load):\n"
+        "for call in (lrkfac.checkpoint.save, lrkfac.checkpoint.load):\n"
         "    try: call('x', {}, ())\n"
         "    except ImportError as error: print(error)"
     )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lrkfac
-from lrkfac import kronecker
+from lrkfac.structures import kronecker
 from tests.compiling import traced
 from tests.marks import requires_compiler
 from tests.test_training_step import (
@@ -29,7 +29,9 @@ from tests.test_training_step import (
 def mixed(layers):
     """The first layer low rank, the others dense."""
     first = kronecker(NeverDense(2), NeverDensePlusDiagonal(2))
-    return chained(layers, {layers.layers[0].name: first, "*": kronecker(lrkfac.dense(), lrkfac.dense())})
+    return chained(
+        layers, {layers.layers[0].name: first, "*": kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())}
+    )
 
 
 @pytest.mark.slow
@@ -61,8 +63,8 @@ MAKERS = {
     "never dense": never_dense(2),
     "sides swapped": FULL_RANK["sides swapped"],
     "dense": dense,
-    "unit_wise": lambda layers: chained(layers, lrkfac.unit_wise()),
-    "full": lambda layers: chained(layers, lrkfac.full()),
+    "unit_wise": lambda layers: chained(layers, lrkfac.structures.unit_wise()),
+    "full": lambda layers: chained(layers, lrkfac.structures.full()),
 }
 
 
@@ -111,7 +113,7 @@ def test_layouts_do_not_depend_on_spelling(model, params, inputs, thin, adaptive
     params = {name: p + torch.randn_like(p) / 4 for name, p in params.items()}
     inputs, targets = inputs + torch.randn_like(inputs), torch.randint(3, (5,))
     layers = lrkfac.find_layers(model, params, inputs)
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, thin=thin)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, thin=thin)
     tx = lrkfac.adaptive_low_rank_kfac(layers, rank=3) if adaptive else lrkfac.low_rank_kfac(layers, 0.1, rank=3)
 
     def layout(params, state):
@@ -169,8 +171,8 @@ def test_a_thousand_steps_are_compiled_twice():
 
     x, y = torch.randn(4, 16, generator=draw), torch.randint(3, (4,), generator=draw)
     layers = lrkfac.find_layers(model, params, x)
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, "mc", thin=True)
-    rate = lrkfac.warmup_cosine_schedule(0.1, 100, 1000)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "mc", thin=True)
+    rate = lrkfac.schedules.warmup_cosine_decay_schedule(0.0, 0.1, 100, 1000)
     tx = lrkfac.low_rank_kfac(layers, rate, rank=3, weight_decay=1e-4)
 
     @torch.compile(fullgraph=True, backend=counting)

@@ -8,16 +8,17 @@ import torch
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import diagnose, low_rank_kfac, precondition_by_fisher, ranks_by_trace, to_dense
+from lrkfac import diagnose, low_rank_kfac, precondition_by_fisher, ranks_by_trace
+from lrkfac.linalg import to_dense
 from tests import cases
-from tests.transforms.test_precondition import STRUCTURES, each_structure, evaluator, some_cases
+from tests.transforms.test_precondition import STRUCTURES, each_structure, layers_and_evaluate, some_cases
 
 MLP, GROUPS = cases.LINEAR[0], cases.CONVOLUTION[3]
 
 
 def trained(tx, case, steps=4):
     """The states after each step, and the last updates."""
-    _, evaluate = evaluator(case)
+    _, evaluate = layers_and_evaluate(case)
     params, states = case.params, [tx.init(case.params)]
     for i in range(steps):
         e = evaluate(params, statistics=i % 2 == 0)
@@ -36,7 +37,7 @@ def blocks(held, layer):
 @some_cases
 @each_structure
 def test_numbers_are_those_of_dense_matrices(case, structure):
-    layers, _ = evaluator(case)
+    layers, _ = layers_and_evaluate(case)
     states, updates = trained(precondition_by_fisher(layers, structure, damping=0.05), case)
     found = diagnose(states[-1], layers, previous=states[1], updates=updates)
     assert found.chain == {"since_statistics": torch.tensor(1)}
@@ -69,12 +70,12 @@ def test_numbers_are_those_of_dense_matrices(case, structure):
         torch.testing.assert_close(numbers["F"]["update_norm"], norm)
 
 
-LAYERS, EVALUATE = evaluator(MLP)
+LAYERS, EVALUATE = layers_and_evaluate(MLP)
 KFAC = low_rank_kfac(LAYERS, 0.1, rank=2)
 CHAINS = {
     "masked": lrkfac.masked(KFAC, lambda p: optree.tree_map(lambda _: True, p)),
     "partition": lrkfac.partition({"a": KFAC, "b": lrkfac.scale(-1.0)}, lambda p: optree.tree_map(lambda _: "a", p)),
-    "inject": lrkfac.inject_hyperparameters(low_rank_kfac)(LAYERS, learning_rate=0.1, rank=2),
+    "inject": lrkfac.inject_hyperparams(low_rank_kfac)(LAYERS, learning_rate=0.1, rank=2),
     "apply if finite": lrkfac.apply_if_finite(KFAC, 3),
     "chain": lrkfac.chain(lrkfac.identity(), KFAC),
 }
@@ -104,17 +105,17 @@ def test_the_adaptive_chain_tells_what_it_has_chosen():
 @pytest.mark.parametrize(
     "structure",
     [
-        lrkfac.kronecker(lrkfac.low_rank(2), lrkfac.low_rank(1), corrected=True),
-        lrkfac.unit_wise(),
-        lrkfac.layer_wise(),
-        lrkfac.full(),
-        lrkfac.diagonal(),
+        lrkfac.structures.kronecker(lrkfac.structures.low_rank(2), lrkfac.structures.low_rank(1), corrected=True),
+        lrkfac.structures.unit_wise(),
+        lrkfac.structures.layer_wise(),
+        lrkfac.structures.full(),
+        lrkfac.structures.diagonal(),
     ],
 )
 @pytest.mark.parametrize("case", [MLP, GROUPS], ids=lambda case: case.name)
 def test_exact_and_corrected_blocks(structure, case):
     """The effective dimension is the trace of the block's average times its inverse."""
-    layers, _ = evaluator(case)
+    layers, _ = layers_and_evaluate(case)
     state = trained(precondition_by_fisher(layers, structure, damping=0.05), case)[0][-1]
     for name, layer in diagnose(state, layers).layers.items():
         numbers, inverse = layer.numbers["F"], state.inverses[name]
@@ -141,7 +142,12 @@ def test_an_ensemble_by_vmap():
 
 
 def test_ranks_by_trace_make_a_chain():
-    states, _ = trained(precondition_by_fisher(LAYERS, lrkfac.kronecker(lrkfac.dense(), lrkfac.dense())), MLP)
+    states, _ = trained(
+        precondition_by_fisher(
+            LAYERS, lrkfac.structures.kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())
+        ),
+        MLP,
+    )
     ranks = ranks_by_trace(states[-1], LAYERS, 0.9)
     for name, rank in ranks.items():
         spectra = diagnose(states[-1], LAYERS).layers[name].eigenvalues.values()
@@ -156,9 +162,9 @@ def test_ranks_by_trace_make_a_chain():
 
 
 def test_layers_in_turns_are_of_different_age():
-    tx, asked = precondition_by_fisher(LAYERS, rank=2), lrkfac.staggered(LAYERS, 4)
+    tx, asked = precondition_by_fisher(LAYERS, rank=2), lrkfac.round_robin_refresh(LAYERS, 4)
     state, last = tx.init(MLP.params), {}
-    every = lrkfac.fisher(MLP.model, lrkfac.categorical(), LAYERS)
+    every = lrkfac.evaluator(MLP.model, lrkfac.categorical(), LAYERS)
     for step in range(7):
         e = every(MLP.params, MLP.inputs, MLP.targets, statistics=asked(step))
         _, state = tx.update(e.grads, state, MLP.params, evaluation=e)
@@ -190,7 +196,7 @@ def test_tables():
 
 
 STATE = KFAC.init(MLP.params)
-OTHER, _ = evaluator(GROUPS)
+OTHER, _ = layers_and_evaluate(GROUPS)
 
 
 @pytest.mark.parametrize(

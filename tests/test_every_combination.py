@@ -9,18 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import lrkfac
-from lrkfac import (
-    dense,
-    diagonal,
-    full,
-    kronecker,
-    layer_wise,
-    low_rank,
-    low_rank_plus_diagonal,
-    precondition_by_fisher,
-    unit_wise,
-)
+from lrkfac import precondition_by_fisher
 from lrkfac.core.layers.kinds import KINDS, OWN
+from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal, unit_wise
 from lrkfac.testing import check_transformation
 from tests import reference_kinds as reference
 from tests.compiling import traced
@@ -62,7 +53,7 @@ def evaluated(name, estimator, samples=2):
     layers = lrkfac.find_layers(model, params, inputs, strict=True, bias="separate" if name == "bias" else "joint")
     noise = torch.rand(samples, 4, reference.CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     options = {"samples": samples} if estimator == "mc" else {}
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator, **options)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator, **options)
     outputs = model(params, inputs)
     labels = {
         "exact": None,
@@ -170,7 +161,7 @@ def test_kronecker_products_of_all_factors_are_those_of_the_reference(name, esti
 def test_laws_without_output_gradients(name, structure):
     operation = OPERATIONS[name]
     layers, params, _, _ = evaluated(name, "forward_only")
-    evaluate = lrkfac.fisher(partial(reference.network, operation), lrkfac.categorical(), layers, "forward_only")
+    evaluate = lrkfac.evaluator(partial(reference.network, operation), lrkfac.categorical(), layers, "forward_only")
     tx = precondition_by_fisher(layers, structure, decay=0.7, **({"rank": 1} if structure is None else {}))
     numbers, targets = torch.tensor([2, 0, 3]), torch.tensor([2, 0, 1, 1])
 

@@ -6,7 +6,7 @@ import torch
 from torch.func import grad, vmap
 
 import lrkfac
-from lrkfac import kronecker
+from lrkfac.structures import kronecker
 from tests import cases
 
 CASE = cases.LINEAR[0]
@@ -15,14 +15,14 @@ INPUTS = torch.randn(N + 4, 5, generator=torch.Generator().manual_seed(2), dtype
 TARGETS = torch.arange(N + 4) % 3
 LAYERS = lrkfac.find_layers(CASE.model, CASE.params, CASE.inputs)
 STRUCTURES = {
-    "low rank": kronecker(lrkfac.low_rank(2), lrkfac.low_rank_plus_diagonal(1)),
-    "dense": kronecker(lrkfac.dense(), lrkfac.dense()),
-    "corrected": kronecker(lrkfac.dense(), lrkfac.dense(), corrected=True),
-    "blocks": lrkfac.unit_wise(),
+    "low rank": kronecker(lrkfac.structures.low_rank(2), lrkfac.structures.low_rank_plus_diagonal(1)),
+    "dense": kronecker(lrkfac.structures.dense(), lrkfac.structures.dense()),
+    "corrected": kronecker(lrkfac.structures.dense(), lrkfac.structures.dense(), corrected=True),
+    "blocks": lrkfac.structures.unit_wise(),
 }
 each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
 LIKELIHOOD = lrkfac.categorical()
-EVALUATE = lrkfac.fisher(CASE.model, LIKELIHOOD, LAYERS, "exact")
+EVALUATE = lrkfac.evaluator(CASE.model, LIKELIHOOD, LAYERS, "exact")
 POINT = (CASE.params, torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64))
 
 
@@ -104,7 +104,10 @@ def test_the_ready_made_chains_pass_it_on():
             *(lrkfac.clip_by_kl(1e2, 0.2), lrkfac.trace(0.9)),
             lrkfac.scale_by_learning_rate(0.2),
         )
-        for structure in (STRUCTURES["dense"], kronecker(lrkfac.low_rank(16), lrkfac.low_rank_plus_diagonal(16)))
+        for structure in (
+            STRUCTURES["dense"],
+            kronecker(lrkfac.structures.low_rank(16), lrkfac.structures.low_rank_plus_diagonal(16)),
+        )
         for k in (False, True)
     ]
     options = [{"damping": 0.3, "kl_clip": 1e2, "differentiable": k} for k in (False, True)]
@@ -117,7 +120,7 @@ def test_the_ready_made_chains_pass_it_on():
 
 
 def test_a_grid_of_hyperparameters_parameters_and_seeds_is_one_call():
-    evaluate = lrkfac.fisher(CASE.model, LIKELIHOOD, LAYERS, "mc")
+    evaluate = lrkfac.evaluator(CASE.model, LIKELIHOOD, LAYERS, "mc")
 
     def run(params, damping, rate, noise):
         tx = lrkfac.low_rank_kfac(LAYERS, rate, rank=2, damping=damping, kl_clip=1.0)

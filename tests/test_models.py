@@ -257,7 +257,7 @@ def make(name):
 def test_every_parameter_is_covered_and_gradients_are_right(name, estimator):
     model, params, inputs, targets, has_aux = make(name)
     layers = lrkfac.find_layers(model, params, inputs, strict=True)
-    e = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator, has_aux=has_aux)(params, inputs, targets)
+    e = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator, has_aux=has_aux)(params, inputs, targets)
 
     def loss(params):
         outputs = model(params, inputs)
@@ -275,7 +275,7 @@ def test_every_parameter_is_covered_and_gradients_are_right(name, estimator):
 def test_a_step_goes_downhill(name):
     model, params, inputs, targets, has_aux = make(name)
     layers = lrkfac.find_layers(model, params, inputs)
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, has_aux=has_aux)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, has_aux=has_aux)
     tx = lrkfac.low_rank_kfac(layers, 0.05, rank=2)
     e = evaluate(params, inputs, targets)
     updates, _ = tx.update(e.grads, tx.init(params), params, evaluation=e)

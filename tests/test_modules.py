@@ -163,7 +163,7 @@ def test_every_parameter_is_covered_and_gradients_are_right(make, draw, estimato
     outputs = model(params, inputs)[0]
     targets = torch.randint(outputs.shape[-1], outputs.shape[:-1])
     layers = lrkfac.find_layers(model, params, inputs, strict=True)
-    e = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator, has_aux=True)(params, inputs, targets)
+    e = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator, has_aux=True)(params, inputs, targets)
 
     def loss(params):
         return F.cross_entropy(model(params, inputs)[0].flatten(0, -2), targets.flatten())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lrkfac
-from lrkfac import LowRankKFAC, Unformed
+from lrkfac import LazyMatrix, LowRankKFAC
 
 OPTIONS = {"rank": 2, "damping": 0.05, "weight_decay": 0.01, "kl_clip": 5e-3}
 
@@ -49,11 +49,11 @@ def functional(net, data, make, rates=None, every=3, thin=False, **options):
         model, params = lrkfac.from_module(net)
     given = lambda x: (buffers, x) if with_buffers else x  # noqa: E731
     layers = lrkfac.find_layers(model, params, given(data[0][0]))
-    fisher = lrkfac.fisher(model, lrkfac.categorical(), layers, has_aux=with_buffers, thin=thin)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, has_aux=with_buffers, thin=thin)
     state = make(layers, *(rates or [])[:1], **options).init(params)
     for i, (x, y) in enumerate(data):
         tx = make(layers, **options) if rates is None else make(layers, rates[i], **options)
-        e = fisher(params, given(x), y, statistics=i % every == 0)
+        e = evaluate(params, given(x), y, statistics=i % every == 0)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
         params, buffers = lrkfac.apply_updates(params, updates), e.aux if with_buffers else {}
     return params | buffers
@@ -123,7 +123,7 @@ def test_gradients_by_rows_are_for_ready_made_chains_and_steps_alone():
         assert all(isinstance(g, torch.Tensor) for g in evaluation.grads.values())
         optimizer.step()
         optimizer.step(x, y)
-        assert [any(isinstance(g, Unformed) for g in grads.values()) for grads in seen] == [False, not formed]
+        assert [any(isinstance(g, LazyMatrix) for g in grads.values()) for grads in seen] == [False, not formed]
 
 
 @each_model

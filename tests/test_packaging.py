@@ -34,6 +34,6 @@ def test_typed_code_runs():
     net = torch.nn.Sequential(torch.nn.Linear(4, 3))
     assert typed_user.trained_module(net, torch.randn(6, 4), torch.randint(0, 3, (6,))).isfinite()
     assert typed_user.own_transformation(2.0).update({"w": torch.ones(2)}, ())[0]["w"].tolist() == [2, 2]
-    operator = lrkfac.LowRankPlusDiagonal(torch.eye(3), torch.ones(3), torch.ones(3))
+    operator = lrkfac.linalg.LowRankPlusDiagonal(torch.eye(3), torch.ones(3), torch.ones(3))
     torch.testing.assert_close(typed_user.inverted(operator), torch.eye(3) / 2.1)
     assert Path(lrkfac.__file__).with_name("py.typed").exists()

@@ -157,11 +157,11 @@ def test_a_group_that_is_added():
     model, params = lrkfac.from_module(copy.deepcopy(net))
     rates = {n: 0.05 if n.startswith("0") else 0.2 for n in params}
     layers = lrkfac.find_layers(model, params, data[0][0])
-    tx = lrkfac.low_rank_kfac(layers, {n: lrkfac.constant_schedule(r) for n, r in rates.items()}, **OPTIONS)
-    fisher, state = lrkfac.fisher(model, lrkfac.categorical(), layers, thin=True), optimizer.chain_state
+    tx = lrkfac.low_rank_kfac(layers, {n: lrkfac.schedules.constant_schedule(r) for n, r in rates.items()}, **OPTIONS)
+    evaluate, state = lrkfac.evaluator(model, lrkfac.categorical(), layers, thin=True), optimizer.chain_state
     torch.manual_seed(1)
     for i, (x, y) in enumerate(data[2:]):
-        evaluation = fisher(params, x, y, statistics=i == 0)
+        evaluation = evaluate(params, x, y, statistics=i == 0)
         updates, state = tx.update(evaluation.grads, state, params, evaluation=evaluation)
         params = lrkfac.apply_updates(params, updates)
     torch.manual_seed(1)

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from lrkfac import diagnose, low_rank_kfac, plot, precondition_by_fisher, unit_wise
+from lrkfac import diagnose, low_rank_kfac, plot, precondition_by_fisher
+from lrkfac.structures import unit_wise
 from tests.test_diagnostics import LAYERS, MLP, trained
 
 pytest.importorskip("matplotlib")

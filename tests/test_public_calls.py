@@ -17,6 +17,7 @@ from torch import nn
 
 import lrkfac
 from tests import public_diagnostics, public_optimizer  # noqa: F401
+from tests.public import BY_SHORT_NAME
 from tests.public_calls import FLAT, LAYERS, SAVED, VALID, P
 from tests.public_transformations import base, documentation
 
@@ -27,7 +28,7 @@ ACCEPTED = (ValueError, TypeError, NotImplementedError, KeyError, FileNotFoundEr
 
 @pytest.fixture(scope="module", autouse=True)
 def saved():
-    lrkfac.save(SAVED, P, (FLAT,), LAYERS)
+    lrkfac.checkpoint.save(SAVED, P, (FLAT,), LAYERS)
 
 
 @contextmanager
@@ -87,17 +88,17 @@ def test_bad_calls(data):
     refused(name, {**call.arguments, argument: data.draw(call.bad[argument])}, argument)
 
 
-@pytest.mark.parametrize("name", lrkfac.__all__)
+@pytest.mark.parametrize("name", BY_SHORT_NAME)
 def test_surplus_and_missing_arguments(name):
     """Python's own refusal, with the argument's name."""
     call = VALID[name]
     with pytest.raises(TypeError, match="surplus"):
-        getattr(lrkfac, name)(**{} if name == "chain" else call.arguments, surplus=1)
-    for parameter in inspect.signature(getattr(lrkfac, name)).parameters.values():
+        BY_SHORT_NAME[name](**{} if name == "chain" else call.arguments, surplus=1)
+    for parameter in inspect.signature(BY_SHORT_NAME[name]).parameters.values():
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             rest = {k: x for k, x in call.arguments.items() if k != parameter.name}
             with pytest.raises(TypeError, match=rf"\b{parameter.name}\b"):
-                getattr(lrkfac, name)(**rest)
+                BY_SHORT_NAME[name](**rest)
 
 
 @pytest.mark.parametrize("name", VALID)
@@ -112,13 +113,13 @@ def test_the_calls_of_the_table_are_valid(name):
         assert all(torch.equal(x, y) for x, y in zip(tensors(call.arguments), before, strict=True))
 
 
-@pytest.mark.parametrize("name", lrkfac.__all__)
+@pytest.mark.parametrize("name", BY_SHORT_NAME)
 def test_every_public_argument_is_in_the_table(name):
     """Add a new public name, or a new argument, to tests/public_calls.py or tests/public_transformations.py."""
     assert name in VALID
-    call, found = VALID[name], inspect.signature(getattr(lrkfac, name)).parameters.values()
+    call, found = VALID[name], inspect.signature(BY_SHORT_NAME[name]).parameters.values()
     named = {p.name for p in found if p.kind is not p.VAR_KEYWORD}
-    is_container = inspect.isclass(getattr(lrkfac, name)) and not call.bad
+    is_container = inspect.isclass(BY_SHORT_NAME[name]) and not call.bad
     assert is_container or set(call.bad) == named
 
 

@@ -248,9 +248,9 @@ def test_clipping():
 
 
 def test_schedules():
-    values = [reference_optimizers.warmup_cosine_schedule(t, 2.0, 4, 12) for t in (0, 2, 4, 8, 12, 20)]
+    values = [reference_optimizers.warmup_cosine_decay_schedule(t, 2.0, 4, 12) for t in (0, 2, 4, 8, 12, 20)]
     assert values == pytest.approx([0, 1, 2, 1, 0, 0])
-    assert reference_optimizers.exponential_schedule(6, 2.0, 0.5, 3) == 0.5
+    assert reference_optimizers.exponential_decay(6, 2.0, 0.5, 3) == 0.5
     values = [reference_optimizers.piecewise_constant_schedule(t, [2, 5], [1, 2, 3]) for t in (1, 2, 4, 5)]
     assert values == [1, 2, 2, 3]
 

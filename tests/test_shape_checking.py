@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch.func import grad, vmap
 
-from lrkfac import Diagonal
 from lrkfac.core.linalg.eigen import orthonormal
+from lrkfac.linalg import Diagonal
 from tests.marks import requires_compiler
 from tests.shape_checking import check_shapes
 

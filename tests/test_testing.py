@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrkfac import Dense, GradientTransformation, LowRankPlusDiagonal, dense, low_rank, scale, trace
+from lrkfac import GradientTransformation, scale, trace
 from lrkfac.core.curvature.factors import DenseStructure
 from lrkfac.core.curvature.low_rank import LowRankStructure
+from lrkfac.linalg import Dense, LowRankPlusDiagonal
+from lrkfac.structures import dense, low_rank
 from lrkfac.testing import (
     check_inverse,
     check_structure,

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import Unformed, formed, kronecker
+from lrkfac import LazyMatrix, materialize
+from lrkfac.structures import kronecker
 from tests.compiling import traced
 from tests.dispatch import MatrixCount
 
@@ -61,13 +62,15 @@ OPTIONS = {"damping": 0.03, "decay": 0.8, "kl_clip": 1e-3}
 CHAINS = {
     "low_rank_kfac": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=3, **OPTIONS),
     "weight decay": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=3, weight_decay=0.1, **OPTIONS),
-    "schedule": lambda layers: lrkfac.low_rank_kfac(layers, lrkfac.exponential_schedule(0.1, 0.5), rank=3, **OPTIONS),
+    "schedule": lambda layers: lrkfac.low_rank_kfac(
+        layers, lrkfac.schedules.exponential_decay(0.1, 1, 0.5), rank=3, **OPTIONS
+    ),
     "no momentum": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=3, momentum=0.0, **OPTIONS),
     "kfac": lambda layers: lrkfac.kfac(layers, 0.1, **OPTIONS),
     "diagonal": lambda layers: lrkfac.precondition_by_fisher(
-        layers, kronecker(lrkfac.diagonal(), lrkfac.low_rank_plus_diagonal(2))
+        layers, kronecker(lrkfac.structures.diagonal(), lrkfac.structures.low_rank_plus_diagonal(2))
     ),
-    "layer_wise": lambda layers: lrkfac.precondition_by_fisher(layers, lrkfac.unit_wise()),
+    "layer_wise": lambda layers: lrkfac.precondition_by_fisher(layers, lrkfac.structures.unit_wise()),
     "decay before": lambda layers: lrkfac.chain(
         lrkfac.add_decayed_weights(0.1), lrkfac.precondition_by_fisher(layers, rank=3), lrkfac.scale(-0.1)
     ),
@@ -76,7 +79,7 @@ OTHERS = {
     "identity": lrkfac.identity(),
     "nesterov": lrkfac.trace(0.9, nesterov=True),
     "global norm": lrkfac.clip_by_global_norm(0.1),
-    "value": lrkfac.clip_by_value(0.01),
+    "value": lrkfac.clip(0.01),
     "adam": lrkfac.scale_by_adam(),
     "ema": lrkfac.ema_params(),
     "finite": lrkfac.apply_if_finite(lrkfac.trace(0.9), 2),
@@ -94,7 +97,7 @@ CHAINS["adaptive"] = lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3
 
 def stepper(model, make, thin, params, x, estimator="mc"):
     layers = lrkfac.find_layers(model, params, x)
-    evaluate, tx = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator, thin=thin), make(layers)
+    evaluate, tx = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator, thin=thin), make(layers)
 
     def step(params, state, x, y, noise, statistics):
         noise = noise if estimator == "mc" else None
@@ -115,7 +118,7 @@ def compared(model, make, seed=0, rtol=1e-10, estimator="mc", after=lambda step:
         for i, (step, _) in enumerate(ways):
             run = after(step) if i else step
             reached[i], states[i], grads = run(reached[i], states[i], x, y, noise, statistics)
-        held = {name for name, leaf in grads.items() if isinstance(leaf, Unformed)}
+        held = {name for name, leaf in grads.items() if isinstance(leaf, LazyMatrix)}
         assert held == THIN[model]
         for a, b in zip(optree.tree_leaves(reached[1]), optree.tree_leaves(reached[0]), strict=True):
             assert (a - b).abs().max() <= rtol * b.abs().max()
@@ -145,11 +148,11 @@ def test_the_choice_is_the_count_of_operations(n, d_in, d_out, positions, bias):
     model = lambda p, x: F.linear(x, p["w"], p.get("b"))  # noqa: E731
     x = torch.ones(n, positions, d_in)
     y = torch.zeros(n, positions, dtype=torch.int64)
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), lrkfac.find_layers(model, params, x), thin=True)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), lrkfac.find_layers(model, params, x), thin=True)
     rows, columns = n * positions, d_in + bias
     for statistics in (True, False):
         leaf = evaluate(params, x, y, statistics=statistics).grads["w"]
-        assert isinstance(leaf, Unformed) == (2 * rows * (d_out + columns) <= d_out * columns)
+        assert isinstance(leaf, LazyMatrix) == (2 * rows * (d_out + columns) <= d_out * columns)
 
 
 @pytest.mark.parametrize("n, held", [(12, True), (13, False)])
@@ -160,18 +163,18 @@ def test_both_sides_of_the_threshold(n, held):
     x, y = torch.randn(n, 48).double(), torch.randint(48, (n,))
     layers = lrkfac.find_layers(model, params, x)
     grads = [
-        lrkfac.fisher(model, lrkfac.categorical(), layers, thin=thin)(params, x, y, statistics=False).grads
+        lrkfac.evaluator(model, lrkfac.categorical(), layers, thin=thin)(params, x, y, statistics=False).grads
         for thin in (False, True)
     ]
-    assert isinstance(grads[1]["w"], Unformed) == held
-    torch.testing.assert_close(formed(grads[1]), grads[0], rtol=1e-12, atol=1e-14)
+    assert isinstance(grads[1]["w"], LazyMatrix) == held
+    torch.testing.assert_close(materialize(grads[1]), grads[0], rtol=1e-12, atol=1e-14)
 
 
 def test_other_products_take_gradients_that_are_not_formed():
     params, x, y = problem(linear)
     layers = lrkfac.find_layers(linear, params, x)
-    e = lrkfac.fisher(linear, lrkfac.categorical(), layers, thin=True)(params, x, y, statistics=False)
-    matrices = formed(e.grads)
+    e = lrkfac.evaluator(linear, lrkfac.categorical(), layers, thin=True)(params, x, y, statistics=False)
+    matrices = materialize(e.grads)
     assert torch.equal(e.quadratic(e.grads, e.grads), e.quadratic(matrices, matrices))
     assert all(map(torch.equal, e.product(e.grads).values(), e.product(matrices).values()))
 
@@ -179,9 +182,9 @@ def test_other_products_take_gradients_that_are_not_formed():
 def test_statistics_of_some_examples():
     params, x, y = problem(linear)
     layers = lrkfac.find_layers(linear, params, x)
-    e = lrkfac.fisher(linear, lrkfac.categorical(), layers, thin=True)(params, x, y, statistics=torch.tensor([0, 2]))
-    whole = lrkfac.fisher(linear, lrkfac.categorical(), layers)(params, x, y, statistics=False)
-    torch.testing.assert_close(formed(e.grads), whole.grads)
+    e = lrkfac.evaluator(linear, lrkfac.categorical(), layers, thin=True)(params, x, y, statistics=torch.tensor([0, 2]))
+    whole = lrkfac.evaluator(linear, lrkfac.categorical(), layers)(params, x, y, statistics=False)
+    torch.testing.assert_close(materialize(e.grads), whole.grads)
 
 
 def test_half_precision():
@@ -221,14 +224,14 @@ def test_compiled_equals_eager():
     def after(step):
         def forms(*args):
             params, state, grads = step(*args)
-            return params, state, optree.tree_map(lambda g: g.dense() if isinstance(g, Unformed) else g, grads)
+            return params, state, optree.tree_map(lambda g: g.dense() if isinstance(g, LazyMatrix) else g, grads)
 
         compiled = traced(forms)
 
         def run(*args):
             params, state, grads = compiled(*args)
             _, _, held = step(*args)
-            torch.testing.assert_close(grads, formed(held))
+            torch.testing.assert_close(grads, materialize(held))
             return params, state, held
 
         return run
@@ -261,7 +264,7 @@ def test_no_matrix_but_those_of_the_parameters(thin):
 def test_only_a_yes_or_no_is_taken():
     params, x, _ = problem(linear)
     with pytest.raises(TypeError, match="thin: expected True or False, got 1"):
-        lrkfac.fisher(linear, lrkfac.categorical(), lrkfac.find_layers(linear, params, x), thin=1)
+        lrkfac.evaluator(linear, lrkfac.categorical(), lrkfac.find_layers(linear, params, x), thin=1)
 
 
 def test_what_is_not_held_by_rows_is_scaled_and_formed_at_the_end():
@@ -272,14 +275,17 @@ def test_what_is_not_held_by_rows_is_scaled_and_formed_at_the_end():
     layers = lrkfac.find_layers(model, params, x)
     made = []
     for thin in (True, False):
-        evaluate, tx = lrkfac.fisher(model, lrkfac.categorical(), layers, thin=thin), lrkfac.low_rank_kfac(layers, 0.1)
+        evaluate, tx = (
+            lrkfac.evaluator(model, lrkfac.categorical(), layers, thin=thin),
+            lrkfac.low_rank_kfac(layers, 0.1),
+        )
         state = tx.init(params)
         e = evaluate(params, x, y, statistics=False)
         assert isinstance(e.grads["w"], torch.Tensor) and e.thin == thin
         with MatrixCount(64**2) as count:
             updates, _ = tx.update(e.grads, state, params, evaluation=e)
             new = lrkfac.apply_updates(params, updates)
-        assert isinstance(updates["w"], Unformed) == thin
+        assert isinstance(updates["w"], LazyMatrix) == thin
         made.append((count.made, new))
     assert made[0][0] == made[1][0] - 2
     torch.testing.assert_close(made[0][1], made[1][1])

@@ -10,8 +10,8 @@ import torch
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import kronecker
 from lrkfac.core.curvature.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
+from lrkfac.structures import kronecker
 from tests import cases, reference_networks, reference_optimizers
 from tests.transforms.test_precondition import cast
 
@@ -68,7 +68,7 @@ def stepper(case, make, estimator="mc"):
     """``(params, state, inputs, targets, noise, statistics) -> (params, state, loss)``, and ``init``."""
     layers = lrkfac.find_layers(case.model, case.params, case.inputs)
     likelihood = getattr(lrkfac, case.likelihood)(**case.likelihood_options)
-    evaluate, tx = lrkfac.fisher(case.model, likelihood, layers, estimator), make(layers)
+    evaluate, tx = lrkfac.evaluator(case.model, likelihood, layers, estimator), make(layers)
 
     def step(params, state, inputs, targets, noise, statistics=True):
         noise = noise if estimator == "mc" else None

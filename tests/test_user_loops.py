@@ -88,11 +88,11 @@ def test_an_ensemble_of_adaptive_chains_is_resumed(tmp_path):
     y = torch.sin(3 * x)
     model, params = lrkfac.from_module(nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)))
     layers = lrkfac.find_layers(model, params, x)
-    fisher, tx = lrkfac.fisher(model, lrkfac.gaussian(0.01), layers), lrkfac.adaptive_low_rank_kfac(layers, rank=4)
+    evaluate, tx = lrkfac.evaluator(model, lrkfac.gaussian(0.01), layers), lrkfac.adaptive_low_rank_kfac(layers, rank=4)
     many = optree.tree_map(lambda p: p + 0.5 * torch.randn(3, *p.shape), params)
 
     def step(params, state, statistics):
-        e = fisher(params, x, y, statistics=statistics)
+        e = evaluate(params, x, y, statistics=statistics)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
         return lrkfac.apply_updates(params, updates), state, e.loss
 
@@ -103,11 +103,13 @@ def test_an_ensemble_of_adaptive_chains_is_resumed(tmp_path):
 
     first, state, start = trained(many, vmap(tx.init)(many), 0, 1)
     half, state, _ = trained(first, state, 1, 10)
-    lrkfac.save(tmp_path / "run", {"params": half, "generator": torch.get_rng_state(), "step": 10}, state, layers)
+    lrkfac.checkpoint.save(
+        tmp_path / "run", {"params": half, "generator": torch.get_rng_state(), "step": 10}, state, layers
+    )
     expected, _, loss = trained(half, state, 10, 16)
     assert (loss < start).all()
     like = {"params": many, "generator": torch.get_rng_state(), "step": 0}
-    found, state = lrkfac.load(tmp_path / "run", like, vmap(tx.init)(many), layers)
+    found, state = lrkfac.checkpoint.load(tmp_path / "run", like, vmap(tx.init)(many), layers)
     torch.set_rng_state(found["generator"])
     again, _, _ = trained(found["params"], state, found["step"], 16)
     assert optree.tree_all(optree.tree_map(torch.equal, again, expected))
@@ -134,7 +136,7 @@ def test_buffers_by_functional_call_are_those_of_from_module():
         tx, p = lrkfac.low_rank_kfac(layers, 0.1, rank=4), params
         state = tx.init(p)
         for _ in range(2):
-            e = lrkfac.fisher(function, lrkfac.categorical(), layers, "exact")(p, inputs, y)
+            e = lrkfac.evaluator(function, lrkfac.categorical(), layers, "exact")(p, inputs, y)
             updates, state = tx.update(e.grads, state, p, evaluation=e)
             p = lrkfac.apply_updates(p, updates)
         found.append(p)

@@ -21,12 +21,15 @@ def trained(steps: int) -> tuple[Params, Tensor]:
     layers: lrkfac.Layers = lrkfac.find_layers(model, params, inputs)
     names: list[str] = [layer.name for layer in layers]
     assert len(names) == 2
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator="mc")
-    structure = {"w": lrkfac.kronecker(lrkfac.low_rank(2), lrkfac.dense()), "*": lrkfac.unit_wise()}
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator="mc")
+    structure = {
+        "w": lrkfac.structures.kronecker(lrkfac.structures.low_rank(2), lrkfac.structures.dense()),
+        "*": lrkfac.structures.unit_wise(),
+    }
     tx: lrkfac.GradientTransformation = lrkfac.chain(
         lrkfac.precondition_by_fisher(layers, structure, damping=1e-2),
         lrkfac.trace(0.9),
-        lrkfac.scale_by_learning_rate(lrkfac.exponential_schedule(0.1, 0.9)),
+        lrkfac.scale_by_learning_rate(lrkfac.schedules.exponential_decay(0.1, 1, 0.9)),
     )
     state = tx.init(params)
     loss = torch.zeros(())
@@ -58,6 +61,6 @@ def own_transformation(factor: float) -> lrkfac.GradientTransformation:
     return lrkfac.GradientTransformation(lambda params: (), update)
 
 
-def inverted(operator: lrkfac.LowRankPlusDiagonal) -> Tensor:
-    found = lrkfac.inverse(operator, damping=0.1)
-    return lrkfac.to_dense(found)
+def inverted(operator: lrkfac.linalg.LowRankPlusDiagonal) -> Tensor:
+    found = lrkfac.linalg.inverse(operator, damping=0.1)
+    return lrkfac.linalg.to_dense(found)

@@ -111,7 +111,7 @@ def check_transformation(
         tx: The transformation.
         params: Where to start.
         evaluate: ``params -> (gradient, extras of update)``, such as ``lambda p: (e.grads, {"evaluation": e})``
-            with ``e = fisher(p, ...)``; by default the gradient of a quadratic and no extras.
+            with ``e = evaluate(p, ...)``; by default the gradient of a quadratic and no extras.
         steps: Number of steps.
     """
     eps = max(torch.finfo(leaf.dtype).eps for leaf in optree.tree_leaves(params))

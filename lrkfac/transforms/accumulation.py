@@ -9,18 +9,18 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_integer
+from lrkfac.core.base.arguments import check_integer
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.tree_checks import check_like, check_tree, difference
-from lrkfac.core.base.trees import counter, formed
+from lrkfac.core.base.trees import counter, materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.layers.statistics import Statistics
 from lrkfac.transforms.base import (
     GradientTransformation,
-    need_evaluation,
-    need_state,
-    need_transformation,
+    check_evaluation,
+    check_state,
+    check_transformation,
     preconditions,
 )
 
@@ -42,7 +42,7 @@ def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
     Loss, gradients and Fisher products are means over micro-batches, each with its ``weight``, which equals the
     mean over all terms; rows of the statistics are put beside each other. So one update with
     the result is that of one batch, to rounding, for every structure and estimator:
-    ``e = merge_evaluations([fisher(params, x, y) for x, y in batches])``. Activations live for one micro-batch at
+    ``e = merge_evaluations([evaluate(params, x, y) for x, y in batches])``. Activations live for one micro-batch at
     a time, statistics and inputs for all of them.
 
     Outputs are joined along the batch, ``aux`` is the tuple of the micro-batches'. Micro-batches may differ in the
@@ -65,7 +65,7 @@ def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
         raise ValueError("evaluations: expected at least one, got none")
     for i, one in enumerate(evaluations):
         if not isinstance(one, Evaluation):
-            raise TypeError(f"evaluations[{i}]: expected an Evaluation as fisher() makes it, got {type(one).__name__}")
+            raise TypeError(f"evaluations[{i}]: expected an Evaluation, got {type(one).__name__}")
         check_like(evaluations[0].grads, one.grads, f"evaluations[{i}].grads")
     weights = torch.stack([one.weight for one in evaluations])
     shares = (weights / weights.sum()).unbind()
@@ -83,7 +83,7 @@ def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
     aux = tuple(one.aux for one in evaluations)
     return Evaluation(
         loss=mean([one.loss for one in evaluations]),
-        grads=mean([formed(one.grads) for one in evaluations]),
+        grads=mean([materialize(one.grads) for one in evaluations]),
         outputs=_joined([one.outputs for one in evaluations], 0, "outputs"),
         aux=None if all(one is None for one in aux) else aux,
         statistics=_merged([one.statistics for one in evaluations], shares),
@@ -114,8 +114,8 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
             state do not fit, or ``evaluation`` has statistics.
         TypeError: If an argument has the wrong type.
     """
-    need_transformation(inner, "inner")
-    need_integer(every, "every")
+    check_transformation(inner, "inner")
+    check_integer(every, "every")
 
     def init(params: Tree) -> AccumulateState:
         check_tree(params, "params")
@@ -135,13 +135,13 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, AccumulateState]:
-        need_state(state, AccumulateState)
-        if evaluation is not None and need_evaluation(evaluation, "accumulate").statistics is not None:
+        check_state(state, AccumulateState)
+        if evaluation is not None and check_evaluation(evaluation, "accumulate").statistics is not None:
             raise ValueError(
                 f"accumulate: expected an evaluation without statistics, which are not accumulated; {_REMEDY}"
             )
         check_like(state.total, updates, "accumulate: updates")
-        updates = formed(updates)
+        updates = materialize(updates)
         weight = torch.ones_like(state.weight) if evaluation is None else evaluation.weight.to(state.weight.dtype)
         total = optree.tree_map(lambda t, u: t + _weighted(weight, u).to(t.dtype), state.total, updates)
         weight, steps = state.weight + weight, state.steps + 1

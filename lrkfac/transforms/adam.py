@@ -8,11 +8,11 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.tree_checks import check_like, check_tree
-from lrkfac.core.base.trees import counter, formed, zeros_like
+from lrkfac.core.base.trees import counter, materialize, zeros_like
 from lrkfac.core.base.types import Tree
-from lrkfac.transforms.base import GradientTransformation, need_state
+from lrkfac.transforms.base import GradientTransformation, check_state
 
 
 class AdamState(NamedTuple):
@@ -35,18 +35,18 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
         ValueError: If an argument is out of range; in ``update``, if the tree is not that of ``init``.
         TypeError: If an argument has the wrong type.
     """
-    need_number(b1, "b1", 0, 1)
-    need_number(b2, "b2", 0, 1)
-    need_number(eps, "eps", 0)
+    check_number(b1, "b1", 0, 1)
+    check_number(b2, "b2", 0, 1)
+    check_number(eps, "eps", 0)
 
     def init(params: Tree) -> AdamState:
         check_tree(params, "params")
         return AdamState(zeros_like(params), zeros_like(params), counter(params))
 
     def update(updates: Tree, state: AdamState, params: Tree = None, **extra: Any) -> tuple[Tree, AdamState]:
-        need_state(state, AdamState)
+        check_state(state, AdamState)
         check_like(state.mean, updates, "scale_by_adam: updates")
-        updates = formed(updates)
+        updates = materialize(updates)
         steps = state.steps + 1
         mean = optree.tree_map(lambda m, u: (b1 * m + (1 - b1) * u).to(m.dtype), state.mean, updates)
         square = optree.tree_map(lambda v, u: (b2 * v + (1 - b2) * u.square()).to(v.dtype), state.square, updates)

@@ -8,11 +8,11 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.trees import counter
 from lrkfac.core.base.types import Tree
-from lrkfac.transforms.base import GradientTransformation, apply_updates, need_params, need_state
+from lrkfac.transforms.base import GradientTransformation, apply_updates, check_params, check_state
 
 
 class EmaParamsState(NamedTuple):
@@ -36,16 +36,16 @@ def ema_params(decay: float = 0.99) -> GradientTransformation:
         ValueError: If ``decay`` lies outside [0, 1); in ``update``, if ``params`` is missing or the trees do not fit.
         TypeError: If an argument has the wrong type.
     """
-    need_number(decay, "decay", 0, 1)
+    check_number(decay, "decay", 0, 1)
 
     def init(params: Tree) -> EmaParamsState:
         check_tree(params, "params")
         return EmaParamsState(optree.tree_map(torch.clone, params), counter(params))
 
     def update(updates: Tree, state: EmaParamsState, params: Tree = None, **extra: Any) -> tuple[Tree, EmaParamsState]:
-        need_state(state, EmaParamsState)
+        check_state(state, EmaParamsState)
         check_like(state.average, updates, "updates")
-        check_like(state.average, need_params(params, "ema_params"), "params")
+        check_like(state.average, check_params(params, "ema_params"), "params")
         moved = apply_updates(params, updates)
         steps = state.steps + 1
         rest = torch.clamp(1 / steps, min=1 - decay)

@@ -59,7 +59,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         ValueError: In ``update``, if the state is not one of this chain.
     """
     for i, transformation in enumerate(transformations):
-        need_transformation(transformation, f"chain: transformations[{i}]")
+        check_transformation(transformation, f"chain: transformations[{i}]")
 
     def init(params: Tree) -> tuple[Any, ...]:
         return tuple(t.init(params) for t in transformations)
@@ -93,14 +93,14 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     return add_scaled(params, 1.0, updates)
 
 
-def need_params(params: Tree, name: str) -> Tree:
+def check_params(params: Tree, name: str) -> Tree:
     """Refuses a missing ``params``."""
     if params is None:
         raise ValueError(f"{name}: params is missing; call update(updates, state, params)")
     return params
 
 
-def need_state(state: Any, expected: type[T]) -> T:
+def check_state(state: Any, expected: type[T]) -> T:
     """Refuses the state of another transformation."""
     if not isinstance(state, expected):
         article = "an" if expected.__name__[0] in "AE" else "a"
@@ -111,19 +111,19 @@ def need_state(state: Any, expected: type[T]) -> T:
     return state
 
 
-def need_evaluation(evaluation: Any, name: str) -> Evaluation:
+def check_evaluation(evaluation: Any, name: str) -> Evaluation:
     """Refuses a missing ``evaluation``, and what is none."""
     if evaluation is None:
         raise TypeError(
             f"{name}: evaluation is missing; call "
-            "update(evaluation.grads, state, params, evaluation=fisher(params, inputs, targets))"
+            "update(evaluation.grads, state, params, evaluation=evaluate(params, inputs, targets))"
         )
     if not isinstance(evaluation, Evaluation):
-        raise TypeError(f"evaluation: expected an Evaluation as fisher() makes it, got {type(evaluation).__name__}")
+        raise TypeError(f"evaluation: expected an Evaluation as evaluator() makes it, got {type(evaluation).__name__}")
     return evaluation
 
 
-def need_transformation(given: Any, name: str) -> None:
+def check_transformation(given: Any, name: str) -> None:
     """Refuses what is no ``GradientTransformation``."""
     if not isinstance(given, GradientTransformation):
         raise TypeError(

@@ -8,13 +8,13 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_number
-from lrkfac.core.base.per_parameter import at_step, is_number, need_numbers, of_leaves
+from lrkfac.core.base.arguments import check_number
+from lrkfac.core.base.per_parameter import at_step, check_numbers, is_number, of_leaves
 from lrkfac.core.base.tree_checks import check_like, check_tree
-from lrkfac.core.base.trees import counter, formed, scaled, vdot
+from lrkfac.core.base.trees import counter, materialize, scaled, vdot
 from lrkfac.core.base.types import PerParameter, Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, stateless
+from lrkfac.transforms.base import GradientTransformation, check_evaluation, check_state, stateless
 
 
 class ClipByKLState(NamedTuple):
@@ -23,17 +23,17 @@ class ClipByKLState(NamedTuple):
     steps: Tensor
 
 
-def clip_by_value(max_delta: float | Tensor) -> GradientTransformation:
+def clip(max_delta: float | Tensor) -> GradientTransformation:
     """Each entry of the updates, at least ``-max_delta`` and at most ``max_delta``.
 
     Raises:
         ValueError: If ``max_delta`` is not a positive finite number.
         TypeError: If an argument has the wrong type.
     """
-    need_number(max_delta, "max_delta", 0, includes_low=False)
+    check_number(max_delta, "max_delta", 0, includes_low=False)
 
     def change(updates: Tree, params: Tree, **extra: Any) -> Tree:
-        return optree.tree_map(lambda u: u.clamp(-max_delta, max_delta).to(u.dtype), formed(updates))
+        return optree.tree_map(lambda u: u.clamp(-max_delta, max_delta).to(u.dtype), materialize(updates))
 
     return stateless(change)
 
@@ -45,7 +45,7 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
         ValueError: If ``max_norm`` is not a positive finite number.
         TypeError: If an argument has the wrong type.
     """
-    need_number(max_norm, "max_norm", 0, includes_low=False)
+    check_number(max_norm, "max_norm", 0, includes_low=False)
 
     def change(updates: Tree, params: Tree, **extra: Any) -> Tree:
         norm = vdot(updates, updates).sqrt()
@@ -74,8 +74,8 @@ def clip_by_kl(max_kl: float, learning_rate: PerParameter = 1.0) -> GradientTran
             it is a tree that does not fit.
         TypeError: In ``update``, if ``evaluation`` is missing.
     """
-    need_number(max_kl, "max_kl", 0, includes_low=False)
-    need_numbers(learning_rate, "learning_rate", 0, schedules=True)
+    check_number(max_kl, "max_kl", 0, includes_low=False)
+    check_numbers(learning_rate, "learning_rate", 0, schedules=True)
 
     def init(params: Tree) -> ClipByKLState:
         check_tree(params, "params")
@@ -89,8 +89,8 @@ def clip_by_kl(max_kl: float, learning_rate: PerParameter = 1.0) -> GradientTran
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, ClipByKLState]:
-        need_state(state, ClipByKLState)
-        check_like(need_evaluation(evaluation, "clip_by_kl").grads, updates, "updates")
+        check_state(state, ClipByKLState)
+        check_like(check_evaluation(evaluation, "clip_by_kl").grads, updates, "updates")
         assert evaluation is not None
         rate = of_leaves(at_step(learning_rate, state.steps), updates, "learning_rate")
         if is_number(rate):

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lrkfac.core.base.per_parameter import need_numbers, of_leaves
+from lrkfac.core.base.per_parameter import check_numbers, of_leaves
 from lrkfac.core.base.tree_checks import check_like
 from lrkfac.core.base.trees import add_scaled
 from lrkfac.core.base.types import PerParameter, Tree
-from lrkfac.transforms.base import GradientTransformation, need_params, stateless
+from lrkfac.transforms.base import GradientTransformation, check_params, stateless
 
 
 def add_decayed_weights(weight_decay: PerParameter) -> GradientTransformation:
@@ -26,10 +26,10 @@ def add_decayed_weights(weight_decay: PerParameter) -> GradientTransformation:
             missing or differs from the updates.
         TypeError: If an argument has the wrong type.
     """
-    need_numbers(weight_decay, "weight_decay", 0)
+    check_numbers(weight_decay, "weight_decay", 0)
 
     def change(updates: Tree, params: Tree, **extra: Any) -> Tree:
-        check_like(updates, need_params(params, "add_decayed_weights"), "add_decayed_weights: params beside updates")
+        check_like(updates, check_params(params, "add_decayed_weights"), "add_decayed_weights: params beside updates")
         if not isinstance(weight_decay, Tensor) and weight_decay == 0:
             return updates
         return add_scaled(updates, of_leaves(weight_decay, updates, "weight_decay"), params)

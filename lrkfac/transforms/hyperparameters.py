@@ -12,7 +12,7 @@ from torch import Tensor
 from lrkfac.core.base.tree_checks import check_tree
 from lrkfac.core.base.trees import counter
 from lrkfac.core.base.types import Tree
-from lrkfac.transforms.base import GradientTransformation, need_state
+from lrkfac.transforms.base import GradientTransformation, check_state
 
 
 class HyperparametersState(NamedTuple):
@@ -25,12 +25,12 @@ class HyperparametersState(NamedTuple):
     steps: Tensor
 
 
-def inject_hyperparameters(
+def inject_hyperparams(
     factory: Callable[..., GradientTransformation],
 ) -> Callable[..., GradientTransformation]:
     """The factory of a transformation whose hyperparameters stand in its state.
 
-    ``inject_hyperparameters(low_rank_kfac)(layers, learning_rate=schedule, damping=1e-2, rank=16)``: what is given by
+    ``inject_hyperparams(low_rank_kfac)(layers, learning_rate=schedule, damping=1e-2, rank=16)``: what is given by
     keyword and is a number, a tensor ``[]`` or a schedule becomes a hyperparameter; what is given by position, and
     what is neither, is passed on as it is. So any argument that may be a tensor can follow a schedule, be changed
     between two steps,
@@ -57,7 +57,7 @@ def inject_hyperparameters(
     if isinstance(factory, GradientTransformation) or not callable(factory):
         raise TypeError(
             f"factory: expected a function that makes a GradientTransformation, such as low_rank_kfac, got "
-            f"{type(factory).__name__}; leave the call to the result: inject_hyperparameters(trace)(decay=0.9)"
+            f"{type(factory).__name__}; leave the call to the result: inject_hyperparams(trace)(decay=0.9)"
         )
 
     def make(*args: Any, **options: Any) -> GradientTransformation:
@@ -70,7 +70,7 @@ def inject_hyperparameters(
             )
         if not given:
             raise TypeError(
-                "inject_hyperparameters: expected a number, a tensor [] or a schedule by keyword, such as "
+                "inject_hyperparams: expected a number, a tensor [] or a schedule by keyword, such as "
                 f"learning_rate=0.1, got {list(options) or 'none'}"
             )
 
@@ -101,7 +101,7 @@ def inject_hyperparameters(
             updates: Tree, state: HyperparametersState, params: Tree = None, **extra: Any
         ) -> tuple[Tree, HyperparametersState]:
             check_tree(updates, "updates")
-            need_state(state, HyperparametersState)
+            check_state(state, HyperparametersState)
             if state.hyperparameters.keys() != given.keys():
                 raise ValueError(
                     f"hyperparameters: expected {sorted(given)}, got {sorted(state.hyperparameters)}; others are fixed "

@@ -13,7 +13,13 @@ from lrkfac.core.base.tree_checks import check_like, check_tree, paths
 from lrkfac.core.base.trees import zeros_like
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_params, need_state, need_transformation
+from lrkfac.transforms.base import (
+    GradientTransformation,
+    check_evaluation,
+    check_params,
+    check_state,
+    check_transformation,
+)
 
 
 class MaskedState(NamedTuple):
@@ -41,7 +47,7 @@ def masked(inner: GradientTransformation, mask: Tree | Callable[[Tree], Tree]) -
         TypeError: If ``inner`` is no ``GradientTransformation``; in ``init`` and ``update``, if a leaf of the mask is
             no ``bool``.
     """
-    need_transformation(inner, "inner")
+    check_transformation(inner, "inner")
 
     def own(tree: Tree) -> list[bool]:
         chosen = _spread("mask", mask, tree)
@@ -58,7 +64,7 @@ def masked(inner: GradientTransformation, mask: Tree | Callable[[Tree], Tree]) -
 
     def update(updates: Tree, state: MaskedState, params: Tree = None, **extra: Any) -> tuple[Tree, MaskedState]:
         check_tree(updates, "updates")
-        need_state(state, MaskedState)
+        check_state(state, MaskedState)
         chosen = own(updates)
         changed, new = _restricted(inner, chosen, updates, state.inner, params, extra)
         leaves = zip(chosen, changed, optree.tree_leaves(updates), strict=True)
@@ -97,7 +103,7 @@ def partition(
         raise TypeError(f"transformations: expected a mapping from labels, got {type(transformations).__name__}")
     transformations = dict(transformations)
     for label, transformation in transformations.items():
-        need_transformation(transformation, f"transformations[{label!r}]")
+        check_transformation(transformation, f"transformations[{label!r}]")
 
     def of_leaves(tree: Tree) -> list[Any]:
         found = _spread("labels", labels, tree)
@@ -145,7 +151,7 @@ def _restricted(
     known = None if params is None else _only(own, params)
     evaluation = extra.get("evaluation")
     if evaluation is not None:
-        extra = {**extra, "evaluation": _of_own(own, need_evaluation(evaluation, "masked"), params)}
+        extra = {**extra, "evaluation": _of_own(own, check_evaluation(evaluation, "masked"), params)}
     changed, new = inner.update(_only(own, updates), state, known, **extra)
     return optree.tree_leaves(changed), new
 
@@ -154,7 +160,7 @@ def _of_own(own: list[bool], evaluation: Evaluation, params: Tree) -> Evaluation
     """The evaluation of the loss as a function of some parameters."""
 
     def loss_at(moved: Tree) -> Tensor:
-        fixed = optree.tree_leaves(need_params(params, "masked, partition: loss_at"))
+        fixed = optree.tree_leaves(check_params(params, "masked, partition: loss_at"))
         leaves = zip(own, optree.tree_leaves(moved), fixed, strict=True)
         return evaluation.loss_at(_like(moved, [x if one else p for one, x, p in leaves]))
 

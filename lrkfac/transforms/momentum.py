@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lrkfac.core.base.arguments import need_flag
-from lrkfac.core.base.per_parameter import need_numbers, of_leaves
+from lrkfac.core.base.arguments import check_flag
+from lrkfac.core.base.per_parameter import check_numbers, of_leaves
 from lrkfac.core.base.tree_checks import check_like, check_tree
-from lrkfac.core.base.trees import add_scaled, formed, unformed_like, zeros_like
+from lrkfac.core.base.trees import add_scaled, lazy_like, materialize, zeros_like
 from lrkfac.core.base.types import PerParameter, Tree
-from lrkfac.transforms.base import GradientTransformation, need_state
+from lrkfac.transforms.base import GradientTransformation, check_state
 
 
 class TraceState(NamedTuple):
@@ -30,8 +30,8 @@ def trace(decay: PerParameter, nesterov: bool = False) -> GradientTransformation
             ``update``, if the tree is not that of ``init``.
         TypeError: If an argument has the wrong type.
     """
-    need_numbers(decay, "decay", 0, 1)
-    need_flag(nesterov, "nesterov")
+    check_numbers(decay, "decay", 0, 1)
+    check_flag(nesterov, "nesterov")
 
     def init(params: Tree) -> TraceState:
         check_tree(params, "params")
@@ -39,10 +39,10 @@ def trace(decay: PerParameter, nesterov: bool = False) -> GradientTransformation
         return TraceState(zeros_like(params))
 
     def update(updates: Tree, state: TraceState, params: Tree = None, **extra: Any) -> tuple[Tree, TraceState]:
-        need_state(state, TraceState)
+        check_state(state, TraceState)
         check_like(state.trace, updates, "trace: updates")
         decays = of_leaves(decay, updates, "decay")
-        new = formed(add_scaled(updates, decays, state.trace))
-        return (add_scaled(updates, decays, new) if nesterov else unformed_like(updates, new)), TraceState(new)
+        new = materialize(add_scaled(updates, decays, state.trace))
+        return (add_scaled(updates, decays, new) if nesterov else lazy_like(updates, new)), TraceState(new)
 
     return GradientTransformation(init, update)

@@ -8,24 +8,23 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_dtype, need_flag, need_number
+from lrkfac.core.base.arguments import check_dtype, check_flag, check_number
 from lrkfac.core.base.dtypes import without_autocast
 from lrkfac.core.base.layout import laid_out_like
-from lrkfac.core.base.lazy import Unformed
+from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.tree_checks import check_like
 from lrkfac.core.base.trees import counter
 from lrkfac.core.base.types import Tree
 from lrkfac.core.curvature.assignment import Chosen, blocks
-from lrkfac.core.curvature.blocks import Held, dtype_of, forms, identity, init
-from lrkfac.core.curvature.blocks import check_averages as check_state
+from lrkfac.core.curvature.blocks import Held, check_averages, dtype_of, forms, identity, init
 from lrkfac.core.curvature.damping import balanced_dampings
 from lrkfac.core.curvature.precondition import alike, natural_gradients
 from lrkfac.core.curvature.ranks import AutoRank, resolved
 from lrkfac.core.curvature.refresh import refresh_all
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.core.layers.description import Layers, need_layers
-from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
+from lrkfac.core.layers.description import Layers, check_layers
+from lrkfac.transforms.base import GradientTransformation, check_evaluation, check_state, check_transformation
 
 
 class PreconditionState(NamedTuple):
@@ -101,15 +100,15 @@ def precondition_by_fisher(
             ``update``, if the tree, the state or the statistics are not those of ``layers``.
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
     """
-    need_layers(layers)
-    need_number(damping, "damping", 0, includes_low=False)
-    need_number(decay, "decay", 0, 1)
-    need_flag(differentiable, "differentiable")
-    need_flag(balanced, "balanced")
+    check_layers(layers)
+    check_number(damping, "damping", 0, includes_low=False)
+    check_number(decay, "decay", 0, 1)
+    check_flag(differentiable, "differentiable")
+    check_flag(balanced, "balanced")
     if fallback is not None:
-        need_transformation(fallback, "fallback")
+        check_transformation(fallback, "fallback")
     if dtype is not None:
-        need_dtype(dtype)
+        check_dtype(dtype)
     held = blocks(layers, structure, resolved(layers, structure, rank))
     expected = forms(held, layers)
     together = alike(held)
@@ -134,11 +133,11 @@ def precondition_by_fisher(
         factor_damping: float | Tensor | None = None,
         **extra: Any,
     ) -> tuple[Tree, PreconditionState]:
-        evaluation = need_evaluation(evaluation, "precondition_by_fisher")
+        evaluation = check_evaluation(evaluation, "precondition_by_fisher")
         statistics = evaluation.statistics
-        need_state(state, PreconditionState)
+        check_state(state, PreconditionState)
         leaves: list[Any] = leaves_of(updates, "updates")
-        check_state(expected, state.factors, {block.name: dtype or dtype_of(block, leaves) for block in held})
+        check_averages(expected, state.factors, {block.name: dtype or dtype_of(block, leaves) for block in held})
         known = None if params is None else leaves_of(params, "params")
         if statistics is not None and not differentiable:
             statistics = optree.tree_map(torch.Tensor.detach, statistics)
@@ -155,7 +154,7 @@ def precondition_by_fisher(
                 leaf = laid_out_like(found, leaves[i])
                 # Scaled and added to in fewer passes over memory, at the end of the chain.
                 waits = evaluation.thin and isinstance(leaf, Tensor) and leaf.ndim == 2
-                leaves[i] = Unformed.of(leaf) if waits else leaf
+                leaves[i] = LazyMatrix.of(leaf) if waits else leaf
         other = state.fallback
         if fallback:
             own = None if known is None else [known[i] for i in free]

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.base.arguments import need_number
-from lrkfac.core.base.per_parameter import is_number, need_numbers, of_leaves
+from lrkfac.core.base.arguments import check_number
+from lrkfac.core.base.per_parameter import check_numbers, is_number, of_leaves
 from lrkfac.core.base.tree_checks import check_like, check_tree
-from lrkfac.core.base.trees import add_scaled, as_row, formed, from_row, selected, vdot, zero_unless
+from lrkfac.core.base.trees import add_scaled, as_row, from_row, materialize, selected, vdot, zero_unless
 from lrkfac.core.base.types import PerParameter, Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.transforms.base import (
     GradientTransformation,
     apply_updates,
-    need_evaluation,
-    need_params,
-    need_state,
-    need_transformation,
+    check_evaluation,
+    check_params,
+    check_state,
+    check_transformation,
     preconditions,
 )
 from lrkfac.transforms.quadratic import least, within
@@ -112,16 +112,16 @@ def scale_by_quadratic_model(
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
         NotImplementedError: In ``update``, if the model uses an operation without forward derivative; names it.
     """
-    need_transformation(preconditioner, "preconditioner")
-    need_number(damping, "damping", 0, includes_low=False)
-    need_numbers(weight_decay, "weight_decay", 0)
+    check_transformation(preconditioner, "preconditioner")
+    check_number(damping, "damping", 0, includes_low=False)
+    check_numbers(weight_decay, "weight_decay", 0)
     if learning_rate is not None:
-        need_number(learning_rate, "learning_rate", 0)
+        check_number(learning_rate, "learning_rate", 0)
     if momentum is not None:
-        need_number(momentum, "momentum", 0, 1)
+        check_number(momentum, "momentum", 0, 1)
     if max_kl is not None:
-        need_number(max_kl, "max_kl", 0, includes_low=False)
-    need_number(gradient_decay, "gradient_decay", 0, 1)
+        check_number(max_kl, "max_kl", 0, includes_low=False)
+    check_number(gradient_decay, "gradient_decay", 0, 1)
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0
 
     def init(params: Tree) -> QuadraticModelState:
@@ -150,11 +150,11 @@ def scale_by_quadratic_model(
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, QuadraticModelState]:
-        evaluation = need_evaluation(evaluation, "scale_by_quadratic_model")._replace(thin=False)
-        need_state(state, QuadraticModelState)
-        check_tree(need_params(params, "scale_by_quadratic_model"), "params")
+        evaluation = check_evaluation(evaluation, "scale_by_quadratic_model")._replace(thin=False)
+        check_state(state, QuadraticModelState)
+        check_tree(check_params(params, "scale_by_quadratic_model"), "params")
         check_like(params, updates, "updates beside params")
-        updates = formed(updates)
+        updates = materialize(updates)
         decay = of_leaves(weight_decay, params, "weight_decay")
         grads = add_scaled(updates, decay, params) if decays else updates
         slope = as_row(grads)

@@ -8,13 +8,13 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_integer
-from lrkfac.core.base.lazy import Unformed
+from lrkfac.core.base.arguments import check_integer
+from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.tree_checks import check_tree
 from lrkfac.core.base.trees import counter, selected, zero_unless
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.transforms.base import GradientTransformation, need_evaluation, need_state, need_transformation
+from lrkfac.transforms.base import GradientTransformation, check_evaluation, check_state, check_transformation
 
 
 class ApplyIfFiniteState(NamedTuple):
@@ -43,8 +43,8 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
         ValueError: If ``max_consecutive_errors`` is below 1; in ``update``, if the state is another's.
         TypeError: If an argument has the wrong type.
     """
-    need_transformation(inner, "inner")
-    need_integer(max_consecutive_errors, "max_consecutive_errors")
+    check_transformation(inner, "inner")
+    check_integer(max_consecutive_errors, "max_consecutive_errors")
 
     def init(params: Tree) -> ApplyIfFiniteState:
         check_tree(params, "params")
@@ -59,9 +59,9 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
         **extra: Any,
     ) -> tuple[Tree, ApplyIfFiniteState]:
         check_tree(updates, "updates")
-        need_state(state, ApplyIfFiniteState)
+        check_state(state, ApplyIfFiniteState)
         if evaluation is not None:
-            need_evaluation(evaluation, "apply_if_finite")
+            check_evaluation(evaluation, "apply_if_finite")
         said = None if evaluation is None else (evaluation.loss, evaluation.statistics)
         sound = _all_finite((updates, said))
         gives_up = state.consecutive >= max_consecutive_errors
@@ -83,7 +83,7 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
 
 
 def _all_finite(tree: Tree) -> Tensor:
-    parts = optree.tree_map(lambda x: [x.left, x.right, *x.terms] if isinstance(x, Unformed) else x, tree)
+    parts = optree.tree_map(lambda x: [x.left, x.right, *x.terms] if isinstance(x, LazyMatrix) else x, tree)
     tensors = [x for x in optree.tree_leaves(parts) if isinstance(x, Tensor)]
     leaves = [x.isfinite().all() for x in tensors]
     return torch.stack(leaves).all() if leaves else torch.ones((), dtype=torch.bool)

@@ -80,7 +80,7 @@ def our_factors(net, inputs, targets, likelihood, estimator, treatment="expand",
     model, params = lrkfac.from_module(net)
     layers = lrkfac.find_layers(model, params, inputs, strict=True)
     samples = {} if noise is None else {"samples": len(noise)}
-    evaluation = lrkfac.fisher(model, likelihood, layers, estimator, **samples)(params, inputs, targets, noise=noise)
+    evaluation = lrkfac.evaluator(model, likelihood, layers, estimator, **samples)(params, inputs, targets, noise=noise)
     inputs_of, gradients, scale = evaluation.statistics
     found = {
         layer.name: factors_of(layer, inputs_of[layer.name], gradients[layer.name], scale, treatment)
@@ -140,8 +140,10 @@ def test_corrected_blocks_equal_those_of_curvlinops(net_name, loss_name, estimat
     likelihood, loss, _, (of_hessian, of_gradients) = LOSSES[loss_name]
     model, params = lrkfac.from_module(net)
     layers = lrkfac.find_layers(model, params, inputs, strict=True)
-    evaluation = lrkfac.fisher(model, likelihood, layers, estimator)(params, inputs, targets)
-    structure = lrkfac.kronecker(lrkfac.dense(), lrkfac.dense(), treatment, corrected=True)
+    evaluation = lrkfac.evaluator(model, likelihood, layers, estimator)(params, inputs, targets)
+    structure = lrkfac.structures.kronecker(
+        lrkfac.structures.dense(), lrkfac.structures.dense(), treatment, corrected=True
+    )
     tx = lrkfac.precondition_by_fisher(layers, structure)
     _, state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
     numbers, start = places(net)
@@ -174,7 +176,7 @@ def test_factors_equal_those_of_asdl(net_name, estimator, theirs):
         warnings.simplefilter("ignore")
         maker.forward_and_backward()
     for layer in layers:
-        kron = net[int(layer.name)].fisher.kron
+        kron = net[int(layer.name)].evaluate.kron
         a, b = factors[layer.name]
         a = a[:-1, :-1] if layer.bias is not None else a
         product = torch.kron(kron.B, kron.A)
@@ -205,8 +207,8 @@ def test_unit_wise_blocks_equal_those_of_asdl(name, estimator, theirs):
                 x.copy_(torch.rand_like(x) + 0.5)
     model, params = lrkfac.from_module(net)
     layers = lrkfac.find_layers(model, params, inputs, strict=True)
-    evaluation = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator)(params, inputs, targets)
-    tx = lrkfac.precondition_by_fisher(layers, lrkfac.unit_wise())
+    evaluation = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)(params, inputs, targets)
+    tx = lrkfac.precondition_by_fisher(layers, lrkfac.structures.unit_wise())
     _, state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
     config = asdl.FisherConfig(
         theirs, [asdl.SHAPE_UNIT_WISE], loss_type=asdl.LOSS_CROSS_ENTROPY, data_size=len(inputs),
@@ -217,6 +219,6 @@ def test_unit_wise_blocks_equal_those_of_asdl(name, estimator, theirs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         maker.forward_and_backward()
-    expected = net[1].fisher.unit.data
+    expected = net[1].evaluate.unit.data
     found = state.factors["1"].matrix
     assert found.shape == expected.shape and (found - expected).norm() <= 1e-6 * expected.norm()

@@ -63,7 +63,7 @@ def test_every_parameter_is_covered_and_gradients_are_right(make, estimator):
     outputs = model(params, inputs)
     targets = torch.randint(outputs.shape[-1], outputs.shape[:-1])
     layers = lrkfac.find_layers(model, params, inputs, strict=True)
-    e = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator)(params, inputs, targets)
+    e = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)(params, inputs, targets)
 
     def loss(params):
         return F.cross_entropy(model(params, inputs).flatten(0, -2), targets.flatten())

@@ -9,22 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrkfac
-from lrkfac import accumulate, apply_updates, chain, kronecker, merge_evaluations, precondition_by_fisher, scale_by_adam
+from lrkfac import accumulate, apply_updates, chain, merge_evaluations, precondition_by_fisher, scale_by_adam
 from lrkfac.core.curvature.kronecker import KroneckerStructure
+from lrkfac.structures import kronecker
 from lrkfac.testing import check_transformation, seeds
 from lrkfac.testing.architectures import architectures
 from tests import cases, reference_kinds, reference_optimizers
 from tests.compiling import traced
 from tests.test_every_combination import BLOCKS, ESTIMATORS, FACTORS
 from tests.transforms.test_base import close, nested, replayed, steps
-from tests.transforms.test_precondition import evaluator
+from tests.transforms.test_precondition import layers_and_evaluate
 
 MLP = cases.LINEAR[0]
 OPERATIONS = reference_kinds.operations()
 STRUCTURES = {
     **{name: kronecker(factor, factor) for name, factor in FACTORS.items()},
-    "low rank 1": kronecker(lrkfac.low_rank(1), lrkfac.low_rank_plus_diagonal(1)),
-    "reduce": kronecker(lrkfac.dense(), lrkfac.dense(), treatment="reduce"),
+    "low rank 1": kronecker(lrkfac.structures.low_rank(1), lrkfac.structures.low_rank_plus_diagonal(1)),
+    "reduce": kronecker(lrkfac.structures.dense(), lrkfac.structures.dense(), treatment="reduce"),
     **BLOCKS,
 }
 LIKELIHOOD = lrkfac.categorical(ignore_index=-1, class_weights=torch.tensor([0.5, 1.0, 2.0]))
@@ -53,7 +54,7 @@ def of_operation(name, estimator, sizes):
     params, model = reference_kinds.with_head(operation), partial(reference_kinds.network, operation)
     layers = lrkfac.find_layers(model, params, operation.inputs, bias="separate" if name == "bias" else "joint")
     noise = torch.rand(2, 4, reference_kinds.CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    evaluate = lrkfac.fisher(model, LIKELIHOOD, layers, estimator, samples=2 if estimator == "mc" else 1)
+    evaluate = lrkfac.evaluator(model, LIKELIHOOD, layers, estimator, samples=2 if estimator == "mc" else 1)
     return (
         layers,
         params,
@@ -88,7 +89,7 @@ def test_micro_batches_of_any_model(architecture, estimator, data):
     if any(not layer.batched for layer in layers):
         sizes = [1] * n
     noise = torch.rand(1, *model(params, inputs).shape, dtype=torch.float64)
-    evaluate = lrkfac.fisher(model, likelihood, layers, estimator)
+    evaluate = lrkfac.evaluator(model, likelihood, layers, estimator)
     whole, merged = both(evaluate, params, inputs, targets, sizes, noise if estimator == "mc" else None)
     close(merged.grads, whole.grads, rtol=1e-10)
     if len(layers):
@@ -108,9 +109,9 @@ def products(e, u, v, pair):
 
 def test_a_run_by_the_quadratic_model():
     """Step size, momentum and damping come from the union, too."""
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     likelihood = getattr(lrkfac, MLP.likelihood)(**MLP.likelihood_options)
-    of_any = lrkfac.fisher(MLP.model, likelihood, layers, "exact")
+    of_any = lrkfac.evaluator(MLP.model, likelihood, layers, "exact")
     tx = lrkfac.adaptive_low_rank_kfac(layers, rank=2)
     params, state = MLP.params, tx.init(MLP.params)
     other, held = MLP.params, tx.init(MLP.params)
@@ -155,8 +156,8 @@ def test_heads():
     for estimator in ESTIMATORS:
         noise = {k: torch.rand(1, 5, f.shape[1], dtype=torch.float64) for k, f in model(params, inputs).items()}
         noise = noise if estimator == "mc" else None
-        whole, merged = both(lrkfac.fisher(model, heads, layers, estimator), params, inputs, targets, [1, 4], noise)
-        tx = precondition_by_fisher(layers, kronecker(lrkfac.dense(), lrkfac.dense()))
+        whole, merged = both(lrkfac.evaluator(model, heads, layers, estimator), params, inputs, targets, [1, 4], noise)
+        tx = precondition_by_fisher(layers, kronecker(lrkfac.structures.dense(), lrkfac.structures.dense()))
         close(merged.grads, whole.grads)
         expected, _ = tx.update(whole.grads, tx.init(params), params, evaluation=whole)
         close(tx.update(merged.grads, tx.init(params), params, evaluation=merged)[0], expected, rtol=1e-9)
@@ -164,7 +165,7 @@ def test_heads():
 
 
 def test_aux_and_no_statistics():
-    _, evaluate = evaluator(MLP)
+    _, evaluate = layers_and_evaluate(MLP)
     e = evaluate(MLP.params, statistics=False)
     merged = merge_evaluations([e, e._replace(aux={"x": 1})])
     assert merged.statistics is None and merged.aux == (None, {"x": 1})
@@ -173,10 +174,10 @@ def test_aux_and_no_statistics():
 
 @pytest.mark.slow
 def test_compiled_equals_eager():
-    layers, _ = evaluator(MLP)
+    layers, _ = layers_and_evaluate(MLP)
     tx, n = lrkfac.kfac(layers, 0.1), MLP.targets.shape[0]
     likelihood = getattr(lrkfac, MLP.likelihood)(**MLP.likelihood_options)
-    of_any = lrkfac.fisher(MLP.model, likelihood, layers, "exact")
+    of_any = lrkfac.evaluator(MLP.model, likelihood, layers, "exact")
     first, last = split(MLP.inputs, [2, n - 2]), split(MLP.targets, [2, n - 2])
     gathered = accumulate(scale_by_adam(), 2)
 
@@ -224,7 +225,7 @@ def test_accumulate_counts_the_terms():
     """Micro-batches of 1 and of the other valid targets, and one without any, are one batch."""
     operation = OPERATIONS["linear"]
     params, model = reference_kinds.with_head(operation), partial(reference_kinds.network, operation)
-    evaluate = lrkfac.fisher(model, LIKELIHOOD, lrkfac.find_layers(model, params, operation.inputs))
+    evaluate = lrkfac.evaluator(model, LIKELIHOOD, lrkfac.find_layers(model, params, operation.inputs))
     whole = evaluate(params, operation.inputs, TARGETS, statistics=False)
     tx = accumulate(chain(), 3)
     state = tx.init(params)

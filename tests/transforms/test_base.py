@@ -9,7 +9,7 @@ from torch.func import vmap
 
 import lrkfac
 from lrkfac import GradientTransformation, apply_updates, chain, identity
-from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.arguments import check_number
 from lrkfac.testing import check_transformation, gradients
 
 
@@ -140,21 +140,21 @@ def test_apply_updates_names_the_leaf_that_differs(change, words):
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), 1, 1.5, -1])
 def test_need_number_refuses_what_lies_outside(value):
     with pytest.raises(ValueError, match=r"name: expected a finite number in \[0, 1\), got"):
-        need_number(value, "name", 0, 1)
+        check_number(value, "name", 0, 1)
 
 
 @pytest.mark.parametrize("value", ["0.1", True, None, 1j, [0.1]])
 def test_need_number_refuses_what_is_no_number(value):
     with pytest.raises(TypeError, match="name: expected a number, got"):
-        need_number(value, "name", 0)
+        check_number(value, "name", 0)
 
 
 def test_need_number_bounds():
-    need_number(0, "name", 0)
-    need_number(torch.tensor(1.0), "name", 0)
-    vmap(lambda x: need_number(x, "name", 0) or x)(torch.tensor([-1.0]))
+    check_number(0, "name", 0)
+    check_number(torch.tensor(1.0), "name", 0)
+    vmap(lambda x: check_number(x, "name", 0) or x)(torch.tensor([-1.0]))
     for outside in (torch.tensor(-1.0), torch.tensor(float("nan")), torch.ones(2), torch.ones((), device="meta")):
         with pytest.raises(ValueError, match="name: expected a"):
-            need_number(outside, "name", 0)
+            check_number(outside, "name", 0)
     with pytest.raises(ValueError, match=r"\(0, inf\), got 0"):
-        need_number(0, "name", 0, includes_low=False)
+        check_number(0, "name", 0, includes_low=False)

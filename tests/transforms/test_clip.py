@@ -8,14 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrkfac import (
-    Evaluation,
-    clip_by_global_norm,
-    clip_by_kl,
-    clip_by_value,
-    exponential_schedule,
-    warmup_cosine_schedule,
-)
+from lrkfac import Evaluation, clip, clip_by_global_norm, clip_by_kl
+from lrkfac.schedules import exponential_decay, warmup_cosine_decay_schedule
 from lrkfac.testing import check_transformation, seeds
 from tests import reference_optimizers as reference
 from tests.transforms.test_base import close, flat, nested, replayed, steps
@@ -37,7 +31,7 @@ def norm(tree):
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e6])
 @pytest.mark.parametrize(
     "tx",
-    [clip_by_value(0.5), clip_by_global_norm(0.5), clip_by_kl(0.5, 0.1), clip_by_kl(0.5, lambda step: 0.1 + step)],
+    [clip(0.5), clip_by_global_norm(0.5), clip_by_kl(0.5, 0.1), clip_by_kl(0.5, lambda step: 0.1 + step)],
 )
 def test_laws(tx, size, dtype):
     grads = optree.tree_map(lambda g: size * g, nested(dtype, seed=1))
@@ -48,7 +42,7 @@ def test_laws(tx, size, dtype):
 def test_value_bounds_each_entry(max_delta, seed, tensor):
     grads = nested(seed=seed)
     bound = torch.tensor(max_delta, dtype=torch.float64) if tensor else max_delta
-    found, _ = clip_by_value(bound).update(grads, ())
+    found, _ = clip(bound).update(grads, ())
     bounded = lambda g: [max(-max_delta, min(x, max_delta)) for x in g.flatten().tolist()]  # noqa: E731
     expected = {k: torch.tensor(bounded(g), dtype=g.dtype).reshape(g.shape) for k, g in flat(grads).items()}
     close(found, expected, rtol=0)
@@ -75,12 +69,12 @@ def test_kl_equals_the_reference(max_kl, rate, seed):
 
 @given(bounds, st.floats(0.01, 10), seeds)
 def test_kl_bounds_the_length_of_the_step_in_the_fisher_metric(max_kl, rate, seed):
-    updates, fisher = nested(seed=seed), optree.tree_map(torch.exp, nested(seed=seed + 1))
-    grads = optree.tree_map(torch.mul, fisher, updates)
+    updates, evaluate = nested(seed=seed), optree.tree_map(torch.exp, nested(seed=seed + 1))
+    grads = optree.tree_map(torch.mul, evaluate, updates)
     (found,) = replayed(clip_by_kl(max_kl, rate), [updates], evaluation=evaluated(grads))
 
     def squared_length(u):
-        products = optree.tree_map(lambda f, x: (f * (rate * x).square()).sum(), fisher, u)
+        products = optree.tree_map(lambda f, x: (f * (rate * x).square()).sum(), evaluate, u)
         return sum(optree.tree_leaves(products)).item()
 
     assert squared_length(found) == pytest.approx(min(max_kl, squared_length(updates)))
@@ -89,8 +83,8 @@ def test_kl_bounds_the_length_of_the_step_in_the_fisher_metric(max_kl, rate, see
 @pytest.mark.parametrize(
     "schedule, expected",
     [
-        (warmup_cosine_schedule(0.5, 2, 5), lambda s: reference.warmup_cosine_schedule(s, 0.5, 2, 5)),
-        (exponential_schedule(2.0, 0.5), lambda s: reference.exponential_schedule(s, 2.0, 0.5)),
+        (warmup_cosine_decay_schedule(0.0, 0.5, 2, 5), lambda s: reference.warmup_cosine_decay_schedule(s, 0.5, 2, 5)),
+        (exponential_decay(2.0, 1, 0.5), lambda s: reference.exponential_decay(s, 2.0, 0.5)),
         (torch.tensor(0.3, dtype=torch.float64), lambda s: 0.3),
     ],
 )
@@ -125,7 +119,7 @@ def test_half_precision_is_summed_in_float32(dtype):
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("inf"), float("nan")])
 def test_bounds_are_checked(bound):
     with pytest.raises(ValueError, match=r"max_delta: expected a finite number in \(0"):
-        clip_by_value(bound)
+        clip(bound)
     with pytest.raises(ValueError, match=r"max_norm: expected a finite number in \(0"):
         clip_by_global_norm(bound)
     with pytest.raises(ValueError, match=r"max_kl: expected a finite number in \(0"):

@@ -1,4 +1,4 @@
-"""``inject_hyperparameters``: the same as a transformation made with these values, which may change in the state."""
+"""``inject_hyperparams``: the same as a transformation made with these values, which may change in the state."""
 
 import optree
 import pytest
@@ -6,12 +6,13 @@ import torch
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import apply_updates, chain, exponential_schedule, inject_hyperparameters, low_rank_kfac, scale, trace
+from lrkfac import apply_updates, chain, inject_hyperparams, low_rank_kfac, scale, trace
+from lrkfac.schedules import exponential_decay
 from lrkfac.testing import check_transformation
 from tests import cases
 from tests.compiling import traced
 from tests.transforms.test_base import close, nested, replayed, steps
-from tests.transforms.test_precondition import evaluator
+from tests.transforms.test_precondition import layers_and_evaluate
 
 MLP, GROUPS = cases.LINEAR[0], cases.CONVOLUTION[3]
 OPTIONS = {"damping": 0.03, "decay": 0.8, "momentum": 0.8, "weight_decay": 0.02, "kl_clip": 5e-3}
@@ -20,7 +21,7 @@ FACTORIES = {
     "trace": (trace, {"decay": 0.7, "nesterov": True}),
     "decay": (lrkfac.add_decayed_weights, {"weight_decay": 0.1}),
     "learning rate": (lrkfac.scale_by_learning_rate, {"learning_rate": 1}),
-    "value": (lrkfac.clip_by_value, {"max_delta": 0.3}),
+    "value": (lrkfac.clip, {"max_delta": 0.3}),
     "norm": (lrkfac.clip_by_global_norm, {"max_norm": 0.3}),
     "average": (lrkfac.ema_params, {"decay": 0.8}),
     "own": (lambda rate, decay: chain(trace(decay), scale(rate)), {"rate": -0.1, "decay": 0.5}),
@@ -36,31 +37,31 @@ def changed(state, **values):
 @each_factory
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_laws(factory, options, dtype):
-    check_transformation(inject_hyperparameters(factory)(**options), nested(dtype))
+    check_transformation(inject_hyperparams(factory)(**options), nested(dtype))
 
 
 @each_factory
 def test_equals_the_transformation_with_these_values(factory, options):
     params = nested(seed=3)
-    found = replayed(inject_hyperparameters(factory)(**options), steps(), params)
+    found = replayed(inject_hyperparams(factory)(**options), steps(), params)
     for updates, expected in zip(found, replayed(factory(**options), steps(), params), strict=True):
         close(updates, expected)
 
 
-@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1), exponential_schedule(0.1, 0.5)])
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1), exponential_decay(0.1, 1, 0.5)])
 @pytest.mark.parametrize("case", [MLP, GROUPS], ids=lambda case: case.name)
 def test_laws_with_kfac(case, rate):
-    layers, evaluate = evaluator(case)
-    tx = inject_hyperparameters(low_rank_kfac)(layers, learning_rate=rate, rank=2, **OPTIONS)
+    layers, evaluate = layers_and_evaluate(case)
+    tx = inject_hyperparams(low_rank_kfac)(layers, learning_rate=rate, rank=2, **OPTIONS)
     assert sorted(tx.init(case.params).hyperparameters) == sorted([*OPTIONS, "learning_rate"])
     check_transformation(tx, case.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e}))
 
 
 def test_kfac_with_schedules_and_live_changes():
     """In each step as the chain that is made with the values of this step, on one state."""
-    layers, evaluate = evaluator(MLP)
-    rate, damping = exponential_schedule(0.1, 0.5), lambda step: 0.1 / (1 + step)
-    tx = inject_hyperparameters(low_rank_kfac)(
+    layers, evaluate = layers_and_evaluate(MLP)
+    rate, damping = exponential_decay(0.1, 1, 0.5), lambda step: 0.1 / (1 + step)
+    tx = inject_hyperparams(low_rank_kfac)(
         layers, learning_rate=rate, rank=2, **{**OPTIONS, "damping": damping, "kl_clip": 1e9}
     )
     params, state = MLP.params, tx.init(MLP.params)
@@ -82,7 +83,7 @@ def test_kfac_with_schedules_and_live_changes():
 
 
 def test_what_follows_a_schedule_is_set_anew():
-    tx = inject_hyperparameters(scale)(factor=lambda step: 2.0 + step)
+    tx = inject_hyperparams(scale)(factor=lambda step: 2.0 + step)
     grads, state = nested(), tx.init(nested())
     for i in range(3):
         updates, state = tx.update(grads, changed(state, factor=100.0), grads)
@@ -94,7 +95,7 @@ def test_what_follows_a_schedule_is_set_anew():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_what_is_put_into_the_state_gets_its_dtype(value, dtype):
     """At least float32, in which 0.1 is not rounded to bfloat16."""
-    tx = inject_hyperparameters(scale)(factor=0.1)
+    tx = inject_hyperparams(scale)(factor=0.1)
     state, held = tx.init(nested(dtype)), torch.promote_types(dtype, torch.float32)
     assert torch.equal(state.hyperparameters["factor"], torch.tensor(0.1, dtype=held))
     updates, state = tx.update(nested(dtype), state._replace(hyperparameters={"factor": value}))
@@ -103,8 +104,8 @@ def test_what_is_put_into_the_state_gets_its_dtype(value, dtype):
 
 
 def test_a_grid_of_hyperparameters_by_vmap():
-    layers, evaluate = evaluator(MLP)
-    tx, e = inject_hyperparameters(low_rank_kfac)(layers, learning_rate=0.1, damping=0.1, rank=2), evaluate(MLP.params)
+    layers, evaluate = layers_and_evaluate(MLP)
+    tx, e = inject_hyperparams(low_rank_kfac)(layers, learning_rate=0.1, damping=0.1, rank=2), evaluate(MLP.params)
     damping = torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64)
     rate = torch.tensor([0.5, 0.1], dtype=torch.float64)
 
@@ -122,9 +123,9 @@ def test_a_grid_of_hyperparameters_by_vmap():
 
 
 def test_fixed_arguments_pass():
-    layers, evaluate = evaluator(MLP)
-    structure = lambda layer: lrkfac.kronecker(lrkfac.dense(), lrkfac.dense())  # noqa: E731
-    tx = inject_hyperparameters(lrkfac.precondition_by_fisher)(
+    layers, evaluate = layers_and_evaluate(MLP)
+    structure = lambda layer: lrkfac.structures.kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())  # noqa: E731
+    tx = inject_hyperparams(lrkfac.precondition_by_fisher)(
         layers, structure, damping=0.1, fallback=lrkfac.scale_by_adam()
     )
     by_hand, e = lrkfac.precondition_by_fisher(layers, structure, damping=0.1), evaluate(MLP.params)
@@ -136,10 +137,12 @@ def test_gradients_that_are_held_by_their_rows():
     params, x = {"w": torch.randn(40, 30).double()}, torch.randn(4, 30).double()
     model = lambda p, x: torch.tanh(x @ p["w"].mT)  # noqa: E731
     layers, found = lrkfac.find_layers(model, params, x), []
-    tx = inject_hyperparameters(low_rank_kfac)(layers, learning_rate=0.1, rank=2)
+    tx = inject_hyperparams(low_rank_kfac)(layers, learning_rate=0.1, rank=2)
     for thin in (False, True):
-        e = lrkfac.fisher(model, lrkfac.gaussian(), layers, "exact", thin=thin)(params, x, torch.cos(model(params, x)))
-        assert isinstance(e.grads["w"], lrkfac.Unformed if thin else torch.Tensor)
+        e = lrkfac.evaluator(model, lrkfac.gaussian(), layers, "exact", thin=thin)(
+            params, x, torch.cos(model(params, x))
+        )
+        assert isinstance(e.grads["w"], lrkfac.LazyMatrix if thin else torch.Tensor)
         updates, _ = tx.update(e.grads, tx.init(params), params, evaluation=e)
         found.append(apply_updates(params, updates))
     close(found[1], found[0], rtol=1e-9)
@@ -147,11 +150,9 @@ def test_gradients_that_are_held_by_their_rows():
 
 @pytest.mark.slow
 def test_compiled_once_for_all_values():
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     e = evaluate(MLP.params)
-    tx = inject_hyperparameters(low_rank_kfac)(
-        layers, learning_rate=exponential_schedule(0.1, 0.5), damping=0.1, rank=100
-    )
+    tx = inject_hyperparams(low_rank_kfac)(layers, learning_rate=exponential_decay(0.1, 1, 0.5), damping=0.1, rank=100)
 
     def step(grads, state, statistics):
         return tx.update(grads, state, MLP.params, evaluation=e._replace(grads=grads, statistics=statistics))
@@ -168,28 +169,28 @@ def test_compiled_once_for_all_values():
 
 
 def kfac(**options):
-    layers, _ = evaluator(MLP)
-    return inject_hyperparameters(low_rank_kfac)(layers, **options)
+    layers, _ = layers_and_evaluate(MLP)
+    return inject_hyperparams(low_rank_kfac)(layers, **options)
 
 
 @pytest.mark.parametrize(
     "make, error, words",
     [
-        (lambda: inject_hyperparameters(trace(0.9)), TypeError, "factory: expected a function .*leave the call"),
-        (lambda: inject_hyperparameters(3), TypeError, "factory: expected a function .* got int"),
-        (lambda: inject_hyperparameters(lambda decay: decay)(decay=1.0), TypeError, "factory: .* got float"),
-        (lambda: inject_hyperparameters(trace)(0.9), TypeError, "expected a number, .* by keyword, .*got none"),
-        (lambda: inject_hyperparameters(trace)(decay=1.5), ValueError, "decay: expected a finite number in .* got 1.5"),
-        (lambda: inject_hyperparameters(trace)(decay=lambda step: 1.5), ValueError, "decay: expected .* got 1.5"),
+        (lambda: inject_hyperparams(trace(0.9)), TypeError, "factory: expected a function .*leave the call"),
+        (lambda: inject_hyperparams(3), TypeError, "factory: expected a function .* got int"),
+        (lambda: inject_hyperparams(lambda decay: decay)(decay=1.0), TypeError, "factory: .* got float"),
+        (lambda: inject_hyperparams(trace)(0.9), TypeError, "expected a number, .* by keyword, .*got none"),
+        (lambda: inject_hyperparams(trace)(decay=1.5), ValueError, "decay: expected a finite number in .* got 1.5"),
+        (lambda: inject_hyperparams(trace)(decay=lambda step: 1.5), ValueError, "decay: expected .* got 1.5"),
         (
-            lambda: inject_hyperparameters(trace)(decay=lambda layer: layer.name),
+            lambda: inject_hyperparams(trace)(decay=lambda layer: layer.name),
             TypeError,
             "decay: .* a schedule",
         ),
-        (lambda: inject_hyperparameters(trace)(decay=lambda step: "a"), TypeError, "decay: .* a schedule"),
-        (lambda: inject_hyperparameters(trace)(rate=0.9), TypeError, "rate"),
+        (lambda: inject_hyperparams(trace)(decay=lambda step: "a"), TypeError, "decay: .* a schedule"),
+        (lambda: inject_hyperparams(trace)(rate=0.9), TypeError, "rate"),
         (
-            lambda: inject_hyperparameters(lrkfac.accumulate)(trace(0.9), every=2),
+            lambda: inject_hyperparams(lrkfac.accumulate)(trace(0.9), every=2),
             TypeError,
             "every: expected an integer >= 1, got Tensor",
         ),
@@ -204,14 +205,14 @@ def kfac(**options):
             r"hyperparameters: expected \['learning_rate'\], got \['learning_rate', 'rank'\]",
         ),
         (
-            lambda: (tx := inject_hyperparameters(scale)(factor=1.0)).update(
+            lambda: (tx := inject_hyperparams(scale)(factor=1.0)).update(
                 nested(), tx.init(nested())._replace(hyperparameters={"factor": torch.ones(2)})
             ),
             ValueError,
             r"factor: expected a number or a tensor \[\], got the shape \(2,\)",
         ),
         (
-            lambda: inject_hyperparameters(scale)(factor=1.0).update(nested(), ()),
+            lambda: inject_hyperparams(scale)(factor=1.0).update(nested(), ()),
             ValueError,
             "state: expected a HyperparametersState, got tuple",
         ),

@@ -12,7 +12,7 @@ from lrkfac.testing import check_transformation, seeds
 from tests import cases, reference_optimizers
 from tests.compiling import traced
 from tests.transforms.test_base import Pair, close, flat, nested, replayed, steps
-from tests.transforms.test_precondition import evaluator
+from tests.transforms.test_precondition import layers_and_evaluate
 
 MLP, SHIFT = cases.LINEAR[0], cases.LINEAR[6]
 SEVERAL = chain(
@@ -89,7 +89,7 @@ def kfac_and_adam(layers, labels=None):
 
 def test_kfac_for_what_layers_cover_and_adam_for_the_rest():
     """The one uncovered parameter counts in neither the clip nor the momentum of K-FAC."""
-    layers, evaluate = evaluator(SHIFT)
+    layers, evaluate = layers_and_evaluate(SHIFT)
     tx, params = kfac_and_adam(layers), SHIFT.params
     kfac = chain(masked(identity(), True), lrkfac.low_rank_kfac(layers, 0.1, rank=2))
     state, alone, adam = tx.init(params), kfac.init(params), scale_by_adam().init(params)
@@ -105,7 +105,7 @@ def test_kfac_for_what_layers_cover_and_adam_for_the_rest():
 
 @pytest.mark.parametrize("labels", [None, lambda tree: {k: "kfac" if x.ndim == 2 else "adam" for k, x in tree.items()}])
 def test_laws_with_kfac(labels):
-    layers, evaluate = evaluator(SHIFT)
+    layers, evaluate = layers_and_evaluate(SHIFT)
     check_transformation(
         kfac_and_adam(layers, labels), SHIFT.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e})
     )
@@ -119,7 +119,7 @@ def test_the_evaluation_is_that_of_the_own_parameters():
         seen.update(e=evaluation, params=params)
         return updates, state
 
-    _, evaluate = evaluator(MLP)
+    _, evaluate = layers_and_evaluate(MLP)
     mask = {name: name.startswith("2") for name in MLP.params}
     tx = masked(lrkfac.GradientTransformation(lambda p: (), update), mask)
     whole, direction = evaluate(MLP.params), optree.tree_map(torch.cos, MLP.params)
@@ -136,7 +136,7 @@ def test_the_evaluation_is_that_of_the_own_parameters():
 
 
 def test_a_quadratic_model_of_some_parameters():
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     mask = {name: name[0] in "24" for name in MLP.params}
     tx = masked(lrkfac.scale_by_quadratic_model(lrkfac.precondition_by_fisher(layers)), mask)
     params, state = MLP.params, tx.init(MLP.params)
@@ -151,7 +151,7 @@ def test_a_quadratic_model_of_some_parameters():
 
 @pytest.mark.slow
 def test_compiled_equals_eager():
-    layers, evaluate = evaluator(SHIFT)
+    layers, evaluate = layers_and_evaluate(SHIFT)
     tx, e = kfac_and_adam(layers), evaluate(SHIFT.params)
     tx = chain(tx, masked(scale(2.0), lambda tree: {k: x.ndim == 2 for k, x in tree.items()}))
 

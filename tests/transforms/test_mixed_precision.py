@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrkfac
-from lrkfac import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, precondition_by_fisher, to_dense
+from lrkfac import precondition_by_fisher
+from lrkfac.linalg import to_dense
+from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 
 BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
 STRUCTURES = {
@@ -17,9 +19,9 @@ STRUCTURES = {
     "diagonal": kronecker(diagonal(), low_rank(2, method="power")),
     "reduce": kronecker(low_rank(2), dense(), treatment="reduce"),
     "corrected": kronecker(low_rank(2), low_rank_plus_diagonal(2), corrected=True),
-    "unit_wise": lrkfac.unit_wise(),
-    "layer_wise": lrkfac.layer_wise(),
-    "full": lrkfac.full(),
+    "unit_wise": lrkfac.structures.unit_wise(),
+    "layer_wise": lrkfac.structures.layer_wise(),
+    "full": lrkfac.structures.full(),
 }
 PRODUCTS = {name: STRUCTURES[name] for name in ("dense", "low rank", "diagonal", "reduce")}
 each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
@@ -45,7 +47,7 @@ class Problem:
         self.inputs = torch.randint(5, (2,), generator=generator)
         self.targets = torch.randint(3, (2,), generator=generator)
         self.layers = lrkfac.find_layers(self.model, self.params, self.inputs)
-        self.fisher = lrkfac.fisher(self.model, lrkfac.categorical(), self.layers, "empirical", thin=thin)
+        self.evaluate = lrkfac.evaluator(self.model, lrkfac.categorical(), self.layers, "empirical", thin=thin)
 
     @staticmethod
     def model(p, x):
@@ -54,7 +56,7 @@ class Problem:
         return F.linear(x, p["out"])
 
     def evaluation(self):
-        return self.fisher(self.params, self.inputs, self.targets)
+        return self.evaluate(self.params, self.inputs, self.targets)
 
     def run(self, tx, steps=2):
         state, e = tx.init(self.params), self.evaluation()
@@ -76,7 +78,7 @@ def test_states_have_the_chosen_dtype_and_updates_that_of_the_gradients(structur
         start = tx.init(problem.params)
         updates, state = problem.run(tx)
         assert dtypes(start) == dtypes(state) == {held}
-        assert dtypes(lrkfac.formed(updates)) == {model_dtype}
+        assert dtypes(lrkfac.materialize(updates)) == {model_dtype}
 
 
 @each_structure
@@ -118,7 +120,7 @@ def test_statistics_are_reduced_in_the_chosen_dtype(dtype, seed):
     tx = precondition_by_fisher(problem.layers, STRUCTURES["dense"], damping=0.1, dtype=FLOAT64)
     _, state = problem.run(tx, steps=1)
     e = problem.evaluation()
-    wide = lrkfac.formed(optree.tree_map(lambda g: g.double(), e.grads))
+    wide = lrkfac.materialize(optree.tree_map(lambda g: g.double(), e.grads))
     updates, _ = tx.update(wide, state, problem.params, evaluation=e._replace(statistics=None))
     for layer in layers:
         (a,), (g,) = e.statistics.inputs[layer.name], e.statistics.output_gradients[layer.name]
@@ -155,14 +157,14 @@ def test_checkpoints_keep_dtypes(tmp_path, dtype):
     problem, other = Problem(BFLOAT16), FLOAT32 if dtype == FLOAT64 else FLOAT64
     tx, wrong = (lrkfac.low_rank_kfac(problem.layers, 0.1, rank=2, dtype=x) for x in (dtype, other))
     _, state = problem.run(tx)
-    lrkfac.save(tmp_path / "file", problem.params, state, problem.layers)
-    params, read = lrkfac.load(tmp_path / "file", problem.params, tx.init(problem.params), problem.layers)
-    by_dictionary = lrkfac.from_state_dict(tx.init(problem.params), lrkfac.state_dict(state))
+    lrkfac.checkpoint.save(tmp_path / "file", problem.params, state, problem.layers)
+    params, read = lrkfac.checkpoint.load(tmp_path / "file", problem.params, tx.init(problem.params), problem.layers)
+    by_dictionary = lrkfac.checkpoint.from_state_dict(tx.init(problem.params), lrkfac.checkpoint.state_dict(state))
     for found in (read, by_dictionary):
         assert optree.tree_all(optree.tree_map(lambda x, y: torch.equal(x, y) and x.dtype == y.dtype, found, state))
     assert dtypes(read[0]) == {dtype} and dtypes(params) == {BFLOAT16}
     with pytest.raises(ValueError, match=r"torch.float"):
-        lrkfac.load(tmp_path / "file", problem.params, wrong.init(problem.params), problem.layers)
+        lrkfac.checkpoint.load(tmp_path / "file", problem.params, wrong.init(problem.params), problem.layers)
 
 
 @each_structure

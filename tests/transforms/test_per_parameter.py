@@ -9,9 +9,9 @@ from lrkfac.testing import check_transformation
 from tests import cases
 from tests.compiling import traced
 from tests.transforms.test_base import Pair, flat, nested, replayed, steps
-from tests.transforms.test_precondition import evaluator
+from tests.transforms.test_precondition import layers_and_evaluate
 
-SCHEDULE = lrkfac.exponential_schedule(0.3, 0.5)
+SCHEDULE = lrkfac.schedules.exponential_decay(0.3, 1, 0.5)
 MAKE = {
     "trace": lrkfac.trace,
     "nesterov": lambda decay: lrkfac.trace(decay, nesterov=True),
@@ -58,7 +58,7 @@ RATES = {name: 0.1 * (i + 1) for i, name in enumerate(MLP.params)}
 @pytest.mark.parametrize("rates", [RATES, {**RATES, next(iter(RATES)): lambda step: 0.1}], ids=["numbers", "schedule"])
 def test_the_clip_bounds_the_length_of_the_step_that_is_taken(rates):
     """``Σ rate² uᵀ∇L`` over parameters is at most the bound, and equals it where the clip binds."""
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     e, bound = evaluate(MLP.params), 1e-5
     plain = lrkfac.precondition_by_fisher(layers)
     natural, _ = plain.update(e.grads, plain.init(MLP.params), MLP.params, evaluation=e)
@@ -82,10 +82,10 @@ def test_gradients_by_rows():
     found = []
     for thin in (False, True):
         torch.manual_seed(0)
-        fisher, state, p = lrkfac.fisher(model, lrkfac.categorical(), layers, thin=thin), tx.init(params), params
+        evaluate, state, p = lrkfac.evaluator(model, lrkfac.categorical(), layers, thin=thin), tx.init(params), params
         for _ in range(3):
-            e = fisher(p, x, y)
-            assert any(isinstance(g, lrkfac.Unformed) for g in e.grads.values()) == thin
+            e = evaluate(p, x, y)
+            assert any(isinstance(g, lrkfac.LazyMatrix) for g in e.grads.values()) == thin
             updates, state = tx.update(e.grads, state, p, evaluation=e)
             p = lrkfac.apply_updates(p, updates)
         found.append(p)

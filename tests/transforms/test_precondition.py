@@ -6,7 +6,9 @@ import torch
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, precondition_by_fisher, to_dense
+from lrkfac import precondition_by_fisher
+from lrkfac.linalg import to_dense
+from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_transformation
 from tests import cases, reference, reference_networks
 from tests.transforms.test_base import close
@@ -26,11 +28,11 @@ some_cases = pytest.mark.parametrize("case", [MLP, SHIFT, STRIDE, GROUPS], ids=l
 each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
 
 
-def evaluator(case, estimator="exact", bias="joint"):
+def layers_and_evaluate(case, estimator="exact", bias="joint"):
     """The layers of a case, and ``params, statistics=True, noise=None -> Evaluation``."""
     layers = lrkfac.find_layers(case.model, case.params, case.inputs, bias=bias)
     likelihood = getattr(lrkfac, case.likelihood)(**case.likelihood_options)
-    f = lrkfac.fisher(case.model, likelihood, layers, estimator)
+    f = lrkfac.evaluator(case.model, likelihood, layers, estimator)
     return layers, lambda params, **options: f(params, case.inputs, case.targets, **options)
 
 
@@ -53,7 +55,7 @@ def updates_of(tx, case, evaluate, steps=1, **options):
 @pytest.mark.parametrize("estimator", ["empirical", "exact"])
 def test_dense_factors_equal_the_reference(case, estimator):
     """Over three refreshes, with a step on the old inverses after each."""
-    layers, evaluate = evaluator(case, estimator)
+    layers, evaluate = layers_and_evaluate(case, estimator)
     tx, reached = precondition_by_fisher(layers, DENSE, damping=0.03, decay=0.8), None
     state = tx.init(case.params)
     for _ in range(3):
@@ -72,7 +74,7 @@ def test_dense_factors_equal_the_reference(case, estimator):
 @some_cases
 @each_structure
 def test_laws(case, structure):
-    layers, evaluate = evaluator(case, "mc")
+    layers, evaluate = layers_and_evaluate(case, "mc")
     noise = torch.rand_like(case.model(case.params, case.inputs)[None])
     tx = precondition_by_fisher(layers, structure, decay=0.7)
     check_transformation(tx, case.params, lambda p: ((e := evaluate(p, noise=noise)).grads, {"evaluation": e}))
@@ -82,7 +84,7 @@ def test_laws(case, structure):
 @each_structure
 @pytest.mark.parametrize("damping", [1e-4, 1.0])
 def test_what_the_state_holds_is_inverted_and_applied(case, structure, damping):
-    layers, evaluate = evaluator(case)
+    layers, evaluate = layers_and_evaluate(case)
     tx = precondition_by_fisher(layers, structure, damping=damping, decay=0.8)
     state, params = tx.init(case.params), case.params
     for _ in range(3):
@@ -113,11 +115,11 @@ def test_what_the_state_holds_is_inverted_and_applied(case, structure, damping):
 
 
 def _is_operator(x):
-    return isinstance(x, lrkfac.Dense | lrkfac.Diagonal | lrkfac.LowRankPlusDiagonal)
+    return isinstance(x, lrkfac.linalg.Dense | lrkfac.linalg.Diagonal | lrkfac.linalg.LowRankPlusDiagonal)
 
 
 def test_default_is_low_rank_of_the_given_rank():
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     explicit = precondition_by_fisher(layers, kronecker(low_rank(2), low_rank_plus_diagonal(2)))
     found = updates_of(precondition_by_fisher(layers, rank=2), MLP, evaluate)
     close(found, updates_of(explicit, MLP, evaluate), rtol=0)
@@ -136,7 +138,7 @@ def test_default_is_low_rank_of_the_given_rank():
 def test_structure_by_name_pattern(patterns, chosen):
     """The first pattern that matches counts; layers without one get the default."""
     structures = {**STRUCTURES, "low rank": kronecker(low_rank(1), low_rank_plus_diagonal(1))}
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     rank = {"rank": 1} if "low rank" in chosen else {}
     tx = precondition_by_fisher(layers, {p: structures[name] for p, name in patterns.items()}, **rank)
     found = updates_of(tx, MLP, evaluate)
@@ -147,7 +149,7 @@ def test_structure_by_name_pattern(patterns, chosen):
 
 
 def test_uncovered_parameters_pass_or_take_the_fallback():
-    layers, evaluate = evaluator(SHIFT)
+    layers, evaluate = layers_and_evaluate(SHIFT)
     assert [p.path for p, _ in layers.uncovered] == ["1.shift"]
     grads = evaluate(SHIFT.params).grads
     plain = updates_of(precondition_by_fisher(layers), SHIFT, evaluate)
@@ -163,14 +165,14 @@ def test_uncovered_parameters_pass_or_take_the_fallback():
 
 
 def test_fallback_obeys_the_laws():
-    layers, evaluate = evaluator(SHIFT)
+    layers, evaluate = layers_and_evaluate(SHIFT)
     tx = precondition_by_fisher(layers, rank=1, fallback=lrkfac.scale_by_adam())
     check_transformation(tx, SHIFT.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e}))
 
 
 @pytest.mark.parametrize("fallback", [lrkfac.scale_by_adam(), lrkfac.clip_by_global_norm(1.0)])
 def test_fallback_without_a_parameter_of_its_own(fallback):
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     found = updates_of(precondition_by_fisher(layers, fallback=fallback), MLP, evaluate)
     close(found, updates_of(precondition_by_fisher(layers), MLP, evaluate), rtol=0)
 
@@ -179,7 +181,7 @@ def test_fallback_without_a_parameter_of_its_own(fallback):
 @each_structure
 def test_updates_have_the_dtype_of_the_gradients(case, structure):
     case = cast(case, torch.bfloat16)
-    layers, evaluate = evaluator(case)
+    layers, evaluate = layers_and_evaluate(case)
     found = updates_of(precondition_by_fisher(layers, structure), case, evaluate)
     assert all(u.dtype == torch.bfloat16 and u.isfinite().all() for u in found.values())
 
@@ -189,7 +191,7 @@ def test_updates_have_the_dtype_of_the_gradients(case, structure):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_before_the_first_statistics_gradients_pass(case, structure, dtype):
     case = cast(case, dtype)
-    layers, evaluate = evaluator(case)
+    layers, evaluate = layers_and_evaluate(case)
     tx = precondition_by_fisher(layers, structure)
     found = updates_of(tx, case, evaluate, statistics=False)
     close(found, evaluate(case.params, statistics=False).grads, rtol=200 * torch.finfo(dtype).eps)
@@ -198,7 +200,7 @@ def test_before_the_first_statistics_gradients_pass(case, structure, dtype):
 @some_cases
 @each_structure
 def test_without_statistics_factors_and_inverses_stay(case, structure):
-    layers, evaluate = evaluator(case)
+    layers, evaluate = layers_and_evaluate(case)
     tx = precondition_by_fisher(layers, structure)
     e = evaluate(case.params)
     _, refreshed = tx.update(e.grads, tx.init(case.params), case.params, evaluation=e)
@@ -215,7 +217,7 @@ def test_without_statistics_factors_and_inverses_stay(case, structure):
 @pytest.mark.parametrize("case", [MLP, cases.SEQUENCE[0], *cases.CONVOLUTION], ids=lambda case: case.name)
 def test_separate_bias(case):
     """The weight's input factor has no 1; a bias has the factor ``A = [1]`` and the output factor of its layer."""
-    layers, evaluate = evaluator(case, "empirical", bias="separate")
+    layers, evaluate = layers_and_evaluate(case, "empirical", bias="separate")
     found = updates_of(precondition_by_fisher(layers, DENSE, damping=0.03), case, evaluate)
     grads = reference_networks.gradients(case)
     _, inputs = reference_networks.forward(case)
@@ -239,7 +241,7 @@ def test_separate_bias(case):
 
 @pytest.mark.parametrize("structure", [DENSE, STRUCTURES["low rank"]], ids=["dense", "low rank"])
 def test_damping_and_decay_may_be_tensors(structure):
-    layers, evaluate = evaluator(GROUPS)
+    layers, evaluate = layers_and_evaluate(GROUPS)
     numbers = precondition_by_fisher(layers, structure, damping=0.03, decay=0.8)
     expected = updates_of(numbers, GROUPS, evaluate, steps=3)
 
@@ -265,7 +267,7 @@ def test_damping_and_decay_may_be_tensors(structure):
     ],
 )
 def test_what_an_update_needs(update, error, words):
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     tx = precondition_by_fisher(layers)
     with pytest.raises(error, match=words):
         update(tx, evaluate(MLP.params), tx.init(MLP.params))

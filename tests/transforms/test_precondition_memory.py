@@ -28,7 +28,7 @@ def check_memory(model, params, inputs, rank):
     tensors hold, and what the storages behind them do."""
     layers = lrkfac.find_layers(model, params, inputs)
     tx = precondition_by_fisher(layers, rank=rank)
-    e = lrkfac.fisher(model, lrkfac.gaussian(), layers, "empirical")(params, inputs, model(params, inputs))
+    e = lrkfac.evaluator(model, lrkfac.gaussian(), layers, "empirical")(params, inputs, model(params, inputs))
     start = tx.init(params)
     for state in (start, tx.update(e.grads, start, params, evaluation=e)[1]):
         for layer in layers:

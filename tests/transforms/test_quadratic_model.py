@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import dense, kronecker, precondition_by_fisher, scale_by_quadratic_model
+from lrkfac import precondition_by_fisher, scale_by_quadratic_model
+from lrkfac.structures import dense, kronecker
 from lrkfac.transforms.base import GradientTransformation
 from lrkfac.transforms.quadratic_model import ADAPTATION, RAISED
 from tests import cases, reference_networks
 from tests.compiling import traced
 from tests.transforms.test_base import close
-from tests.transforms.test_precondition import cast, evaluator
+from tests.transforms.test_precondition import cast, layers_and_evaluate
 
 MLP, GAUSSIAN, SHIFT, STRIDE = cases.LINEAR[0], cases.LINEAR[1], cases.LINEAR[6], cases.CONVOLUTION[0]
 DENSE = kronecker(dense(), dense())
@@ -35,7 +36,7 @@ def row(case, last):
 
 
 def make(case, structure=DENSE, **options):
-    layers, evaluate = evaluator(case)
+    layers, evaluate = layers_and_evaluate(case)
     return scale_by_quadratic_model(precondition_by_fisher(layers, structure, decay=0.8), **options), evaluate
 
 
@@ -100,7 +101,7 @@ def test_each_step_minimises_the_explicit_model(case, weight_decay):
 
 
 def evaluate_preconditioner(case, state, e, grads, params, damping):
-    layers, _ = evaluator(case)
+    layers, _ = layers_and_evaluate(case)
     pre = precondition_by_fisher(layers, DENSE, damping=float(damping), decay=0.8)
     return pre.update(grads, state.preconditioner, params, evaluation=e)
 
@@ -129,7 +130,7 @@ def test_one_coefficient_fixed_the_other_is_best(case, fixed):
 def test_a_quadratic_loss_is_solved_in_one_step():
     """A linear model with squared loss and the exact block, damped by next to nothing, is Newton's method."""
     case = cases.make_case("linear", (cases.linear(4, 3),), (9, 4), "gaussian", 1, variance=0.5)
-    tx, evaluate = make(case, lrkfac.full(), damping=1e-10)
+    tx, evaluate = make(case, lrkfac.structures.full(), damping=1e-10)
     (_, _, _, updates, state) = next(iter(run(tx, case, evaluate, 1)))
     rows = torch.cat([case.inputs, torch.ones(9, 1, dtype=torch.float64)], dim=1)
     solution = torch.linalg.lstsq(rows, case.targets).solution
@@ -141,7 +142,7 @@ def test_a_quadratic_loss_is_solved_in_one_step():
 @some_cases
 def test_laws(case):
     """Pure, a state of constant form, and a map over an ensemble equals a loop."""
-    tx, evaluate = make(case, kronecker(lrkfac.low_rank(2), lrkfac.low_rank_plus_diagonal(2)))
+    tx, evaluate = make(case, kronecker(lrkfac.structures.low_rank(2), lrkfac.structures.low_rank_plus_diagonal(2)))
     before = optree.tree_map(torch.clone, case.params)
     for params, old, e, updates, new in run(tx, case, evaluate, 3):
         copy = optree.tree_map(torch.clone, (params, old, e.grads))
@@ -171,12 +172,14 @@ def test_laws(case):
 
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("structure", [DENSE, kronecker(lrkfac.low_rank(2), lrkfac.low_rank_plus_diagonal(2))])
+@pytest.mark.parametrize(
+    "structure", [DENSE, kronecker(lrkfac.structures.low_rank(2), lrkfac.structures.low_rank_plus_diagonal(2))]
+)
 def test_a_batch_that_is_not_finite_changes_nothing(statistics, bad, structure):
-    layers, evaluate = evaluator(GAUSSIAN)
+    layers, evaluate = layers_and_evaluate(GAUSSIAN)
     tx = scale_by_quadratic_model(precondition_by_fisher(layers, structure))
     *_, (_, _, _, updates, state) = run(tx, GAUSSIAN, evaluate, 2)
-    f = lrkfac.fisher(GAUSSIAN.model, lrkfac.gaussian(0.25), layers, "exact")
+    f = lrkfac.evaluator(GAUSSIAN.model, lrkfac.gaussian(0.25), layers, "exact")
     inputs = GAUSSIAN.inputs.clone()
     inputs[0, 0] = bad
     e = f(GAUSSIAN.params, inputs, GAUSSIAN.targets, statistics=statistics)
@@ -222,7 +225,7 @@ def test_no_run_diverges_in_float32(seed, rank, batch, damping, case):
     params = optree.tree_map(lambda p: scale * p, case.params)
     layers = lrkfac.find_layers(case.model, case.params, case.inputs)
     likelihood = getattr(lrkfac, case.likelihood)(**case.likelihood_options)
-    f = lrkfac.fisher(case.model, likelihood, layers, "mc")
+    f = lrkfac.evaluator(case.model, likelihood, layers, "mc")
     tx = lrkfac.adaptive_low_rank_kfac(layers, rank=rank, damping=damping)
     state = tx.init(params)
     for i in range(8):
@@ -240,7 +243,7 @@ def test_no_run_diverges_in_float32(seed, rank, batch, damping, case):
 @pytest.mark.parametrize("statistics", [True, False])
 def test_compiled_equals_eager(statistics):
     torch.compiler.reset()
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     tx = lrkfac.adaptive_low_rank_kfac(layers, rank=2)
 
     def step(params, state):
@@ -253,7 +256,7 @@ def test_compiled_equals_eager(statistics):
 
 
 def test_it_is_written_for_preconditioners_in_chains():
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     inner = lrkfac.chain(precondition_by_fisher(layers, DENSE), lrkfac.scale(2.0))
     doubled = scale_by_quadratic_model(inner)
     plain = scale_by_quadratic_model(precondition_by_fisher(layers, DENSE))
@@ -276,7 +279,7 @@ def test_the_mark_of_a_preconditioner_is_all_that_is_asked():
         return optree.tree_map(lambda g: g / (1 + factor_damping), updates), State(factor_damping + 0)
 
     tx = scale_by_quadratic_model(GradientTransformation(lambda params: State(torch.zeros(())), update))
-    _, evaluate = evaluator(MLP)
+    _, evaluate = layers_and_evaluate(MLP)
     e = evaluate(MLP.params)
     updates, _ = tx.update(e.grads, tx.init(MLP.params), MLP.params, evaluation=e)
     assert e.loss_at(lrkfac.apply_updates(MLP.params, updates)) < e.loss

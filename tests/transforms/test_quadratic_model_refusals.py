@@ -6,13 +6,13 @@ import torch
 import lrkfac
 from lrkfac import precondition_by_fisher, scale_by_quadratic_model
 from tests import cases
-from tests.transforms.test_precondition import evaluator
+from tests.transforms.test_precondition import layers_and_evaluate
 
 MLP = cases.LINEAR[0]
 
 
 def test_bad_input():
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     pre = precondition_by_fisher(layers)
     with pytest.raises(TypeError, match="preconditioner: expected a GradientTransformation"):
         scale_by_quadratic_model(layers)
@@ -38,7 +38,7 @@ def test_an_operation_without_forward_derivative_is_named():
 
     params, x = {"w": torch.randn(3, 3)}, torch.randn(5, 3)
     layers = lrkfac.find_layers(model, params, x)
-    f = lrkfac.fisher(model, lrkfac.gaussian(), layers)
+    f = lrkfac.evaluator(model, lrkfac.gaussian(), layers)
     tx = lrkfac.adaptive_low_rank_kfac(layers)
     e = f(params, x, torch.zeros(5, 5))
     with pytest.raises(NotImplementedError, match=r"no forward derivative.*_cdist_forward"):

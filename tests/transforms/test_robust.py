@@ -13,7 +13,7 @@ from lrkfac.testing import check_transformation
 from tests import cases
 from tests.compiling import traced
 from tests.transforms.test_base import close, nested, steps
-from tests.transforms.test_precondition import evaluator
+from tests.transforms.test_precondition import layers_and_evaluate
 
 MLP, GROUPS = cases.LINEAR[0], cases.CONVOLUTION[3]
 INNER = chain(scale_by_adam(), trace(0.9), lrkfac.add_decayed_weights(0.1))
@@ -39,7 +39,7 @@ def test_laws(dtype, number):
 
 @pytest.mark.parametrize("bad", [False, True])
 def test_laws_with_kfac(bad):
-    layers, evaluate = evaluator(GROUPS)
+    layers, evaluate = layers_and_evaluate(GROUPS)
 
     def evaluated(params):
         e = evaluate(params)
@@ -91,13 +91,13 @@ def faulty(evaluation, what, value):
     [
         lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=2),
         lambda layers: lrkfac.kfac(layers, 0.1),
-        lambda layers: lrkfac.precondition_by_fisher(layers, lrkfac.full()),
+        lambda layers: lrkfac.precondition_by_fisher(layers, lrkfac.structures.full()),
         lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=2),
     ],
     ids=["low rank", "dense", "full", "adaptive"],
 )
 def test_a_step_of_kfac_that_is_not_finite_is_left_out(what, value, make):
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     inner = make(layers)
     tx, params = apply_if_finite(inner, 2), MLP.params
     state, alone = tx.init(params), inner.init(params)
@@ -117,7 +117,7 @@ def test_a_step_of_kfac_that_is_not_finite_is_left_out(what, value, make):
 
 def test_it_gives_up():
     """Statistics that stay bad are refused by the preconditioner, in its words."""
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     tx, e = apply_if_finite(lrkfac.precondition_by_fisher(layers, rank=2), 2), evaluate(MLP.params)
     bad, state = faulty(e, "output_gradients", float("nan")), tx.init(MLP.params)
     for _ in range(2):
@@ -147,7 +147,7 @@ def test_each_model_of_an_ensemble_on_its_own():
 
 @pytest.mark.slow
 def test_compiled_equals_eager():
-    layers, evaluate = evaluator(MLP)
+    layers, evaluate = layers_and_evaluate(MLP)
     tx, e = apply_if_finite(lrkfac.low_rank_kfac(layers, 0.1, rank=100), 2), evaluate(MLP.params)
 
     def step(grads, state, statistics):

@@ -27,9 +27,9 @@ def test_steps_are_no_longer_than_the_bound(exponent):
     tx, evaluate = make(MLP, damping=0.5, max_kl=bound)
     for params, old, _, updates, new in run(tx, MLP, evaluate, 4):
         matrix, slope = model_of(MLP, params, old.damping, dict.fromkeys(MLP.params, 0.0))
-        fisher = matrix - old.damping * torch.eye(len(slope), dtype=matrix.dtype)
+        evaluate = matrix - old.damping * torch.eye(len(slope), dtype=matrix.dtype)
         step = flat(MLP, updates)
-        assert step @ fisher @ step <= bound * (1 + 1e-9) and new.momentum.abs() <= 1
+        assert step @ evaluate @ step <= bound * (1 + 1e-9) and new.momentum.abs() <= 1
         if step.any():
             torch.testing.assert_close(new.predicted, slope @ step + step @ matrix @ step / 2, rtol=1e-8, atol=1e-14)
 
@@ -60,7 +60,7 @@ def test_what_a_direction_was_made_of_bounds_it_where_the_batch_is_silent():
     x, y, bound = torch.cat([some, -some]), 100 * torch.cat([other, -other])[:, :3], 1e-3  # of which b learns nothing
     model = lambda p, inputs: inputs[1] * (inputs[0] @ p["w"]) + p["b"]  # noqa: E731
     layers = lrkfac.find_layers(model, params, (x, x[:, :1]))
-    evaluate = lrkfac.fisher(model, lrkfac.gaussian(), layers)
+    evaluate = lrkfac.evaluator(model, lrkfac.gaussian(), layers)
     plain = lrkfac.GradientTransformation(
         lambda params: Plain(), lambda updates, state, *args, **extra: (updates, state)
     )

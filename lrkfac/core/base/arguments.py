@@ -13,7 +13,7 @@ from torch import Tensor
 from lrkfac.core.base.eager import has_values
 
 
-def need_number(
+def check_number(
     value: Any, name: str, low: float = -math.inf, high: float = math.inf, includes_low: bool = True
 ) -> None:
     """Refuses what is no number or tensor ``[]``, not finite, or outside ``[low, high)`` or ``(low, high)``.
@@ -26,7 +26,7 @@ def need_number(
     """
     number = value
     if isinstance(value, Tensor):
-        need_scalar(value, name)
+        check_scalar(value, name)
         if not has_values(value):
             return
         number = value.item()
@@ -39,7 +39,7 @@ def need_number(
         raise ValueError(f"{name}: expected a finite number in {bracket}{low}, {high}), got {_short(number)}")
 
 
-def need_scalar(value: Tensor, name: str) -> None:
+def check_scalar(value: Tensor, name: str) -> None:
     """Refuses a tensor that is no real number ``[]``."""
     if value.ndim:
         raise ValueError(f"{name}: expected a number or a tensor [], got the shape {tuple(value.shape)}")
@@ -49,7 +49,7 @@ def need_scalar(value: Tensor, name: str) -> None:
         raise ValueError(f"{name}: expected a number, got a tensor on the device 'meta', which has no value")
 
 
-def need_integer(value: Any, name: str, low: int = 1) -> None:
+def check_integer(value: Any, name: str, low: int = 1) -> None:
     """Refuses what is no integer, or below ``low``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer >= {low}, got {_short(value)}")
@@ -57,19 +57,19 @@ def need_integer(value: Any, name: str, low: int = 1) -> None:
         raise ValueError(f"{name}: expected an integer >= {low}, got {value}")
 
 
-def need_choice(value: Any, name: str, choices: Collection[str]) -> None:
+def check_choice(value: Any, name: str, choices: Collection[str]) -> None:
     """Refuses what is not among the names."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {tuple(choices)}, got {_short(value)}")
 
 
-def need_flag(value: Any, name: str) -> None:
+def check_flag(value: Any, name: str) -> None:
     """Refuses what is neither ``True`` nor ``False``."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {_short(value)}")
 
 
-def need_dtype(value: Any, name: str = "dtype") -> None:
+def check_dtype(value: Any, name: str = "dtype") -> None:
     """Refuses what is no dtype in which factors can be held."""
     if not isinstance(value, torch.dtype):
         raise TypeError(f"{name}: expected torch.float32 or torch.float64, got {_short(value)}")
@@ -80,31 +80,31 @@ def need_dtype(value: Any, name: str = "dtype") -> None:
         )
 
 
-def need_function(value: Any, name: str, what: str = "a function") -> Callable[..., Any]:
+def check_function(value: Any, name: str, what: str = "a function") -> Callable[..., Any]:
     """Refuses what cannot be called."""
     if not callable(value):
         raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
     return value
 
 
-def need_model(value: Any) -> Callable[..., Any]:
+def check_model(value: Any) -> Callable[..., Any]:
     """Refuses what is no function of parameters and inputs, such as a module with parameters of its own."""
     if isinstance(value, torch.nn.Module) and next(value.parameters(), None) is not None:
         raise TypeError(
             f"model: expected a function model(params, inputs), got the module {type(value).__name__}; make one of "
             "it: model, params = from_module(module)"
         )
-    return need_function(value, "model", "a function model(params, inputs)")
+    return check_function(value, "model", "a function model(params, inputs)")
 
 
-def need_values(**trees: Any) -> None:
+def check_values(**trees: Any) -> None:
     """Refuses tensors on the device "meta"."""
     for name, tree in trees.items():
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in optree.tree_leaves(tree)):
             raise ValueError(f"{name}: expected tensors with values, got one on the device 'meta'")
 
 
-def check_range(name: str, targets: Tensor, low: float, high: float) -> None:
+def check_target_range(name: str, targets: Tensor, low: float, high: float) -> None:
     """Refuses values outside, where they are known; one that is not finite may show as such in the loss."""
     if not has_values(targets) or not targets.numel():
         return
@@ -115,13 +115,13 @@ def check_range(name: str, targets: Tensor, low: float, high: float) -> None:
         )
 
 
-def check_floating(name: str, targets: Tensor) -> None:
+def check_target_dtype(name: str, targets: Tensor) -> None:
     """Refuses targets of integers, bools or complex numbers."""
     if not targets.is_floating_point():
         raise TypeError(f"{name}: expected floating-point targets, got {targets.dtype}; convert them with .float()")
 
 
-def check_shape(name: str, targets: Tensor, shape: tuple[int, ...]) -> None:
+def check_target_shape(name: str, targets: Tensor, shape: tuple[int, ...]) -> None:
     """Refuses targets of another shape."""
     if tuple(targets.shape) != shape:
         raise ValueError(f"{name}: expected targets of shape {shape}, got {tuple(targets.shape)}")

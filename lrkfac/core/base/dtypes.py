@@ -10,22 +10,22 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.lazy import Unformed
+from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.types import Tree
 
 
 def wide(x: Any) -> Any:
     """``x`` in at least float32, the least precision in which sums and factors are kept."""
-    if isinstance(x, Unformed):
-        return Unformed(wide(x.left), wide(x.right), x.dtype, tuple([(c, wide(t)) for c, t in x.terms]))
+    if isinstance(x, LazyMatrix):
+        return LazyMatrix(wide(x.left), wide(x.right), x.dtype, tuple([(c, wide(t)) for c, t in x.terms]))
     return x if x.dtype in (torch.float32, torch.float64) else floating(x, torch.float32)
 
 
 def floating(x: Any, dtype: torch.dtype) -> Any:
     """``x`` in a dtype, integers and numbers as they are; what is not formed keeps its own, and has its rows in it."""
-    if isinstance(x, Unformed):
+    if isinstance(x, LazyMatrix):
         rows = floating(x.left, dtype), floating(x.right, dtype)
-        return Unformed(*rows, x.dtype, tuple([(c, floating(t, dtype)) for c, t in x.terms]))
+        return LazyMatrix(*rows, x.dtype, tuple([(c, floating(t, dtype)) for c, t in x.terms]))
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 

@@ -11,12 +11,12 @@ from lrkfac.core.base.eager import changes_in_place
 
 
 @dataclass(frozen=True, eq=False)
-class Unformed:
+class LazyMatrix:
     """``leftᵀ right + Σ cᵢ Xᵢ``: a linear layer's gradient ``Σ_n g_n a_nᵀ``, or a sum with it, not formed yet.
 
     A leaf to ``optree``. What stands in a chain scales rows and coefficients; the sum is formed at its end, on top of
     what it is added to: in the one product that the gradient needs anyway, and with one pass over memory for each
-    further term. ``lrkfac.formed(tree)`` forms the leaves of a tree.
+    further term. ``lrkfac.materialize(tree)`` forms the leaves of a tree.
 
     Attributes:
         left: ``[n, rows]``; ``n`` may be 0.
@@ -31,9 +31,9 @@ class Unformed:
     terms: tuple[tuple[float | Tensor, Tensor], ...] = ()
 
     @staticmethod
-    def of(x: Tensor) -> Unformed:
+    def of(x: Tensor) -> LazyMatrix:
         """``x`` as the only term."""
-        return Unformed(x.new_empty(0, x.shape[0]), x.new_empty(0, x.shape[1]), x.dtype, ((1.0, x),))
+        return LazyMatrix(x.new_empty(0, x.shape[0]), x.new_empty(0, x.shape[1]), x.dtype, ((1.0, x),))
 
     @property
     def shape(self) -> torch.Size:
@@ -50,20 +50,20 @@ class Unformed:
         """2."""
         return 2
 
-    def t(self) -> Unformed:
+    def t(self) -> LazyMatrix:
         """The transpose."""
-        return Unformed(self.right, self.left, self.dtype, tuple([(c, x.t()) for c, x in self.terms]))
+        return LazyMatrix(self.right, self.left, self.dtype, tuple([(c, x.t()) for c, x in self.terms]))
 
-    def to(self, dtype: torch.dtype) -> Unformed:
+    def to(self, dtype: torch.dtype) -> LazyMatrix:
         """The matrix in another dtype."""
         return replace(self, dtype=dtype)
 
-    def scaled(self, scale: float | Tensor) -> Unformed:
+    def scaled(self, scale: float | Tensor) -> LazyMatrix:
         """``scale`` times the matrix."""
         left = (scale * self.left).to(self.left.dtype) if self.left.shape[0] else self.left
-        return Unformed(left, self.right, self.dtype, tuple([(scale * c, x) for c, x in self.terms]))
+        return LazyMatrix(left, self.right, self.dtype, tuple([(scale * c, x) for c, x in self.terms]))
 
-    def plus(self, x: Tensor, scale: float | Tensor = 1.0) -> Unformed:
+    def plus(self, x: Tensor, scale: float | Tensor = 1.0) -> LazyMatrix:
         """The matrix and ``scale * x``."""
         return replace(self, terms=((scale, x), *self.terms))
 
@@ -85,14 +85,14 @@ class Unformed:
         """The matrix, in its own dtype."""
         return self.form().to(self.dtype)
 
-    def vdot(self, other: Unformed | Tensor) -> Tensor:
+    def vdot(self, other: LazyMatrix | Tensor) -> Tensor:
         """The sum of products of the entries, ``[]``; of two gradients by inner products of their rows."""
         if self.terms:
-            one, two = self.form(), other.form() if isinstance(other, Unformed) else other
+            one, two = self.form(), other.form() if isinstance(other, LazyMatrix) else other
             return torch.dot(one.reshape(-1), two.reshape(-1)) if one.dtype == two.dtype else (one * two).sum()
-        if isinstance(other, Unformed) and not other.terms:
+        if isinstance(other, LazyMatrix) and not other.terms:
             return ((self.left @ other.left.mT) * (self.right @ other.right.mT)).sum()
-        return ((self.left @ (other.form() if isinstance(other, Unformed) else other)) * self.right).sum()
+        return ((self.left @ (other.form() if isinstance(other, LazyMatrix) else other)) * self.right).sum()
 
 
 def added(total: Tensor, scale: float | Tensor, x: Tensor, fresh: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.types import PerParameter, Tree
 
 
@@ -45,7 +45,7 @@ def at_step(given: PerParameter, step: Tensor) -> PerParameter:
     return optree.tree_map(lambda one: one(step) if callable(one) else one, given)
 
 
-def need_numbers(given: Any, name: str, low: float, high: float = math.inf, schedules: bool = False) -> None:
+def check_numbers(given: Any, name: str, low: float, high: float = math.inf, schedules: bool = False) -> None:
     """Refuses what is neither a number in ``[low, high)``, nor a tree of such; schedules are numbers where they may be.
 
     Raises:
@@ -57,4 +57,4 @@ def need_numbers(given: Any, name: str, low: float, high: float = math.inf, sche
         raise TypeError(f"{name}: expected a number, or a tree of numbers like the parameters, got {given!r}")
     for path, leaf in zip(optree.tree_paths(given, none_is_leaf=True), leaves, strict=True):
         if not (schedules and callable(leaf)):
-            need_number(leaf, f"{name} at {'.'.join(map(str, path))!r}" if path else name, low, high)
+            check_number(leaf, f"{name} at {'.'.join(map(str, path))!r}" if path else name, low, high)

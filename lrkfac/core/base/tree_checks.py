@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.lazy import Unformed
+from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.types import Tree
 
 
@@ -51,8 +51,8 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
         )
     _check_devices(leaves, what)
     for i, (leaf, like) in enumerate(zip(leaves, likes, strict=True)):
-        if not isinstance(leaf, Tensor | Unformed) or leaf.shape != like.shape:
-            there_is = tuple(leaf.shape) if isinstance(leaf, Tensor | Unformed) else type(leaf).__name__
+        if not isinstance(leaf, Tensor | LazyMatrix) or leaf.shape != like.shape:
+            there_is = tuple(leaf.shape) if isinstance(leaf, Tensor | LazyMatrix) else type(leaf).__name__
             raise ValueError(
                 f"{what}: expected {paths(expected)[i]!r} of shape {tuple(like.shape)}, got {there_is}; pass a "
                 "tree like the parameters, or call find_layers() and init() again for others"
@@ -86,8 +86,8 @@ def check_tree(got: Tree, what: str) -> list[Tensor]:
     """
     leaves: list[Tensor] = optree.tree_leaves(got)
     for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor | Unformed) or not leaf.dtype.is_floating_point:
-            there_is = leaf.dtype if isinstance(leaf, Tensor | Unformed) else type(leaf).__name__
+        if not isinstance(leaf, Tensor | LazyMatrix) or not leaf.dtype.is_floating_point:
+            there_is = leaf.dtype if isinstance(leaf, Tensor | LazyMatrix) else type(leaf).__name__
             raise TypeError(f"{what}: expected floating-point tensors, got {there_is} at {paths(got)[i]!r}")
     if got is None:
         raise TypeError(f"{what}: expected a tree of tensors, got None")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.base.lazy import Unformed, added
+from lrkfac.core.base.lazy import LazyMatrix, added
 from lrkfac.core.base.per_parameter import is_number
 from lrkfac.core.base.types import PerParameter, Tree
 
@@ -29,9 +29,9 @@ def add_scaled(x: Tree, scale: PerParameter, y: Tree) -> Tree:
     """``x + scale * y`` leaf by leaf, in the dtype of ``x``; what is not formed in ``x`` stays so."""
 
     def one(a: Any, b: Any, c: float | Tensor) -> Any:
-        if isinstance(a, Unformed):
-            return a.plus(_formed(b), c)
-        if isinstance(b, Unformed):
+        if isinstance(a, LazyMatrix):
+            return a.plus(_materialized(b), c)
+        if isinstance(b, LazyMatrix):
             return b.scaled(c).plus(a).form().to(a.dtype)
         return added(a, c, b).to(a.dtype)
 
@@ -44,7 +44,7 @@ def scaled(scale: PerParameter, x: Tree) -> Tree:
     """``scale * x`` leaf by leaf, in the dtype of ``x``."""
 
     def one(a: Any, c: float | Tensor) -> Any:
-        return a.scaled(c) if isinstance(a, Unformed) else (c * a).to(a.dtype)
+        return a.scaled(c) if isinstance(a, LazyMatrix) else (c * a).to(a.dtype)
 
     return optree.tree_map(lambda a: one(a, scale), x) if is_number(scale) else optree.tree_map(one, x, scale)
 
@@ -52,7 +52,7 @@ def scaled(scale: PerParameter, x: Tree) -> Tree:
 def zeros_like(x: Tree) -> Tree:
     """A tree of zeros with the shapes, dtypes and devices of ``x``."""
     return optree.tree_map(
-        lambda a: a.left.new_zeros(a.shape, dtype=a.dtype) if isinstance(a, Unformed) else torch.zeros_like(a), x
+        lambda a: a.left.new_zeros(a.shape, dtype=a.dtype) if isinstance(a, LazyMatrix) else torch.zeros_like(a), x
     )
 
 
@@ -65,29 +65,29 @@ def zero_unless(condition: Tensor, x: Tree) -> Tree:
     """The tree where the condition ``[]`` holds, else zeros, whatever the entries are."""
 
     def one(leaf: Any) -> Any:
-        if not isinstance(leaf, Unformed):
+        if not isinstance(leaf, LazyMatrix):
             return torch.where(condition, leaf, 0)
-        return Unformed(one(leaf.left), one(leaf.right), leaf.dtype, tuple([(c, one(t)) for c, t in leaf.terms]))
+        return LazyMatrix(one(leaf.left), one(leaf.right), leaf.dtype, tuple([(c, one(t)) for c, t in leaf.terms]))
 
     return optree.tree_map(one, x)
 
 
-def formed(x: Tree) -> Tree:
+def materialize(x: Tree) -> Tree:
     """The tree with tensors for all leaves.
 
     Raises:
-        TypeError: If a leaf is neither tensor nor ``Unformed``.
+        TypeError: If a leaf is neither tensor nor ``LazyMatrix``.
     """
-    return optree.tree_map(_formed, x)
+    return optree.tree_map(_materialized, x)
 
 
-def unformed_like(x: Tree, y: Tree) -> Tree:
+def lazy_like(x: Tree, y: Tree) -> Tree:
     """``y`` with leaves that are still to be scaled and added to where those of ``x`` are not formed."""
-    return optree.tree_map(lambda a, b: Unformed.of(b) if isinstance(a, Unformed) else b, x, y)
+    return optree.tree_map(lambda a, b: LazyMatrix.of(b) if isinstance(a, LazyMatrix) else b, x, y)
 
 
-def _formed(leaf: Any) -> Any:
-    if isinstance(leaf, Unformed):
+def _materialized(leaf: Any) -> Any:
+    if isinstance(leaf, LazyMatrix):
         return leaf.dense()
     if not isinstance(leaf, Tensor):
         raise TypeError(f"formed: expected x to be a tree of tensors, got {type(leaf).__name__} in it")
@@ -95,8 +95,8 @@ def _formed(leaf: Any) -> Any:
 
 
 def _vdot(a: Any, b: Any) -> Tensor:
-    if isinstance(a, Unformed) or isinstance(b, Unformed):
-        a, b = (a, b) if isinstance(a, Unformed) else (b, a)
+    if isinstance(a, LazyMatrix) or isinstance(b, LazyMatrix):
+        a, b = (a, b) if isinstance(a, LazyMatrix) else (b, a)
         return wide(a).vdot(wide(b))
     return torch.dot(wide(a).reshape(-1), wide(b).reshape(-1))
 

@@ -57,7 +57,7 @@ def blocks(layers: Layers, structure: Chosen, rank: Rank | None) -> tuple[Block,
         if rank is not None:
             raise ValueError(_NO_DEFAULT.format(rank=rank))
         for layer in layers:
-            _need_examples(layer)
+            _check_examples(layer)
         whole = sum(layer.groups * layer.d_out * layer.d_in for layer in layers)
         return (Block("", tuple(layers), structure.fitted(1, whole)),)
     if isinstance(structure, Mapping):
@@ -150,7 +150,7 @@ def _checked(layer: Layer, structure: Any) -> Structure:
     if isinstance(structure, BlockStructure | CorrectedStructure) or (
         isinstance(structure, KroneckerStructure) and structure.treatment == "reduce"
     ):
-        _need_examples(layer)
+        _check_examples(layer)
     if isinstance(structure, ProductStructure) and unit_wise_by_kind(layer):
         raise ValueError(
             f"structure: layer {layer.name!r} is a {layer.kind}, whose block is no Kronecker product; use unit_wise(), "
@@ -171,7 +171,7 @@ def _checked(layer: Layer, structure: Any) -> Structure:
     return structure
 
 
-def _need_examples(layer: Layer) -> None:
+def _check_examples(layer: Layer) -> None:
     if not layer.batched:
         raise ValueError(
             f"structure: layer {layer.name!r} is used where the batch is not the leading axis: the gradients of "

@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from lrkfac.core.base.dtypes import floating, floating_dtype, widest
 from lrkfac.core.base.profiling import profiled
-from lrkfac.core.base.trees import formed
+from lrkfac.core.base.trees import materialize
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.covariances import factors
 from lrkfac.core.curvature.ekfac import CorrectedStructure
@@ -111,7 +111,7 @@ def refresh(block: Block, held: Held, statistics: Statistics, damping: float | T
     for layer in block.layers:
         if layer.name not in statistics.inputs:
             raise ValueError(
-                f"evaluation: no statistics of layer {layer.name!r}; make fisher() and the transformation from the "
+                f"evaluation: no statistics of layer {layer.name!r}; make evaluator() and the transformation from the "
                 "same layers"
             )
     left_out = [layer.name for layer in block.layers if not statistics.inputs[layer.name]]
@@ -173,7 +173,7 @@ def apply(block: Block, inverse: Any, matrices: list[Any]) -> list[Tensor]:
 
     It is computed in the wider one of it and that of the inverse.
     """
-    matrices = formed(matrices)
+    matrices = materialize(matrices)
     held = floating_dtype(inverse)
     wider = widest(held, *[m.dtype for m in matrices])
     if held != wider:

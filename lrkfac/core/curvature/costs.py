@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_dtype
+from lrkfac.core.base.arguments import check_dtype
 from lrkfac.core.base.text import short, table
 from lrkfac.core.curvature.assignment import RANK, Block, Chosen, blocks, ranks_of
 from lrkfac.core.curvature.blocks import Held, apply, refresh
@@ -31,7 +31,7 @@ from lrkfac.core.curvature.ranks import (
     resolved,
     size_of,
 )
-from lrkfac.core.layers.description import Layers, need_layers
+from lrkfac.core.layers.description import Layers, check_layers
 from lrkfac.core.layers.kinds import LINEAR, LinearOptions
 from lrkfac.core.layers.statistics import Statistics
 
@@ -108,9 +108,9 @@ def explain(
         ValueError: If both ``rank`` and ``budget`` are given, not even rank 1 fits, or as ``precondition_by_fisher``.
         TypeError: If an argument has the wrong type.
     """
-    need_layers(layers)
+    check_layers(layers)
     if dtype is not None:
-        need_dtype(dtype)
+        check_dtype(dtype)
     if budget is not None and rank is not None:
         raise ValueError(f"budget: expected rank or budget, got both, rank={rank!r}; leave one of them out")
     chosen = resolved(layers, structure, rank) if budget is None else ranks_within(layers, structure, budget, dtype)

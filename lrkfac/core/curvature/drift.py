@@ -14,7 +14,7 @@ from lrkfac.core.curvature.low_rank import LowRankPlusDiagonalState, LowRankStat
 from lrkfac.core.curvature.spectra import inner, thin
 
 
-def staleness(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Tensor]:
+def factor_drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Tensor]:
     """By how much each layer's factors have turned: the larger of the angles of the two, in radians, ``[]``.
 
     The angle between a factor ``M`` then and now is that between matrices, ``cos = tr(M M') / (‖M‖ ‖M'‖)``, which

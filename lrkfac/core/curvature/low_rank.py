@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_choice, need_integer, need_number
+from lrkfac.core.base.arguments import check_choice, check_integer, check_number
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.curvature.factors import FactorStructure, dense, kept_weight, no_steps
 from lrkfac.core.linalg.averages import Average, average, explained
@@ -202,8 +202,8 @@ def low_rank(
         ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` negative, or an option is unknown.
         TypeError: If an argument has the wrong type.
     """
-    need_integer(rank, "rank")
-    need_choice(residual, "residual", get_args(Residual))
+    check_integer(rank, "rank")
+    check_choice(residual, "residual", get_args(Residual))
     _check_rest(iterations, method, weight)
     return LowRankStructure(rank, residual, iterations, method, float(weight))
 
@@ -234,15 +234,15 @@ def low_rank_plus_diagonal(
         ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` negative, or an option is unknown.
         TypeError: If an argument has the wrong type.
     """
-    need_integer(rank, "rank")
-    need_choice(fit, "fit", get_args(Fit))
+    check_integer(rank, "rank")
+    check_choice(fit, "fit", get_args(Fit))
     _check_rest(iterations, method, weight)
     return LowRankPlusDiagonalStructure(rank, fit, iterations, method, float(weight))
 
 
 def _check_rest(iterations: int, method: Method, weight: float) -> None:
-    need_integer(iterations, "iterations")
-    need_choice(method, "method", get_args(Method))
+    check_integer(iterations, "iterations")
+    check_choice(method, "method", get_args(Method))
     if isinstance(weight, Tensor):  # it is part of the structure, which tells states apart
         raise TypeError("weight: expected a number, got a tensor")
-    need_number(weight, "weight", 0)
+    check_number(weight, "weight", 0)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.dtypes import floating, floating_dtype, widest
-from lrkfac.core.base.lazy import Unformed
-from lrkfac.core.base.trees import formed
+from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.trees import materialize
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import apply, packed
 from lrkfac.core.curvature.exact import BlockStructure
@@ -95,9 +95,9 @@ def natural_gradients(groups: Sequence[Sequence[Block]], inverses: dict[str, Any
 def part_of(layer: Layer, leaves: list[Any]) -> Part:
     """A layer's part of the gradients."""
     weight = leaves[layer.weight.index]
-    if isinstance(weight, Unformed) and weight.terms:
+    if isinstance(weight, LazyMatrix) and weight.terms:
         weight = weight.dense()
-    if isinstance(weight, Unformed):
+    if isinstance(weight, LazyMatrix):
         weight = turned(layer, weight)
     else:
         weight = taken(layer.weight.view, weight).reshape(layer.d_out, -1)
@@ -107,14 +107,14 @@ def part_of(layer: Layer, leaves: list[Any]) -> Part:
 
 def of_product(inverse: Kronecker, part: Part) -> Part:
     """That of a block that is a product, in the dtype of both; or of several, stacked along a leading axis."""
-    if not isinstance(part.weight, Unformed):
+    if not isinstance(part.weight, LazyMatrix):
         return Part(*two_sided(inverse, *part))
     left, _ = of_rows(inverse.output, part.weight.left, None)
     if part.bias is None:
-        return Part(Unformed(left, inverse.input.of_rows(part.weight.right), part.weight.dtype), None)
+        return Part(LazyMatrix(left, inverse.input.of_rows(part.weight.right), part.weight.dtype), None)
     right, ones = of_rows(inverse.input, part.weight.right, left.new_ones(()))
     assert ones is not None
-    return Part(Unformed(left, right, part.weight.dtype), (ones[..., None, :] @ left).squeeze(-2))
+    return Part(LazyMatrix(left, right, part.weight.dtype), (ones[..., None, :] @ left).squeeze(-2))
 
 
 def _together(group: Sequence[Block], inverses: dict[str, Any], parts: list[Part]) -> list[list[int]]:
@@ -125,8 +125,8 @@ def _together(group: Sequence[Block], inverses: dict[str, Any], parts: list[Part
 
     def wanted(block: Block, part: Part) -> tuple[Any, int, int]:
         weight, inverse = part.weight, inverses[block.name]
-        like = weight.left if isinstance(weight, Unformed) else weight
-        size = weight.left.numel() + weight.right.numel() if isinstance(weight, Unformed) else weight.numel()
+        like = weight.left if isinstance(weight, LazyMatrix) else weight
+        size = weight.left.numel() + weight.right.numel() if isinstance(weight, LazyMatrix) else weight.numel()
         form: Any = (type(weight), weight.dtype, like.dtype, like.device, floating_dtype(inverse))
         if of_products:
             alone = not all(isinstance(factor, STACKABLE) for factor in inverse)
@@ -143,10 +143,10 @@ def _of_products(structure: Structure, inverses: list[Any], parts: list[Part]) -
     inverse, whole = _widened(inverse, whole)
     natural = of_product(inverse, whole)
     weight: Any
-    if isinstance(natural.weight, Unformed):
+    if isinstance(natural.weight, LazyMatrix):
         weight = floating(natural.weight, widest(first.weight.dtype, torch.float32))
         rows = [(weight.left, weight.right)] if alone else zip(weight.left.unbind(), weight.right.unbind(), strict=True)
-        weights: list[Any] = [Unformed(left, right, first.weight.dtype) for left, right in rows]
+        weights: list[Any] = [LazyMatrix(left, right, first.weight.dtype) for left, right in rows]
     else:
         weight = natural.weight.to(first.weight.dtype)
         weights = [weight] if alone else list(weight.unbind())
@@ -160,7 +160,7 @@ def _of_units(structure: Structure, inverses: list[Any], parts: list[Part]) -> l
     """One after another along the axis of units."""
     first = parts[0]
     inverse = inverses[0] if len(parts) == 1 else optree.tree_map(lambda *x: torch.cat(x), *inverses)
-    weights = [formed(part.weight) for part in parts]
+    weights = [materialize(part.weight) for part in parts]
     inverse, (weight, bias) = _widened(inverse, Part(torch.cat(weights), _joined(parts, torch.cat)))
     matrix = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
     natural, sizes = structure.apply(inverse, matrix), [weight.shape[0] for weight in weights]
@@ -171,10 +171,10 @@ def _of_units(structure: Structure, inverses: list[Any], parts: list[Part]) -> l
 
 
 def _stacked(weights: list[Any]) -> Any:
-    if not isinstance(weights[0], Unformed):
+    if not isinstance(weights[0], LazyMatrix):
         return torch.stack(weights)
     left, right = (torch.stack([getattr(weight, side) for weight in weights]) for side in ("left", "right"))
-    return Unformed(left, right, weights[0].dtype)
+    return LazyMatrix(left, right, weights[0].dtype)
 
 
 def _joined(parts: list[Part], join: Callable[[list[Tensor]], Tensor]) -> Tensor | None:
@@ -193,7 +193,7 @@ def _widened(inverse: Any, part: Part) -> tuple[Any, Part]:
 
 def _leaves_of(layer: Layer, part: Part) -> dict[int, Any]:
     """From a parameter's index to the leaf that a layer's part makes up."""
-    if isinstance(part.weight, Unformed):
+    if isinstance(part.weight, LazyMatrix):
         found: dict[int, Any] = {layer.weight.index: turned(layer, part.weight)}
     else:
         found = {layer.weight.index: put(layer.weight.view, layer.weight.shape, part.weight)}

@@ -14,7 +14,7 @@ from lrkfac.core.curvature.blocks import Held, dtype_of, identity, init
 from lrkfac.core.curvature.factors import DenseStructure, DiagonalStructure, FactorStructure
 from lrkfac.core.curvature.kronecker import KroneckerStructure
 from lrkfac.core.curvature.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
-from lrkfac.core.layers.description import Layers, need_layers
+from lrkfac.core.layers.description import Layers, check_layers
 
 LARGEST = 64
 """Rank that ``rank="auto"`` does not exceed, whatever the memory: operations grow with it."""
@@ -48,7 +48,7 @@ def resolved(layers: Layers, structure: Chosen, rank: AutoRank | None) -> Rank |
 
 def ranked(layers: Layers, rank: AutoRank, of_rank: Callable[[int], Choice]) -> Chosen:
     """The structure of each layer's rank."""
-    need_layers(layers)
+    check_layers(layers)
     chosen = resolved(layers, None, rank)
     if isinstance(rank, str) and chosen is None:
         return of_rank(LARGEST)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from lrkfac.core.base.arguments import need_choice, need_flag
+from lrkfac.core.base.arguments import check_choice, check_flag
 from lrkfac.core.curvature.ekfac import CorrectedStructure
 from lrkfac.core.curvature.exact import BlockStructure
 from lrkfac.core.curvature.factors import FactorStructure
@@ -46,7 +46,7 @@ def kronecker(
         methods = ("fitted", "init", "update", "operator", "inverse")
         if isinstance(value, ProductStructure) or not all(hasattr(value, method) for method in methods):
             raise TypeError(f"{name}: expected a factor structure such as dense() or low_rank(32), got {value!r}")
-    need_choice(treatment, "treatment", get_args(Treatment))
-    need_flag(corrected, "corrected")
+    check_choice(treatment, "treatment", get_args(Treatment))
+    check_flag(corrected, "corrected")
     factors = KroneckerStructure(input, output, treatment)
     return CorrectedStructure(factors) if corrected else factors

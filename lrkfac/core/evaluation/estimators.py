@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from lrkfac.core.base.arguments import need_choice, need_integer
+from lrkfac.core.base.arguments import check_choice, check_integer
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.capture import Captured, Form
 from lrkfac.core.evaluation.cotangents import exact_cotangents, sampled_cotangents
@@ -15,13 +15,13 @@ Estimator = Literal["mc", "exact", "empirical", "forward_only"]
 
 
 def check_options(estimator: str, samples: int, examples: int | None) -> None:
-    """Refuses what ``fisher`` cannot do."""
-    need_choice(estimator, "estimator", get_args(Estimator))
-    need_integer(samples, "samples")
+    """Refuses what ``evaluator`` cannot do."""
+    check_choice(estimator, "estimator", get_args(Estimator))
+    check_integer(samples, "samples")
     if samples > 1 and estimator != "mc":
         raise ValueError(f"samples: expected 1 for the estimator {estimator!r}, which draws nothing, got {samples}")
     if examples is not None:
-        need_integer(examples, "examples")
+        check_integer(examples, "examples")
 
 
 def statistics_of(

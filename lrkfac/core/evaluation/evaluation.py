@@ -16,7 +16,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss: Mean negative log-likelihood, ``[]``.
-        grads: Its gradient, a tree like the parameters; with ``thin=True``, some leaves are ``Unformed``.
+        grads: Its gradient, a tree like the parameters; with ``thin=True``, some leaves are ``LazyMatrix``.
         outputs: The model's outputs, ``[N, ...]``, or a tree of them.
         aux: What else the model returned (``has_aux=True``), else ``None``.
         statistics: For ``precondition_by_fisher``; ``None`` where they were not asked for.
@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
         loss_at: ``loss_at(params)`` is the loss of this batch at other parameters, ``[]``.
         weight: With what this batch counts beside others: of a single likelihood the weights of all terms together
             (their number, where none has a weight), of several heads the number of examples, ``[]``.
-        thin: Whether leaves of ``grads`` and of the updates made of them may be ``Unformed``, see ``fisher``.
+        thin: Whether leaves of ``grads`` and of the updates made of them may be ``LazyMatrix``, see ``evaluator``.
     """
 
     loss: Tensor

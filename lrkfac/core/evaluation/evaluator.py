@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
-from lrkfac.core.base.arguments import need_flag, need_model, need_values
+from lrkfac.core.base.arguments import check_flag, check_model, check_values
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.layout import laid_out_like
 from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.tree_checks import check_like, check_stacked
-from lrkfac.core.base.trees import formed, scaled
+from lrkfac.core.base.trees import materialize, scaled
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.auxiliary import with_others, without_others
 from lrkfac.core.evaluation.capture import Captured, Form, standard_form
@@ -27,7 +27,7 @@ from lrkfac.core.evaluation.estimators import Estimator, check_options, statisti
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.gradients import by_rows, gradients_of, thin_layers
 from lrkfac.core.evaluation.selection import Asked, chosen, examples_of, of_layers
-from lrkfac.core.layers.description import Layer, Layers, need_layers
+from lrkfac.core.layers.description import Layer, Layers, check_layers
 from lrkfac.core.layers.matrix import collect
 from lrkfac.core.layers.padding import with_constant_padding
 from lrkfac.core.layers.probes import OutputSpec, output_specs, zero_probes
@@ -44,7 +44,7 @@ Free = tuple[dict[int, Tensor], dict[str, list[Tensor]]]
 """Leaves of the parameters, by number, and the probes of each source."""
 
 
-def fisher(
+def evaluator(
     model: Callable[[Tree, Tree], Any],
     likelihood: Likelihood | Joint,
     layers: Layers,
@@ -75,19 +75,19 @@ def fisher(
         has_aux: Whether the model returns ``(outputs, aux)``.
         examples: Statistics are taken from so many examples of the batch (or all, where it has fewer), drawn
             without replacement from torch's default generator, by a pass of their own; loss and gradients of all.
-        thin: Whether the gradient of a linear layer's weight is held by its rows, as an ``Unformed``, where these hold
-            at most half as many numbers, ``2 n (d_in + d_out) <= d_in d_out`` for ``n`` of them. They, and what K-FAC
-            makes of other matrices, are formed at a chain's end, or by ``lrkfac.formed``: not the default for that.
+        thin: Whether the gradient of a linear layer's weight is held by its rows, as a ``LazyMatrix``, where these
+            hold at most half as many numbers, ``2 n (d_in + d_out) <= d_in d_out`` for ``n`` of them. They, and what
+            K-FAC makes of other matrices, are formed at a chain's end, or by ``lrkfac.materialize``: off for that.
 
     Returns:
         ``evaluate(params, inputs, targets, statistics=True, noise=None) -> Evaluation``. With
         ``statistics=False`` it costs a gradient and nothing more; where ``statistics`` are names of layers (a tuple;
-        see ``staggered``), those of the other layers are empty and leave these as they are; where they are numbers of
-        examples, int64 ``[n]``, they are those of these examples alone (of every tensor of ``inputs`` whose leading
-        axis is as long as that of ``targets``). ``noise`` is uniform on [0, 1), of shape ``[samples, *outputs.shape]``
-        (a tree of such where outputs are one) for these examples, for ``"mc"`` alone, and not used where no statistics
-        are taken; without it, it is drawn from torch's default generator (``torch.manual_seed``), and ``vmap`` then
-        asks for ``randomness="different"``.
+        see ``round_robin_refresh``), those of the other layers are empty and leave these as they are; where they are
+        numbers of examples, int64 ``[n]``, they are those of these examples alone (of every tensor of ``inputs`` whose
+        leading axis is as long as that of ``targets``). ``noise`` is uniform on [0, 1), of shape
+        ``[samples, *outputs.shape]`` (a tree of such where outputs are one) for these examples, for ``"mc"`` alone,
+        and not used where no statistics are taken; without it, it is drawn from torch's default generator
+        (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
 
     Raises:
         ValueError: If an option is unknown or out of range; at evaluation, if parameters, targets or noise do
@@ -96,10 +96,10 @@ def fisher(
         TypeError: If an argument has the wrong type; at evaluation, if outputs or targets have another structure than
             the likelihood, or targets the wrong dtype. What the model raises passes.
     """
-    need_model(model)
-    need_layers(layers)
-    need_flag(has_aux, "has_aux")
-    need_flag(thin, "thin")
+    check_model(model)
+    check_layers(layers)
+    check_flag(has_aux, "has_aux")
+    check_flag(thin, "thin")
     check_options(estimator, samples, examples)
     if not isinstance(likelihood, Likelihood | Joint):
         raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")
@@ -125,7 +125,7 @@ def fisher(
         params: Tree, inputs: Tree, targets: Tree, statistics: Asked = True, noise: Tree | None = None
     ) -> Evaluation:
         check_like(layers.tree, params, "params")
-        need_values(params=params, inputs=inputs)
+        check_values(params=params, inputs=inputs)
         start = params
         targets = heads.leaves(targets, "targets")
         statistics, names = chosen(statistics, every)
@@ -175,7 +175,7 @@ def fisher(
 
         def product(tangent: Tree) -> Tree:
             check_like(params, tangent, "product: tangent")
-            tangent = formed(tangent)
+            tangent = materialize(tangent)
             outputs, changed = change(tangent)
             _, transpose = vjp(outputs_of, params)
             return transpose(heads.product(outputs, targets, changed))[0]
@@ -193,7 +193,7 @@ def fisher(
         def quadratic(u: Tree, v: Tree) -> Tensor:
             check_like(params, u, "quadratic: u")
             check_like(params, v, "quadratic: v")
-            both = (formed(u),) if v is u else (formed(u), formed(v))
+            both = (materialize(u),) if v is u else (materialize(u), materialize(v))
             return gram(optree.tree_map(lambda *leaves: torch.stack(leaves), *both))[0, -1]
 
         def loss_at(params: Tree) -> Tensor:

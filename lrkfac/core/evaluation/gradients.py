@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.base.dtypes import widest
-from lrkfac.core.base.lazy import Unformed
+from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.trees import scaled
 from lrkfac.core.layers.description import Layer, Layers
 from lrkfac.core.layers.kinds import KINDS, LINEAR
@@ -48,7 +48,7 @@ def by_rows(layer: Layer, inputs: Uses, gradients: Uses) -> dict[int, Any]:
     joint = layer.bias is not None
     a, g = inputs[0].reshape(-1, layer.d_in - joint), gradients[0].reshape(-1, layer.d_out)
     dtype = widest(a.dtype, g.dtype)  # two under autocast
-    found: dict[int, Any] = {layer.weight.index: turned(layer, Unformed(g.to(dtype), a.to(dtype), dtype))}
+    found: dict[int, Any] = {layer.weight.index: turned(layer, LazyMatrix(g.to(dtype), a.to(dtype), dtype))}
     if layer.bias is not None:
         found[layer.bias.index] = put(layer.bias.view, layer.bias.shape, g.to(dtype).sum(dim=0))
     return found

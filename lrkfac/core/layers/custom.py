@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vjp
 from torch.overrides import _pop_mode_temporarily
 
-from lrkfac.core.base.arguments import need_function
+from lrkfac.core.base.arguments import check_function
 
 
 def _input_weight_bias(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
@@ -63,7 +63,7 @@ class LayerKind:
         if not isinstance(self.name, str):
             raise TypeError(f"name: expected a string, got {type(self.name).__name__}")
         for name in ("function", "operation", "parts"):
-            need_function(getattr(self, name), name)
+            check_function(getattr(self, name), name)
         for name, axis in {"weight_axis": self.weight_axis, "channel": self.channel}.items():
             if isinstance(axis, bool) or not (isinstance(axis, int) or (axis is None and name == "weight_axis")):
                 raise TypeError(f"{name}: expected an integer, got {axis!r}")

@@ -136,7 +136,7 @@ class Layers:
         return "\n".join(lines)
 
 
-def need_layers(given: Any) -> Layers:
+def check_layers(given: Any) -> Layers:
     """Refuses what is not from ``find_layers``."""
     if not isinstance(given, Layers):
         raise TypeError(f"layers: expected what find_layers() returned, got {type(given).__name__}")

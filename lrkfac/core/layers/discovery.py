@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 
-from lrkfac.core.base.arguments import need_choice, need_flag, need_model, need_values
+from lrkfac.core.base.arguments import check_choice, check_flag, check_model, check_values
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.custom import LayerKind
@@ -60,10 +60,10 @@ def find_layers(
         TypeError: If an argument has the wrong type, what the model returns does not start with a tensor, or
             ``params`` has other leaves than floating-point tensors. What the model raises passes.
     """
-    need_model(model)
-    need_flag(strict, "strict")
-    need_choice(bias, "bias", ("joint", "separate"))
-    need_values(inputs=inputs)
+    check_model(model)
+    check_flag(strict, "strict")
+    check_choice(bias, "bias", ("joint", "separate"))
+    check_values(inputs=inputs)
     own = _own(kinds)
     parameters, structure = _parameters(params), optree.tree_structure(params)
     with torch.inference_mode(False), torch.enable_grad(), fake_mode():

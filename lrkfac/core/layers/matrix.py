@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrkfac.core.base.dtypes import widest
 from lrkfac.core.base.layout import with_ones
-from lrkfac.core.base.lazy import Unformed
+from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.layers.description import Layer
 from lrkfac.core.layers.kinds import KINDS, Kind, Options
 from lrkfac.core.layers.statistics import Uses
@@ -44,14 +44,14 @@ def prepared(layer: Layer, inputs: Uses, gradients: Uses, examples: int) -> tupl
 
 def to_matrix(layer: Layer, leaves: list[Any]) -> Any:
     """The layer's part of a parameter tree as ``[d_out, d_in]``, or ``[groups, d_out, d_in]``; held by its rows where
-    the weight's leaf is an ``Unformed``.
+    the weight's leaf is an ``LazyMatrix``.
     """
     weight = leaves[layer.weight.index]
-    if isinstance(weight, Unformed) and weight.terms:
+    if isinstance(weight, LazyMatrix) and weight.terms:
         weight = weight.dense()
-    if isinstance(weight, Unformed):
+    if isinstance(weight, LazyMatrix):
         weight = turned(layer, weight)
-        return weight if layer.bias is None else Unformed(weight.left, with_ones(weight.right), weight.dtype)
+        return weight if layer.bias is None else LazyMatrix(weight.left, with_ones(weight.right), weight.dtype)
     shape = (layer.groups, layer.d_out, -1) if layer.groups > 1 else (layer.d_out, -1)
     matrix = taken(layer.weight.view, weight).reshape(shape)
     if layer.bias is None:
@@ -60,7 +60,7 @@ def to_matrix(layer: Layer, leaves: list[Any]) -> Any:
     return torch.cat([matrix, bias.reshape(*shape[:-1], 1)], dim=-1)
 
 
-def turned(layer: Layer, weight: Unformed) -> Unformed:
+def turned(layer: Layer, weight: LazyMatrix) -> LazyMatrix:
     """From the parameter to the matrix or back: views of what is held by its rows are transpositions alone."""
     return weight.t() if len(layer.weight.view) % 2 else weight
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lrkfac.core.base.arguments import need_flag
+from lrkfac.core.base.arguments import check_flag
 from lrkfac.core.base.types import Tree
 
 
@@ -30,7 +30,7 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
         tuple is spread as positional, a dictionary as keyword arguments, and anything else is passed as it is.
 
         With ``buffers=True``: ``(model, params, buffers)``, where ``model(params, (buffers, inputs))`` returns
-        ``(outputs, updated buffers)``; use it with ``fisher(..., has_aux=True)``.
+        ``(outputs, updated buffers)``; use it with ``evaluator(..., has_aux=True)``.
 
     Raises:
         TypeError: If ``module`` is no module.
@@ -38,7 +38,7 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
-    need_flag(buffers, "buffers")
+    check_flag(buffers, "buffers")
     _refuse_dropout(module)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     constant = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}

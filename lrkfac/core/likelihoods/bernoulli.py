@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrkfac.core.base.arguments import check_floating, check_range, check_shape
+from lrkfac.core.base.arguments import check_target_dtype, check_target_range, check_target_shape
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.likelihoods.protocol import Likelihood, sum_per_example
 
@@ -40,9 +40,9 @@ def bernoulli() -> Likelihood:
 
     def check(outputs: Tensor, targets: Tensor) -> None:
         if targets.dtype != torch.bool:
-            check_floating("bernoulli", targets)
-        check_shape("bernoulli", targets, tuple(outputs.shape))
+            check_target_dtype("bernoulli", targets)
+        check_target_shape("bernoulli", targets, tuple(outputs.shape))
         if targets.dtype != torch.bool:
-            check_range("bernoulli", targets, 0.0, 1.0)
+            check_target_range("bernoulli", targets, 0.0, 1.0)
 
     return Likelihood("bernoulli", negative_log_likelihood, sample, square_root, check, product)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrkfac.core.base.arguments import check_shape, need_number, need_values
+from lrkfac.core.base.arguments import check_number, check_target_shape, check_values
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.eager import has_values
 from lrkfac.core.likelihoods.protocol import Likelihood, Weights
@@ -54,7 +54,7 @@ def categorical(
         raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
     if isinstance(label_smoothing, Tensor):
         raise TypeError("label_smoothing: expected a number, got a tensor")
-    need_number(label_smoothing, "label_smoothing", 0, 1)
+    check_number(label_smoothing, "label_smoothing", 0, 1)
     importance = None if class_weights is None else _class_weights(class_weights)
     plain = ignore_index is None and importance is None and label_smoothing == 0
 
@@ -121,7 +121,8 @@ def categorical(
             )
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise TypeError(f"categorical: expected targets that are class numbers as integers, got {targets.dtype}")
-        check_shape("categorical", targets, tuple([s for i, s in enumerate(outputs.shape) if i != axis % outputs.ndim]))
+        shape = tuple([s for i, s in enumerate(outputs.shape) if i != axis % outputs.ndim])
+        check_target_shape("categorical", targets, shape)
         if not has_values(targets) or (plain and 0 <= int(targets.min()) and int(targets.max()) < classes):
             return  # after few operations: under torch.func each is dear
         outside = valid(targets) & ((targets.long() < 0) | (targets.long() >= classes))
@@ -154,7 +155,7 @@ def _class_weights(given: Tensor | Sequence[float]) -> Tensor:
         weights = given.detach() if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"class_weights: expected real numbers [C], got {given!r} ({error})") from error
-    need_values(class_weights=weights)
+    check_values(class_weights=weights)
     if weights.is_complex() or weights.dtype == torch.bool:
         raise TypeError(f"class_weights: expected real numbers, got {weights.dtype}")
     if weights.ndim != 1 or not (weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import check_floating, check_shape, need_values
+from lrkfac.core.base.arguments import check_target_dtype, check_target_shape, check_values
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.likelihoods.protocol import Likelihood, sum_per_example
 
@@ -27,7 +27,7 @@ def gaussian(variance: float | Tensor = 1.0) -> Likelihood:
     if isinstance(variance, bool) or not isinstance(variance, int | float | Tensor):
         raise TypeError(f"variance: expected a number or a tensor, got {variance!r}")
     given = variance.detach() if isinstance(variance, Tensor) else torch.tensor(variance, dtype=torch.float64)
-    need_values(variance=given)
+    check_values(variance=given)
     if given.is_complex() or given.dtype == torch.bool:
         raise TypeError(f"variance: expected a number or a tensor, got one of {given.dtype}")
     if not (given.isfinite().all() and (given > 0).all()):
@@ -58,7 +58,7 @@ def gaussian(variance: float | Tensor = 1.0) -> Likelihood:
             raise ValueError(
                 f"variance: expected a shape that broadcasts against {one}, the outputs of one example, got {shape}"
             )
-        check_floating("gaussian", targets)
-        check_shape("gaussian", targets, tuple(outputs.shape))
+        check_target_dtype("gaussian", targets)
+        check_target_shape("gaussian", targets, tuple(outputs.shape))
 
     return Likelihood("gaussian", negative_log_likelihood, sample, square_root, check, product)

@@ -1,4 +1,4 @@
-"""Several heads, each with a likelihood of its own: what ``fisher`` asks of outputs, be they one tensor or a tree."""
+"""Several heads, each with a likelihood of its own; a single likelihood is the case of one head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.tree_checks import difference
 from lrkfac.core.base.types import Tree
@@ -175,7 +175,7 @@ def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:
     for number in numbers:
         if isinstance(number, Tensor):
             raise TypeError("weights: expected numbers, got a tensor")
-        need_number(number, "weights", 0)
+        check_number(number, "weights", 0)
     return Joint(likelihoods, heads, numbers)
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import check_range, check_shape
+from lrkfac.core.base.arguments import check_target_range, check_target_shape
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.likelihoods.protocol import Likelihood, sum_per_example
 
@@ -44,7 +44,7 @@ def poisson() -> Likelihood:
     def check(outputs: Tensor, targets: Tensor) -> None:
         if targets.dtype == torch.bool or targets.is_complex():
             raise TypeError(f"poisson: expected targets that are counts as numbers, got {targets.dtype}")
-        check_shape("poisson", targets, tuple(outputs.shape))
-        check_range("poisson", targets, 0.0, math.inf)
+        check_target_shape("poisson", targets, tuple(outputs.shape))
+        check_target_range("poisson", targets, 0.0, math.inf)
 
     return Likelihood("poisson", negative_log_likelihood, sample, square_root, check, product)

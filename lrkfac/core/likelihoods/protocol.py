@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from lrkfac.core.base.arguments import need_function
+from lrkfac.core.base.arguments import check_function
 from lrkfac.core.base.dtypes import wide
 
 
@@ -78,10 +78,10 @@ class Likelihood:
         if not isinstance(self.name, str):
             raise TypeError(f"name: expected a string, got {type(self.name).__name__}")
         for name in ("negative_log_likelihood", "sample", "square_root"):
-            need_function(getattr(self, name), name)
+            check_function(getattr(self, name), name)
         for name in ("check", "product", "weights", "weighted_loss"):
             if getattr(self, name) is not None:
-                need_function(getattr(self, name), name, "a function or None")
+                check_function(getattr(self, name), name, "a function or None")
         axes = self.event_axes
         if axes is not None and not (isinstance(axes, tuple) and all(type(axis) is int and axis for axis in axes)):
             raise ValueError(f"event_axes: expected a tuple of axes other than 0, the batch, got {axes!r}")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_function, need_integer, need_number
+from lrkfac.core.base.arguments import check_function, check_integer, check_number
 
 
 def power_iteration(
@@ -40,7 +40,7 @@ def power_iteration(
         TypeError: If an argument has the wrong type.
     """
     rank = _check(matvec, start, rank, max_iterations=max_iterations)
-    need_number(tolerance, "tolerance", 0)
+    check_number(tolerance, "tolerance", 0)
     found = start[:, :0]
     for i in range(rank):
         vector = orthonormal(torch.cat([found, start[:, i : i + 1]], dim=1))[:, i:]
@@ -154,7 +154,7 @@ def _deflate(x: Tensor, found: Tensor) -> Tensor:
 
 
 def _check(matvec: Callable[[Tensor], Tensor], start: Tensor, rank: int | None, **iterations: int) -> int:
-    need_function(matvec, "matvec")
+    check_function(matvec, "matvec")
     if not isinstance(start, Tensor) or not start.is_floating_point():
         got = start.dtype if isinstance(start, Tensor) else type(start).__name__
         raise TypeError(f"start: expected a floating-point tensor [d, k], got {got}")
@@ -162,9 +162,9 @@ def _check(matvec: Callable[[Tensor], Tensor], start: Tensor, rank: int | None, 
         raise ValueError(f"start: expected vectors [d, k], got the shape {tuple(start.shape)}")
     d, k = start.shape
     rank = k if rank is None else rank
-    need_integer(rank, "rank")
+    check_integer(rank, "rank")
     for name, value in iterations.items():
-        need_integer(value, name)
+        check_integer(value, name)
     if not 1 <= rank <= min(d, k):
         raise ValueError(
             f"rank: expected 1 <= rank <= {min(d, k)} for a start of shape {(d, k)}, got {rank}; "

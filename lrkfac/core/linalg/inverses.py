@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import need_number
+from lrkfac.core.base.arguments import check_number
 from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
-from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator, need_operator
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator, check_operator
 
 
 def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:
@@ -24,8 +24,8 @@ def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:
             together.
         TypeError: If ``operator`` is not one of the package's operators.
     """
-    need_number(damping, "damping", 0)
-    need_operator(operator)
+    check_number(damping, "damping", 0)
+    check_operator(operator)
     return damped_inverse(operator, damping)
 
 
@@ -85,7 +85,7 @@ def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
         ValueError: If the entries of ``operator`` do not fit together.
         TypeError: If it is no ``LowRankPlusDiagonal`` of floating-point tensors.
     """
-    need_operator(operator, LowRankPlusDiagonal)
+    check_operator(operator, LowRankPlusDiagonal)
     return _woodbury(operator)
 
 
@@ -123,7 +123,7 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
         ValueError: If the entries of ``operator`` do not fit together.
         TypeError: If it is no ``LowRankPlusDiagonal`` of floating-point tensors.
     """
-    need_operator(operator, LowRankPlusDiagonal)
+    check_operator(operator, LowRankPlusDiagonal)
     dtype, accurate = operator.vectors.dtype, _widest(operator.vectors)
     order = operator.values.argsort(descending=True)
     values = operator.values[order].to(accurate)

@@ -195,11 +195,11 @@ def to_dense(operator: Operator) -> Float[Tensor, "d d"]:
         TypeError: If ``operator`` is not one of the package's operators, or its entries are no floating-point tensors.
         ValueError: If their shapes or devices do not fit together.
     """
-    need_operator(operator)
+    check_operator(operator)
     return operator.to_dense()
 
 
-def need_operator(given: Any, expected: Any = Operator) -> None:
+def check_operator(given: Any, expected: Any = Operator) -> None:
     """Refuses what is no operator (of these classes), or one whose entries do not fit together.
 
     Raises:
@@ -210,8 +210,8 @@ def need_operator(given: Any, expected: Any = Operator) -> None:
         name = "one of lrkfac's operators" if expected is Operator else f"a {expected.__name__}"
         raise TypeError(f"operator: expected {name}, got {type(given).__name__}")
     if isinstance(given, Kronecker):
-        need_operator(given.output)
-        need_operator(given.input)
+        check_operator(given.output)
+        check_operator(given.input)
         return
     entries: dict[str, Any] = given._asdict()
     for name, x in entries.items():

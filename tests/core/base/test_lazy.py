@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import vmap
 
-from lrkfac import apply_updates, formed
+from lrkfac import apply_updates, materialize
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.base.lazy import Unformed
-from lrkfac.core.base.trees import add_scaled, scaled, unformed_like, vdot, zeros_like
+from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.trees import add_scaled, lazy_like, scaled, vdot, zeros_like
 
 numbers = st.floats(-3, 3) | st.floats(-3, 3).map(lambda x: torch.tensor(x, dtype=torch.float64))
 sizes = st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 4))
@@ -24,7 +24,7 @@ def matrices(draw, size=None, kinds=(0, 1, 2)):
     terms = [(draw(numbers), torch.randn(rows, columns).double()) for _ in range(draw(st.integers(0, 2)))]
     kind = draw(st.sampled_from(kinds))
     matrix = left.mT @ right + (sum(c * x for c, x in terms) if kind == 1 else 0)
-    held = [Unformed(left, right, left.dtype), Unformed(left, right, left.dtype, tuple(terms)), matrix]
+    held = [LazyMatrix(left, right, left.dtype), LazyMatrix(left, right, left.dtype, tuple(terms)), matrix]
     return held[kind], matrix
 
 
@@ -35,7 +35,7 @@ def pairs(draw):
 
 
 def close(found, expected):
-    torch.testing.assert_close(formed(found), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(materialize(found), expected, rtol=1e-12, atol=1e-12)
 
 
 @given(pairs(), numbers)
@@ -49,8 +49,8 @@ def test_trees_of_them(pair, scale):
     close(zeros_like(x), torch.zeros_like(dense_x))
     close(apply_updates(dense_x, y), dense_x + dense_y)
     close(x.t(), dense_x.mT)
-    held = unformed_like(x, dense_y)
-    assert isinstance(held, Unformed) == isinstance(x, Unformed)
+    held = lazy_like(x, dense_y)
+    assert isinstance(held, LazyMatrix) == isinstance(x, LazyMatrix)
     close(scaled(2.0, held), 2 * dense_y)
 
 
@@ -65,13 +65,13 @@ def test_the_dtype_is_that_of_the_matrix(leaf):
 
 
 def test_rows_in_half_precision_are_summed_in_float32():
-    x = Unformed(torch.full((5000, 1), 0.5).bfloat16(), torch.ones(5000, 1).bfloat16(), torch.bfloat16)
+    x = LazyMatrix(torch.full((5000, 1), 0.5).bfloat16(), torch.ones(5000, 1).bfloat16(), torch.bfloat16)
     one = torch.ones(1, 1).bfloat16()
-    for y in (one, Unformed(one, one, torch.bfloat16), Unformed.of(one)):
+    for y in (one, LazyMatrix(one, one, torch.bfloat16), LazyMatrix.of(one)):
         assert vdot(x, y) == vdot(y, x) == 2500 and vdot(x, y).dtype == torch.float32
 
 
-@pytest.mark.parametrize("other", [torch.ones(3, 2), {"w": Unformed.of(torch.ones(2, 2))}])
+@pytest.mark.parametrize("other", [torch.ones(3, 2), {"w": LazyMatrix.of(torch.ones(2, 2))}])
 def test_other_shapes_are_refused(other):
     other = other if isinstance(other, dict) else {"w": other}
     with pytest.raises(ValueError, match=r"updates: expected 'w' of shape \(2, 3\), got"):
@@ -83,10 +83,10 @@ def test_a_sum_of_terms_changes_none_of_them(coefficients, dtype):
     """The same under vmap, where nothing is changed in place."""
     terms = [(c, torch.randn(2, 3).double().to(dtype if i else torch.float64)) for i, c in enumerate(coefficients)]
     copies = [x.clone() for _, x in terms]
-    held = Unformed(torch.empty(0, 2), torch.empty(0, 3), torch.float64, tuple(terms))
+    held = LazyMatrix(torch.empty(0, 2), torch.empty(0, 3), torch.float64, tuple(terms))
     found, expected = held.form(), sum(c * x.double() for c, x in terms)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
     assert all(torch.equal(x, copy) for (_, x), copy in zip(terms, copies, strict=True))
-    many = vmap(lambda s: Unformed(held.left, held.right, held.dtype, ((s, terms[0][1]), *terms[1:])).form())
+    many = vmap(lambda s: LazyMatrix(held.left, held.right, held.dtype, ((s, terms[0][1]), *terms[1:])).form())
     torch.testing.assert_close(many(torch.ones(2).double())[1], expected + (1 - coefficients[0]) * copies[0], rtol=1e-6,
                                atol=1e-6, check_dtype=False)  # fmt: skip

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import lrkfac
-from lrkfac import dense, diagonal, explain, kronecker, low_rank, low_rank_plus_diagonal, precondition_by_fisher
+from lrkfac import explain, precondition_by_fisher
 from lrkfac.core.curvature import costs, ranks
+from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 from tests import cases
-from tests.transforms.test_precondition import cast, evaluator
+from tests.transforms.test_precondition import cast, layers_and_evaluate
 
 MLP, SHIFT, STRIDE, GROUPS = cases.LINEAR[0], cases.LINEAR[6], cases.CONVOLUTION[0], cases.CONVOLUTION[3]
 CASES = pytest.mark.parametrize("case", [MLP, SHIFT, STRIDE, GROUPS], ids=lambda case: case.name)
@@ -22,9 +23,9 @@ STRUCTURES = {
     "by name": {"rank": {"0": 1, "*": 2}},
     "mixed": {"structure": {"0": kronecker(dense(), diagonal())}, "rank": 1},
     "corrected": {"structure": kronecker(low_rank(2), dense(), corrected=True)},
-    "unit": {"structure": lrkfac.unit_wise()},
-    "layer": {"structure": lrkfac.layer_wise()},
-    "full": {"structure": lrkfac.full()},
+    "unit": {"structure": lrkfac.structures.unit_wise()},
+    "layer": {"structure": lrkfac.structures.layer_wise()},
+    "full": {"structure": lrkfac.structures.full()},
 }
 each_structure = pytest.mark.parametrize("options", STRUCTURES.values(), ids=STRUCTURES.keys())
 
@@ -39,7 +40,7 @@ def size(tree):
 def test_bytes_are_those_of_the_state(case, options, dtype):
     """Of each layer and in all, at the start and after a step."""
     case = cast(case, dtype)
-    layers, evaluate = evaluator(case)
+    layers, evaluate = layers_and_evaluate(case)
     tx, found = precondition_by_fisher(layers, **options), explain(layers, dtype=dtype, **options)
     start, e = tx.init(case.params), evaluate(case.params)
     for state in (start, tx.update(e.grads, start, case.params, evaluation=e)[1]):
@@ -73,13 +74,17 @@ def by_shapes(formula):
 
 LINEAR = [(MLP, STRUCTURES[name], 0) for name in ("low rank", "auto", "by name", "mixed", "corrected")]
 # torch counts the backward pass of a grouped convolution once for each group.
-OTHERS = [(STRIDE, {"rank": 2}, 0.1), (GROUPS, {"rank": 1}, 0.5), (MLP, {"structure": lrkfac.unit_wise()}, 0.1)]
+OTHERS = [
+    (STRIDE, {"rank": 2}, 0.1),
+    (GROUPS, {"rank": 1}, 0.5),
+    (MLP, {"structure": lrkfac.structures.unit_wise()}, 0.1),
+]
 
 
 @pytest.mark.parametrize("case, options, tolerance", LINEAR + OTHERS)
 def test_operations_are_those_that_torch_counts_in_a_step(case, options, tolerance):
     """Exactly for linear layers; within a tenth where the constant inputs of biases or examples' gradients differ."""
-    layers, evaluate = evaluator(case, "empirical")
+    layers, evaluate = layers_and_evaluate(case, "empirical")
     tx, found = precondition_by_fisher(layers, **options), explain(layers, **options)
     state, e = tx.init(case.params), evaluate(case.params)
     both = (e, e._replace(statistics=None))
@@ -154,7 +159,7 @@ def test_auto_where_nothing_takes_a_rank():
     model = lambda p, x: x * p["scale"] + p["shift"]  # noqa: E731
     x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
     layers = lrkfac.find_layers(model, params, x)
-    e = lrkfac.fisher(model, lrkfac.categorical(), layers)(params, x, y)
+    e = lrkfac.evaluator(model, lrkfac.categorical(), layers)(params, x, y)
     found = []
     for tx in (precondition_by_fisher(layers), precondition_by_fisher(layers, rank="auto")):
         found.append(tx.update(e.grads, tx.init(params), params, evaluation=e)[0])
@@ -168,7 +173,7 @@ def test_auto_where_nothing_takes_a_rank():
 @pytest.mark.parametrize("rank", ["auto", {"0": 1, "*": 2}, {"2": 1}])
 def test_ranks_reach_the_state(make, rank):
     """Those that ``explain`` tells, and ``kronecker`` of each by hand."""
-    layers, _ = evaluator(MLP)
+    layers, _ = layers_and_evaluate(MLP)
     told = explain(layers, rank=rank).ranks
     by_hand = lambda layer: kronecker(low_rank(told[layer.name]), low_rank_plus_diagonal(told[layer.name]))  # noqa: E731
     found, expected = make(layers, rank=rank).init(MLP.params), precondition_by_fisher(layers, by_hand).init(MLP.params)
@@ -180,7 +185,7 @@ def test_print_shows_each_layer_and_the_sum():
     lines = str(explain(WIDE_LAYERS, rank=4)).splitlines()
     assert [line.split()[0] for line in lines[2:]] == [layer.name for layer in WIDE_LAYERS] + ["all"]
     assert "A rank 4, B rank 4 + diagonal" in lines[2] and "dense per unit" in str(lines)
-    assert "(all layers)" in str(explain(WIDE_LAYERS, lrkfac.full()))
+    assert "(all layers)" in str(explain(WIDE_LAYERS, lrkfac.structures.full()))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +201,7 @@ def test_print_shows_each_layer_and_the_sum():
         ({"rank": {"s": 2}}, ValueError, "rank: the pattern 's' matches none of the layers"),
         ({"rank": {"*": 2, "v": 3}}, ValueError, "rank: the pattern 'v' decides for no layer"),
         ({"rank": "auto", "structure": kronecker(dense(), dense())}, ValueError, "rank: the structure decides"),
-        ({"budget": 10**6, "structure": lrkfac.full()}, ValueError, "rank: the structure decides"),
+        ({"budget": 10**6, "structure": lrkfac.structures.full()}, ValueError, "rank: the structure decides"),
     ],
 )
 def test_refusals(options, error, words):

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal, unit_wise
 from lrkfac.core.curvature import refresh as groups
 from lrkfac.core.curvature.assignment import blocks
 from lrkfac.core.curvature.blocks import init, size
+from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal, unit_wise
 
 STRUCTURES = {
     "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
@@ -38,7 +38,7 @@ def problem(shares, width=5, n=6):
 
     x, y = draw(n, width), torch.randint(width, (n,), generator=generator)
     layers = lrkfac.find_layers(model, params, x)
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, "exact")
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact")
     return layers, params, evaluate(params, x, y)
 
 

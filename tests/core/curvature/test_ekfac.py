@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.func import grad
 
 import lrkfac
-from lrkfac import dense, diagonal, find_layers, fisher, kronecker, low_rank, low_rank_plus_diagonal
+from lrkfac import evaluator, find_layers
 from lrkfac import precondition_by_fisher as by_fisher
 from lrkfac.core.curvature.assignment import blocks
 from lrkfac.core.curvature.blocks import Held, identity, init, refresh
@@ -17,6 +17,7 @@ from lrkfac.core.curvature.kronecker import KroneckerStructure
 from lrkfac.core.linalg.covariances import RowCovariance
 from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
 from lrkfac.core.linalg.moments import Moments
+from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_transformation, seeds
 from lrkfac.testing.strategies import corrected_kroneckers
 from tests import cases, reference_networks
@@ -33,15 +34,15 @@ each_structure = pytest.mark.parametrize("name", FACTORS)
 each_case = pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
 
 
-def evaluator(case):
+def layers_and_evaluate(case):
     layers = find_layers(case.model, case.params, case.inputs)
     likelihood = getattr(lrkfac, case.likelihood)(**case.likelihood_options)
-    made = fisher(case.model, likelihood, layers, "exact")
+    made = evaluator(case.model, likelihood, layers, "exact")
     return layers, lambda params: made(params, case.inputs, case.targets)
 
 
 def evaluate(case):
-    layers, evaluation = evaluator(case)
+    layers, evaluation = layers_and_evaluate(case)
     return layers, evaluation(case.params)
 
 
@@ -193,7 +194,7 @@ def test_traces_are_averaged_exactly(name):
 
 def test_bases_are_orthonormal_where_directions_are_missing():
     vectors = torch.randn(6, 3).double() * torch.tensor([1.0, 0.0, 1.0])
-    u = basis(lrkfac.LowRankPlusDiagonal(vectors, torch.ones(3).double(), torch.ones(6).double()))
+    u = basis(lrkfac.linalg.LowRankPlusDiagonal(vectors, torch.ones(3).double(), torch.ones(6).double()))
     torch.testing.assert_close(u.mT @ u, torch.eye(3).double())
 
 
@@ -204,7 +205,7 @@ def test_bases_are_orthonormal_where_directions_are_missing():
 @pytest.mark.parametrize("case", [cases.SEQUENCE[0], cases.CONVOLUTION[3]], ids=lambda case: case.name)
 def test_laws(case, name):
     """With ``"reduce"`` factors of few examples have the eigenvalue 0 often: then a dense basis is arbitrary."""
-    layers, evaluation = evaluator(case)
+    layers, evaluation = layers_and_evaluate(case)
     treatment = "reduce" if name in ("low rank", "diagonal") else "expand"
     tx = by_fisher(layers, kronecker(*FACTORS[name], treatment, corrected=True), damping=0.1, decay=0.7)
     check_transformation(tx, case.params, lambda p: ((e := evaluation(p)).grads, {"evaluation": e}))
@@ -227,7 +228,7 @@ def test_float32_at_tiny_damping_goes_downhill(name):
 def test_applied_in_float32_the_inverse_stays_positive():
     """Also where eigenvalues are further apart than the precision."""
     u, v = (torch.linalg.qr(torch.randn(d, 2)).Q for d in (20, 30))
-    apart = lrkfac.inverse(
+    apart = lrkfac.linalg.inverse(
         CorrectedKronecker(u, v, torch.ones(2, 2), *torch.full((3, 2), 1e-9)[:2], torch.tensor(1e-9))
     )
     for x in (torch.outer(a, b) for a in u.mT for b in v.mT):

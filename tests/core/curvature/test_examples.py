@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrkfac
-from lrkfac import dense, find_layers, kronecker, precondition_by_fisher
+from lrkfac import find_layers, precondition_by_fisher
 from lrkfac.core.curvature import examples
 from lrkfac.core.curvature.assignment import blocks
 from lrkfac.core.curvature.examples import ExampleGradients
 from lrkfac.core.curvature.kronecker import KroneckerStructure
 from lrkfac.core.layers.matrix import split_groups
 from lrkfac.core.linalg.moments import RandomMatrix
+from lrkfac.structures import dense, kronecker
 from lrkfac.testing import layers
 from tests.core.curvature.test_covariances import input_rows, largest, normal, output_rows
 
@@ -120,7 +121,7 @@ def test_estimators_without_gradients_are_refused():
     params, x = {"a": normal(3, 5)}, normal(4, 5)
     model = lambda p, x: F.linear(x, p["a"])  # noqa: E731
     described = find_layers(model, params, x)
-    e = lrkfac.fisher(model, lrkfac.categorical(), described, "forward_only")(params, x, torch.tensor([0, 1, 2, 0]))
+    e = lrkfac.evaluator(model, lrkfac.categorical(), described, "forward_only")(params, x, torch.tensor([0, 1, 2, 0]))
     tx = precondition_by_fisher(described, CORRECTED)
     with pytest.raises(ValueError, match="forward_only"):
         tx.update(e.grads, tx.init(params), params, evaluation=e)

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrkfac import dense, diagonal, to_dense
 from lrkfac.core.curvature.factors import kept_weight
+from lrkfac.linalg import to_dense
+from lrkfac.structures import dense, diagonal
 from lrkfac.testing import check_structure, covariances, dtypes, seeds
 from tests import reference
 

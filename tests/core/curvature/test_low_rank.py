@@ -6,9 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrkfac import LowRankPlusDiagonal, inverse, low_rank, low_rank_plus_diagonal, subspace_iteration, to_dense
 from lrkfac.core.curvature.factors import DenseStructure
 from lrkfac.core.linalg.covariances import RowCovariance
+from lrkfac.linalg import LowRankPlusDiagonal, inverse, subspace_iteration, to_dense
+from lrkfac.structures import low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_structure, covariances, dtypes, seeds
 from tests import reference
 

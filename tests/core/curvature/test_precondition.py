@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch.func import grad, vmap
 
 import lrkfac
-from lrkfac import dense, formed, kronecker, low_rank, precondition_by_fisher
-from lrkfac.core.base.lazy import Unformed
+from lrkfac import materialize, precondition_by_fisher
+from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.curvature import precondition as natural
+from lrkfac.structures import dense, kronecker, low_rank
 from tests.compiling import traced
 from tests.core.curvature.test_refresh import STRUCTURES, Operations, close
 
@@ -36,7 +37,7 @@ def deep(depth, width=24, n=4, dtype=torch.float64, bias="joint", transposed=Fal
 
     x, y = draw(n, width), torch.randint(3, (n,), generator=generator)
     layers = lrkfac.find_layers(model, params, x, bias=bias)
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, "empirical", thin=thin)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "empirical", thin=thin)
     return layers, params, lambda p, statistics=True: evaluate(p, x, y, statistics)
 
 
@@ -49,7 +50,7 @@ def started(layers, params, evaluate, structure=None, **options):
 
 
 def updates(tx, state, e):
-    return formed(tx.update(e.grads, state, evaluation=e)[0])
+    return materialize(tx.update(e.grads, state, evaluation=e)[0])
 
 
 @pytest.fixture
@@ -66,12 +67,12 @@ def sizes(monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [{}, {"thin": False}, {"bias": "separate"}, {"transposed": True}, {"transposed": True, "thin": False}],
-    ids=["rows", "formed", "separate", "transposed", "transposed, formed"],
+    ids=["rows", "materialize", "separate", "transposed", "transposed, formed"],
 )
 def test_together_equals_one_by_one(monkeypatch, sizes, structure, options):
     problem = deep(4, **options)
     tx, state, e = started(*problem, structure)
-    held = {name for name, one in e.grads.items() if isinstance(one.get("w"), Unformed)}
+    held = {name for name, one in e.grads.items() if isinstance(one.get("w"), LazyMatrix)}
     assert held == ({f"l{i}" for i in range(4)} if options.get("thin", True) else set())
     sizes.clear()
     found = updates(tx, state, e)
@@ -101,7 +102,7 @@ def test_both_sides_of_the_largest(monkeypatch, sizes, thin, numbers):
         (None, False),
         (STRUCTURES["dense"], True),
         (STRUCTURES["dense"], False),
-        (lrkfac.unit_wise(), False),
+        (lrkfac.structures.unit_wise(), False),
     ],
 )
 def test_depth_hardly_changes_the_number_of_operations(structure, thin):
@@ -127,8 +128,8 @@ def test_of_half_precision():
     tx, state, e = started(*deep(3, dtype=torch.bfloat16), damping=10.0)
     held = tx.update(e.grads, state, evaluation=e)[0]
     assert {leaf.dtype for leaf in optree.tree_leaves(held)} == {torch.bfloat16}
-    wide = e._replace(grads=optree.tree_map(lambda g: g.to(torch.float32), formed(e.grads)))
-    for a, b in zip(optree.tree_leaves(formed(held)), optree.tree_leaves(updates(tx, state, wide)), strict=True):
+    wide = e._replace(grads=optree.tree_map(lambda g: g.to(torch.float32), materialize(e.grads)))
+    for a, b in zip(optree.tree_leaves(materialize(held)), optree.tree_leaves(updates(tx, state, wide)), strict=True):
         assert (a - b).abs().max() <= 0.02 * b.abs().max()
 
 
@@ -136,10 +137,10 @@ def test_of_half_precision():
 def test_under_vmap_and_derivatives(thin):
     """Of an ensemble's gradients, and the derivative along them: the update is linear in the gradients."""
     tx, state, e = started(*deep(3, thin=thin))
-    parts = optree.tree_map(lambda g: (g.left, g.right) if isinstance(g, Unformed) else g, e.grads)
+    parts = optree.tree_map(lambda g: (g.left, g.right) if isinstance(g, LazyMatrix) else g, e.grads)
 
     def of(parts, scale=1.0):
-        scaled = lambda g: Unformed(scale * g[0], g[1], g[0].dtype) if isinstance(g, tuple) else scale * g  # noqa: E731
+        scaled = lambda g: LazyMatrix(scale * g[0], g[1], g[0].dtype) if isinstance(g, tuple) else scale * g  # noqa: E731
         grads = optree.tree_map(scaled, parts, is_leaf=lambda g: isinstance(g, tuple))
         return updates(tx, state, e._replace(grads=grads))
 
@@ -155,14 +156,14 @@ def test_compiled_equals_eager():
     """The update alone; of a whole step, tests/test_compiled_step.py."""
     torch.compiler.reset()
     tx, state, e = started(*deep(2))
-    names = [name for name, one in e.grads.items() if isinstance(one.get("w"), Unformed)]
+    names = [name for name, one in e.grads.items() if isinstance(one.get("w"), LazyMatrix)]
     rows = {name: (e.grads[name]["w"].left, e.grads[name]["w"].right.contiguous()) for name in names}
 
     def of(rows, grads):
-        held = {name: {**grads[name], "w": Unformed(*pair, pair[0].dtype)} for name, pair in rows.items()}
-        return formed(tx.update({**grads, **held}, state, evaluation=e)[0])
+        held = {name: {**grads[name], "w": LazyMatrix(*pair, pair[0].dtype)} for name, pair in rows.items()}
+        return materialize(tx.update({**grads, **held}, state, evaluation=e)[0])
 
-    grads = formed(e.grads)
+    grads = materialize(e.grads)
     compiled = traced(of)
     close(compiled(rows, grads), of(rows, grads))
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -13,11 +13,12 @@ from hypothesis import given
 from torch.func import jacrev
 
 import lrkfac
-from lrkfac import dense, find_layers, fisher, kronecker, low_rank, precondition_by_fisher
+from lrkfac import evaluator, find_layers, precondition_by_fisher
 from lrkfac.core.curvature.assignment import blocks
 from lrkfac.core.curvature.blocks import Held, identity, init, refresh
 from lrkfac.core.curvature.covariances import factors
 from lrkfac.core.layers.matrix import split_groups, to_matrix
+from lrkfac.structures import dense, kronecker, low_rank
 from lrkfac.testing import check_transformation, layers
 from tests import cases, reference, reference_networks
 from tests.compiling import traced
@@ -67,7 +68,7 @@ def evaluation(model, params, inputs, targets, likelihood="gaussian", case=None)
     options = case.likelihood_options if case else {}
     described = find_layers(model, params, inputs, strict=True) if case is None else find_layers(model, params, inputs)
     likelihood = getattr(lrkfac, likelihood)(**options)
-    return described, fisher(model, likelihood, described, "exact")(params, inputs, targets)
+    return described, evaluator(model, likelihood, described, "exact")(params, inputs, targets)
 
 
 # One example, and outputs that depend on the layer's outputs through their sum alone ------------------
@@ -196,7 +197,7 @@ def test_preconditioned_gradients_are_those_of_the_reference(case):
 @pytest.mark.parametrize("case", [cases.SEQUENCE[0], cases.CONVOLUTION[3]], ids=lambda case: case.name)
 def test_laws(case, structure):
     described = find_layers(case.model, case.params, case.inputs)
-    evaluate = fisher(case.model, getattr(lrkfac, case.likelihood)(**case.likelihood_options), described, "exact")
+    evaluate = evaluator(case.model, getattr(lrkfac, case.likelihood)(**case.likelihood_options), described, "exact")
     tx = precondition_by_fisher(described, structure, damping=0.1)
     both = lambda p: ((e := evaluate(p, case.inputs, case.targets)).grads, {"evaluation": e})  # noqa: E731
     check_transformation(tx, case.params, both)

@@ -8,8 +8,9 @@ from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrkfac
-from lrkfac import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, precondition_by_fisher
+from lrkfac import precondition_by_fisher
 from lrkfac.core.curvature import refresh as groups
+from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 from tests.compiling import traced
 
 STRUCTURES = {
@@ -36,7 +37,7 @@ def deep(depth, width=6, n=4, dtype=torch.float64, bias="joint", positions=1):
 
     x, y = draw(n, positions, width), torch.randint(3, (n,), generator=generator)
     layers = lrkfac.find_layers(model, params, x, bias=bias)
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, "mc")
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "mc")
     noise = torch.rand(1, n, 3, generator=generator, dtype=torch.float64).to(dtype)
     return layers, params, lambda p, statistics=True: evaluate(p, x, y, statistics, noise)
 
@@ -107,7 +108,7 @@ def convolutions(depth, groups=1):
 
     x, y = draw(3, 4, 5, 4), torch.randint(3, (3,), generator=generator)
     layers = lrkfac.find_layers(model, params, x)
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, "empirical")
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "empirical")
     return layers, params, lambda p, statistics=True: evaluate(p, x, y, statistics)
 
 
@@ -198,4 +199,4 @@ def test_ranges_are_profiled():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         run(layers, params, evaluate, STRUCTURES["low rank"], steps=1)
     names = {event.key for event in seen.key_averages()}
-    assert {"lrkfac.capture", "lrkfac.refresh", "lrkfac.inverse", "lrkfac.apply"} <= names
+    assert {"lrkfac.capture", "lrkfac.refresh", "lrkfac.linalg.inverse", "lrkfac.apply"} <= names

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrkfac
-from lrkfac import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, precondition_by_fisher, staggered
+from lrkfac import precondition_by_fisher, round_robin_refresh
+from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 
 D = 7
 STRUCTURES = {
@@ -18,7 +19,7 @@ STRUCTURES = {
     "dense": kronecker(dense(), dense()),
     "diagonal": kronecker(diagonal(), diagonal()),
     "corrected": kronecker(low_rank(2), dense(), corrected=True),
-    "unit-wise": lrkfac.unit_wise(),
+    "unit-wise": lrkfac.structures.unit_wise(),
 }
 each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
 
@@ -36,7 +37,7 @@ def problem(depth=4, estimator="mc", **options):
     x, y = draw(5, D), torch.randint(D, (5,), generator=generator)
     noise = torch.rand(1, 5, D, generator=generator, dtype=torch.float64) if estimator == "mc" else None
     layers = lrkfac.find_layers(model, params, x)
-    evaluate = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator, **options)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator, **options)
     return layers, params, lambda p, asked: evaluate(p, x, y, asked, noise)
 
 
@@ -73,19 +74,19 @@ def test_refused():
         evaluate(params, ("l0", "l9"))
     with pytest.raises(TypeError, match=r"statistics: expected True, False, a tuple of names of layers or .* got 'l0'"):
         evaluate(params, "l0")
-    tx, e = precondition_by_fisher(layers, lrkfac.full()), evaluate(params, ("l0",))
+    tx, e = precondition_by_fisher(layers, lrkfac.structures.full()), evaluate(params, ("l0",))
     with pytest.raises(ValueError, match=r"full\(\) holds all layers together and cannot do without .*'l1'"):
         tx.update(e.grads, tx.init(params), params, evaluation=e)
     with pytest.raises(ValueError, match="every: expected an integer >= 1, got 0"):
-        staggered(layers, 0)
+        round_robin_refresh(layers, 0)
     with pytest.raises(TypeError, match=r"every: expected an integer >= 1, got 1\.5"):
-        staggered(layers, 1.5)
+        round_robin_refresh(layers, 1.5)
 
 
 @given(depth=st.integers(1, 9), every=st.integers(1, 12))
 def test_each_layer_has_one_turn_and_turns_are_spread(depth, every):
     layers = problem(depth)[0]
-    refreshed = staggered(layers, every)
+    refreshed = round_robin_refresh(layers, every)
     assert refreshed(0) is True
     for step in (torch.tensor(3), 2.0, True, "3"):
         with pytest.raises(TypeError, match="step: expected an integer >= 0"):
@@ -115,7 +116,7 @@ def test_staleness_is_the_angle_between_matrices(structure, dtype):
         e = evaluate(optree.tree_map(lambda p, scale=scale: scale * p, params), True)
         state = tx.update(e.grads, state, params, evaluation=e)[1]
         states.append(optree.tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, state.factors))
-    found = lrkfac.staleness(*states)
+    found = lrkfac.factor_drift(*states)
     assert set(found) == {"l0", "l1", "l2", "l3"}
     for name, angle in found.items():
         if structure in (STRUCTURES["low rank"], STRUCTURES["dense"], STRUCTURES["diagonal"]):
@@ -126,8 +127,8 @@ def test_staleness_is_the_angle_between_matrices(structure, dtype):
             expected = max(torch.acos((m * n).sum() / (m.norm() * n.norm())).item() for m, n in pairs)
             assert abs(angle.item() - expected) <= (1e-6 if dtype == torch.float64 else 2e-3)
         assert 1e-3 < angle.item() <= math.pi / 2
-    assert all(angle <= 3e-3 for angle in lrkfac.staleness(states[0], states[0]).values())
+    assert all(angle <= 3e-3 for angle in lrkfac.factor_drift(states[0], states[0]).values())
     start = tx.init(params).factors
-    assert all(angle == 0 for angle in lrkfac.staleness(start, start).values())
+    assert all(angle == 0 for angle in lrkfac.factor_drift(start, start).values())
     with pytest.raises(ValueError, match="after: expected factors of the layers"):
-        lrkfac.staleness(states[0], {})
+        lrkfac.factor_drift(states[0], {})

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrkfac import dense, diagonal, low_rank, low_rank_plus_diagonal, to_dense
 from lrkfac.core.curvature.diagnosis import needed_rank
 from lrkfac.core.curvature.spectra import damped, spectrum, squared_distance
+from lrkfac.linalg import to_dense
+from lrkfac.structures import dense, diagonal, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import covariances
 
 weights = st.sampled_from([0.5, 1.0, 2.0])

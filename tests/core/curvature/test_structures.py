@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrkfac import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, to_dense
 from lrkfac.core.curvature.factors import DenseStructure
 from lrkfac.core.curvature.low_rank import LowRankStructure
 from lrkfac.core.linalg.covariances import RowCovariance
+from lrkfac.linalg import to_dense
+from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_structure, covariances
 from tests import reference
 

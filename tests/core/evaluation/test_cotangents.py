@@ -64,7 +64,7 @@ def test_targets_drawn_in_parts_are_those_drawn_at_once(name, shape, seed, sampl
 def evaluated(model, params, inputs, targets, estimator):
     """``statistics -> Evaluation``, with what is found at the first batch known."""
     layers = lrkfac.find_layers(model, params, inputs)
-    f = lrkfac.fisher(model, lrkfac.categorical(), layers, estimator)
+    f = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)
     f(params, inputs, targets, statistics=False)
     return lambda statistics: f(params, inputs, targets, statistics=statistics)
 

@@ -9,7 +9,7 @@ from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import lrkfac
-from lrkfac import find_layers, fisher
+from lrkfac import evaluator, find_layers
 from lrkfac.core.curvature import covariances
 from lrkfac.core.layers.matrix import split_groups
 from lrkfac.testing import gradients
@@ -40,13 +40,13 @@ def described(case, bias="joint"):
     return find_layers(case.model, case.params, case.inputs, bias=bias)
 
 
-def evaluator(case, estimator="mc", bias="joint", **options):
-    return fisher(case.model, likelihood(case), described(case, bias), estimator, **options)
+def layers_and_evaluate(case, estimator="mc", bias="joint", **options):
+    return evaluator(case.model, likelihood(case), described(case, bias), estimator, **options)
 
 
 def evaluate(case, estimator="mc", statistics=True, noise=None, **options):
     noise = noise if estimator == "mc" else None
-    return evaluator(case, estimator, **options)(case.params, case.inputs, case.targets, statistics, noise)
+    return layers_and_evaluate(case, estimator, **options)(case.params, case.inputs, case.targets, statistics, noise)
 
 
 def factors(case, evaluation):
@@ -149,7 +149,7 @@ def test_costs(case):
     forward, gradient = flops(lambda: loss(case.params)), flops(lambda: grad(loss)(case.params))
 
     def cost(estimator, statistics, **options):
-        f = evaluator(case, estimator, **options)
+        f = layers_and_evaluate(case, estimator, **options)
         f(case.params, case.inputs, case.targets, statistics=statistics)
         return flops(lambda: f(case.params, case.inputs, case.targets, statistics=statistics))
 
@@ -163,7 +163,7 @@ def test_costs(case):
 @pytest.mark.parametrize("aux", [{"x": X}, (X, [None, 4, "text"]), None], ids=["tensor", "any", "None"])
 def test_auxiliary_results_come_through(aux, statistics):
     model = lambda p, x: (CASE.model(p, x), (p["0.weight"].sum(), aux))  # noqa: E731
-    found = fisher(model, lrkfac.categorical(), described(CASE), has_aux=True)(P, X, Y, statistics)
+    found = evaluator(model, lrkfac.categorical(), described(CASE), has_aux=True)(P, X, Y, statistics)
     total, same = found.aux
     close(total, P["0.weight"].sum())
     equal = lambda a, b: torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b  # noqa: E731
@@ -172,7 +172,7 @@ def test_auxiliary_results_come_through(aux, statistics):
 
 
 def test_randomness_is_an_argument_or_torchs_seed():
-    noise, f = noise_for(CASE), evaluator(CASE)
+    noise, f = noise_for(CASE), layers_and_evaluate(CASE)
     run = lambda **more: f(P, X, Y, **more).statistics  # noqa: E731
     state = torch.get_rng_state()
     optree.tree_map(lambda *pair: torch.testing.assert_close(*pair, rtol=0, atol=0), run(noise=noise), run(noise=noise))
@@ -199,7 +199,7 @@ REFUSED = {
 @with_and_without
 @pytest.mark.parametrize(("wrong", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused_by_name(wrong, error, message, statistics):
-    f = evaluator(CASE)
+    f = layers_and_evaluate(CASE)
     with pytest.raises(error, match=message):
         f(**{"params": P, "inputs": X, "targets": Y, "statistics": statistics, **wrong})
 
@@ -208,7 +208,7 @@ def test_refused_by_name(wrong, error, message, statistics):
 @pytest.mark.parametrize("wrap", [lambda y: (y, y), lambda y: y, lambda y: {"y": y}], ids=["pair", "tensor", "dict"])
 def test_a_model_that_returns_something_else(wrap, statistics):
     has_aux = not isinstance(wrap(X), tuple)
-    f = fisher(lambda p, x: wrap(CASE.model(p, x)), lrkfac.categorical(), described(CASE), has_aux=has_aux)
+    f = evaluator(lambda p, x: wrap(CASE.model(p, x)), lrkfac.categorical(), described(CASE), has_aux=has_aux)
     with pytest.raises(TypeError, match=r"model: expected .*has_aux"):
         f(P, X, Y, statistics=statistics)
 
@@ -224,9 +224,9 @@ OPTIONS += [
 @pytest.mark.parametrize(("options", "message"), OPTIONS)
 def test_options_are_checked(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        fisher(CASE.model, lrkfac.categorical(), described(CASE), **options)
+        evaluator(CASE.model, lrkfac.categorical(), described(CASE), **options)
     with pytest.raises(TypeError, match="likelihood: expected a Likelihood"):
-        fisher(CASE.model, "categorical", described(CASE))
+        evaluator(CASE.model, "categorical", described(CASE))
 
 
 @each_estimator
@@ -272,7 +272,7 @@ def test_odd_tensors_just_work(case, of_param, of_inputs, estimator):
 
 def test_autocast_keeps_the_dtype_of_gradients():
     """And leaves nothing behind."""
-    single, f = in_dtype(CASE, torch.float32), evaluator(CASE, "exact")
+    single, f = in_dtype(CASE, torch.float32), layers_and_evaluate(CASE, "exact")
     with torch.autocast("cpu", torch.bfloat16):
         found = f(single.params, single.inputs, Y)
     assert found.outputs.dtype == torch.bfloat16

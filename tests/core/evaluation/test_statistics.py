@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import find_layers, fisher
+from lrkfac import evaluator, find_layers
 from tests import cases
 from tests.compiling import traced
 from tests.core.evaluation.test_evaluator import (
     close,
     described,
     each_estimator,
-    evaluator,
     flops,
+    layers_and_evaluate,
     likelihood,
     noise_for,
 )
@@ -31,7 +31,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=attrgetter("name"))
 
 def of_sub_batch(case, estimator, numbers, noise, samples=1):
     """The whole evaluation of these examples alone."""
-    f = evaluator(case, estimator, samples=samples)
+    f = layers_and_evaluate(case, estimator, samples=samples)
     noise = noise if estimator == "mc" else None
     return f(case.params, case.inputs[numbers], case.targets[numbers], noise=noise)
 
@@ -44,7 +44,7 @@ def test_statistics_of_some_examples_are_those_of_a_batch_of_them(case, estimato
     size, samples = len(case.inputs), data.draw(st.integers(1, 2)) if estimator == "mc" else 1
     chosen = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=size, unique=True))
     numbers, noise = torch.tensor(chosen), noise_for(case, samples)[:, : len(chosen)]
-    f = evaluator(case, estimator, samples=samples)
+    f = layers_and_evaluate(case, estimator, samples=samples)
     found = f(case.params, case.inputs, case.targets, statistics=numbers, noise=noise if estimator == "mc" else None)
     close(found.statistics, of_sub_batch(case, estimator, numbers, noise, samples).statistics)
     whole = f(case.params, case.inputs, case.targets, statistics=False)
@@ -55,7 +55,7 @@ def test_statistics_of_some_examples_are_those_of_a_batch_of_them(case, estimato
 
 def drawn_rows(examples, seed):
     torch.manual_seed(seed)
-    f = evaluator(CASE, "forward_only", examples=examples)
+    f = layers_and_evaluate(CASE, "forward_only", examples=examples)
     rows = f(CASE.params, CASE.inputs, CASE.targets).statistics.inputs["0"][0]
     return [int(n) for n in (rows[:, None] == CASE.inputs).all(-1).nonzero()[:, 1]]
 
@@ -70,7 +70,7 @@ def test_examples_are_drawn_without_replacement(examples, seed):
 
 def test_every_example_is_drawn_equally_often():
     """In 700 draws of 2 of 7 examples, by members of an ensemble; the standard deviation of each count is 12."""
-    f = evaluator(CASE, "forward_only", examples=2)
+    f = layers_and_evaluate(CASE, "forward_only", examples=2)
     params = optree.tree_map(lambda p: p.expand(700, *p.shape), CASE.params)
     run = vmap(lambda p: f(p, CASE.inputs, CASE.targets)[4], randomness="different")
     same = (run(params).inputs["0"][0][:, :, None] == CASE.inputs).all(-1)
@@ -82,13 +82,13 @@ def test_every_example_is_drawn_equally_often():
 def test_drawn_examples_are_those_of_a_batch_of_them(estimator):
     case, noise = cases.CONVOLUTION[3], noise_for(cases.CONVOLUTION[3])[:, :3]
     torch.manual_seed(3)
-    found = evaluator(case, estimator, examples=3)(
+    found = layers_and_evaluate(case, estimator, examples=3)(
         case.params, case.inputs, case.targets, noise=noise if estimator == "mc" else None
     )
     torch.manual_seed(3)
     numbers = torch.randperm(len(case.inputs))[:3]
     close(found.statistics, of_sub_batch(case, estimator, numbers, noise).statistics)
-    f = evaluator(case, estimator, examples=3)
+    f = layers_and_evaluate(case, estimator, examples=3)
     assert f(case.params, case.inputs, case.targets, statistics=False).statistics is None
     first = noise[:, :1] if estimator == "mc" else None
     given_numbers = f(case.params, case.inputs, case.targets, statistics=torch.tensor([1]), noise=first)
@@ -102,7 +102,7 @@ def test_some_examples_cost_their_share(n):
     forward, size = flops(lambda: case.model(case.params, case.inputs)), len(case.inputs)
 
     def cost(estimator, **options):
-        f = evaluator(case, estimator, **options)
+        f = layers_and_evaluate(case, estimator, **options)
         f(case.params, case.inputs, case.targets)
         return flops(lambda: f(case.params, case.inputs, case.targets))
 
@@ -115,7 +115,7 @@ def test_some_examples_cost_their_share(n):
 @each_estimator
 def test_examples_of_an_ensemble(estimator):
     """Numbers and parameters may be mapped over."""
-    f, noise = evaluator(CASE, estimator), noise_for(CASE)[:, :2]
+    f, noise = layers_and_evaluate(CASE, estimator), noise_for(CASE)[:, :2]
     params = optree.tree_map(lambda p: torch.stack([p, p + 0.1]), CASE.params)
     numbers = torch.tensor([[0, 3], [5, 1]])
     run = lambda p, i: f(p, CASE.inputs, CASE.targets, statistics=i, noise=noise if estimator == "mc" else None)[4]  # noqa: E731
@@ -128,7 +128,11 @@ def test_examples_of_an_ensemble(estimator):
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["mc", "empirical"])
 def test_examples_compiled(estimator):
-    noise, numbers, f = noise_for(CASE)[:, :3], torch.tensor([4, 0, 2]), evaluator(CASE, estimator, examples=3)
+    noise, numbers, f = (
+        noise_for(CASE)[:, :3],
+        torch.tensor([4, 0, 2]),
+        layers_and_evaluate(CASE, estimator, examples=3),
+    )
 
     def run(p, i):
         evaluation = f(p, CASE.inputs, CASE.targets, statistics=i, noise=noise if estimator == "mc" else None)
@@ -144,7 +148,7 @@ def test_inputs_that_are_shared_by_all_examples_stay_whole():
     w, x, scale = torch.randn(3, 5).double(), torch.randn(7, 5).double(), torch.randn(5).double()
     model = lambda p, i: F.linear(i["x"] * i["scale"], p["w"])  # noqa: E731
     inputs, targets, numbers = {"x": x, "scale": scale}, torch.randint(3, (7,)), torch.tensor([6, 2])
-    f = fisher(model, lrkfac.categorical(), find_layers(model, {"w": w}, inputs), "exact")
+    f = evaluator(model, lrkfac.categorical(), find_layers(model, {"w": w}, inputs), "exact")
     found = f({"w": w}, inputs, targets, statistics=numbers)
     alone = f({"w": w}, {"x": x[numbers], "scale": scale}, targets[numbers])
     close(found.statistics, alone.statistics)
@@ -153,7 +157,7 @@ def test_inputs_that_are_shared_by_all_examples_stay_whole():
 def test_inputs_without_the_batch_in_front_are_refused():
     model = lambda p, x: F.linear(x.mean(0), p["w"])  # noqa: E731
     params, inputs, targets = {"w": torch.randn(3, 5)}, torch.randn(4, 7, 5), torch.randint(3, (7,))
-    f = fisher(model, lrkfac.categorical(), find_layers(model, params, inputs))
+    f = evaluator(model, lrkfac.categorical(), find_layers(model, params, inputs))
     with pytest.raises(ValueError, match=r"expected outputs of 2 examples, got the shape \(7, 3\)"):
         f(params, inputs, targets, statistics=torch.tensor([0, 1]))
 
@@ -177,17 +181,19 @@ def test_inputs_without_the_batch_in_front_are_refused():
 )
 def test_other_choices_of_statistics_are_refused(statistics, error, message):
     with pytest.raises(error, match=message):
-        evaluator(CASE)(CASE.params, CASE.inputs, CASE.targets, statistics=statistics)
+        layers_and_evaluate(CASE)(CASE.params, CASE.inputs, CASE.targets, statistics=statistics)
 
 
 def test_noise_has_the_shape_of_the_examples():
     with pytest.raises(ValueError, match=r"noise: expected uniform numbers of shape \(1, 2, 3\), got \(1, 7, 3\)"):
-        evaluator(CASE)(CASE.params, CASE.inputs, CASE.targets, statistics=torch.tensor([0, 1]), noise=noise_for(CASE))
+        layers_and_evaluate(CASE)(
+            CASE.params, CASE.inputs, CASE.targets, statistics=torch.tensor([0, 1]), noise=noise_for(CASE)
+        )
 
 
 @each_case
 def test_forward_only_holds_no_output_gradients(case):
-    f = fisher(case.model, likelihood(case), described(case), "forward_only")
+    f = evaluator(case.model, likelihood(case), described(case), "forward_only")
     found = f(case.params, case.inputs, case.targets).statistics
     assert found.output_gradients == dict.fromkeys(case.layers, ())
-    close(found.inputs, evaluator(case, "exact")(case.params, case.inputs, case.targets).statistics.inputs)
+    close(found.inputs, layers_and_evaluate(case, "exact")(case.params, case.inputs, case.targets).statistics.inputs)

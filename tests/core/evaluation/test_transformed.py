@@ -14,7 +14,7 @@ from tests.core.evaluation.test_evaluator import (
     P,
     close,
     each_estimator,
-    evaluator,
+    layers_and_evaluate,
     noise_for,
 )
 from tests.marks import requires_compiler
@@ -27,7 +27,7 @@ def results(f, case, noise):
 
 @each_estimator
 def test_ensemble_under_vmap(estimator):
-    f = evaluator(CASE, estimator)
+    f = layers_and_evaluate(CASE, estimator)
     params, run = (
         optree.tree_map(lambda p: torch.stack([p, p + 0.1]), P),
         results(f, CASE, noise_for(CASE) if estimator == "mc" else None),
@@ -47,5 +47,5 @@ def test_ensemble_under_vmap(estimator):
     + [(estimator, traced) for estimator in ("exact", "empirical", "forward_only")],
 )
 def test_compiled_the_same_as_eager(estimator, compiled):
-    run = results(evaluator(CASE, estimator), CASE, noise_for(CASE) if estimator == "mc" else None)
+    run = results(layers_and_evaluate(CASE, estimator), CASE, noise_for(CASE) if estimator == "mc" else None)
     optree.tree_map(close, compiled(run)(P), run(P))

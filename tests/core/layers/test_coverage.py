@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lrkfac
-from lrkfac import find_layers, fisher, from_module
+from lrkfac import evaluator, find_layers, from_module
 
 
 def normal(*shape, seed=0):
@@ -27,7 +27,7 @@ def gradients_are_those_of_autograd(model, params, inputs, **options):
     loss = ((outputs - targets) ** 2).flatten(1).sum(1).mean() / 2
     grads = torch.autograd.grad(loss, optree.tree_leaves(leaves), allow_unused=True)
     expected = [torch.zeros_like(p) if g is None else g for p, g in zip(optree.tree_leaves(params), grads, strict=True)]
-    found = fisher(model, lrkfac.gaussian(), layers, "exact")(params, inputs, targets)
+    found = evaluator(model, lrkfac.gaussian(), layers, "exact")(params, inputs, targets)
     for g, e in zip(optree.tree_leaves(found.grads), expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-12)
     return layers

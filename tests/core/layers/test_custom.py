@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import lrkfac
-from lrkfac import LayerKind, dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal
+from lrkfac import LayerKind
 from lrkfac.core.curvature.covariances import factors
+from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal
 from tests.compiling import traced
 
 DOUBLE = torch.float64
@@ -117,7 +118,7 @@ def test_gradients_and_factors_are_those_of_the_explicit_rows(name, estimator, b
     own, explicit, params, *both = made(name, bias=bias)
     noise = {"noise": NOISE} if estimator == "mc" else {}
     found, expected = (
-        lrkfac.fisher(model, lrkfac.categorical(), layers, estimator)(params, X, Y, **noise)
+        lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)(params, X, Y, **noise)
         for model, layers in zip((own, explicit), both, strict=True)
     )
     close(found.grads, expected.grads)
@@ -155,11 +156,11 @@ def test_steps_are_those_of_the_explicit_rows(name, structure):
     own, explicit, params, *both = made(name)
     paths = []
     for model, layers in zip((own, explicit), both, strict=True):
-        fisher = lrkfac.fisher(model, lrkfac.categorical(), layers, "exact")
+        evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact")
         tx, p = lrkfac.precondition_by_fisher(layers, structure), params
         state = tx.init(p)
         for i in range(3):
-            e = fisher(p, X, Y, statistics=i != 1)
+            e = evaluate(p, X, Y, statistics=i != 1)
             updates, state = tx.update(e.grads, state, p, evaluation=e)
             p = lrkfac.apply_updates(p, lrkfac.scale(-0.1).update(updates, ())[0])
         paths.append(p)
@@ -169,10 +170,10 @@ def test_steps_are_those_of_the_explicit_rows(name, structure):
 @each
 def test_compiled_and_mapped(name):
     own, _, params, layers, _ = made(name)
-    fisher, tx = lrkfac.fisher(own, lrkfac.categorical(), layers), lrkfac.low_rank_kfac(layers, 0.1, 2)
+    evaluate, tx = lrkfac.evaluator(own, lrkfac.categorical(), layers), lrkfac.low_rank_kfac(layers, 0.1, 2)
 
     def step(params, state):
-        e = fisher(params, X, Y, noise=NOISE)
+        e = evaluate(params, X, Y, noise=NOISE)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
         return lrkfac.apply_updates(params, updates)
 
@@ -184,10 +185,10 @@ def test_compiled_and_mapped(name):
 
 def test_compiled():
     own, _, params, layers, _ = made("circular")
-    fisher = lrkfac.fisher(own, lrkfac.categorical(), layers, "empirical")
+    evaluate = lrkfac.evaluator(own, lrkfac.categorical(), layers, "empirical")
 
     def gradients(params):
-        e = fisher(params, X, Y)
+        e = evaluate(params, X, Y)
         return e.grads, e.statistics
 
     close(traced(gradients)(params), gradients(params))
@@ -202,7 +203,7 @@ def test_functions_of_torch_in_an_unmodified_module():
     kind = replace(KINDS["pairs"], name="bilinear", function=F.bilinear)
     layers = lrkfac.find_layers(model, params, x, kinds=[kind])
     assert [layer.kind for layer in layers] == ["bilinear"] and not layers.uncovered
-    e = lrkfac.fisher(model, lrkfac.categorical(), layers)(params, x, y)
+    e = lrkfac.evaluator(model, lrkfac.categorical(), layers)(params, x, y)
     close(e.grads, torch.func.grad(lambda p: F.cross_entropy(model(p, x), y))(params))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lrkfac
-from lrkfac import find_layers, fisher, from_module
+from lrkfac import evaluator, find_layers, from_module
 
 X, IMAGES = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4), torch.arange(6 * 48).sin().double()
 IMAGES, CLASSES = IMAGES.reshape(6, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -50,12 +50,12 @@ def autograd(net, loss):
 
 
 def loss_and_gradients_are_the_modules(net, inputs, call):
-    """Those of ``fisher`` and those of autograd through the module itself; the module stays as it was."""
+    """Those of ``evaluator`` and those of autograd through the module itself; the module stays as it was."""
     model, params = from_module(net)
     kept = state_of(net)
     layers = find_layers(model, params, inputs)
-    found = fisher(model, lrkfac.categorical(), layers)(params, inputs, CLASSES)
-    again = fisher(model, lrkfac.categorical(), layers)(params, inputs, CLASSES, statistics=False)
+    found = evaluator(model, lrkfac.categorical(), layers)(params, inputs, CLASSES)
+    again = evaluator(model, lrkfac.categorical(), layers)(params, inputs, CLASSES, statistics=False)
     optree.tree_map(close, state_of(net), kept)
     other = copy.deepcopy(net)
     outputs = call(other)
@@ -136,7 +136,7 @@ def test_buffers_come_back_as_the_module_would_change_them():
     expected, kept = copy.deepcopy(net), state_of(net)
     layers = find_layers(model, params, (buffers, X))
     assert layers["1"].kind == "scale" and not layers.uncovered
-    evaluate = fisher(model, lrkfac.categorical(), layers, has_aux=True)
+    evaluate = evaluator(model, lrkfac.categorical(), layers, has_aux=True)
     for x in (X, 2 * X, X + 1):
         before = optree.tree_map(torch.clone, buffers)
         found = evaluate(params, (buffers, x), CLASSES)
@@ -226,7 +226,7 @@ def test_parameters_that_differ_are_named():
         model({"0.weight": params["0.weight"]}, X)
     with pytest.raises((RuntimeError, ValueError), match=r"1\.weight"):
         model({**params, "1.weight": torch.ones(3)}, X)
-    f = fisher(model, lrkfac.categorical(), find_layers(model, params, X))
+    f = evaluator(model, lrkfac.categorical(), find_layers(model, params, X))
     with pytest.raises(ValueError, match=r"params: .*missing \['0\.bias'\]"):
         f({"0.weight": params["0.weight"]}, X, CLASSES)
 

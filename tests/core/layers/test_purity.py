@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.func import grad, jacrev, jvp, vmap
 
 import lrkfac
-from lrkfac import find_layers, fisher
+from lrkfac import evaluator, find_layers
 
 
 def normal(*shape, seed=0):
@@ -134,7 +134,7 @@ def test_what_stops_the_gradient_is_as_by_autograd(model, uncovered):
     columns = torch.cat([jacobian[k].reshape(outputs.numel(), -1) for k in P], dim=1)
     u = {k: normal(*P[k].shape, seed=3) for k in P}
     flat = lambda tree: torch.cat([tree[k].flatten() for k in P])  # noqa: E731
-    evaluate = fisher(model, lrkfac.gaussian(), layers, "exact")
+    evaluate = evaluator(model, lrkfac.gaussian(), layers, "exact")
     for statistics in (True, False):
         e = evaluate(P, X, targets, statistics=statistics)
         optree.tree_map(lambda *pair: torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-12), e.grads, expected)

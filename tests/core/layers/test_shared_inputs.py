@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.func import hessian, jacrev
 
 import lrkfac
-from lrkfac import find_layers, fisher, layer_wise, precondition_by_fisher
+from lrkfac import evaluator, find_layers, precondition_by_fisher
+from lrkfac.structures import layer_wise
 
 N, POSITIONS = 3, 4
 
@@ -35,7 +36,7 @@ def test_a_leading_axis_of_one_stands_for_all_examples(name):
     x, y, params = normal(N, POSITIONS, 3), normal(N, POSITIONS, 2, seed=4), {"w": normal(*shape, seed=5)}
     model = lambda p, x: torch.tanh(x + operation(p["w"])) @ V.T  # noqa: E731
     layers = find_layers(model, params, x, strict=True)
-    e = fisher(model, lrkfac.gaussian(), layers, "exact")(params, x, y)
+    e = evaluator(model, lrkfac.gaussian(), layers, "exact")(params, x, y)
     tx = precondition_by_fisher(layers, layer_wise(), damping=0.1, decay=0.0)
     found, _ = tx.update(e.grads, tx.init(params), params, evaluation=e)
 
@@ -75,7 +76,7 @@ def test_what_cannot_be_repeated_is_refused():
     model = lambda p, x: F.linear(F.linear(x, F.linear(SHARED[:, 0], p["w"])), p["v"])  # noqa: E731
     layers = find_layers(model, params, x)
     with pytest.raises(ValueError, match=r"weights \['w'\] are applied to one row for all examples"):
-        fisher(model, lrkfac.gaussian(), layers)(params, x, normal(N, 2))
+        evaluator(model, lrkfac.gaussian(), layers)(params, x, normal(N, 2))
 
 
 @pytest.mark.parametrize("numbers", [torch.tensor([2, 0, 1]), None], ids=["constant", "input"])
@@ -94,6 +95,6 @@ def test_outputs_that_depend_on_no_parameter_are_refused():
 def test_noise_of_integers_is_refused():
     params, x = {"w": normal(3, 3)}, normal(N, 3)
     model = lambda p, x: F.linear(x, p["w"])  # noqa: E731
-    evaluate = fisher(model, lrkfac.categorical(), find_layers(model, params, x))
+    evaluate = evaluator(model, lrkfac.categorical(), find_layers(model, params, x))
     with pytest.raises(TypeError, match="noise: expected floating-point"):
         evaluate(params, x, torch.zeros(N, dtype=torch.int64), noise=torch.zeros(1, N, 3, dtype=torch.int64))

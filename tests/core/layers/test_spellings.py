@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.func import jacrev, vmap
 
 import lrkfac
-from lrkfac import find_layers, fisher
+from lrkfac import evaluator, find_layers
 from lrkfac.core.curvature import covariances
 from lrkfac.core.layers.matrix import split_groups
 
@@ -127,7 +127,7 @@ def test_factors_are_second_moments_of_rows(name, bias):
     layer = layers["w"]
     bias = bias and name != "einsum"  # whose bias is a layer of its own, a shift
     assert (layer.groups, layer.bias is not None) == (groups, bias)
-    e = fisher(model, lrkfac.gaussian(), layers, "exact")(params, x, normal(N, 3, seed=4))
+    e = evaluator(model, lrkfac.gaussian(), layers, "exact")(params, x, normal(N, 3, seed=4))
     parts = [split_groups(layer, part[layer.name]) for part in e.statistics[:2]]
 
     def dense(inputs, gradients):

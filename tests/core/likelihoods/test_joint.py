@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import bernoulli, categorical, find_layers, fisher, from_module, gaussian, joint
+from lrkfac import bernoulli, categorical, evaluator, find_layers, from_module, gaussian, joint
 from lrkfac.testing import gradients
 from tests.compiling import traced
 
@@ -48,15 +48,15 @@ def forward(params, inputs):
     return outputs[:, :2], outputs[:, 2:]
 
 
-def evaluator(wrap, estimator="exact", **options):
+def layers_and_evaluate(wrap, estimator="exact", **options):
     model = lambda p, x: wrap(*forward(p, x))  # noqa: E731
     likelihood = joint(wrap(*HEADS), wrap(*WEIGHTS))
-    return fisher(model, likelihood, find_layers(model, PARAMS, X), estimator, **options)
+    return evaluator(model, likelihood, find_layers(model, PARAMS, X), estimator, **options)
 
 
 def alone(i, estimator="exact"):
     model = lambda p, x: forward(p, x)[i]  # noqa: E731
-    f = fisher(model, HEADS[i], find_layers(model, PARAMS, X), estimator)
+    f = evaluator(model, HEADS[i], find_layers(model, PARAMS, X), estimator)
     return f(PARAMS, X, (MASK, CLASS)[i])
 
 
@@ -72,7 +72,7 @@ def B(evaluation, name):
 
 @each_tree
 def test_everything_is_the_weighted_sum_of_the_heads(wrap):
-    found, heads = evaluator(wrap)(PARAMS, X, wrap(MASK, CLASS)), [alone(0), alone(1)]
+    found, heads = layers_and_evaluate(wrap)(PARAMS, X, wrap(MASK, CLASS)), [alone(0), alone(1)]
     total = lambda of: sum(weight * of(one) for weight, one in zip(WEIGHTS, heads, strict=True))  # noqa: E731
     u, v = gradients(PARAMS, 1), gradients(PARAMS, 2)
     close(found.loss, total(lambda e: e.loss))
@@ -92,10 +92,13 @@ def test_noise_is_a_tree(wrap):
     noise = [
         torch.rand(3, *f.shape, generator=torch.Generator().manual_seed(i)) for i, f in enumerate(forward(PARAMS, X))
     ]
-    f = evaluator(wrap, "mc", samples=3)
+    f = layers_and_evaluate(wrap, "mc", samples=3)
     found, again = (f(PARAMS, X, wrap(MASK, CLASS), noise=wrap(*noise)) for _ in range(2))
     close(found.statistics, again.statistics)
-    close(B(found, "a"), B(evaluator(Pair, "mc", samples=3)(PARAMS, X, Pair(MASK, CLASS), noise=Pair(*noise)), "a"))
+    close(
+        B(found, "a"),
+        B(layers_and_evaluate(Pair, "mc", samples=3)(PARAMS, X, Pair(MASK, CLASS), noise=Pair(*noise)), "a"),
+    )
     assert found.statistics.output_gradients["a"][0].shape == (3, 6, 4)
 
 
@@ -103,7 +106,7 @@ def test_heads_are_drawn_independently():
     """The products across heads vanish in the mean over 20000 copies of the batch, within six standard errors."""
     many = 20_000
     torch.manual_seed(0)
-    f = evaluator(Pair, "mc")
+    f = layers_and_evaluate(Pair, "mc")
     found = f(PARAMS, X.repeat(many, 1), Pair(MASK.repeat(many, 1), CLASS.repeat(many)))
     g = found.statistics.output_gradients["b"][0][0].unflatten(0, (many, 6))
     across = (g[..., :2, None] * g[..., None, 2:]).sum(1)
@@ -112,7 +115,7 @@ def test_heads_are_drawn_independently():
 
 @each_estimator
 def test_statistics_of_some_examples(estimator):
-    f, numbers = evaluator(Pair, estimator), torch.tensor([4, 0, 1])
+    f, numbers = layers_and_evaluate(Pair, estimator), torch.tensor([4, 0, 1])
     noise = Pair(torch.rand(1, 3, 2), torch.rand(1, 3, 3))
     noise = noise if estimator == "mc" else None
     found = f(PARAMS, X, Pair(MASK, CLASS), statistics=numbers, noise=noise)
@@ -123,7 +126,7 @@ def test_statistics_of_some_examples(estimator):
 def test_a_single_head_of_weight_zero_changes_nothing(estimator):
     model = lambda p, x: {"mask": forward(p, x)[0]}  # noqa: E731
     likelihood = joint({"mask": bernoulli()}, {"mask": 0.0})
-    e = fisher(model, likelihood, find_layers(model, PARAMS, X), estimator)(PARAMS, X, {"mask": MASK})
+    e = evaluator(model, likelihood, find_layers(model, PARAMS, X), estimator)(PARAMS, X, {"mask": MASK})
     assert all((g == 0).all() for g in optree.tree_leaves((e.loss, e.grads)))
     assert all(x.isfinite().all() for x in optree.tree_leaves(e.statistics))
 
@@ -131,7 +134,7 @@ def test_a_single_head_of_weight_zero_changes_nothing(estimator):
 @each_estimator
 def test_a_head_of_which_nothing_counts_leaves_the_statistics_of_the_others(estimator):
     """Known by ``vmap`` over targets, where values are not looked at."""
-    f = evaluator(Pair, estimator)
+    f = layers_and_evaluate(Pair, estimator)
     noise = Pair(torch.rand(1, 6, 2, dtype=torch.float64), torch.rand(1, 6, 3, dtype=torch.float64))
     noise = noise if estimator == "mc" else None
     run = lambda classes: itemgetter(0, 4)(f(PARAMS, X, Pair(MASK, classes), noise=noise))  # noqa: E731
@@ -160,7 +163,7 @@ def test_a_module_with_two_heads_trains(estimator):
     inputs, targets = X.float(), {"class": CLASS, "mask": MASK.float()}
     layers = find_layers(model, params, (buffers, inputs), strict=True)
     assert [layer.name for layer in layers] == ["trunk.0", "trunk.1", "mask", "label"]
-    f = fisher(model, joint({"mask": HEADS[0], "class": HEADS[1]}), layers, estimator, has_aux=True)
+    f = evaluator(model, joint({"mask": HEADS[0], "class": HEADS[1]}), layers, estimator, has_aux=True)
     tx = lrkfac.low_rank_kfac(layers, learning_rate=0.1, rank=2, kl_clip=1e-1)
     state, losses = tx.init(params), []
     for _ in range(10):
@@ -173,7 +176,7 @@ def test_a_module_with_two_heads_trains(estimator):
 
 @each_estimator
 def test_ensemble_under_vmap(estimator):
-    f = evaluator(Pair, estimator)
+    f = layers_and_evaluate(Pair, estimator)
     noise = Pair(torch.rand(1, 6, 2, dtype=torch.float64), torch.rand(1, 6, 3, dtype=torch.float64))
     noise = noise if estimator == "mc" else None
     run = lambda p: itemgetter(0, 1, 2, 4)(f(p, X, Pair(MASK, CLASS), noise=noise))  # noqa: E731
@@ -186,7 +189,7 @@ def test_ensemble_under_vmap(estimator):
 @each_estimator
 def test_compiled_the_same_as_eager(estimator):
     wrap = WRAPPED["dictionary"]
-    f = evaluator(wrap, estimator)
+    f = layers_and_evaluate(wrap, estimator)
     noise = wrap(torch.rand(1, 6, 2, dtype=torch.float64), torch.rand(1, 6, 3, dtype=torch.float64))
     noise = noise if estimator == "mc" else None
 
@@ -213,7 +216,7 @@ REFUSED = {
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize(("wrong", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_trees_that_do_not_fit(wrong, error, message, statistics):
-    f = evaluator(DICTIONARY, "mc")
+    f = layers_and_evaluate(DICTIONARY, "mc")
     with pytest.raises(error, match=message):
         f(**{"params": PARAMS, "inputs": X, "targets": DICTIONARY(MASK, CLASS), "statistics": statistics, **wrong})
 
@@ -239,7 +242,7 @@ OUTPUTS = {
 @pytest.mark.parametrize(("wrap", "error", "message"), OUTPUTS.values(), ids=OUTPUTS.keys())
 def test_outputs_that_do_not_fit(wrap, error, message):
     layers = find_layers(lambda p, x: forward(p, x), PARAMS, X)
-    f = fisher(lambda p, x: wrap(*forward(p, x)), joint(DICTIONARY(*HEADS)), layers)
+    f = evaluator(lambda p, x: wrap(*forward(p, x)), joint(DICTIONARY(*HEADS)), layers)
     with pytest.raises(error, match=message):
         f(PARAMS, X, DICTIONARY(MASK, CLASS))
 

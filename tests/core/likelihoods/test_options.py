@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, grad_and_value, vmap
 
-from lrkfac import categorical, find_layers, fisher, gaussian, poisson
+from lrkfac import categorical, evaluator, find_layers, gaussian, poisson
 from tests.compiling import traced
 from tests.core.likelihoods.test_families import LIKELIHOODS, close
 
@@ -135,7 +135,7 @@ def test_values_are_looked_at_where_they_are_known():
                 run(batch)
         for statistics, estimator in ((False, "mc"), (True, "mc"), (True, "exact")):
             params = {"w": torch.zeros(3, 3)}
-            f = fisher(linear, likelihood, find_layers(linear, params, outputs), estimator)
+            f = evaluator(linear, likelihood, find_layers(linear, params, outputs), estimator)
             with pytest.raises(ValueError, match=f"categorical: expected targets .*{message}"):
                 f(params, outputs, targets, statistics=statistics)
     losses = vmap(ignoring.loss, (None, 0))(outputs, torch.stack([none_left, torch.tensor([0, -100])]))
@@ -145,7 +145,7 @@ def test_values_are_looked_at_where_they_are_known():
 @pytest.mark.slow
 def test_compiled_without_valid_targets_the_loss_is_not_finite_and_rows_are_zero():
     params, inputs = {"w": torch.randn(3, 3)}, torch.randn(2, 3)
-    f = fisher(linear, categorical(ignore_index=-100), find_layers(linear, params, inputs), "exact")
+    f = evaluator(linear, categorical(ignore_index=-100), find_layers(linear, params, inputs), "exact")
     run = traced(lambda p, x, y: itemgetter(0, 4)(f(p, x, y)))
     loss, statistics = run(params, inputs, torch.full((2,), -100))
     (g,) = statistics.output_gradients["w"]

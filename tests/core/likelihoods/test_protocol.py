@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import hessian, jacrev
 
-from lrkfac import Likelihood, Weights, bernoulli, categorical, find_layers, fisher, gaussian, joint, poisson
+from lrkfac import Likelihood, Weights, bernoulli, categorical, evaluator, find_layers, gaussian, joint, poisson
 from lrkfac.testing import gradients, seeds
 
 CLASSES = 3
@@ -159,7 +159,7 @@ def problem(heads, seed, batch=4):
 
 def evaluate(p, estimator="exact", statistics=True, noise=None, samples=1):
     layers = find_layers(p.model, p.params, p.inputs)
-    f = fisher(p.model, p.likelihood, layers, estimator, samples)
+    f = evaluator(p.model, p.likelihood, layers, estimator, samples)
     return f(p.params, p.inputs, p.targets, statistics, noise)
 
 

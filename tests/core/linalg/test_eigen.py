@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import vmap
 
-from lrkfac import power_iteration, subspace_iteration
 from lrkfac.core.linalg.eigen import orthonormal, pseudo_random, rayleigh_ritz
+from lrkfac.linalg import power_iteration, subspace_iteration
 from lrkfac.testing import dtypes, seeds
 
 CONVERGED = {power_iteration: {"max_iterations": 300}, subspace_iteration: {"iterations": 300}}

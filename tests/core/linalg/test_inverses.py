@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.func import vmap
 
-from lrkfac import Dense, Kronecker, LowRankPlusDiagonal, inverse, sherman_morrison, to_dense, woodbury
+from lrkfac.linalg import Dense, Kronecker, LowRankPlusDiagonal, inverse, sherman_morrison, to_dense, woodbury
 from lrkfac.testing import check_inverse, low_rank_plus_diagonals, operators
 from tests.dispatch import LargestTensor
 

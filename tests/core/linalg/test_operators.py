@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import vmap
 
-from lrkfac import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
 from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
 from lrkfac.core.linalg.operators import dimension, split_damping
+from lrkfac.linalg import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
 from lrkfac.testing import operators
 from lrkfac.testing.strategies import low_rank_plus_diagonals
 from tests import reference

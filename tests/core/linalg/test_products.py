@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import grad, vmap
 
-from lrkfac import Kronecker, LowRankPlusDiagonal, to_dense
 from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
 from lrkfac.core.linalg.operators import dimension
 from lrkfac.core.linalg.products import of_columns, of_rows, two_sided
+from lrkfac.linalg import Kronecker, LowRankPlusDiagonal, to_dense
 from lrkfac.testing import operators
 from lrkfac.testing.strategies import low_rank_plus_diagonals
 from tests.dispatch import LargestTensor

@@ -5,14 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrkfac import (
+from lrkfac import scale, scale_by_learning_rate
+from lrkfac.schedules import (
     constant_schedule,
-    exponential_schedule,
+    exponential_decay,
     join_schedules,
     piecewise_constant_schedule,
-    scale,
-    scale_by_learning_rate,
-    warmup_cosine_schedule,
+    warmup_cosine_decay_schedule,
 )
 from lrkfac.testing import check_transformation
 from tests import reference_optimizers as reference
@@ -35,10 +34,10 @@ def test_constant(value):
 
 @given(values, st.integers(0, 10), st.integers(1, 12), values, values)
 def test_warmup_cosine(peak, warmup, more, initial, final):
-    schedule = warmup_cosine_schedule(peak, warmup, warmup + more, initial, final)
+    schedule = warmup_cosine_decay_schedule(initial, peak, warmup, warmup + more, final)
     check_schedule(
         schedule,
-        lambda step: reference.warmup_cosine_schedule(step, peak, warmup, warmup + more, initial, final),
+        lambda step: reference.warmup_cosine_decay_schedule(step, peak, warmup, warmup + more, initial, final),
     )
     assert schedule(torch.tensor(warmup)).item() == pytest.approx(peak)
     assert schedule(torch.tensor(10**6)).item() == pytest.approx(final)
@@ -46,8 +45,8 @@ def test_warmup_cosine(peak, warmup, more, initial, final):
 
 @given(values, st.floats(0.1, 2), st.integers(1, 10))
 def test_exponential(initial, rate, interval):
-    schedule = exponential_schedule(initial, rate, interval)
-    check_schedule(schedule, lambda step: reference.exponential_schedule(step, initial, rate, interval))
+    schedule = exponential_decay(initial, interval, rate)
+    check_schedule(schedule, lambda step: reference.exponential_decay(step, initial, rate, interval))
 
 
 @given(values, st.dictionaries(st.integers(0, 20), st.floats(-2, 2), max_size=4))
@@ -64,13 +63,13 @@ def test_joined(lengths, data):
     """Each of them counts from its own start."""
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     rates = data.draw(st.lists(st.floats(0.5, 1.5), min_size=len(starts), max_size=len(starts)))
-    schedules = [exponential_schedule(1.0 + i, rate) for i, rate in enumerate(rates)]
+    schedules = [exponential_decay(1.0 + i, 1, rate) for i, rate in enumerate(rates)]
     if lengths:
         schedules[-1], rates[-1] = constant_schedule(float(len(lengths) + 1)), 1.0
 
     def expected(step):
         i = max(i for i, start in enumerate(starts) if start <= step)
-        return reference.exponential_schedule(step - starts[i], 1.0 + i, rates[i])
+        return reference.exponential_decay(step - starts[i], 1.0 + i, rates[i])
 
     check_schedule(join_schedules(schedules, starts[1:]), expected)
     whole = join_schedules([join_schedules(schedules, starts[1:]), lambda step: 7], [30])
@@ -79,15 +78,18 @@ def test_joined(lengths, data):
 
 SCHEDULES = {
     "constant": (constant_schedule(0.3), lambda step: 0.3),
-    "cosine": (warmup_cosine_schedule(0.5, 2, 5), lambda s: reference.warmup_cosine_schedule(s, 0.5, 2, 5)),
-    "exponential": (exponential_schedule(0.5, 0.8), lambda s: reference.exponential_schedule(s, 0.5, 0.8)),
+    "cosine": (
+        warmup_cosine_decay_schedule(0.0, 0.5, 2, 5),
+        lambda s: reference.warmup_cosine_decay_schedule(s, 0.5, 2, 5),
+    ),
+    "exponential": (exponential_decay(0.5, 1, 0.8), lambda s: reference.exponential_decay(s, 0.5, 0.8)),
     "piecewise": (
         piecewise_constant_schedule(0.5, {2: 0.1, 4: 3.0}),
         lambda step: reference.piecewise_constant_schedule(step, [2, 4], [0.5, 0.05, 0.15]),
     ),
     "joined": (
-        join_schedules([exponential_schedule(0.5, 0.8), constant_schedule(0.1)], [3]),
-        lambda s: reference.exponential_schedule(s, 0.5, 0.8) if s < 3 else 0.1,
+        join_schedules([exponential_decay(0.5, 1, 0.8), constant_schedule(0.1)], [3]),
+        lambda s: reference.exponential_decay(s, 0.5, 0.8) if s < 3 else 0.1,
     ),
     "the user's own": (lambda step: 1 / (1 + step), lambda step: 1 / (1 + step)),
     "a number": (0.25, lambda step: 0.25),
@@ -127,23 +129,23 @@ def test_scale(factor, dtype):
         (lambda: scale_by_learning_rate(float("inf")), ValueError, "learning_rate: expected a finite number"),
         (lambda: scale_by_learning_rate(None), TypeError, "learning_rate: expected a number, got NoneType"),
         (lambda: constant_schedule(float("nan")), ValueError, "value: expected a finite number"),
-        (lambda: warmup_cosine_schedule(float("nan"), 1, 2), ValueError, "peak_value: expected"),
-        (lambda: warmup_cosine_schedule(1.0, 1, 2, float("inf")), ValueError, "initial_value: expected"),
-        (lambda: warmup_cosine_schedule(1.0, 1, 2, 0.0, float("nan")), ValueError, "final_value: expected"),
-        (lambda: warmup_cosine_schedule(1.0, 2, 2), ValueError, "warmup_steps: .* total_steps = 2, got 2"),
-        (lambda: warmup_cosine_schedule(1.0, -1, 2), ValueError, "warmup_steps: .* got -1"),
-        (lambda: exponential_schedule(float("nan"), 0.5), ValueError, "initial_value: expected"),
-        (lambda: exponential_schedule(1.0, 0.0), ValueError, r"decay_rate: .*\(0, inf\), got 0"),
-        (lambda: exponential_schedule(1.0, 0.5, 0), ValueError, r"steps: .*\[1, inf\), got 0"),
+        (lambda: warmup_cosine_decay_schedule(0.0, float("nan"), 1, 2), ValueError, "peak_value: expected"),
+        (lambda: warmup_cosine_decay_schedule(float("inf"), 1.0, 1, 2), ValueError, "init_value: expected"),
+        (lambda: warmup_cosine_decay_schedule(0.0, 1.0, 1, 2, float("nan")), ValueError, "end_value: expected"),
+        (lambda: warmup_cosine_decay_schedule(0.0, 1.0, 2, 2), ValueError, "warmup_steps: .* decay_steps = 2, got 2"),
+        (lambda: warmup_cosine_decay_schedule(0.0, 1.0, -1, 2), ValueError, "warmup_steps: .* got -1"),
+        (lambda: exponential_decay(float("nan"), 1, 0.5), ValueError, "init_value: expected"),
+        (lambda: exponential_decay(1.0, 1, 0.0), ValueError, r"decay_rate: .*\(0, inf\), got 0"),
+        (lambda: exponential_decay(1.0, 0, 0.5), ValueError, r"transition_steps: .*\[1, inf\), got 0"),
         (lambda: join_schedules([], []), ValueError, "boundaries: expected 0 for 0 schedules, at least one, got 0"),
         (lambda: join_schedules([abs, abs], []), ValueError, "boundaries: expected 1 for 2 schedules"),
         (lambda: join_schedules([abs], [1]), ValueError, "boundaries: expected 0 for 1 schedules"),
         (lambda: join_schedules([abs, 0.1], [1]), TypeError, "schedules: .* use constant_schedule"),
         (lambda: join_schedules([abs] * 3, [2, 2]), ValueError, r"boundaries: .*\(2, inf\), got 2"),
         (lambda: join_schedules([abs, abs], [0]), ValueError, r"boundaries: .*\(0, inf\), got 0"),
-        (lambda: piecewise_constant_schedule(float("nan"), {}), ValueError, "initial_value: expected"),
+        (lambda: piecewise_constant_schedule(float("nan"), {}), ValueError, "init_value: expected"),
         (lambda: piecewise_constant_schedule(1.0, {-1: 0.1}), ValueError, r"boundary: .* got -1"),
-        (lambda: piecewise_constant_schedule(1.0, {1: float("inf")}), ValueError, "scales: .* got inf"),
+        (lambda: piecewise_constant_schedule(1.0, {1: float("inf")}), ValueError, "a factor: .* got inf"),
     ],
 )
 def test_arguments_are_checked(make, error, words):

@@ -1,0 +1,22 @@
+"""Symmetric operators that are applied without being formed, their inverses, and stateless iterations.
+
+An operator is a NamedTuple of tensors, a pytree for ``optree`` and ``torch.func`` alike. Inversion returns an
+operator of the same class.
+"""
+
+from lrkfac.core.linalg.eigen import power_iteration, subspace_iteration
+from lrkfac.core.linalg.inverses import inverse, sherman_morrison, woodbury
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
+
+__all__ = [
+    "Dense",
+    "Diagonal",
+    "Kronecker",
+    "LowRankPlusDiagonal",
+    "inverse",
+    "power_iteration",
+    "sherman_morrison",
+    "subspace_iteration",
+    "to_dense",
+    "woodbury",
+]

@@ -1,0 +1,17 @@
+"""Structures: how a layer's block of the Fisher matrix is represented, averaged over time and inverted."""
+
+from lrkfac.core.curvature.exact import full, layer_wise, unit_wise
+from lrkfac.core.curvature.factors import dense, diagonal
+from lrkfac.core.curvature.low_rank import low_rank, low_rank_plus_diagonal
+from lrkfac.core.curvature.structures import kronecker
+
+__all__ = [
+    "dense",
+    "diagonal",
+    "full",
+    "kronecker",
+    "layer_wise",
+    "low_rank",
+    "low_rank_plus_diagonal",
+    "unit_wise",
+]

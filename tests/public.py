@@ -1,0 +1,20 @@
+"""The public names of the package: those at the top and those of its namespaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lrkfac
+
+NAMESPACES = ("linalg", "structures", "schedules", "checkpoint")
+
+
+def public_names() -> list[tuple[str, Any]]:
+    """Dotted names below ``lrkfac``, each with what it stands for."""
+    top = [(name, getattr(lrkfac, name)) for name in lrkfac.__all__]
+    spaces = [(space, getattr(lrkfac, space)) for space in NAMESPACES]
+    return top + [(f"{space}.{name}", getattr(module, name)) for space, module in spaces for name in module.__all__]
+
+
+BY_SHORT_NAME = {name.rpartition(".")[2]: thing for name, thing in public_names() if name != "schedules.Schedule"}
+"""What each public name stands for, by its last part."""
