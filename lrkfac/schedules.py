@@ -16,7 +16,6 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_flag, check_number
 
 __all__ = [
-    "Schedule",
     "constant_schedule",
     "exponential_decay",
     "join_schedules",

@@ -16,5 +16,5 @@ def public_names() -> list[tuple[str, Any]]:
     return top + [(f"{space}.{name}", getattr(module, name)) for space, module in spaces for name in module.__all__]
 
 
-BY_SHORT_NAME = {name.rpartition(".")[2]: thing for name, thing in public_names() if name != "schedules.Schedule"}
+BY_SHORT_NAME = {name.rpartition(".")[2]: thing for name, thing in public_names()}
 """What each public name stands for, by its last part."""

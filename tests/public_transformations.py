@@ -21,6 +21,7 @@ from tests.bad_values import (
     number,
     tree,
 )
+from tests.public import BY_SHORT_NAME
 from tests.public_calls import (
     LAYERS,
     NOT_LAYERS,
@@ -251,7 +252,7 @@ for name, tx in {**STATELESS, **STATEFUL}.items():
 
 def base(name: str) -> Any:
     """What is public of an entry such as ``trace().update``."""
-    return getattr(lrkfac, name.split("(")[0].split(".")[0])
+    return BY_SHORT_NAME[name.split("(")[0].split(".")[0]]
 
 
 def documentation(name: str) -> str:

@@ -29,7 +29,7 @@ PROMISED = """
 """.split()
 CHECKERS = ["check_inverse", "check_likelihood", "check_structure", "check_transformation"]
 PUBLIC = dict(public_names())
-each_name = pytest.mark.parametrize("name", [name for name in PUBLIC if name != "schedules.Schedule"])
+each_name = pytest.mark.parametrize("name", PUBLIC)
 
 
 @pytest.mark.parametrize("module", [lrkfac, *[getattr(lrkfac, space) for space in NAMESPACES]])
