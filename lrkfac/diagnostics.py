@@ -14,17 +14,12 @@ from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.text import table
 from lrkfac.core.base.tree_checks import check_like
-from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
-from lrkfac.core.curvature.blocks import Held, form
-from lrkfac.core.curvature.diagnosis import SIDES, WHOLE, LayerDiagnosis, is_before, needed_rank, of_block
-from lrkfac.core.curvature.ekfac import CorrectedState
-from lrkfac.core.curvature.factors import DiagonalState
-from lrkfac.core.curvature.kronecker import KroneckerState
+from lrkfac.core.curvature.blocks import BlockState, signature
+from lrkfac.core.curvature.diagnosis import LayerDiagnosis, is_before, needed_rank, of_block
+from lrkfac.core.curvature.spectra import SIDES, WHOLE
 from lrkfac.core.layers.description import Layer, Layers, check_layers
-from lrkfac.core.layers.matrix import to_matrix
-from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
-from lrkfac.core.linalg.operators import Kronecker, dimension
+from lrkfac.core.layers.matrix import layer_matrix
 from lrkfac.transforms.hyperparameters import HyperparametersState
 from lrkfac.transforms.precondition import PreconditionState
 from lrkfac.transforms.quadratic_model import QuadraticModelState
@@ -132,57 +127,56 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
         TypeError: If an argument has the wrong type, or a factor is held by a structure that is not lrkfac's.
     """
     check_layers(layers)
-    found = _blocks("state", state, layers)
+    blocks = _blocks("state", state, layers)
     before = {} if previous is None else _blocks("previous", previous, layers)
-    forms = [{name: form(block.state) for name, block in blocks.items()} for blocks in (found, before)]
+    forms = [{name: signature(block.average) for name, block in each.items()} for each in (blocks, before)]
     if previous is not None and forms[0] != forms[1]:
         raise ValueError("previous: expected an earlier state of the same transformation, got one of another form")
-    if any(is_before(held.state, before[name].state) for name, held in found.items() if name in before):
+    if any(is_before(block.average, before[name].average) for name, block in blocks.items() if name in before):
         raise ValueError("previous: expected an earlier state than state, got a later one; are the two swapped?")
-    diagnosed = {name: of_block(held, before.get(name)) for name, held in found.items()}
+    diagnosed = {name: of_block(block, before.get(name)) for name, block in blocks.items()}
     for _, one in _within(state, PreconditionState):
-        for name, since in zip(sorted(one.factors), one.since.unbind(-1), strict=True):
+        for name, since in zip(sorted(one.blocks), one.since.unbind(-1), strict=True):
             diagnosed[name].numbers[WHOLE]["since_statistics"] = since
     leaves = _updates(state, layers, updates)
     for name, one in diagnosed.items() if leaves is not None else ():
-        own = [layer for layer in layers if name in ("", layer.name)]
-        squares = [wide(materialize(to_matrix(layer, leaves or []))).square().sum() for layer in own]
+        of_block_layers = [layer for layer in layers if name in ("", layer.name)]
+        squares = [wide(layer_matrix(layer, leaves or []).joined()).square().sum() for layer in of_block_layers]
         one.numbers[WHOLE]["update_norm"] = torch.stack(squares).sum().sqrt()
     return Diagnosis(diagnosed, _of_chain(state))
 
 
-def _blocks(what: str, state: Any, layers: Layers) -> dict[str, Held]:
-    """What the preconditioners in a state hold, by layer."""
-    found: dict[str, Held] = {}
+def _blocks(what: str, state: Any, layers: Layers) -> dict[str, BlockState]:
+    """Return the states of all blocks in a state, by layer."""
+    blocks: dict[str, BlockState] = {}
     for _, one in _within(state, PreconditionState):
-        for name in one.factors:
-            if name in found:
+        for name, block in one.blocks.items():
+            if name in blocks:
                 raise ValueError(
                     f"{what}: layer {name!r} has two preconditioners in it; diagnose the state of each by itself"
                 )
-            found[name] = Held(one.factors[name], one.inverses[name], one.dampings[name])
-    if not found:
+            blocks[name] = block
+    if not blocks:
         raise ValueError(
             f"{what}: expected the state of precondition_by_fisher(layers), or of a chain with it, got "
             f"{type(state).__name__} without one; of a LowRankKFAC, pass its chain_state"
         )
     names = [layer.name for layer in layers]
-    for name, held in found.items():
+    for name, block in blocks.items():
         if name and name not in names:
             raise ValueError(f"{what}: expected one of the layers {names}, got one with {name!r}; pass its layers")
-        if isinstance(held.inverse, Kronecker | CorrectedKronecker):
-            _check(what, layers[name], held)
-    return found
+        if block.average.is_product:
+            _check(what, layers[name], block)
+    return blocks
 
 
-def _check(what: str, layer: Layer, held: Held) -> None:
-    product = held.state.factors if isinstance(held.state, CorrectedState) else held.state
+def _check(what: str, layer: Layer, block: BlockState) -> None:
     expected = (layer.d_out * layer.d_in, int(layer.groups > 1))
-    if (dimension(held.inverse), product.input.steps.ndim) != expected:
+    if (block.inverse.dimension, block.average.factor_states()[0].steps.ndim) != expected:
         raise ValueError(
             f"{what}: expected factors of B {layer.d_out} and A {layer.d_in} for layer {layer.name!r}, got the form "
-            f"{form(held.state)}; pass the layers of its transformation, and map over the states of an ensemble: "
-            "vmap(lambda s: diagnose(s, layers).metrics())(states)"
+            f"{signature(block.average)}; pass the layers of its transformation, and map over the states of an "
+            "ensemble: vmap(lambda s: diagnose(s, layers).metrics())(states)"
         )
 
 
@@ -257,11 +251,11 @@ def ranks_by_trace(state: Any, layers: Layers, share: float = 0.95) -> dict[str,
     check_layers(layers)
     check_number(share, "share", 0, 1, includes_low=False)
     ranks: dict[str, int] = {}
-    for name, held in _blocks("state", state, layers).items():
-        products = held.state.factors if isinstance(held.state, CorrectedState) else held.state
-        if isinstance(products, KroneckerState):
-            if any((side.steps == 0).any() for side in products):
+    for name, block in _blocks("state", state, layers).items():
+        if block.average.is_product:
+            sides = block.average.factor_states()
+            if any((side.steps == 0).any() for side in sides):
                 raise ValueError(f"state: expected one after some statistics, got one without any of layer {name!r}")
-            sides = [side for side in products if not isinstance(side, DiagonalState)]
-            ranks[name] = max([1, *[int(needed_rank(side, share)) for side in sides]])
+            free = [side for side in sides if not getattr(side, "fixed_basis", False)]
+            ranks[name] = max([1, *[int(needed_rank(side, share)) for side in free]])
     return ranks

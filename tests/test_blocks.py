@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import lrkfac
 from lrkfac import precondition_by_fisher
-from lrkfac.core.layers.matrix import to_matrix
+from lrkfac.core.layers.matrix import layer_matrix
 from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_rank, unit_wise
 from lrkfac.testing import check_transformation
 from tests import cases, reference_networks, test_models
@@ -110,7 +110,7 @@ def check_structures(case):
     layers, _ = layers_and_evaluate(case)
     matrix, place = reference_networks.gauss_newton_matrix(case), numbers(case.params)
     leaves = [place[parameter.path] for parameter in layers.parameters]
-    found = [to_matrix(layer, leaves).reshape(layer.groups, layer.d_out, layer.d_in) for layer in layers]
+    found = [layer_matrix(layer, leaves).joined().reshape(layer.groups, layer.d_out, layer.d_in) for layer in layers]
     blocks = {
         "full": [torch.arange(len(matrix))],
         "layer_wise": [row for m in found for row in m.flatten(1)],

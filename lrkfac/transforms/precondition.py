@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import optree
@@ -16,31 +17,29 @@ from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.tree_checks import check_like
 from lrkfac.core.base.trees import counter
 from lrkfac.core.base.types import Tree
-from lrkfac.core.curvature.assignment import Chosen, blocks
-from lrkfac.core.curvature.blocks import Held, check_averages, dtype_of, forms, identity, init
+from lrkfac.core.curvature.assignment import Block, Chosen, blocks
+from lrkfac.core.curvature.blocks import BlockState, check_block_states, dtype_of, initial_state, signatures
 from lrkfac.core.curvature.damping import balanced_dampings
 from lrkfac.core.curvature.precondition import alike, natural_gradients
 from lrkfac.core.curvature.ranks import AutoRank, resolved
-from lrkfac.core.curvature.refresh import refresh_all
+from lrkfac.core.curvature.refresh import refresh
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.layers.description import Layers, check_layers
+from lrkfac.core.layers.statistics import Statistics
 from lrkfac.transforms.base import GradientTransformation, check_evaluation, check_state, check_transformation
 
 
 class PreconditionState(NamedTuple):
-    """What is held between steps; the first three by layer name, with a leading axis for groups.
+    """State of ``precondition_by_fisher``.
 
     Attributes:
-        factors: The running averages.
-        inverses: Their damped inverses as of the last statistics.
-        dampings: What these have on top of the averages: ``δ_B`` and ``δ_A`` of a product, ``[2]``, else ``λ``, ``[]``.
-        since: For each of these, sorted by name, the number of steps since its last statistics, int64 ``[n]``.
+        blocks: By layer name, the running average of the block, its damped inverse as of the last statistics, and the
+            dampings in that, with a leading axis for groups.
+        since: For each block, sorted by name, the number of steps since its last statistics, int64 ``[n]``.
         fallback: The state of the transformation of all other parameters.
     """
 
-    factors: dict[str, Any]
-    inverses: dict[str, Any]
-    dampings: dict[str, Any]
+    blocks: dict[str, BlockState]
     since: Tensor
     fallback: Any
 
@@ -48,6 +47,21 @@ class PreconditionState(NamedTuple):
     def preconditions(self) -> bool:
         """Marks the state of a transformation that preconditions and takes the extra ``factor_damping``."""
         return True
+
+    @property
+    def factors(self) -> dict[str, Any]:
+        """The running averages, by layer name."""
+        return {name: block.average for name, block in self.blocks.items()}
+
+    @property
+    def inverses(self) -> dict[str, Any]:
+        """Their damped inverses, by layer name."""
+        return {name: block.inverse for name, block in self.blocks.items()}
+
+    @property
+    def dampings(self) -> dict[str, Tensor]:
+        """``δ_B`` and ``δ_A`` of a product, ``[2]``, else ``λ``, ``[]``, by layer name."""
+        return {name: block.dampings for name, block in self.blocks.items()}
 
 
 def precondition_by_fisher(
@@ -62,19 +76,19 @@ def precondition_by_fisher(
     differentiable: bool = False,
     balanced: bool = False,
 ) -> GradientTransformation:
-    """``(B + δ_B I)⁻¹ ∇W (A + δ_A I)⁻¹`` for each layer: natural gradient by K-FAC, or by exact blocks.
+    """Precondition each layer's gradient, ``(B + δ_B I)⁻¹ ∇W (A + δ_A I)⁻¹``: natural gradient by K-FAC.
 
     Where ``evaluation`` has statistics, the running averages are updated and inverted anew; elsewhere the last
     inverses are applied. Before the first statistics gradients pass unchanged.
 
     Args:
         layers: From ``find_layers``.
-        structure: How a layer's block is held: one structure for all layers, a mapping from patterns of layer names
-            (``fnmatch``; the first that matches counts), or a function of the ``Layer``; ``None`` from it, or no
+        structure: How to represent a layer's block: one structure for all layers, a mapping from patterns of layer
+            names (``fnmatch``; the first that matches counts), or a function of the ``Layer``; ``None`` from it, or no
             pattern, means the default ``kronecker(low_rank(rank), low_rank_plus_diagonal(rank))``. Also
             ``layer_wise()``, ``unit_wise()``, ``diagonal()``, and ``full()`` for all layers together. Scales and
-            shifts, whose blocks are no products, are held ``unit_wise()`` unless a pattern or function says
-            otherwise; the one-hot side of an embedding is always held as the diagonal that it is.
+            shifts, whose blocks are no products, are ``unit_wise()`` unless a pattern or function says otherwise; the
+            one-hot side of an embedding is always the diagonal that it is.
         rank: Rank of that default, 32 unless given: an integer, a mapping from patterns of layer names to integers, or
             ``"auto"``: the largest common to all layers with which the state takes no more memory than the averages of
             Adam, if both are of one dtype, and at most 64. It is fixed when the transformation is made. See ``explain``
@@ -83,22 +97,37 @@ def precondition_by_fisher(
         decay: Decay of the running averages per batch of statistics, in [0, 1).
         fallback: Transformation of the parameters that no layer covers; by default they pass as plain
             gradients.
-        dtype: In which statistics are reduced, factors and inverses held and applied, float32 or float64: by default
-            float64 if a layer's parameters are, else float32. Updates have the dtype of the gradients, whatever it is.
+        dtype: Of statistics, factors and inverses, float32 or float64: by default float64 if a layer's parameters are,
+            else float32. Updates have the dtype of the gradients, whatever it is.
         differentiable: Whether derivatives through an update (``torch.func.grad``) go through the statistics, too.
             By default these are constants, and derivatives those with respect to gradient, damping and learning rate.
-            With it, a factor held by eigenpairs must be of full rank, with distinct ones, for a derivative to exist.
+            With it, a low-rank factor must be of full rank, with distinct eigenvalues, for a derivative to exist.
         balanced: Whether blocks that are smaller by orders of magnitude are damped less, by the last averages: with
             ``damping (s / max s)^p``, at least a millionth of ``damping``, for a block of mean eigenvalue ``s``, where
             ``p`` rises from 0 to 1 while ``max s / min s`` does from 1000 to 3200. Queries and keys of a transformer
             start with millionths of the curvature of other layers: what is a small damping to these leaves those with
             plain gradients.
 
+    Returns:
+        A transformation with a ``PreconditionState``. Its ``update`` takes the extra ``evaluation``, and
+        ``factor_damping`` in the place of ``damping``.
+
     Raises:
         ValueError: If ``rank`` is below 1 or no layer takes it, ``damping`` not positive and finite, ``decay`` outside
             [0, 1), a pattern decides for no layer, a structure makes no sense for a layer, or ``dtype`` is another; in
             ``update``, if the tree, the state or the statistics are not those of ``layers``.
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> params, x, y = torch.eye(3), torch.randn(8, 3), torch.randint(3, (8,))
+        >>> model = lambda p, x: x @ p.T
+        >>> layers = lrkfac.find_layers(model, params, x)
+        >>> tx = lrkfac.precondition_by_fisher(layers, damping=0.1)
+        >>> evaluation = lrkfac.evaluator(model, lrkfac.categorical(), layers, "empirical")(params, x, y)
+        >>> updates, state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
+        >>> lrkfac.materialize(updates).shape
+        torch.Size([3, 3])
     """
     check_layers(layers)
     check_number(damping, "damping", 0, includes_low=False)
@@ -109,22 +138,55 @@ def precondition_by_fisher(
         check_transformation(fallback, "fallback")
     if dtype is not None:
         check_dtype(dtype)
-    held = blocks(layers, structure, resolved(layers, structure, rank))
-    expected = forms(held, layers)
-    together = alike(held)
-    covered = layers.covered
-    free = [p.index for p in layers.parameters if p.index not in covered]
+    assigned = blocks(layers, structure, resolved(layers, structure, rank))
+    preconditioner = _Preconditioner(
+        layers=layers,
+        blocks=assigned,
+        alike=alike(assigned),
+        signatures=signatures(assigned, layers),
+        uncovered=[p.index for p in layers.parameters if p.index not in layers.covered],
+        damping=damping,
+        decay=decay,
+        fallback=fallback,
+        dtype=dtype,
+        differentiable=differentiable,
+        balanced=balanced,
+    )
+    return GradientTransformation(preconditioner.init, preconditioner.update)
 
-    def leaves_of(tree: Tree, what: str) -> list[Tensor]:
-        return check_like(layers.tree, tree, what)
 
-    def init_state(params: Tree) -> PreconditionState:
-        leaves = leaves_of(params, "params")
-        start = {block.name: identity(block, init(block, leaves, dtype)) for block in held}
-        other = fallback.init([leaves[i] for i in free]) if fallback else ()
-        return PreconditionState(*_by_part(start), counter(leaves).repeat(len(held)), other)
+@dataclass(frozen=True, eq=False)
+class _Preconditioner:
+    """See ``precondition_by_fisher``, whose arguments these are, with what follows from them.
+
+    Attributes:
+        blocks: Layers with their structures.
+        alike: Blocks that may be joined.
+        signatures: Of each block's average.
+        uncovered: Indices of the parameters that no layer covers.
+    """
+
+    layers: Layers
+    blocks: tuple[Block, ...]
+    alike: list[list[Block]]
+    signatures: dict[str, Any]
+    uncovered: list[int]
+    damping: float | Tensor
+    decay: float | Tensor
+    fallback: GradientTransformation | None
+    dtype: torch.dtype | None
+    differentiable: bool
+    balanced: bool
+
+    def init(self, params: Tree) -> PreconditionState:
+        """Return the state before the first statistics, with which gradients pass unchanged."""
+        leaves = self._leaves(params, "params")
+        states = {block.name: initial_state(block, leaves, self.dtype) for block in self.blocks}
+        other = self.fallback.init([leaves[i] for i in self.uncovered]) if self.fallback else ()
+        return PreconditionState(states, counter(leaves).repeat(len(states)), other)
 
     def update(
+        self,
         updates: Tree,
         state: PreconditionState,
         params: Tree = None,
@@ -133,47 +195,51 @@ def precondition_by_fisher(
         factor_damping: float | Tensor | None = None,
         **extra: Any,
     ) -> tuple[Tree, PreconditionState]:
+        """Return the preconditioned updates, after a refresh where the evaluation has statistics."""
         evaluation = check_evaluation(evaluation, "precondition_by_fisher")
-        statistics = evaluation.statistics
         check_state(state, PreconditionState)
-        leaves: list[Any] = leaves_of(updates, "updates")
-        check_averages(expected, state.factors, {block.name: dtype or dtype_of(block, leaves) for block in held})
-        known = None if params is None else leaves_of(params, "params")
-        if statistics is not None and not differentiable:
-            statistics = optree.tree_map(torch.Tensor.detach, statistics)
-        factors, inverses, dampings, since = state.factors, state.inverses, state.dampings, state.since + 1
-        used = damping if factor_damping is None else factor_damping
-        if statistics is not None:
-            with profiled("refresh"), without_autocast(since):
-                last = {block.name: Held(*[part[block.name] for part in state[:3]]) for block in held}
-                each = balanced_dampings(held, state.factors, used) if balanced else dict.fromkeys(last, used)
-                factors, inverses, dampings = _by_part(refresh_all(held, last, statistics, each, decay))
-                since = _since(since, state.factors, factors)
+        leaves: list[Any] = self._leaves(updates, "updates")
+        dtypes = {block.name: self.dtype or dtype_of(block, leaves) for block in self.blocks}
+        check_block_states(self.signatures, state.blocks, dtypes)
+        param_leaves = None if params is None else self._leaves(params, "params")
+        states, since = state.blocks, state.since + 1
+        if evaluation.statistics is not None:
+            states = self._refreshed(states, evaluation.statistics, factor_damping)
+            since = _since(since, state.blocks, states)
         with profiled("apply"), without_autocast(since):
-            for i, found in natural_gradients(together, inverses, leaves).items():
-                leaf = laid_out_like(found, leaves[i])
+            for i, natural in natural_gradients(self.alike, states, leaves).items():
+                leaf = laid_out_like(natural, leaves[i])
                 # Scaled and added to in fewer passes over memory, at the end of the chain.
                 waits = evaluation.thin and isinstance(leaf, Tensor) and leaf.ndim == 2
                 leaves[i] = LazyMatrix.of(leaf) if waits else leaf
         other = state.fallback
-        if fallback:
-            own = None if known is None else [known[i] for i in free]
-            changed, other = fallback.update([leaves[i] for i in free], other, own, evaluation=evaluation, **extra)
-            for i, leaf in zip(free, changed, strict=True):
+        if self.fallback:
+            rest = None if param_leaves is None else [param_leaves[i] for i in self.uncovered]
+            rest_updates = [leaves[i] for i in self.uncovered]
+            changed, other = self.fallback.update(rest_updates, other, rest, evaluation=evaluation, **extra)
+            for i, leaf in zip(self.uncovered, changed, strict=True):
                 leaves[i] = leaf
         new_updates = optree.tree_unflatten(optree.tree_structure(updates), leaves)
-        return new_updates, PreconditionState(factors, inverses, dampings, since, other)
+        return new_updates, PreconditionState(states, since, other)
 
-    return GradientTransformation(init_state, update)
+    def _refreshed(
+        self, states: dict[str, BlockState], statistics: Statistics, factor_damping: float | Tensor | None
+    ) -> dict[str, BlockState]:
+        if not self.differentiable:
+            statistics = optree.tree_map(Tensor.detach, statistics)
+        damping = self.damping if factor_damping is None else factor_damping
+        with profiled("refresh"), without_autocast(statistics.scale):
+            if self.balanced:
+                dampings: dict[str, Any] = balanced_dampings(self.blocks, states, damping)
+            else:
+                dampings = dict.fromkeys(states, damping)
+            return refresh(self.blocks, states, statistics, dampings, self.decay)
+
+    def _leaves(self, tree: Tree, what: str) -> list[Any]:
+        return check_like(self.layers.tree, tree, what)
 
 
-def _since(steps: Tensor, before: dict[str, Any], after: dict[str, Any]) -> Tensor:
-    """The steps, 0 where a block has been refreshed."""
-    left = [after[name] is before[name] for name in sorted(after)]
-    return steps * torch.tensor(left, device=steps.device) if any(left) else torch.zeros_like(steps)
-
-
-def _by_part(found: dict[str, Held]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Averages, inverses and dampings, each by name."""
-    states, inverses, dampings = ({name: held[i] for name, held in found.items()} for i in range(3))
-    return states, inverses, dampings
+def _since(steps: Tensor, before: dict[str, BlockState], after: dict[str, BlockState]) -> Tensor:
+    """Return the steps, 0 where a block has been refreshed."""
+    unchanged = [after[name] is before[name] for name in sorted(after)]
+    return steps * torch.tensor(unchanged, device=steps.device) if any(unchanged) else torch.zeros_like(steps)

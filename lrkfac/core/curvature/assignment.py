@@ -1,22 +1,19 @@
-"""Which structure holds which layer."""
+"""The assignment of structures to layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from lrkfac.core.curvature.ekfac import CorrectedStructure
-from lrkfac.core.curvature.exact import BlockStructure, unit_wise
-from lrkfac.core.curvature.factors import DiagonalStructure, FactorStructure, diagonal
-from lrkfac.core.curvature.kronecker import KroneckerStructure
+from lrkfac.core.curvature.exact import ExactStructure, unit_wise
 from lrkfac.core.curvature.low_rank import low_rank, low_rank_plus_diagonal
-from lrkfac.core.curvature.structures import ProductStructure, Structure, kronecker
+from lrkfac.core.curvature.protocol import BlockStructure, FactorStructure
+from lrkfac.core.curvature.structures import kronecker
 from lrkfac.core.layers.description import Layer, Layers
 from lrkfac.core.layers.kinds import KINDS
 
-Choice = Structure | FactorStructure
+Choice = BlockStructure | FactorStructure
 
 
 Chosen = Choice | Mapping[str, Choice] | Callable[[Layer], Choice | None] | None
@@ -26,11 +23,18 @@ Rank = int | Mapping[str, int]
 
 
 class Block(NamedTuple):
-    """Layers held together, by their one structure; one layer, but for ``full``; ``implied`` if nobody chose it."""
+    """A block of the Fisher matrix: its layers, one but for ``full``, and the structure that represents it.
+
+    Attributes:
+        name: Of the layer; ``""`` where one block holds all layers.
+        layers: Of the block.
+        structure: How it is represented.
+        implied: Whether the structure is the default, which nobody chose.
+    """
 
     name: str
     layers: tuple[Layer, ...]
-    structure: Structure
+    structure: BlockStructure
     implied: bool = False
 
 
@@ -39,7 +43,7 @@ RANK = 32
 
 
 def blocks(layers: Layers, structure: Chosen, rank: Rank | None) -> tuple[Block, ...]:
-    """Which structure holds which layer.
+    """Return the blocks of layers, each with its structure.
 
     Args:
         layers: From ``find_layers``.
@@ -53,7 +57,7 @@ def blocks(layers: Layers, structure: Chosen, rank: Rank | None) -> tuple[Block,
         TypeError: If something is no structure.
     """
     ranks = ranks_of(layers, RANK if rank is None else rank)
-    if isinstance(structure, BlockStructure) and structure.per == "model":
+    if isinstance(structure, BlockStructure) and structure.joins_layers:
         if rank is not None:
             raise ValueError(_NO_DEFAULT.format(rank=rank))
         for layer in layers:
@@ -62,36 +66,35 @@ def blocks(layers: Layers, structure: Chosen, rank: Rank | None) -> tuple[Block,
         return (Block("", tuple(layers), structure.fitted(1, whole)),)
     if isinstance(structure, Mapping):
         _check_patterns("structure", structure, [layer.name for layer in layers])
-    found, default = [], []
+    assigned, default = [], []
     for layer in layers:
-        chosen = _chosen(layer, structure)
-        implied = chosen is None or (isinstance(structure, ProductStructure) and unit_wise_by_kind(layer))
-        if implied:
-            held: Structure = unit_wise() if unit_wise_by_kind(layer) else _default(ranks[layer.name])
-            default += [] if unit_wise_by_kind(layer) else [layer.name]
+        chosen, by_unit = _chosen(layer, structure), unit_wise_by_kind(layer)
+        # A product for all layers means: for all that can be one.
+        implied = chosen is None or (isinstance(structure, BlockStructure) and structure.is_product and by_unit)
+        if not implied:
+            used = _checked(layer, chosen)
+        elif by_unit:
+            used = unit_wise()
         else:
-            held = _checked(layer, chosen)
-        if isinstance(held, CorrectedStructure) and any(KINDS[kind].one_hot for kind in layer.kinds):
-            held = held.factors  # a basis of the one-hot side would be a square of the vocabulary
-        if isinstance(held, KroneckerStructure) and layer.kind == "embedding":
-            held = replace(held, output=diagonal())  # the one-hot side; with treatment="expand", exactly
-        found.append(Block(layer.name, (layer,), held.fitted(layer.d_in, layer.d_out), implied))
+            used = _default(ranks[layer.name])
+            default.append(layer.name)
+        assigned.append(Block(layer.name, (layer,), used.for_layer(layer), implied))
     if rank is not None and not default:
         raise ValueError(_NO_DEFAULT.format(rank=rank))
     if isinstance(rank, Mapping):
         _check_patterns("rank", rank, default)
-    return tuple(found)
+    return tuple(assigned)
 
 
 def ranks_of(layers: Layers, rank: Rank) -> dict[str, int]:
-    """The rank of each layer by name.
+    """Return the rank of each layer by name.
 
     Raises:
         ValueError: If a rank is below 1.
         TypeError: If a rank is no integer.
     """
     if not isinstance(rank, Mapping):
-        low_rank(rank)  # refuses it
+        low_rank(rank)  # raises for a bad one
         return {layer.name: rank for layer in layers}
     for pattern, one in rank.items():
         if isinstance(one, bool) or not isinstance(one, int) or one < 1:
@@ -108,13 +111,13 @@ _NO_DEFAULT = (
 )
 
 
-def _default(rank: int) -> ProductStructure:
+def _default(rank: int) -> BlockStructure:
     return kronecker(low_rank(rank), low_rank_plus_diagonal(rank))
 
 
-def _check_patterns(what: str, given: Mapping[str, Any], names: list[str]) -> None:
+def _check_patterns(what: str, patterns: Mapping[str, Any], names: list[str]) -> None:
     left = names
-    for pattern in given:
+    for pattern in patterns:
         matched = [name for name in names if _matches(name, pattern)]
         if not matched:
             raise ValueError(f"{what}: the pattern {pattern!r} matches none of the layers {names}")
@@ -127,7 +130,7 @@ def _check_patterns(what: str, given: Mapping[str, Any], names: list[str]) -> No
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern is the name itself, which may have brackets, or matches it."""
+    """Return whether a pattern is the name itself, which may have brackets, or matches it."""
     return name == pattern or fnmatchcase(name, pattern)
 
 
@@ -140,35 +143,33 @@ def _chosen(layer: Layer, structure: Chosen) -> Any:
 
 
 def unit_wise_by_kind(layer: Layer) -> bool:
-    """Whether it is a scale or shift, whose block is no product."""
+    """Return whether a layer is a scale or shift, whose block is no product."""
     return any(KINDS[kind].unit_wise for kind in layer.kinds)
 
 
-def _checked(layer: Layer, structure: Any) -> Structure:
-    if isinstance(structure, DiagonalStructure):
-        structure = BlockStructure(structure, "layer")
-    if isinstance(structure, BlockStructure | CorrectedStructure) or (
-        isinstance(structure, KroneckerStructure) and structure.treatment == "reduce"
-    ):
-        _check_examples(layer)
-    if isinstance(structure, ProductStructure) and unit_wise_by_kind(layer):
-        raise ValueError(
-            f"structure: layer {layer.name!r} is a {layer.kind}, whose block is no Kronecker product; use unit_wise(), "
-            "layer_wise() or diagonal()"
-        )
-    if isinstance(structure, BlockStructure) and structure.per == "model":
-        raise ValueError(f"structure: full() holds all layers together and cannot stand for {layer.name!r} alone")
+def _checked(layer: Layer, structure: Any) -> BlockStructure:
+    if isinstance(structure, FactorStructure) and structure.stands_alone:
+        structure = ExactStructure(structure, "layer")
+    if isinstance(structure, BlockStructure):
+        if structure.needs_examples:
+            _check_examples(layer)
+        if structure.is_product and unit_wise_by_kind(layer):
+            raise ValueError(
+                f"structure: layer {layer.name!r} is a {layer.kind}, whose block is no Kronecker product; use "
+                "unit_wise(), layer_wise() or diagonal()"
+            )
+        if structure.joins_layers:
+            raise ValueError(f"structure: full() holds all layers together and cannot stand for {layer.name!r} alone")
+        return structure
     if isinstance(structure, int):
         raise TypeError(
             f"structure: expected one such as kronecker(...), got {structure}; for a rank, rank={structure}"
         )
-    if not isinstance(structure, Structure):
-        raise TypeError(
-            f"structure: expected kronecker(input, output), unit_wise(), layer_wise() or diagonal() for layer "
-            f"{layer.name!r}, got {structure!r}; a factor structure such as dense() stands inside: "
-            "kronecker(dense(), dense())"
-        )
-    return structure
+    raise TypeError(
+        f"structure: expected kronecker(input, output), unit_wise(), layer_wise() or diagonal() for layer "
+        f"{layer.name!r}, got {structure!r}; a factor structure such as dense() stands inside: "
+        "kronecker(dense(), dense())"
+    )
 
 
 def _check_examples(layer: Layer) -> None:

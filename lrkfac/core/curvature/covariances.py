@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,10 +12,17 @@ from torch.func import vmap
 
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.layers.description import Layer, Treatment
-from lrkfac.core.layers.kinds import KINDS, Kind, Options, counts
+from lrkfac.core.layers.kinds import BIAS, KINDS, LINEAR, Kind, Options, counts
 from lrkfac.core.layers.matrix import joined_gradient
 from lrkfac.core.layers.statistics import Uses
-from lrkfac.core.linalg.covariances import Covariance, DiagonalCovariance, RowCovariance, SumCovariance, joined_rows
+from lrkfac.core.linalg.covariances import (
+    Covariance,
+    DiagonalCovariance,
+    KroneckerFactors,
+    RowCovariance,
+    SumCovariance,
+    joined_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -91,15 +97,15 @@ class InputCovariance:
         return self.matvec(torch.eye(self.dimension, dtype=like.dtype, device=like.device))
 
 
-class Factors(NamedTuple):
-    """The output factor ``B`` and the input factor ``A`` of one group of a layer."""
-
-    output: Covariance
-    input: Covariance
-
-
-def factors(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor, treatment: Treatment = "expand") -> Factors:
-    """``B`` and ``A`` of one group, for ``G_n = Σ_t g_t a_tᵀ`` with ``t`` over the positions and uses of an example.
+def kronecker_factors(
+    layer: Layer,
+    inputs: Uses,
+    gradients: Uses,
+    scale: Tensor,
+    treatment: Treatment = "expand",
+    stacked: bool = False,
+) -> KroneckerFactors:
+    """Return ``B`` and ``A`` of one group, for ``G_n = Σ_t g_t a_tᵀ`` with ``t`` over positions and uses of an example.
 
     *Expand* takes the terms for independent: ``B = scale * sum of g gᵀ`` and ``A = mean of a aᵀ`` over all rows.
     *Reduce* takes the inputs of an example for equal, ``G_n ≈ ḡ_n ā_nᵀ`` with ``ḡ_n = Σ_t g_t`` and ``ā_n`` the mean
@@ -109,52 +115,81 @@ def factors(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor, treatmen
     Without gradients ``B`` is the identity.
 
     Where a weight is used in two ways (an embedding tied to the output layer), its block is a sum of Kronecker
-    products ``Σ Bₖ ⊗ Aₖ``, held as the product of its partial traces
+    products ``Σ Bₖ ⊗ Aₖ``, approximated by the product of its partial traces
     ``(Σ tr(Aₖ) Bₖ) ⊗ (Σ tr(Bₖ) Aₖ) / Σ tr(Aₖ) tr(Bₖ)``.
+
+    Args:
+        layer: The layer.
+        inputs: What one group of it received, one tensor for each use.
+        gradients: The gradients at its outputs, likewise, or none.
+        scale: Weight of each example in the sums of ``B``, ``[]``.
+        treatment: ``"expand"`` or ``"reduce"``.
+        stacked: Whether statistics of several such layers are stacked along a leading axis; for kinds in
+            ``WITH_PLAIN_ROWS`` and ``"expand"`` alone.
     """
-    of_kind = _expand if treatment == "expand" else _reduce
     by_kind = []
     for name in dict.fromkeys(layer.kinds):
         chosen = [i for i, kind in enumerate(layer.kinds) if kind == name]
         options = tuple(layer.options[i] for i in chosen)
         a, g = tuple(inputs[i] for i in chosen), tuple(gradients[i] for i in chosen if gradients)
-        by_kind.append(of_kind(layer, KINDS[name], options, a, g, scale))
+        if treatment == "expand":
+            by_kind.append(_expand(layer, KINDS[name], options, a, g, scale, stacked))
+        else:
+            by_kind.append(_reduce(layer, KINDS[name], options, a, g, scale))
     if len(by_kind) == 1:
         return by_kind[0]
     output_traces = tuple(f.output.trace() for f in by_kind)
     input_traces = tuple(f.input.trace() for f in by_kind)
     total = torch.stack([a * b for a, b in zip(output_traces, input_traces, strict=True)]).sum()
     total = total.clamp(min=torch.finfo(total.dtype).tiny)
-    return Factors(
+    return KroneckerFactors(
         SumCovariance(tuple(f.output for f in by_kind), tuple(t / total.sqrt() for t in input_traces)),
         SumCovariance(tuple(f.input for f in by_kind), tuple(t / total.sqrt() for t in output_traces)),
     )
 
 
+WITH_PLAIN_ROWS = frozenset({LINEAR.name, BIAS.name})
+"""Kinds whose rows are a reshape of their inputs and gradients, also of several layers stacked."""
+
+
 def _expand(
-    layer: Layer, kind: Kind, options: tuple[Options, ...], inputs: Uses, gradients: Uses, scale: Tensor
-) -> Factors:
+    layer: Layer,
+    kind: Kind,
+    options: tuple[Options, ...],
+    inputs: Uses,
+    gradients: Uses,
+    scale: Tensor,
+    stacked: bool,
+) -> KroneckerFactors:
     d = layer.d_in if kind.one_hot else layer.d_out
     if gradients:
-        joined = joined_rows([g.reshape(-1, d) for g in _channels_last(kind, options, gradients)])
+        joined = joined_rows([_rows(g, d, stacked) for g in _channels_last(kind, options, gradients)])
         moment: Covariance = RowCovariance(joined, scale.to(joined.dtype))
     else:
         joined = scale.new_ones(d)
         moment = DiagonalCovariance(joined)
     if kind.one_hot:
         number = sum(a.numel() for a in inputs)
-        found = torch.stack([counts(a, *o) for a, o in zip(inputs, options, strict=True)]).sum(dim=0)
-        return Factors(DiagonalCovariance(found.to(joined.dtype) / number), moment)
+        each = torch.stack([counts(a, *o) for a, o in zip(inputs, options, strict=True)]).sum(dim=0)
+        return KroneckerFactors(DiagonalCovariance(each.to(joined.dtype) / number), moment)
     joint = layer.bias is not None
     if kind.rows is None:
-        return Factors(moment, InputCovariance(kind, inputs, options, layer.d_in, joint))
-    rows = joined_rows([kind.rows(wide(a), layer.d_in - joint) for a in inputs])
-    return Factors(moment, RowCovariance(rows, rows.new_full((), 1 / max(rows.shape[0], 1)), joint))
+        return KroneckerFactors(moment, InputCovariance(kind, inputs, options, layer.d_in, joint))
+    if stacked:
+        rows = joined_rows([_rows(wide(a), layer.d_in - joint, stacked) for a in inputs])
+    else:
+        rows = joined_rows([kind.rows(wide(a), layer.d_in - joint) for a in inputs])
+    return KroneckerFactors(moment, RowCovariance(rows, rows.new_full((), 1 / max(rows.shape[-2], 1)), joint))
+
+
+def _rows(x: Tensor, d: int, stacked: bool) -> Tensor:
+    """Return rows ``[n, d]``, or ``[layers, n, d]``."""
+    return x.reshape(x.shape[0], -1, d) if stacked else x.reshape(-1, d)
 
 
 def _reduce(
     layer: Layer, kind: Kind, options: tuple[Options, ...], inputs: Uses, gradients: Uses, scale: Tensor
-) -> Factors:
+) -> KroneckerFactors:
     joint = layer.bias is not None
     d = 1 if kind.one_hot else layer.d_in - joint
     # The sum of a_t is the gradient at outputs of one channel, each with the derivative 1: nothing is unfolded.
@@ -180,24 +215,25 @@ def _reduce(
     else:
         moment = DiagonalCovariance(scale.new_ones(layer.d_in if kind.one_hot else layer.d_out))
     mean = RowCovariance(means, torch.full((), 1 / examples, dtype=means.dtype, device=means.device))
-    return Factors(mean, moment) if kind.one_hot else Factors(moment, mean)
+    return KroneckerFactors(mean, moment) if kind.one_hot else KroneckerFactors(moment, mean)
 
 
 def _channels_last(kind: Kind, options: tuple[Options, ...], gradients: Uses) -> list[Tensor]:
-    return [wide(g).movedim(kind.channel(o), -1) for g, o in zip(gradients, options, strict=True)]
+    channels = [kind.channel(o) for o in options]
+    return [wide(g) if c == -1 else wide(g).movedim(c, -1) for g, c in zip(gradients, channels, strict=True)]
 
 
 COLUMNS = 64
-"""How many columns of rows are formed at a time, where rows are not made of the input's entries."""
+"""Number of columns of rows that are formed at a time, where rows are not made of the input's entries."""
 
 
 def mean_squares(kind: Kind, inputs: Sequence[Tensor], each: Sequence[Options], d: int) -> Tensor:
-    """The mean of the squared rows of some uses, ``[d]``, by the rows themselves, ``op(a, I)``."""
+    """Return the mean of the squared rows of some uses, ``[d]``, by the rows themselves, ``op(a, I)``."""
     assert kind.operation is not None
     dtype = inputs[0].dtype if inputs[0].is_floating_point() else torch.float32
-    eye, found = torch.eye(d, dtype=dtype, device=inputs[0].device), []
+    eye, means = torch.eye(d, dtype=dtype, device=inputs[0].device), []
     for part in eye.split(COLUMNS):
         uses = [kind.operation(a, part, o).movedim(kind.channel(o), -1) for a, o in zip(inputs, each, strict=True)]
         rows = torch.cat([s.reshape(-1, len(part)) for s in uses])
-        found.append(rows.square().mean(dim=0))
-    return torch.cat(found)
+        means.append(rows.square().mean(dim=0))
+    return torch.cat(means)

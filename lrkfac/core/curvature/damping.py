@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrkfac.core.curvature.assignment import Block
-from lrkfac.core.curvature.blocks import size
+from lrkfac.core.curvature.blocks import BlockState, mean_eigenvalue_of
 
 FROM, TO = 3.0, 3.5
-"""Decades between the largest and the smallest block from which damping begins to, and up to which it comes to follow
-their sizes."""
+"""Decades between the largest and the smallest block, from which on damping begins to follow their sizes, and up to
+which it comes to follow them wholly.
+"""
 
 
 LEAST = -6.0
 """The decade below the largest beyond which a block counts as one there: those that die have less and less."""
 
 
-def balanced_dampings(blocks: Sequence[Block], states: Mapping[str, Any], damping: float | Tensor) -> dict[str, Tensor]:
-    """``λ (s / max s)^p`` for each block, by name; ``s`` is the mean eigenvalue of its average.
+def balanced_dampings(
+    blocks: Sequence[Block], states: Mapping[str, BlockState], damping: float | Tensor
+) -> dict[str, Tensor]:
+    """Return ``λ (s / max s)^p`` for each block, by name; ``s`` is the mean eigenvalue of its average.
 
     ``p`` rises from 0 to 1 while ``max s / min s`` does from 1000 to 3200. No block has less than a
-    millionth of ``λ``; one of which nothing is known, since its average is zero, has ``λ`` and does not count.
+    millionth of ``λ``. One whose average is zero, of which nothing is known, has ``λ`` and does not count.
     """
-    found = [size(block, states[block.name]) for block in blocks]
-    sizes = torch.stack([one.to(found[0].dtype) for one in found])
+    each = [mean_eigenvalue_of(block, states[block.name].average) for block in blocks]
+    sizes = torch.stack([one.to(each[0].dtype) for one in each])
     known = (sizes > 0) & sizes.isfinite()
     logs = torch.where(known, sizes, 1.0).log10()
     largest = torch.where(known, logs, -torch.inf).amax()
     below = torch.where(known, logs - largest, 0.0).clamp(min=LEAST)
     power = ((-below.amin() - FROM) / (TO - FROM)).clamp(0, 1)
-    return {block.name: damping * 10 ** (power * own) for block, own in zip(blocks, below.unbind(), strict=True)}
+    decades = zip(blocks, below.unbind(), strict=True)
+    return {block.name: damping * 10 ** (power * decade) for block, decade in decades}

@@ -1,35 +1,59 @@
-"""A layer's Fisher block by eigenvalues of its own, in the eigenbasis of a Kronecker product."""
+"""EKFAC: a layer's Fisher block by its diagonal in the eigenbasis of a Kronecker product."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from lrkfac.core.curvature.factors import kept_weight, no_steps
 from lrkfac.core.curvature.kronecker import KroneckerState, KroneckerStructure
+from lrkfac.core.curvature.protocol import BlockStatistics, BlockStructure
+from lrkfac.core.curvature.spectra import SIDES, WHOLE, Damped, Part, Spectrum, damped_of, spectrum_of
+from lrkfac.core.layers.description import Layer
+from lrkfac.core.layers.kinds import KINDS
+from lrkfac.core.layers.matrix import LayerMatrix
 from lrkfac.core.linalg.covariances import Covariance
-from lrkfac.core.linalg.eigen import orthonormal, without_subnormal
-from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
+from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.inverses import damped_inverse
 from lrkfac.core.linalg.moments import Moments, RandomMatrix
-from lrkfac.core.linalg.operators import Dense, LowRankPlusDiagonal, Operator, dimension
 
 
-class CorrectedState(NamedTuple):
-    """``factors``: those of the product; ``average``: the block; ``steps`` int64 ``[]``."""
+class EigenbasisState(NamedTuple):
+    """``factors``, which give the basis; ``average``, the block in it; ``steps`` int64 ``[]``."""
 
     factors: KroneckerState
-    average: CorrectedKronecker
+    average: EigenbasisKronecker
     steps: Tensor
+
+    @property
+    def is_product(self) -> bool:
+        return True
+
+    def factor_states(self) -> tuple[Any, ...]:
+        return self.factors.factor_states()
+
+    def parts(self, inverse: EigenbasisKronecker, dampings: Tensor) -> list[Part]:
+        sides = [Part(side, self.factors[i]) for i, side in enumerate(SIDES)]
+        return [*sides, Part(WHOLE, self, inverse, dampings)]
+
+    def spectrum(self) -> Spectrum:
+        kept = self.average.kept
+        return spectrum_of(kept.reshape(-1), self.average.trace() - kept.sum())
+
+    def damped(self, inverse: EigenbasisKronecker, damping: Tensor, eigenvalues: Tensor) -> Damped:
+        (d_out, r_out), (d_in, r_in) = self.average.output_vectors.shape, self.average.input_vectors.shape
+        more_out, more_in = d_out - r_out, d_in - r_in
+        often = {"kept": 1, "output": more_in, "input": more_out, "rest": more_in * more_out}
+        groups = [(getattr(self.average, name).reshape(-1), times) for name, times in often.items() if times]
+        return damped_of([(values, values + damping, times) for values, times in groups])
 
 
 @dataclass(frozen=True)
-class CorrectedStructure:
-    """The diagonal of the block in the basis of the factors (George et al. 2018, arXiv 1806.03884).
+class EigenbasisStructure(BlockStructure):
+    """The diagonal of the block in the basis of the factors: EKFAC (George et al. 2018, arXiv 1806.03884).
 
     With orthonormal bases ``u_i`` of the output factor and ``v_j`` of the input factor (all eigenvectors where it is
     held densely, unit vectors where it is diagonal, the ``r`` kept directions else), the eigenvalue of ``u_i v_jᵀ`` is
@@ -40,7 +64,7 @@ class CorrectedStructure:
     plainly damped. Plain damping lacks the cross terms ``δ_B A + δ_A B`` of the damping that is split between factors:
     the same number damps less.
 
-    When the bases turn, the running average is carried over (``CorrectedKronecker.moments``). The trace, ``E ‖G_n‖²``,
+    When the bases turn, the running average is carried over (``EigenbasisKronecker.moments``). The trace, ``E ‖G_n‖²``,
     is kept exactly. Where a factor has equal eigenvalues (a dense one of fewer rows than columns) its basis is
     arbitrary among them, and so is what is measured there.
 
@@ -50,67 +74,66 @@ class CorrectedStructure:
 
     factors: KroneckerStructure
 
-    def fitted(self, d_in: int, d_out: int) -> CorrectedStructure:
-        """The structure to use for a layer of this size."""
-        return CorrectedStructure(self.factors.fitted(d_in, d_out))
+    is_product: ClassVar[bool] = True
+    form: ClassVar[str] = "a corrected block"
 
-    def init(self, d_in: int, d_out: int, like: Tensor) -> CorrectedState:
-        """The state before the first batch."""
+    def for_layer(self, layer: Layer) -> BlockStructure:
+        # A basis of the one-hot side of an embedding would be a square of the vocabulary.
+        one_hot = any(KINDS[kind].one_hot for kind in layer.kinds)
+        return self.factors.for_layer(layer) if one_hot else super().for_layer(layer)
+
+    def fitted(self, d_in: int, d_out: int) -> EigenbasisStructure:
+        return EigenbasisStructure(self.factors.fitted(d_in, d_out))
+
+    def init(self, d_in: int, d_out: int, like: Tensor) -> EigenbasisState:
         factors = self.factors.init(d_in, d_out, like)
         u, v = self._bases(factors)
         r_out, r_in = u.shape[1], v.shape[1]
         nothing = Moments(u.new_zeros(r_out, r_in), u.new_zeros(r_out), v.new_zeros(r_in), u.new_zeros(()))
-        return CorrectedState(factors, spread(u, v, nothing), no_steps(like))
+        return EigenbasisState(factors, from_moments(u, v, nothing), no_steps(like))
+
+    def update_from(
+        self, state: EigenbasisState, statistics: BlockStatistics, decay: float | Tensor
+    ) -> EigenbasisState:
+        factors = statistics.kronecker_factors(self.factors.treatment)
+        return self.update(state, *factors, statistics, decay)
 
     def update(
         self,
-        state: CorrectedState,
+        state: EigenbasisState,
         output: Covariance,
         input: Covariance,
         gradients: RandomMatrix,
         decay: float | Tensor,
-    ) -> CorrectedState:
-        """The state after one more batch with these factors and examples' gradients."""
+    ) -> EigenbasisState:
+        """Return the state after one more batch with these factors and examples' gradients."""
         factors = self.factors.update(state.factors, output, input, decay)
         u, v = self._bases(factors)
         kept = kept_weight(state.steps, state.average.rest, decay)
         pairs = zip(state.average.moments(u, v), gradients.moments(u, v), strict=True)
         mixed = Moments(*[kept * old + (1 - kept) * new for old, new in pairs])
-        return CorrectedState(factors, spread(u, v, mixed), state.steps + 1)
+        return EigenbasisState(factors, from_moments(u, v, mixed), state.steps + 1)
 
-    def operator(self, state: CorrectedState) -> CorrectedKronecker:
-        """The running average."""
+    def operator(self, state: EigenbasisState) -> EigenbasisKronecker:
         return state.average
 
-    def dampings(self, state: CorrectedState, damping: float | Tensor) -> Tensor:
-        """The damping in the inverse, ``[]``."""
-        return (torch.zeros_like(state.average.rest) + damping).to(state.average.rest.dtype)
+    def damped_inverse(self, state: EigenbasisState, damping: float | Tensor) -> tuple[EigenbasisKronecker, Tensor]:
+        """Return ``(average + damping I)⁻¹``, plainly damped, and the damping, ``[]``."""
+        dampings = (torch.zeros_like(state.average.rest) + damping).to(state.average.rest.dtype)
+        return damped_inverse(state.average, damping), dampings
 
-    def inverse(self, state: CorrectedState, damping: float | Tensor) -> Operator:
-        """``(average + damping I)⁻¹``: plain Tikhonov damping."""
-        return damped_inverse(state.average, damping)
+    def apply(self, inverse: EigenbasisKronecker, gradient: LayerMatrix) -> LayerMatrix:
+        return LayerMatrix.of(inverse.two_sided(gradient.joined()), gradient.bias is not None)
 
-    def apply(self, inverse: CorrectedKronecker, gradient: Tensor) -> Tensor:
-        """The natural gradient ``[d_out, d_in]``."""
-        return inverse.two_sided(gradient)
+    def description(self) -> str:
+        return f"{self.factors.description()}, corrected"
 
     def _bases(self, state: KroneckerState) -> tuple[Tensor, Tensor]:
-        both = self.factors.operator(state)
-        return basis(both.output), basis(both.input)
+        return self.factors.output.basis(state.output), self.factors.input.basis(state.input)
 
 
-def basis(operator: Operator) -> Float[Tensor, "d r"]:
-    """Orthonormal columns along which an operator has something to say."""
-    if isinstance(operator, Dense):
-        return torch.linalg.eigh(without_subnormal(operator.matrix)).eigenvectors.contiguous()
-    if isinstance(operator, LowRankPlusDiagonal):
-        return orthonormal(operator.vectors).contiguous()
-    like: Any = operator[0]
-    return torch.eye(dimension(operator), dtype=like.dtype, device=like.device)
-
-
-def spread(output_vectors: Tensor, input_vectors: Tensor, moments: Moments) -> CorrectedKronecker:
-    """The operator with these moments whose eigenvalues are equal wherever they do not tell."""
+def from_moments(output_vectors: Tensor, input_vectors: Tensor, moments: Moments) -> EigenbasisKronecker:
+    """Return the operator with these moments whose eigenvalues are equal wherever the moments do not tell."""
     kept, output, input, total = moments
     (d_out, r_out), (d_in, r_in) = output_vectors.shape, input_vectors.shape
     more_out, more_in = d_out - r_out, d_in - r_in
@@ -121,4 +144,4 @@ def spread(output_vectors: Tensor, input_vectors: Tensor, moments: Moments) -> C
         rest = left / (more_out * more_in)
     else:
         rest = along_out.mean() if more_in else along_in.mean()
-    return CorrectedKronecker(output_vectors, input_vectors, kept, along_out, along_in, rest)
+    return EigenbasisKronecker(output_vectors, input_vectors, kept, along_out, along_in, rest)

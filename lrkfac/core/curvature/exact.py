@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import optree
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.curvature.factors import FactorStructure, dense
+from lrkfac.core.curvature.factors import dense
+from lrkfac.core.curvature.joining import ALONG_UNITS, APART, Joining
+from lrkfac.core.curvature.protocol import BlockStatistics, BlockStructure, FactorStructure
+from lrkfac.core.curvature.spectra import WHOLE, Part
+from lrkfac.core.layers.matrix import LayerMatrix
 from lrkfac.core.linalg.covariances import RowCovariance
 from lrkfac.core.linalg.operators import Operator
 
 
+class ExactState(NamedTuple):
+    """The state of the block's structure; leading axes are those of groups and units."""
+
+    block: Any
+
+    @property
+    def is_product(self) -> bool:
+        return False
+
+    def factor_states(self) -> tuple[Any, ...]:
+        return (self.block,)
+
+    def parts(self, inverse: Any, dampings: Tensor) -> list[Part]:
+        return [Part(WHOLE, self.block, inverse, dampings)]
+
+
 @dataclass(frozen=True)
-class BlockStructure:
+class ExactStructure(BlockStructure):
     """See ``layer_wise``, ``unit_wise`` and ``full``: the second moment of the examples' gradients themselves.
 
     Attributes:
@@ -27,57 +47,102 @@ class BlockStructure:
     factor: FactorStructure
     per: Literal["unit", "layer", "model"]
 
-    def fitted(self, d_in: int, d_out: int) -> BlockStructure:
-        """The structure to use for a layer of this size."""
-        return BlockStructure(self.factor.fitted(d_in if self.per == "unit" else d_in * d_out), self.per)
+    @property
+    def joins_layers(self) -> bool:
+        return self.per == "model"
 
-    def init(self, d_in: int, d_out: int, like: Tensor) -> Any:
-        """The state before the first batch; of ``d_out`` blocks where there is one for each unit."""
-        if self.per != "unit":
-            return self.factor.init(d_in * d_out, like)
-        return optree.tree_map(lambda x: x.expand(d_out, *x.shape).clone(), self.factor.init(d_in, like))
+    @property
+    def joining(self) -> Joining:
+        return ALONG_UNITS if self.per == "unit" else APART
 
-    def update(self, state: Any, rows: Tensor, scale: Tensor, decay: float | Tensor) -> Any:
-        """The state after one more batch, whose examples' gradients are ``rows`` ``[n, d_out, d_in]``."""
+    def fitted(self, d_in: int, d_out: int) -> ExactStructure:
+        return ExactStructure(self.factor.fitted(d_in if self.per == "unit" else d_in * d_out), self.per)
+
+    def init(self, d_in: int, d_out: int, like: Tensor) -> ExactState:
+        """Return the state before the first batch; of ``d_out`` blocks where there is one for each unit."""
         if self.per != "unit":
-            return self.factor.update(state, RowCovariance(rows.flatten(1), scale), decay)
+            return ExactState(self.factor.init(d_in * d_out, like))
+        one = self.factor.init(d_in, like)
+        return ExactState(optree.tree_map(lambda x: x.expand(d_out, *x.shape).clone(), one))
+
+    def update_from(self, state: ExactState, statistics: BlockStatistics, decay: float | Tensor) -> ExactState:
+        return self.update(state, statistics.example_gradients(), statistics.scale, decay)
+
+    def update(self, state: ExactState, gradients: Tensor, scale: Tensor, decay: float | Tensor) -> ExactState:
+        """Return the state after one more batch, with examples' gradients ``[n, d_out, d_in]``."""
+        if self.per != "unit":
+            return ExactState(self.factor.update(state.block, RowCovariance(gradients.flatten(1), scale), decay))
 
         def one(state: Any, rows: Tensor) -> Any:
             return self.factor.update(state, RowCovariance(rows, scale), decay)
 
-        return vmap(one, in_dims=(0, 1))(state, rows)
+        return ExactState(vmap(one, in_dims=(0, 1))(state.block, gradients))
 
-    def dampings(self, state: Any, damping: float | Tensor) -> Tensor:
-        """The damping in the inverse, ``[]``."""
+    def operator(self, state: ExactState) -> Operator:
+        return self.factor.operator(state.block)
+
+    def damped_inverse(self, state: ExactState, damping: float | Tensor) -> tuple[Operator, Tensor]:
+        """Return ``(block + damping I)⁻¹``, of every unit where there is a block for each, and the damping, ``[]``."""
         like = next(x for x in optree.tree_leaves(state) if x.is_floating_point())
-        return (like.new_zeros(()) + damping).to(like.dtype)
-
-    def inverse(self, state: Any, damping: float | Tensor) -> Operator:
-        """``(block + damping I)⁻¹``, of every unit where there is a block for each."""
+        dampings = (like.new_zeros(()) + damping).to(like.dtype)
         if self.per != "unit":
-            return self.factor.inverse(state, damping)
-        return vmap(lambda one: self.factor.inverse(one, damping))(state)
+            return self.factor.inverse(state.block, damping), dampings
+        return vmap(lambda one: self.factor.inverse(one, damping))(state.block), dampings
 
-    def apply(self, inverse: Operator, gradient: Tensor) -> Tensor:
-        """The natural gradient ``[d_out, d_in]``."""
-        if self.per != "unit":
-            return inverse.matvec(gradient.reshape(-1)).reshape(gradient.shape)
-        return vmap(lambda one, row: one.matvec(row))(inverse, gradient)
+    def apply(self, inverse: Any, gradient: LayerMatrix) -> LayerMatrix:
+        matrix = gradient.joined()
+        if self.per == "unit":
+            natural = vmap(lambda one, row: one.matvec(row))(inverse, matrix)
+        else:
+            natural = inverse.matvec(matrix.reshape(-1)).reshape(matrix.shape)
+        return LayerMatrix.of(natural, gradient.bias is not None)
+
+    def description(self) -> str:
+        return f"{self.factor.description()} per {self.per}"
 
 
-def unit_wise() -> BlockStructure:
-    """One exact block ``E[z zᵀ]`` for each output unit, ``z`` ``[d_in]`` an example's gradient of the unit's weights.
+def unit_wise() -> ExactStructure:
+    """Hold one exact block ``E[z zᵀ]`` for each output unit, ``z`` ``[d_in]`` an example's gradient of its weights.
 
-    What scales and shifts of normalisations are held by: a block of 2 × 2 numbers for each unit.
+    Scales and shifts of normalisations are represented so by default: a block of 2 × 2 numbers for each unit.
+
+    Returns:
+        A structure for ``precondition_by_fisher``.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.structures import unit_wise
+        >>> tuple(unit_wise().init(2, 5, torch.zeros(())).block.matrix.shape)  # d_in, d_out
+        (5, 2, 2)
     """
-    return BlockStructure(dense(), "unit")
+    return ExactStructure(dense(), "unit")
 
 
-def layer_wise() -> BlockStructure:
-    """One exact block for each layer (for each group of a convolution), in O((d_in d_out)²) memory."""
-    return BlockStructure(dense(), "layer")
+def layer_wise() -> ExactStructure:
+    """Hold one exact block for each layer (for each group of a convolution), in O((d_in d_out)²) memory.
+
+    Returns:
+        A structure for ``precondition_by_fisher``.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.structures import layer_wise
+        >>> tuple(layer_wise().init(2, 5, torch.zeros(())).block.matrix.shape)  # d_in, d_out
+        (10, 10)
+    """
+    return ExactStructure(dense(), "layer")
 
 
-def full() -> BlockStructure:
-    """The exact Fisher matrix of all covered parameters together: for small models and for comparison."""
-    return BlockStructure(dense(), "model")
+def full() -> ExactStructure:
+    """Hold the exact Fisher matrix of all covered parameters together: for small models and for comparison.
+
+    Returns:
+        A structure for ``precondition_by_fisher``.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> layers = lrkfac.find_layers(lambda p, x: x @ p, torch.ones(2, 3), torch.ones(4, 2))
+        >>> print(lrkfac.explain(layers, lrkfac.structures.full()).layers[""].structure)
+        dense per model
+    """
+    return ExactStructure(dense(), "model")

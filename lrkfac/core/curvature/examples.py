@@ -1,4 +1,4 @@
-"""Second moments of the gradients of single examples, without forming more of these than memory holds anyway."""
+"""What a batch tells about a layer or about all: Kronecker factors, and the gradients of single examples."""
 
 from __future__ import annotations
 
@@ -10,27 +10,46 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.layers.description import Layer
+from lrkfac.core.curvature.covariances import kronecker_factors
+from lrkfac.core.layers.description import Layer, Treatment
 from lrkfac.core.layers.kinds import KINDS
-from lrkfac.core.layers.matrix import gradient
+from lrkfac.core.layers.matrix import weight_gradient
 from lrkfac.core.layers.statistics import Uses
+from lrkfac.core.linalg.covariances import KroneckerFactors
 from lrkfac.core.linalg.moments import Moments
 
 
 @dataclass(frozen=True)
-class ExampleGradients:
-    """``G_n = Σ_t g_t a_tᵀ`` of one group, ``t`` over the positions and uses of an example, for each sample or column.
+class LayerStatistics:
+    """What a batch tells about one group of a layer, from which each structure computes what it needs.
 
-    Expectations are ``scale * sum`` over examples and samples.
+    With ``G_n = Σ_t g_t a_tᵀ``, ``t`` over the positions and uses of an example, for each sample or column,
+    expectations are ``scale * sum`` over examples and samples.
+
+    Attributes:
+        layer: The layer.
+        inputs: What the group received, one tensor for each use.
+        gradients: The gradients at its outputs, likewise, or none.
+        scale: Weight of each example, ``[]``.
+        stacked: Whether those of several layers are stacked along a leading axis, for ``kronecker_factors`` alone.
     """
 
     layer: Layer
     inputs: Uses
     gradients: Uses
     scale: Tensor
+    stacked: bool = False
+
+    def kronecker_factors(self, treatment: Treatment) -> KroneckerFactors:
+        """Return the factors ``B`` and ``A``."""
+        return kronecker_factors(self.layer, self.inputs, self.gradients, self.scale, treatment, self.stacked)
+
+    def example_gradients(self) -> Float[Tensor, "n o i"]:
+        """Return the gradients of all examples and samples."""
+        return example_gradients(self.layer, self.inputs, self.gradients).flatten(0, 1)
 
     def moments(self, output_vectors: Float[Tensor, "o p"], input_vectors: Float[Tensor, "i q"]) -> Moments:
-        """Those along orthonormal columns.
+        """Return second moments along orthonormal columns, without forming more than memory holds anyway.
 
         Without sharing from the projected rows alone: ``E (uᵀg)² (aᵀv)²``, ``E (uᵀg)² ‖a‖²`` and so on. With few
         positions in wide layers from the Gram matrices of each example's rows, ``‖G‖² = Σ_{t,s} g_tᵀg_s a_tᵀa_s``. Else
@@ -38,25 +57,25 @@ class ExampleGradients:
         """
         k = self.gradients[0].shape[0]
         d_out, d_in = self.layer.d_out, self.layer.d_in
-        given = sum(x.numel() for x in (*self.inputs, *self.gradients))
+        numbers = sum(x.numel() for x in (*self.inputs, *self.gradients))
         rows, positions = None, 0
         if all(KINDS[kind].rows is not None for kind in self.layer.kinds):
             rows = self._rows()
             positions = rows[0].shape[1]
         if rows is not None and positions == 1:
-            found = _without_sharing(*rows, output_vectors, input_vectors)
+            totals = _without_sharing(*rows, output_vectors, input_vectors)
         elif rows is not None and positions * (d_out + d_in) <= d_out * d_in:
             each = k * (output_vectors.shape[1] * input_vectors.shape[1] + positions**2)
-            parts = zip(*(x.split(max(1, given // each), dim=-3) for x in rows), strict=True)
-            found = _sum([_by_gram_matrices(a, g, output_vectors, input_vectors) for a, g in parts])
+            parts = zip(*(x.split(max(1, numbers // each), dim=-3) for x in rows), strict=True)
+            totals = _sum([_by_gram_matrices(a, g, output_vectors, input_vectors) for a, g in parts])
         else:
-            size = max(1, given // (k * d_out * d_in))
+            size = max(1, numbers // (k * d_out * d_in))
             parts = zip(_split(self.inputs, size, 0), _split(self.gradients, size, 1), strict=True)
-            found = _sum([self._by_matrices(a, g, output_vectors, input_vectors) for a, g in parts])
-        return Moments(*[self.scale.to(total.dtype) * total for total in found])
+            totals = _sum([self._by_matrices(a, g, output_vectors, input_vectors) for a, g in parts])
+        return Moments(*[self.scale.to(total.dtype) * total for total in totals])
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        """``a`` ``[n, positions, d_in]`` and ``g`` ``[k, n, positions, d_out]``."""
+        """Return ``a`` ``[n, positions, d_in]`` and ``g`` ``[k, n, positions, d_out]``."""
         joint = self.layer.bias is not None
         inputs, gradients = [], []
         for a, g, kind in zip(self.inputs, self.gradients, self.layer.kinds, strict=True):
@@ -103,11 +122,45 @@ def _split(uses: Uses, size: int, axis: int) -> list[Uses]:
 
 
 def example_gradients(layer: Layer, inputs: Uses, gradients: Uses) -> Float[Tensor, "k n o i"]:
-    """``Σ g aᵀ`` over uses and positions of each example of one group, for each sample or column."""
+    """Return ``Σ g aᵀ`` over uses and positions of each example of one group, for each sample or column."""
     joint = layer.bias is not None
 
     def one(a: Uses, g: Uses) -> Tensor:
-        return gradient(layer, a, g, joint)
+        return weight_gradient(layer, a, g, joint)
 
     a, g = tuple(wide(x) for x in inputs), tuple(wide(x) for x in gradients)
     return vmap(vmap(one), in_dims=(None, 0))(a, g)
+
+
+@dataclass(frozen=True)
+class JointStatistics:
+    """What a batch tells about all layers together: the gradients of single examples.
+
+    Attributes:
+        layers: For each layer, itself, its inputs and output gradients, with a leading axis for groups.
+        scale: Weight of each example, ``[]``.
+    """
+
+    layers: tuple[tuple[Layer, Uses, Uses], ...]
+    scale: Tensor
+
+    def example_gradients(self) -> Float[Tensor, "n p 1"]:
+        """Return the gradients of all parameters, of all examples and samples."""
+        rows = [_all_groups(*layer).flatten(1) for layer in self.layers]
+        return torch.cat(rows, dim=1)[:, :, None]
+
+    def kronecker_factors(self, treatment: Treatment) -> KroneckerFactors:
+        """Raise: layers together have no factors."""
+        raise NotImplementedError
+
+    def moments(self, output_vectors: Tensor, input_vectors: Tensor) -> Moments:
+        """Raise: layers together have no common bases."""
+        raise NotImplementedError
+
+
+def _all_groups(layer: Layer, inputs: Uses, gradients: Uses) -> Tensor:
+    """Return examples' gradients ``[k n, groups, d_out, d_in]``."""
+    if layer.groups == 1:
+        return example_gradients(layer, inputs, gradients).flatten(0, 1)
+    grouped = vmap(lambda a, g: example_gradients(layer, a, g))(inputs, gradients)
+    return grouped.permute(1, 2, 0, 3, 4).flatten(0, 1)

@@ -1,7 +1,5 @@
-"""How one factor is held, averaged over time and inverted.
+"""Factors held densely or by their diagonal, and the running average that all structures share.
 
-A structure is a frozen description with pure functions ``init``, ``update``, ``operator`` and
-``inverse``. It sees a factor only through a ``Covariance`` and never learns what layer it came from.
 Every running average is bias-corrected: after ``t`` batches, batch ``s`` has the weight
 ``(1 - decay) decay^(t-s) / (1 - decay^t)``.
 """
@@ -9,39 +7,16 @@ Every running average is bias-corrected: after ``t`` batches, batch ``s`` has th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.dtypes import wide
+from lrkfac.core.curvature.protocol import FactorStructure
+from lrkfac.core.curvature.spectra import Spectrum, spectrum_of
 from lrkfac.core.linalg.covariances import Covariance
-from lrkfac.core.linalg.inverses import damped_inverse
-from lrkfac.core.linalg.operators import Dense, Diagonal, Operator
-
-
-class FactorStructure(Protocol):
-    """What holds one factor."""
-
-    def fitted(self, dimension: int) -> FactorStructure:
-        """The structure to use for a ``[d, d]`` factor: itself, or one that is smaller and exact."""
-        ...
-
-    def init(self, dimension: int, like: Tensor) -> Any:
-        """The state before the first batch, in the dtype (at least float32) and on the device of ``like``."""
-        ...
-
-    def update(self, state: Any, covariance: Covariance, decay: float | Tensor) -> Any:
-        """The state after one more batch."""
-        ...
-
-    def operator(self, state: Any) -> Operator:
-        """The running average, positive semi-definite."""
-        ...
-
-    def inverse(self, state: Any, damping: float | Tensor) -> Operator:
-        """``(running average + damping I)⁻¹``, positive definite."""
-        ...
+from lrkfac.core.linalg.operators import Dense, Diagonal
 
 
 class DenseState(NamedTuple):
@@ -50,13 +25,23 @@ class DenseState(NamedTuple):
     matrix: Tensor
     steps: Tensor
 
+    def spectrum(self) -> Spectrum:
+        return spectrum_of(torch.linalg.eigvalsh(self.matrix), self.matrix.new_zeros(()))
+
+    def inner(self, other: DenseState) -> Tensor:
+        return (self.matrix * other.matrix).sum(dim=(-2, -1))
+
+    def squared_distance(self, other: DenseState) -> Tensor:
+        return (self.matrix - other.matrix).square().sum(dim=(-2, -1))
+
 
 @dataclass(frozen=True)
-class DenseStructure:
+class DenseStructure(FactorStructure):
     """See ``dense``."""
 
-    def fitted(self, dimension: int) -> DenseStructure:
-        return self
+    @property
+    def stackable(self) -> bool:
+        return True
 
     def init(self, dimension: int, like: Tensor) -> DenseState:
         return DenseState(wide(like).new_zeros(dimension, dimension), no_steps(like))
@@ -68,8 +53,11 @@ class DenseStructure:
     def operator(self, state: DenseState) -> Dense:
         return Dense(state.matrix)
 
-    def inverse(self, state: DenseState, damping: float | Tensor) -> Operator:
-        return damped_inverse(self.operator(state), damping)
+    def size(self, dimension: int) -> int:
+        return 2 * dimension * dimension
+
+    def description(self) -> str:
+        return "dense"
 
 
 class DiagonalState(NamedTuple):
@@ -78,13 +66,29 @@ class DiagonalState(NamedTuple):
     diagonal: Tensor
     steps: Tensor
 
+    @property
+    def fixed_basis(self) -> bool:
+        return True
+
+    def spectrum(self) -> Spectrum:
+        return spectrum_of(self.diagonal, self.diagonal.new_zeros(()))
+
+    def inner(self, other: DiagonalState) -> Tensor:
+        return (self.diagonal * other.diagonal).sum(dim=-1)
+
+    def squared_distance(self, other: DiagonalState) -> Tensor:
+        return (self.diagonal - other.diagonal).square().sum(dim=-1)
+
 
 @dataclass(frozen=True)
-class DiagonalStructure:
+class DiagonalStructure(FactorStructure):
     """See ``diagonal``."""
 
-    def fitted(self, dimension: int) -> DiagonalStructure:
-        return self
+    stands_alone: ClassVar[bool] = True
+
+    @property
+    def stackable(self) -> bool:
+        return True
 
     def init(self, dimension: int, like: Tensor) -> DiagonalState:
         return DiagonalState(wide(like).new_zeros(dimension), no_steps(like))
@@ -96,27 +100,53 @@ class DiagonalStructure:
     def operator(self, state: DiagonalState) -> Diagonal:
         return Diagonal(state.diagonal)
 
-    def inverse(self, state: DiagonalState, damping: float | Tensor) -> Operator:
-        return damped_inverse(self.operator(state), damping)
+    def basis(self, state: DiagonalState) -> Tensor:
+        return torch.eye(state.diagonal.shape[-1], dtype=state.diagonal.dtype, device=state.diagonal.device)
+
+    def size(self, dimension: int) -> int:
+        return 2 * dimension
+
+    def description(self) -> str:
+        return "diagonal"
 
 
 def dense() -> DenseStructure:
-    """The whole factor, ``[d, d]``: what plain K-FAC holds, in O(d²) memory and O(d³) time."""
+    """Hold the whole factor, ``[d, d]``, as plain K-FAC does, in O(d²) memory and O(d³) time.
+
+    Returns:
+        A factor structure for ``kronecker``.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.structures import dense
+        >>> tuple(dense().init(3, torch.zeros(())).matrix.shape)
+        (3, 3)
+    """
     return DenseStructure()
 
 
 def diagonal() -> DiagonalStructure:
-    """The factor's diagonal alone, ``[d]``."""
+    """Hold the diagonal of a factor alone, ``[d]``; outside of ``kronecker``, the diagonal of a layer's exact block.
+
+    Returns:
+        A factor structure for ``kronecker``, and a structure for ``precondition_by_fisher``.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.structures import diagonal
+        >>> tuple(diagonal().init(3, torch.zeros(())).diagonal.shape)
+        (3,)
+    """
     return DiagonalStructure()
 
 
 def kept_weight(steps: Tensor, like: Tensor, decay: float | Tensor) -> Tensor:
-    """The weight of the previous, bias-corrected average in the next one; 0 at the first step."""
+    """Return the weight of the previous, bias-corrected average in the next one; 0 at the first step."""
     accurate = like.dtype if like.device.type == "mps" else torch.float64  # of a decay near 1 little is left
     power = torch.pow(decay, (steps + 1).to(accurate))
     return ((decay - power) / (1 - power)).to(like.dtype)
 
 
 def no_steps(like: Tensor) -> Tensor:
-    """The number of batches at the start: int64, ``[]``."""
+    """Return the number of batches at the start: int64, ``[]``."""
     return torch.zeros((), dtype=torch.int64, device=like.device)

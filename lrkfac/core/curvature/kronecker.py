@@ -1,18 +1,23 @@
-"""A layer's Fisher block as a Kronecker product of two factors, each held by a structure of its own."""
+"""A layer's Fisher block as a Kronecker product of two factors, each with its own structure."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrkfac.core.curvature.factors import FactorStructure
-from lrkfac.core.layers.description import Treatment
+from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.curvature.factors import diagonal
+from lrkfac.core.curvature.joining import STACKED, Joining
+from lrkfac.core.curvature.protocol import BlockStatistics, BlockStructure, FactorStructure
+from lrkfac.core.curvature.spectra import SIDES, Part
+from lrkfac.core.layers.description import Layer, Treatment
+from lrkfac.core.layers.matrix import LayerMatrix
 from lrkfac.core.linalg.covariances import Covariance
 from lrkfac.core.linalg.operators import Kronecker, split_damping
-from lrkfac.core.linalg.products import two_sided
+from lrkfac.core.linalg.products import of_rows, two_sided
 
 
 class KroneckerState(NamedTuple):
@@ -21,22 +26,59 @@ class KroneckerState(NamedTuple):
     output: Any
     input: Any
 
+    @property
+    def is_product(self) -> bool:
+        return True
+
+    def factor_states(self) -> tuple[Any, ...]:
+        return (self.output, self.input)
+
+    def parts(self, inverse: Kronecker, dampings: Tensor) -> list[Part]:
+        return [Part(side, self[i], inverse[i], dampings[..., i]) for i, side in enumerate(SIDES)]
+
 
 @dataclass(frozen=True)
-class KroneckerStructure:
+class KroneckerStructure(BlockStructure):
     """See ``kronecker``."""
 
     input: FactorStructure
     output: FactorStructure
     treatment: Treatment = "expand"
 
+    is_product: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = False
+    keeps_rows: ClassVar[bool] = True
+
+    @property
+    def needs_examples(self) -> bool:
+        return self.treatment == "reduce"
+
+    @property
+    def mappable(self) -> bool:
+        return True
+
+    @property
+    def stackable(self) -> bool:
+        return self.treatment == "expand" and self.input.stackable and self.output.stackable
+
+    @property
+    def joining(self) -> Joining:
+        return STACKED
+
+    def for_layer(self, layer: Layer) -> KroneckerStructure:
+        # The one-hot side of an embedding is diagonal: with treatment="expand", exactly.
+        structure = replace(self, output=diagonal()) if layer.kind == "embedding" else self
+        return structure.fitted(layer.d_in, layer.d_out)
+
     def fitted(self, d_in: int, d_out: int) -> KroneckerStructure:
-        """The structure to use for a layer of this size: each factor may prefer a smaller, exact form."""
+        """Return the structure to use for a layer of this size: each factor may prefer a smaller, exact one."""
         return KroneckerStructure(self.input.fitted(d_in), self.output.fitted(d_out), self.treatment)
 
     def init(self, d_in: int, d_out: int, like: Tensor) -> KroneckerState:
-        """The state before the first batch."""
         return KroneckerState(self.output.init(d_out, like), self.input.init(d_in, like))
+
+    def update_from(self, state: KroneckerState, statistics: BlockStatistics, decay: float | Tensor) -> KroneckerState:
+        return self.update(state, *statistics.kronecker_factors(self.treatment), decay)
 
     def update(
         self,
@@ -45,29 +87,40 @@ class KroneckerStructure:
         input: Covariance,
         decay: float | Tensor,
     ) -> KroneckerState:
-        """The state after one more batch with these factors."""
+        """Return the state after one more batch with these factors."""
         return KroneckerState(
             self.output.update(state.output, output, decay), self.input.update(state.input, input, decay)
         )
 
     def operator(self, state: KroneckerState) -> Kronecker:
-        """The running average, ``B ⊗ A``."""
+        """Return the running average, ``B ⊗ A``."""
         return Kronecker(self.output.operator(state.output), self.input.operator(state.input))
 
-    def dampings(self, state: KroneckerState, damping: float | Tensor) -> Tensor:
-        """``δ_B`` and ``δ_A`` in the inverse, ``[*, 2]``."""
-        operator = self.operator(state)
-        input_damping, output_damping = split_damping(operator, damping)
-        like: Any = operator.output[0]
-        return torch.stack([output_damping, input_damping], dim=-1).to(like.dtype)
+    def damped_inverse(self, state: KroneckerState, damping: float | Tensor) -> tuple[Kronecker, Tensor]:
+        """Return ``(B + δ_B I)⁻¹ ⊗ (A + δ_A I)⁻¹`` with ``δ_A δ_B = damping``, and ``δ_B, δ_A``, ``[*, 2]``.
 
-    def inverse(self, state: KroneckerState, damping: float | Tensor) -> Kronecker:
-        """``(B + δ_B I)⁻¹ ⊗ (A + δ_A I)⁻¹`` with ``δ_A δ_B = damping``, split as in ``Kronecker.shifted``."""
-        input_damping, output_damping = split_damping(self.operator(state), damping)
-        return Kronecker(
-            self.output.inverse(state.output, output_damping), self.input.inverse(state.input, input_damping)
-        )
+        The damping is split as in ``Kronecker.shifted``.
+        """
+        average = self.operator(state)
+        on_input, on_output = split_damping(average, damping)
+        inverse = Kronecker(self.output.inverse(state.output, on_output), self.input.inverse(state.input, on_input))
+        like: Any = average.output
+        return inverse, torch.stack([on_output, on_input], dim=-1).to(like[0].dtype)
 
-    def apply(self, inverse: Kronecker, gradient: Tensor) -> Tensor:
-        """The natural gradient ``[d_out, d_in]``."""
-        return two_sided(inverse, gradient, None)[0]
+    def apply(self, inverse: Kronecker, gradient: LayerMatrix) -> LayerMatrix:
+        weight, bias = gradient
+        if not isinstance(weight, LazyMatrix):
+            return LayerMatrix(*two_sided(inverse, weight, bias))
+        output: Any = inverse.output
+        left = output.of_rows(weight.left)
+        if bias is None:
+            return LayerMatrix(LazyMatrix(left, inverse.input.of_rows(weight.right), weight.dtype))
+        right, ones = of_rows(inverse.input, weight.right, left.new_ones(()))
+        assert ones is not None
+        return LayerMatrix(LazyMatrix(left, right, weight.dtype), (ones[..., None, :] @ left).squeeze(-2))
+
+    def size(self, d_in: int, d_out: int) -> int:
+        return self.input.size(d_in) + self.output.size(d_out) + 2
+
+    def description(self) -> str:
+        return f"A {self.input.description()}, B {self.output.description()}"

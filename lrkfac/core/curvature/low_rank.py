@@ -1,4 +1,4 @@
-"""Factors held by a few eigenpairs, found from the last batch's without forming a ``d × d`` matrix."""
+"""Factors represented by a few eigenpairs, which start from the last ones; no ``d × d`` matrix is formed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_choice, check_integer, check_number
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.curvature.factors import FactorStructure, dense, kept_weight, no_steps
+from lrkfac.core.curvature.factors import dense, kept_weight, no_steps
+from lrkfac.core.curvature.protocol import FactorStructure
+from lrkfac.core.curvature.spectra import Damped, Spectrum, damped_of, spectrum_of
 from lrkfac.core.linalg.averages import Average, average, explained
 from lrkfac.core.linalg.covariances import Covariance
 from lrkfac.core.linalg.eigen import orthonormal, power_iteration, pseudo_random, ritz
-from lrkfac.core.linalg.inverses import damped_inverse
-from lrkfac.core.linalg.operators import LowRankPlusDiagonal, Operator
+from lrkfac.core.linalg.operators import LowRankPlusDiagonal
 
 Residual = Literal["isotropic", "none"]
 
@@ -40,9 +41,24 @@ class LowRankState(NamedTuple):
     residual: Tensor
     steps: Tensor
 
+    def spectrum(self) -> Spectrum:
+        d, r = self.vectors.shape
+        return spectrum_of(self.values, (d - r) * self.residual)
+
+    def damped(self, inverse: LowRankPlusDiagonal, damping: Tensor, eigenvalues: Tensor) -> Damped:
+        (d, r), around = self.vectors.shape, 1 / inverse.diagonal[0]  # the residual by its weight, and the damping
+        groups = [(eigenvalues, eigenvalues + damping, 1)]
+        return damped_of(groups + ([(self.residual[None], around[None], d - r)] if r < d else []))
+
+    def inner(self, other: LowRankState) -> Tensor:
+        return _isotropic(self, 1.0).inner(_isotropic(other, 1.0))
+
+    def squared_distance(self, other: LowRankState) -> Tensor:
+        return _squared_distance(_isotropic(self, 1.0), _isotropic(other, 1.0))
+
 
 @dataclass(frozen=True)
-class LowRankStructure:
+class LowRankStructure(FactorStructure):
     """See ``low_rank``."""
 
     rank: int
@@ -50,6 +66,10 @@ class LowRankStructure:
     iterations: int = 1
     method: Method = "subspace"
     weight: float = 1.0
+
+    @property
+    def stackable(self) -> bool:
+        return self.method == "subspace"
 
     def fitted(self, dimension: int) -> FactorStructure:
         return dense() if dimension <= self.rank + 2 else self
@@ -85,6 +105,16 @@ class LowRankStructure:
         values = -shrinkage.clamp(max=1 - margin) / rest
         return LowRankPlusDiagonal(state.vectors, values, (1 / rest).expand(state.vectors.shape[:-1]))
 
+    def basis(self, state: LowRankState) -> Tensor:
+        return orthonormal(state.vectors).contiguous()
+
+    def size(self, dimension: int) -> int:
+        r = min(self.rank, dimension)
+        return 2 * (dimension * r + r) + 1 + dimension
+
+    def description(self) -> str:
+        return f"rank {self.rank}"
+
 
 class LowRankPlusDiagonalState(NamedTuple):
     """``V diag(values) Vᵀ + diag(diagonal)``: ``vectors`` ``[d, r]``, orthonormal but for rows shortened to
@@ -96,9 +126,33 @@ class LowRankPlusDiagonalState(NamedTuple):
     diagonal: Tensor
     steps: Tensor
 
+    def spectrum(self) -> Spectrum:
+        return spectrum_of(self.values * self.vectors.square().sum(dim=0), self.diagonal.sum())
+
+    def damped(self, inverse: LowRankPlusDiagonal, damping: Tensor, eigenvalues: Tensor) -> Damped:
+        # With M = V Λ Vᵀ + D, and E in place of D in what was inverted, tr(M (V Λ Vᵀ + E)⁻¹) = Σ D/E + Σ (1 - D/E) h,
+        # where h is the diagonal of U (I + UᵀU)⁻¹ Uᵀ and U = E^{-1/2} V Λ^{1/2}: sums without cancellation.
+        around = 1 / inverse.diagonal
+        scaled = around.rsqrt()[:, None] * self.vectors * self.values.clamp(min=0).sqrt()
+        mu, rotation = torch.linalg.eigh(scaled.mT @ scaled)
+        explained_share = (scaled @ rotation).square() @ (1 / (1 + mu.clamp(min=0)))
+        known = self.diagonal / around
+        pairs = self.values.clamp(min=0).sqrt() * self.vectors
+        largest = torch.linalg.eigvalsh(pairs.mT @ pairs).amax() + around.amax()  # at most twice the largest eigenvalue
+        return Damped((known + (1 - known) * explained_share).sum(), largest, around.amin())
+
+    def inner(self, other: LowRankPlusDiagonalState) -> Tensor:
+        return self._operator().inner(other._operator())
+
+    def squared_distance(self, other: LowRankPlusDiagonalState) -> Tensor:
+        return _squared_distance(self._operator(), other._operator())
+
+    def _operator(self) -> LowRankPlusDiagonal:
+        return LowRankPlusDiagonal(self.vectors, self.values, self.diagonal)
+
 
 @dataclass(frozen=True)
-class LowRankPlusDiagonalStructure:
+class LowRankPlusDiagonalStructure(FactorStructure):
     """See ``low_rank_plus_diagonal``."""
 
     rank: int
@@ -106,6 +160,10 @@ class LowRankPlusDiagonalStructure:
     iterations: int = 1
     method: Method = "subspace"
     weight: float = 1.0
+
+    @property
+    def stackable(self) -> bool:
+        return self.method == "subspace"
 
     def fitted(self, dimension: int) -> FactorStructure:
         return dense() if dimension <= self.rank + 2 else self
@@ -120,7 +178,7 @@ class LowRankPlusDiagonalStructure:
         self, state: LowRankPlusDiagonalState, covariance: Covariance, decay: float | Tensor
     ) -> LowRankPlusDiagonalState:
         kept = kept_weight(state.steps, state.vectors, decay)
-        new = average(kept, LowRankPlusDiagonal(state.vectors, state.values, state.diagonal), covariance)
+        new = average(kept, state._operator(), covariance)
         whole = new.diagonal()
         vectors, rest = state.vectors, state.diagonal
         # The last diagonal as a share of the whole one: the factor's scale may have changed since.
@@ -128,28 +186,46 @@ class LowRankPlusDiagonalStructure:
         for i in range(self.iterations):
             subtracted = whole if self.fit == "off_diagonal" else rest
             vectors, values = _largest(self.method, new, subtracted, vectors, state.steps + i)
-            held = explained(vectors, values)
-            rest = (whole - held).clamp(min=0)
+            diagonal = explained(vectors, values)
+            rest = (whole - diagonal).clamp(min=0)
         # Where the vectors explain more than the whole diagonal, rows are shortened: it is kept exactly.
-        shortened = _ratio(whole, held).clamp(max=1).sqrt()
+        shortened = _ratio(whole, diagonal).clamp(max=1).sqrt()
         return LowRankPlusDiagonalState(shortened[..., None] * vectors, values, rest, state.steps + 1)
 
     def operator(self, state: LowRankPlusDiagonalState) -> LowRankPlusDiagonal:
         return LowRankPlusDiagonal(state.vectors, state.values, self.weight * state.diagonal)
 
-    def inverse(self, state: LowRankPlusDiagonalState, damping: float | Tensor) -> Operator:
-        return damped_inverse(self.operator(state), damping)
+    def basis(self, state: LowRankPlusDiagonalState) -> Tensor:
+        return orthonormal(state.vectors).contiguous()
+
+    def size(self, dimension: int) -> int:
+        r = min(self.rank, dimension)
+        return 2 * (dimension * r + r + dimension)
+
+    def description(self) -> str:
+        return f"rank {self.rank} + diagonal"
+
+
+def _squared_distance(one: LowRankPlusDiagonal, two: LowRankPlusDiagonal) -> Tensor:
+    """Return ``‖M - N‖²`` by the difference itself, which is exact where the two are near."""
+    difference = LowRankPlusDiagonal(
+        torch.cat([one.vectors, two.vectors], dim=-1),
+        torch.cat([one.values, -two.values], dim=-1),
+        one.diagonal - two.diagonal,
+    )
+    return difference.inner(difference).clamp(min=0)
 
 
 def _isotropic(state: LowRankState, weight: float) -> LowRankPlusDiagonal:
-    """The average, the residual times a weight."""
+    """Return the average with its residual times a weight."""
     residual = (weight * state.residual)[..., None]
     return LowRankPlusDiagonal(state.vectors, state.values - residual, residual.expand(state.vectors.shape[:-1]))
 
 
 def _largest(method: Method, new: Average, less: Tensor, vectors: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """One step towards the eigenpairs of largest value of ``new - diag(less)``; negative values, which a positive
-    semi-definite operator cannot hold, become 0.
+    """Return eigenpairs of ``new - diag(less)`` after one step towards those of largest value.
+
+    Negative values, which a positive semi-definite operator cannot have, become 0.
     """
     d, r = vectors.shape[-2:]
     fresh = pseudo_random(d, min(OVERSAMPLING, d - r), seed).to(vectors.dtype)
@@ -166,7 +242,7 @@ def _largest(method: Method, new: Average, less: Tensor, vectors: Tensor, seed: 
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """``part / whole``, 0 where both are 0."""
+    """Return ``part / whole``, 0 where both are 0."""
     return part / whole.clamp(min=torch.finfo(whole.dtype).tiny)
 
 
@@ -183,28 +259,38 @@ def low_rank(
     method: Method = "subspace",
     weight: float = 1.0,
 ) -> LowRankStructure:
-    """``rank`` eigenpairs, and the trace that they miss spread evenly over the other directions.
+    """Hold ``rank`` eigenpairs of a factor, and spread the trace that they miss evenly over all other directions.
 
-    The running average is never formed: its dominant eigenpairs are found from the last ones by
-    ``iterations`` steps per batch. The trace is kept exactly. A factor of dimension ``d ≤ rank + 2`` is held
-    densely instead, which needs no more memory and is exact.
+    The running average is never formed: ``iterations`` steps per batch find its dominant eigenpairs from the last
+    ones. The trace is kept exactly. A factor of dimension ``d ≤ rank + 2`` is held densely instead, which needs no more
+    memory and is exact.
 
     Args:
         rank: Number of eigenpairs.
-        residual: ``"isotropic"``, or ``"none"`` to drop what the eigenpairs miss: the damping alone
-            then acts on it, and a small damping makes the preconditioned step too long.
+        residual: ``"isotropic"``, or ``"none"`` to drop what the eigenpairs miss, as the original low-rank K-FAC does.
+            Then the damping alone acts on it, and a small damping makes the preconditioned step too long.
         iterations: Steps per batch; one is enough from a warm basis.
-        method: ``"subspace"`` (all vectors at once) or ``"power"`` (one after another, by deflation).
-        weight: By how much the residual counts in ``operator`` and inverse (not in the average itself): above 1, the
-            directions of the missed ones that matter most, those next to the kept, are damped enough.
+        method: ``"subspace"`` (all vectors at once), or ``"power"`` (one after another, by deflation), which is the
+            original's method.
+        weight: Factor of the residual in ``operator`` and inverse (not in the average itself). Above 1, the missed
+            directions that matter most, those next to the kept ones, are damped enough.
+
+    Returns:
+        A factor structure for ``kronecker``.
 
     Raises:
-        ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` negative, or an option is unknown.
+        ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` is negative, or an option is unknown.
         TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.structures import low_rank
+        >>> tuple(low_rank(2).init(10, torch.zeros(())).vectors.shape)
+        (10, 2)
     """
     check_integer(rank, "rank")
     check_choice(residual, "residual", get_args(Residual))
-    _check_rest(iterations, method, weight)
+    _check_options(iterations, method, weight)
     return LowRankStructure(rank, residual, iterations, method, float(weight))
 
 
@@ -215,7 +301,7 @@ def low_rank_plus_diagonal(
     method: Method = "subspace",
     weight: float = 1.0,
 ) -> LowRankPlusDiagonalStructure:
-    """``rank`` eigenpairs and a diagonal such that the whole diagonal of the factor is kept exactly.
+    """Hold ``rank`` eigenpairs and a diagonal that together keep the whole diagonal of the factor exactly.
 
     ``fit="alternating"`` is principal factor analysis: eigenpairs of ``B - diag(rest)`` and ``rest =
     diag(B) - diag(V Λ Vᵀ)`` take turns, one turn per iteration, starting from the last batch's.
@@ -224,25 +310,35 @@ def low_rank_plus_diagonal(
 
     Args:
         rank: Number of eigenpairs.
-        fit: ``"alternating"``, or ``"off_diagonal"``, which subtracts the whole diagonal before the
-            eigenpairs are sought, as low-rank ASDL does, but keeps only positive ones.
+        fit: ``"alternating"``, or ``"off_diagonal"``, which subtracts the whole diagonal before it looks for
+            eigenpairs, as the original low-rank K-FAC does, but keeps only positive ones.
         iterations: Turns per batch; one is enough from a warm basis.
-        method: ``"subspace"`` (all vectors at once) or ``"power"`` (one after another, by deflation).
-        weight: By how much the diagonal counts in ``operator`` and inverse (not in the average itself).
+        method: ``"subspace"`` (all vectors at once), or ``"power"`` (one after another, by deflation), which is the
+            original's method.
+        weight: Factor of the diagonal in ``operator`` and inverse (not in the average itself).
+
+    Returns:
+        A factor structure for ``kronecker``.
 
     Raises:
-        ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` negative, or an option is unknown.
+        ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` is negative, or an option is unknown.
         TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.structures import low_rank_plus_diagonal
+        >>> tuple(low_rank_plus_diagonal(2).init(10, torch.zeros(())).diagonal.shape)
+        (10,)
     """
     check_integer(rank, "rank")
     check_choice(fit, "fit", get_args(Fit))
-    _check_rest(iterations, method, weight)
+    _check_options(iterations, method, weight)
     return LowRankPlusDiagonalStructure(rank, fit, iterations, method, float(weight))
 
 
-def _check_rest(iterations: int, method: Method, weight: float) -> None:
+def _check_options(iterations: int, method: Method, weight: float) -> None:
     check_integer(iterations, "iterations")
     check_choice(method, "method", get_args(Method))
-    if isinstance(weight, Tensor):  # it is part of the structure, which tells states apart
+    if isinstance(weight, Tensor):  # it is part of the structure, which is compared and hashed
         raise TypeError("weight: expected a number, got a tensor")
     check_number(weight, "weight", 0)

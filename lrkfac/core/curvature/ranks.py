@@ -10,10 +10,7 @@ import optree
 import torch
 
 from lrkfac.core.curvature.assignment import Block, Choice, Chosen, Rank, blocks, ranks_of, unit_wise_by_kind
-from lrkfac.core.curvature.blocks import Held, dtype_of, identity, init
-from lrkfac.core.curvature.factors import DenseStructure, DiagonalStructure, FactorStructure
-from lrkfac.core.curvature.kronecker import KroneckerStructure
-from lrkfac.core.curvature.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
+from lrkfac.core.curvature.blocks import BlockState, dtype_of, initial_state
 from lrkfac.core.layers.description import Layers, check_layers
 
 LARGEST = 64
@@ -32,8 +29,8 @@ AutoRank = Rank | Literal["auto"]
 
 
 def resolved(layers: Layers, structure: Chosen, rank: AutoRank | None) -> Rank | None:
-    """The ranks that ``rank="auto"`` stands for: those of a budget of two copies of the covered parameters, and at
-    most ``LARGEST``; any other rank as it is.
+    """Return ranks for ``rank="auto"``: those of a budget of two copies of the covered parameters, and at most
+    ``LARGEST``; any other rank as it is.
     """
     if not isinstance(rank, str):
         return rank
@@ -47,14 +44,14 @@ def resolved(layers: Layers, structure: Chosen, rank: AutoRank | None) -> Rank |
 
 
 def ranked(layers: Layers, rank: AutoRank, of_rank: Callable[[int], Choice]) -> Chosen:
-    """The structure of each layer's rank."""
+    """Return the structure of each layer, from its rank."""
     check_layers(layers)
     chosen = resolved(layers, None, rank)
     if isinstance(rank, str) and chosen is None:
         return of_rank(LARGEST)
     if not isinstance(chosen, Mapping):
         return of_rank(cast(int, chosen))
-    blocks(layers, None, chosen)  # refuses patterns that decide for no layer
+    blocks(layers, None, chosen)  # raises for patterns that decide for no layer
     ranks = ranks_of(layers, chosen)
     return lambda layer: None if unit_wise_by_kind(layer) else of_rank(ranks[layer.name])
 
@@ -67,9 +64,10 @@ def ranks_within(
     largest: int | None = None,
     always: bool = False,
 ) -> dict[str, int]:
-    """For each layer that takes the default structure its rank, such that the whole state fits; see ``explain``.
+    """Return ranks of the layers that take the default structure, such that the whole state fits; see ``explain``.
 
-    At most ``largest``; where not even rank 1 fits, this ``always``. Without a dtype, that of the parameters.
+    They are at most ``largest``. With ``always``, they are 1 where not even that fits. ``dtype`` is by default that of
+    the parameters.
     """
     if isinstance(budget, bool) or not isinstance(budget, int):
         raise TypeError(f"budget: expected an integer, a number of bytes, got {budget!r}")
@@ -97,65 +95,47 @@ def ranks_within(
 def _bytes(layers: Layers, structure: Chosen, rank: Rank, dtype: torch.dtype | None, known: dict[Any, int]) -> int:
     total = 0
     for block in blocks(layers, structure, rank):
-        held_in = dtype or dtype_at_start(block)
-        form = form_of(block), held_in
-        if form not in known:
-            known[form] = _plain_size(block, held_in) or size_of(held_at_start(block, held_in))
-        total += known[form] + COUNTER
+        block_dtype = dtype or dtype_at_start(block)
+        key = cost_key(block), block_dtype
+        if key not in known:
+            known[key] = _bytes_by_formula(block, block_dtype) or bytes_of(state_at_start(block, block_dtype))
+        total += known[key] + COUNTER
     return total
 
 
-def _plain_size(block: Block, dtype: torch.dtype) -> int | None:
-    """``size_of(held_at_start(...))`` of a product by arithmetic, which a search among ranks needs often."""
-    if not isinstance(block.structure, KroneckerStructure):
-        return None
-    (layer,) = block.layers
-    numbers = [
-        _numbers(factor, d)
-        for factor, d in ((block.structure.input, layer.d_in), (block.structure.output, layer.d_out))
-    ]
-    if None in numbers:
+def _bytes_by_formula(block: Block, dtype: torch.dtype) -> int | None:
+    """Return ``bytes_of(state_at_start(...))`` of a product by arithmetic, which a search among ranks needs often."""
+    layer = block.layers[0]
+    numbers = block.structure.size(layer.d_in, layer.d_out)
+    if numbers is None:
         return None
     size = torch.promote_types(dtype, torch.float32).itemsize
     counts = 2 * torch.int64.itemsize
-    return layer.groups * (size * (sum(n for n in numbers if n is not None) + 2) + counts)
+    return layer.groups * (size * numbers + counts)
 
 
-def _numbers(factor: FactorStructure, d: int) -> int | None:
-    """How many a factor's average and inverse have."""
-    if isinstance(factor, DenseStructure):
-        return 2 * d * d
-    if isinstance(factor, DiagonalStructure):
-        return 2 * d
-    if isinstance(factor, LowRankStructure | LowRankPlusDiagonalStructure):
-        r = min(factor.rank, d)
-        rest = 1 if isinstance(factor, LowRankStructure) else d
-        return 2 * (d * r + r) + rest + d
-    return None
+def free(assigned: tuple[Block, ...]) -> list[str]:
+    """Return the names of layers that take the default structure, and with it a rank."""
+    return [block.name for block in assigned if block.implied and not unit_wise_by_kind(block.layers[0])]
 
 
-def free(held: tuple[Block, ...]) -> list[str]:
-    """The layers that take the default structure, and with it a rank."""
-    return [block.name for block in held if block.implied and not unit_wise_by_kind(block.layers[0])]
-
-
-def form_of(block: Block) -> Any:
-    """What the cost of a block depends on."""
+def cost_key(block: Block) -> Any:
+    """Return a hashable key of all that the cost of a block depends on."""
     sizes = [(layer.d_in, layer.d_out, layer.groups, layer.bias is None) for layer in block.layers]
     return block.structure, tuple(sizes)
 
 
 def dtype_at_start(block: Block) -> torch.dtype:
-    """The dtype in which a block is held by default."""
+    """Return the dtype of a block's state by default."""
     return dtype_of(block, {layer.weight.index: layer.weight for layer in block.layers})
 
 
-def held_at_start(block: Block, dtype: torch.dtype) -> Held:
-    """What the state holds of a block at the start, without numbers."""
+def state_at_start(block: Block, dtype: torch.dtype) -> BlockState:
+    """Return the state of a block at the start, without numbers."""
     like = {layer.weight.index: torch.empty((), dtype=dtype, device="meta") for layer in block.layers}
-    return identity(block, init(block, like))
+    return initial_state(block, like)
 
 
-def size_of(held: Held) -> int:
-    """Bytes of all tensors."""
-    return sum(x.numel() * x.itemsize for x in optree.tree_leaves(tuple(held)))
+def bytes_of(state: BlockState) -> int:
+    """Return the bytes of all tensors."""
+    return sum(x.numel() * x.itemsize for x in optree.tree_leaves(state))

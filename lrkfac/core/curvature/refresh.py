@@ -1,8 +1,12 @@
-"""Blocks of equal form are refreshed in one batched call, so that the number of operations does not grow with depth."""
+"""Refresh: new averages and their damped inverses, from the statistics of a batch.
+
+Blocks of equal layers are refreshed in one call, so that the number of operations does not grow with depth.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optree
@@ -11,153 +15,198 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.base.dtypes import floating, floating_dtype
+from lrkfac.core.base.eager import has_values
 from lrkfac.core.curvature.assignment import Block
-from lrkfac.core.curvature.blocks import Held, inverted, packed, refresh
-from lrkfac.core.curvature.covariances import Factors
-from lrkfac.core.curvature.factors import DenseStructure, DiagonalStructure
-from lrkfac.core.curvature.kronecker import KroneckerStructure
-from lrkfac.core.curvature.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
-from lrkfac.core.layers.description import Layer
-from lrkfac.core.layers.kinds import BIAS, LINEAR
+from lrkfac.core.curvature.blocks import BlockState, by_group, damped_inverse, packed
+from lrkfac.core.curvature.covariances import WITH_PLAIN_ROWS
+from lrkfac.core.curvature.examples import JointStatistics, LayerStatistics
+from lrkfac.core.layers.matrix import split_groups
 from lrkfac.core.layers.statistics import Statistics, Uses
-from lrkfac.core.linalg.covariances import Covariance, DiagonalCovariance, RowCovariance, joined_rows
 
-LARGEST = 2**24
-"""Numbers of statistics that are stacked at most: beyond, operations are long enough to be made one by one."""
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+"""Kinds that become grouped convolutions where several layers are mapped over."""
+
+
+LARGEST = {"cpu": 2**24}
+"""Numbers of statistics that are stacked at most, by type of device: beyond, the operations of one layer take longer
+than the copy that stacks them is worth. Measured on one CPU core.
+"""
+
+
+LARGEST_ELSEWHERE = 2**26
+"""The same on other devices, by the time that copies (some TB/s) and starts of operations (some µs) take there: 256 MB
+are copied in the time of a few of the about hundred operations that a stack saves for each layer.
+"""
 
 
 LARGEST_OF_CONVOLUTIONS = 2**18
-"""The same of convolutions, which stacked become grouped ones: larger, they took up to twice as long on a CPU."""
+"""The same of convolutions, on all devices: grouped ones of more numbers took up to twice as long on a CPU, and the
+kernels of other devices for them are no better than one after another.
+"""
 
 
-CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
-
-
-def refresh_all(
+def refresh(
     blocks: Sequence[Block],
-    held: dict[str, Held],
+    states: Mapping[str, BlockState],
     statistics: Statistics,
     dampings: Mapping[str, float | Tensor],
     decay: float | Tensor,
-) -> dict[str, Held]:
-    """``blocks.refresh`` of each block, by name, with its damping.
+) -> dict[str, BlockState]:
+    """Return the state of each block after a batch; the last one, itself, where there are no statistics of a block.
 
-    Blocks of linear layers or convolutions with equal structure, sizes, options and shapes of statistics are
-    stacked and refreshed together.
+    A scale or shift that is held by default also keeps its last state where there are no output gradients: normalised
+    inputs have the second moment 1, so that with ``B = I`` the identity is what its block would be.
+
+    Args:
+        blocks: All blocks.
+        states: Their states, by name.
+        statistics: Of a batch. They are reduced in the dtype of the averages.
+        dampings: ``λ`` for each block, by name.
+        decay: Decay of the running averages.
 
     Raises:
-        ValueError: As ``blocks.refresh``.
+        ValueError: If statistics of a layer are missing, have no gradients where the structure needs them, or have no
+            finite inverse; names the layer.
     """
-    found: dict[str, Held] = {}
-    for group in _groups(blocks, held, statistics):
-        if len(group) > 1:
-            try:
-                found.update(_together(group, held, statistics, dampings, decay))
-                continue
-            except ValueError:
-                pass  # one of them is refused, by name, below
-        for block in group:
-            found[block.name] = refresh(block, held[block.name], statistics, dampings[block.name], decay)
-    return {block.name: found[block.name] for block in blocks}
+    due = [block for block in blocks if _is_due(block, statistics)]
+    refreshed: dict[str, BlockState] = {}
+    for numbers in packed([_candidate(block, states[block.name], statistics) for block in due]):
+        stack = [due[i] for i in numbers]
+        try:
+            refreshed.update(_refresh_stack(stack, states, statistics, dampings, decay))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"layer {_culprit(stack, statistics)!r}: no inverse of its factors: its statistics, or damping or "
+                f"decay where they are tensors, are not finite or out of range ({error})"
+            ) from error
+    return {block.name: refreshed.get(block.name, states[block.name]) for block in blocks}
 
 
-def _together(
-    group: list[Block],
-    held: dict[str, Held],
+def _refresh_stack(
+    stack: list[Block],
+    states: Mapping[str, BlockState],
     statistics: Statistics,
     dampings: Mapping[str, float | Tensor],
     decay: float | Tensor,
-) -> dict[str, Held]:
-    first = group[0]
-    each_damping = [dampings[b.name] for b in group]
-    common = all(one is each_damping[0] for one in each_damping)
-    damping = each_damping[0] if common else torch.stack([torch.as_tensor(one) for one in each_damping])
-    each = [(held[b.name].state, statistics.inputs[b.name], statistics.output_gradients[b.name]) for b in group]
-    stacked = optree.tree_map(lambda *x: torch.stack(x), *each)
-
-    def one(damping: float | Tensor, state: Any, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Held:
-        own = Statistics({first.name: inputs}, {first.name: gradients}, statistics.scale)
-        return refresh(first, Held(state, (), ()), own, damping, decay)
-
-    if _has_rows(first):
-        refreshed = _by_rows(first, statistics.scale, damping, decay)(*stacked)
+) -> dict[str, BlockState]:
+    """Refresh blocks of equal layers: by batched operations, or else mapped over; a block alone needs neither."""
+    first = stack[0]
+    dtype = floating_dtype(states[first.name].average)
+    operands = [(states[block.name].average, _uses(block, statistics, dtype)) for block in stack]
+    update = _Refresh(first, statistics.scale.to(dtype), decay)
+    each = [dampings[block.name] for block in stack]
+    if len(stack) == 1:
+        return {first.name: update.of_groups(each[0], *operands[0])}
+    common = all(one is each[0] for one in each)
+    damping = each[0] if common else torch.stack([torch.as_tensor(one) for one in each])
+    average, uses = optree.tree_map(lambda *x: torch.stack(x), *operands)
+    if _has_plain_rows(first):
+        refreshed = update(damping, average, uses, stacked=True)
     else:
-        refreshed = vmap(one, in_dims=(None if common else 0, 0, 0, 0))(damping, *stacked)
+        refreshed = vmap(update.of_groups, in_dims=(None if common else 0, 0, 0))(damping, average, uses)
     leaves, structure = optree.tree_flatten(refreshed)
     # Laid out as those of a block alone; what is repeated along an axis stays so.
     tidy = [x if 0 in x.stride() else x.contiguous() for x in leaves]
     members = zip(*[x.unbind() for x in tidy], strict=True)
-    return {b.name: optree.tree_unflatten(structure, list(own)) for b, own in zip(group, members, strict=True)}
+    return {b.name: optree.tree_unflatten(structure, list(x)) for b, x in zip(stack, members, strict=True)}
 
 
-def _has_rows(block: Block) -> bool:
-    """Whether the rows of a layer are at hand, and what holds it takes those of several layers as they are."""
-    (layer,), structure = block.layers, block.structure
-    if len(set(layer.kinds)) > 1 or not set(layer.kinds) <= {LINEAR.name, BIAS.name}:
+@dataclass(frozen=True, eq=False)
+class _Refresh:
+    """The refresh of a block, as a function of tensors: damping, average, and each layer's inputs and gradients."""
+
+    block: Block
+    scale: Tensor
+    decay: float | Tensor
+
+    def of_groups(self, damping: float | Tensor, average: Any, uses: tuple[tuple[Uses, Uses], ...]) -> BlockState:
+        """Refresh all groups of a layer."""
+        mapped = by_group(self.block, lambda average, uses: self(damping, average, uses))
+        state: BlockState = mapped(average, uses)
+        return state
+
+    def __call__(
+        self, damping: float | Tensor, average: Any, uses: tuple[tuple[Uses, Uses], ...], stacked: bool = False
+    ) -> BlockState:
+        """Refresh one group of a layer, or of several layers that are stacked."""
+        layers, structure = self.block.layers, self.block.structure
+        statistics: LayerStatistics | JointStatistics
+        if structure.joins_layers:
+            each = tuple((layer, *pair) for layer, pair in zip(layers, uses, strict=True))
+            statistics = JointStatistics(each, self.scale)
+        else:
+            statistics = LayerStatistics(layers[0], *uses[0], self.scale, stacked)
+        new = structure.update_from(average, statistics, self.decay)
+        return BlockState(new, *damped_inverse(structure, new, damping))
+
+
+def _uses(block: Block, statistics: Statistics, dtype: torch.dtype) -> tuple[tuple[Uses, Uses], ...]:
+    """Return inputs and output gradients of each of the block's layers in a dtype, with groups in front."""
+    pairs = []
+    for layer in block.layers:
+        inputs, gradients = (
+            split_groups(layer, tuple([floating(x, dtype) for x in of[layer.name]]))
+            for of in (statistics.inputs, statistics.output_gradients)
+        )
+        pairs.append((inputs, gradients))
+    return tuple(pairs)
+
+
+def _is_due(block: Block, statistics: Statistics) -> bool:
+    """Return whether there are statistics to refresh the block from.
+
+    Raises:
+        ValueError: If they are those of other layers, or lack what the structure needs.
+    """
+    for layer in block.layers:
+        if layer.name not in statistics.inputs:
+            raise ValueError(
+                f"evaluation: no statistics of layer {layer.name!r}; make evaluator() and the transformation from the "
+                "same layers"
+            )
+    missing = [layer.name for layer in block.layers if not statistics.inputs[layer.name]]
+    if len(missing) == len(block.layers):
         return False
-    assert isinstance(structure, KroneckerStructure)
-    return structure.treatment == "expand" and all(
-        isinstance(one, DenseStructure | DiagonalStructure)
-        or (isinstance(one, LowRankStructure | LowRankPlusDiagonalStructure) and one.method == "subspace")
-        for one in (structure.input, structure.output)
-    )
+    if missing:
+        raise ValueError(f"statistics: full() holds all layers together and cannot do without those of {missing}")
+    name = block.layers[0].name
+    if block.structure.needs_gradients and not statistics.output_gradients[name]:
+        if block.implied:
+            return False
+        raise ValueError(
+            f"structure: layer {name!r} is held by {block.structure.form}, which needs the "
+            'gradients at the layer\'s outputs: the estimator "forward_only" takes none; use kronecker(...), '
+            "uncorrected, or another estimator"
+        )
+    return True
 
 
-def _by_rows(
-    block: Block, scale: Tensor, damping: float | Tensor, decay: float | Tensor
-) -> Callable[[Any, tuple[Tensor, ...], tuple[Tensor, ...]], Held]:
-    """``refresh`` of blocks like this one, from their states and statistics, stacked: without ``vmap``."""
-    (layer,), structure = block.layers, block.structure
-    assert isinstance(structure, KroneckerStructure)
-
-    def of_all(state: Any, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Held:
-        dtype = floating_dtype(state)
-        rows = [tuple([floating(x, dtype) for x in uses]) for uses in (inputs, gradients)]
-        try:
-            new = structure.update(state, *_stacked_factors(layer, scale.to(dtype), *rows), decay)
-            return Held(new, *inverted(block, new, damping))
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise ValueError(str(error)) from error
-
-    return of_all
-
-
-def _stacked_factors(layer: Layer, scale: Tensor, inputs: Uses, gradients: Uses) -> Factors:
-    """``covariances.factors`` of several layers like this one, from their statistics, stacked."""
-    joint = layer.bias is not None
-    if gradients:
-        moment: Covariance = RowCovariance(joined_rows([_rows(g, layer.d_out) for g in gradients]), scale)
-    else:
-        moment = DiagonalCovariance(scale.new_ones(layer.d_out))
-    rows = joined_rows([_rows(a, layer.d_in - joint) for a in inputs])
-    return Factors(moment, RowCovariance(rows, rows.new_full((), 1 / max(rows.shape[-2], 1)), joint))
-
-
-def _rows(x: Tensor, d: int) -> Tensor:
-    return x.reshape(x.shape[0], -1, d)
-
-
-def _groups(blocks: Sequence[Block], held: dict[str, Held], statistics: Statistics) -> list[list[Block]]:
-    """Blocks that may be stacked, in the order of their first; the others alone."""
-
-    def wanted(block: Block) -> tuple[Any, int, int]:
-        convolved = CONVOLUTIONS.intersection(block.layers[0].kinds)
-        return (*_form(block, held, statistics), min(LARGEST, LARGEST_OF_CONVOLUTIONS) if convolved else LARGEST)
-
-    return [[blocks[i] for i in numbers] for numbers in packed([wanted(block) for block in blocks])]
-
-
-def _form(block: Block, held: dict[str, Held], statistics: Statistics) -> tuple[Any, int]:
-    """What blocks must have in common, and the numbers in their statistics; ``None`` for a block that stays alone."""
-    (layer, *others) = block.layers
-    stackable = isinstance(block.structure, KroneckerStructure) and set(layer.kinds) <= {
-        LINEAR.name,
-        BIAS.name,
-        *CONVOLUTIONS,
-    }
-    if others or not stackable or not statistics.inputs.get(layer.name):
-        return None, 0
+def _candidate(block: Block, state: BlockState, statistics: Statistics) -> tuple[Any, int, int]:
+    """Return what blocks in one stack share, ``None`` for one that stays alone; its size; and the largest stack."""
+    layer = block.layers[0]
+    kinds = set(layer.kinds)
+    if not block.structure.mappable or not kinds <= WITH_PLAIN_ROWS | CONVOLUTIONS:
+        return None, 0, 0
     rows = [*statistics.inputs[layer.name], *statistics.output_gradients[layer.name]]
-    tensors = [(tuple(x.shape), x.dtype, x.device) for x in (*rows, *optree.tree_leaves(held[block.name].state))]
+    tensors = [(tuple(x.shape), x.dtype, x.device) for x in (*rows, *optree.tree_leaves(state.average))]
     sizes = (layer.d_in, layer.d_out, layer.groups, layer.bias is None)
-    return (block.structure, layer.kinds, layer.options, sizes, tensors), sum(x.numel() for x in rows)
+    largest = LARGEST.get(rows[0].device.type, LARGEST_ELSEWHERE)
+    if kinds & CONVOLUTIONS:
+        largest = min(largest, LARGEST_OF_CONVOLUTIONS)
+    return (block.structure, layer.kinds, layer.options, sizes, tensors), sum(x.numel() for x in rows), largest
+
+
+def _has_plain_rows(block: Block) -> bool:
+    """Return whether a stack needs no ``vmap``: rows are at hand, and the structure takes those of several layers."""
+    kinds = set(block.layers[0].kinds)
+    return block.structure.stackable and len(kinds) == 1 and kinds <= WITH_PLAIN_ROWS
+
+
+def _culprit(stack: list[Block], statistics: Statistics) -> str:
+    """Return the name of the first layer whose statistics are not finite, else that of the first of all."""
+    layers = [layer for block in stack for layer in block.layers]
+    for layer in layers:
+        tensors = [*statistics.inputs[layer.name], *statistics.output_gradients[layer.name]]
+        if any(has_values(x) and not bool(x.isfinite().all()) for x in tensors):
+            return layer.name
+    return layers[0].name

@@ -5,48 +5,55 @@ from __future__ import annotations
 from typing import get_args
 
 from lrkfac.core.base.arguments import check_choice, check_flag
-from lrkfac.core.curvature.ekfac import CorrectedStructure
-from lrkfac.core.curvature.exact import BlockStructure
-from lrkfac.core.curvature.factors import FactorStructure
+from lrkfac.core.curvature.ekfac import EigenbasisStructure
 from lrkfac.core.curvature.kronecker import KroneckerStructure
+from lrkfac.core.curvature.protocol import FactorStructure
 from lrkfac.core.layers.description import Treatment
 
-ProductStructure = KroneckerStructure | CorrectedStructure
-
-
-Structure = ProductStructure | BlockStructure
+ProductStructure = KroneckerStructure | EigenbasisStructure
 
 
 def kronecker(
     input: FactorStructure, output: FactorStructure, treatment: Treatment = "expand", corrected: bool = False
 ) -> ProductStructure:
-    """A layer's Fisher block as ``B ⊗ A`` (Martens & Grosse 2015, arXiv 1503.05671, section 3).
+    """Represent a layer's Fisher block as ``B ⊗ A`` (Martens & Grosse 2015, arXiv 1503.05671, section 3).
 
     Where an example uses the weight several times (positions of a convolution or a sequence, uses of a shared
-    weight), its gradient is ``Σ_t g_t a_tᵀ``. Of that, ``"expand"`` takes every term for an example of its own, and
-    ``"reduce"`` the product of the sum of ``g_t`` and the mean of ``a_t`` (Eschenhagen et al. 2023, arXiv
-    2311.00636): cheaper, as there is one row for each example, and exact where the outputs are averaged over
-    positions and everything is linear. Without sharing the two are the same.
+    weight), its gradient is ``Σ_t g_t a_tᵀ``. ``"expand"`` takes each term for a separate example. ``"reduce"`` takes
+    the product of the sum of ``g_t`` and the mean of ``a_t`` (Eschenhagen et al. 2023, arXiv 2311.00636): cheaper, as
+    there is one row for each example, and exact where the outputs are averaged over positions and everything is linear.
+    Without sharing the two are the same.
 
     Args:
-        input: What holds ``A``, the second moment of the layer's inputs.
-        output: What holds ``B``, the second moment of the gradients at the layer's outputs.
-        treatment: ``"expand"`` or ``"reduce"``. An embedding's one-hot side is diagonal with the first alone; with
-            the second, which makes histograms of it, the diagonal is what is held.
-        corrected: Whether eigenvalues are measured in the factors' eigenbasis instead of being products (EKFAC,
-            George et al. 2018, arXiv 1806.03884), see ``CorrectedStructure``: the best in that basis, at the price of
+        input: Structure of ``A``, the second moment of the layer's inputs.
+        output: Structure of ``B``, the second moment of the gradients at the layer's outputs.
+        treatment: ``"expand"`` or ``"reduce"``. The one-hot side of an embedding is represented by its diagonal, which
+            is exact with ``"expand"``.
+        corrected: Whether to measure eigenvalues in the factors' eigenbasis, instead of taking products (EKFAC,
+            George et al. 2018, arXiv 1806.03884), see ``EigenbasisStructure``: the best in that basis, at the price of
             the gradients of single examples. Embeddings stay products.
 
+    Returns:
+        A structure for ``precondition_by_fisher``.
+
     Raises:
-        TypeError: If a factor is not one of ``dense()``, ``diagonal()``, ``low_rank(rank)`` and
-            ``low_rank_plus_diagonal(rank)``, or an object with the same methods; if ``corrected`` is no truth value.
+        TypeError: If a factor is none of ``dense()``, ``diagonal()``, ``low_rank(rank)``,
+            ``low_rank_plus_diagonal(rank)`` and instances of a custom subclass of ``FactorStructure``; if
+            ``corrected`` is no truth value.
         ValueError: If ``treatment`` is unknown.
+
+    Example:
+        >>> from lrkfac.structures import dense, kronecker, low_rank
+        >>> kronecker(low_rank(8), dense()).description()
+        'A rank 8, B dense'
     """
     for name, value in {"input": input, "output": output}.items():
-        methods = ("fitted", "init", "update", "operator", "inverse")
-        if isinstance(value, ProductStructure) or not all(hasattr(value, method) for method in methods):
-            raise TypeError(f"{name}: expected a factor structure such as dense() or low_rank(32), got {value!r}")
+        if not isinstance(value, FactorStructure):
+            raise TypeError(
+                f"{name}: expected a factor structure such as dense() or low_rank(32), or one of a custom subclass of "
+                f"FactorStructure, got {value!r}"
+            )
     check_choice(treatment, "treatment", get_args(Treatment))
     check_flag(corrected, "corrected")
     factors = KroneckerStructure(input, output, treatment)
-    return CorrectedStructure(factors) if corrected else factors
+    return EigenbasisStructure(factors) if corrected else factors

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.dtypes import widest
-from lrkfac.core.base.layout import with_ones
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.layers.description import Layer
 from lrkfac.core.layers.kinds import KINDS, Kind, Options
@@ -17,7 +17,7 @@ from lrkfac.core.layers.views import put, taken
 
 
 def split_groups(layer: Layer, tensors: Uses) -> Uses:
-    """Inputs or output gradients as ``[groups, ...]``; unchanged for a layer of one group, or if empty."""
+    """Return inputs or output gradients as ``[groups, ...]``; unchanged for a layer of one group, or if empty."""
     if layer.groups == 1 or not tensors:
         return tensors
     split = []
@@ -27,14 +27,14 @@ def split_groups(layer: Layer, tensors: Uses) -> Uses:
     return tuple(split)
 
 
-def collect(found: dict[int, Any], more: dict[int, Any]) -> None:
-    """Adds what several layers make of one parameter."""
+def collect(leaves: dict[int, Any], more: dict[int, Any]) -> None:
+    """Add ``more`` to ``leaves``, in place: several layers may share one parameter."""
     for i, leaf in more.items():
-        found[i] = found[i] + leaf if i in found else leaf
+        leaves[i] = leaves[i] + leaf if i in leaves else leaf
 
 
 def prepared(layer: Layer, inputs: Uses, gradients: Uses, examples: int) -> tuple[Uses, Uses]:
-    """What was captured, ``gradients`` with a leading axis, in the standard form of the layer's kinds."""
+    """Return captured inputs and gradients, these with a leading axis, in the standard form of the layer's kinds."""
     pairs = [
         KINDS[kind].prepare(a, g, examples, options)
         for a, g, kind, options in zip(inputs, gradients, layer.kinds, layer.options, strict=True)
@@ -42,45 +42,63 @@ def prepared(layer: Layer, inputs: Uses, gradients: Uses, examples: int) -> tupl
     return tuple(a for a, _ in pairs), tuple(g for _, g in pairs)
 
 
-def to_matrix(layer: Layer, leaves: list[Any]) -> Any:
-    """The layer's part of a parameter tree as ``[d_out, d_in]``, or ``[groups, d_out, d_in]``; held by its rows where
-    the weight's leaf is an ``LazyMatrix``.
+class LayerMatrix(NamedTuple):
+    """A layer's part of a parameter tree as a matrix, with the column of a joint bias apart.
+
+    Attributes:
+        weight: ``[d_out, d_in]``, or ``[groups, d_out, d_in]``; a lazy matrix without terms where the leaf is lazy.
+        bias: ``[d_out]`` or ``[groups, d_out]``, or ``None`` without a joint bias; ``d_in`` then counts one more.
     """
+
+    weight: Any
+    bias: Tensor | None = None
+
+    @staticmethod
+    def of(matrix: Tensor, joint: bool) -> LayerMatrix:
+        """Return the parts of a matrix whose last column is that of a joint bias."""
+        return LayerMatrix(matrix[..., :-1], matrix[..., -1]) if joint else LayerMatrix(matrix)
+
+    def joined(self) -> Tensor:
+        """Return the matrix, formed."""
+        weight: Tensor = self.weight.dense() if isinstance(self.weight, LazyMatrix) else self.weight
+        return weight if self.bias is None else torch.cat([weight, self.bias[..., None]], dim=-1)
+
+
+def layer_matrix(layer: Layer, leaves: Sequence[Any]) -> LayerMatrix:
+    """Return a layer's part of the leaves of a parameter tree."""
     weight = leaves[layer.weight.index]
     if isinstance(weight, LazyMatrix) and weight.terms:
         weight = weight.dense()
+    shape = (layer.groups, layer.d_out) if layer.groups > 1 else (layer.d_out,)
     if isinstance(weight, LazyMatrix):
         weight = turned(layer, weight)
-        return weight if layer.bias is None else LazyMatrix(weight.left, with_ones(weight.right), weight.dtype)
-    shape = (layer.groups, layer.d_out, -1) if layer.groups > 1 else (layer.d_out, -1)
-    matrix = taken(layer.weight.view, weight).reshape(shape)
+    else:
+        weight = taken(layer.weight.view, weight).reshape(*shape, -1)
     if layer.bias is None:
-        return matrix
-    bias = taken(layer.bias.view, leaves[layer.bias.index])
-    return torch.cat([matrix, bias.reshape(*shape[:-1], 1)], dim=-1)
+        return LayerMatrix(weight)
+    return LayerMatrix(weight, taken(layer.bias.view, leaves[layer.bias.index]).reshape(shape))
+
+
+def layer_leaves(layer: Layer, matrix: LayerMatrix) -> dict[int, Any]:
+    """Return the leaves that a layer's matrix makes up, by the parameter's index: the inverse of ``layer_matrix``."""
+    weight, bias = matrix
+    if isinstance(weight, LazyMatrix):
+        leaves: dict[int, Any] = {layer.weight.index: turned(layer, weight)}
+    else:
+        flat = weight.reshape(layer.groups * layer.d_out, -1) if layer.groups > 1 else weight
+        leaves = {layer.weight.index: put(layer.weight.view, layer.weight.shape, flat)}
+    if layer.bias is not None and bias is not None:
+        collect(leaves, {layer.bias.index: put(layer.bias.view, layer.bias.shape, bias)})
+    return leaves
 
 
 def turned(layer: Layer, weight: LazyMatrix) -> LazyMatrix:
-    """From the parameter to the matrix or back: views of what is held by its rows are transpositions alone."""
+    """Return a lazy matrix from the parameter to the layer's matrix or back: its views are transpositions alone."""
     return weight.t() if len(layer.weight.view) % 2 else weight
 
 
-def from_matrices(layers: list[Layer], matrices: list[Tensor]) -> dict[int, Any]:
-    """The inverse of ``to_matrix``: from a parameter's index to the leaf that the layers' matrices make up."""
-    found: dict[int, Any] = {}
-    for layer, matrix in zip(layers, matrices, strict=True):
-        joint = layer.bias is not None
-        flat = matrix.reshape(layer.groups * layer.d_out, layer.d_in)
-        parts = [(layer.weight, flat[:, :-1] if joint else flat)]
-        if layer.bias is not None:
-            parts.append((layer.bias, flat[:, -1]))
-        for parameter, part in parts:
-            collect(found, {parameter.index: put(parameter.view, parameter.shape, part)})
-    return found
-
-
-def gradient(layer: Layer, inputs: Uses, gradients: Uses, joint: bool) -> Tensor:
-    """``sum of g aᵀ`` over uses, examples and positions of one group, with or without the column of a joint bias."""
+def weight_gradient(layer: Layer, inputs: Uses, gradients: Uses, joint: bool) -> Tensor:
+    """Return ``sum of g aᵀ`` over uses, examples and positions of one group, ``joint`` with the column of a bias."""
     d = layer.d_in - (layer.bias is not None)
     parts = [
         joined_gradient(KINDS[kind], a, g, d, options, joint)
@@ -90,7 +108,7 @@ def gradient(layer: Layer, inputs: Uses, gradients: Uses, joint: bool) -> Tensor
 
 
 def joined_gradient(kind: Kind, a: Tensor, g: Tensor, d: int, options: Options, joint: bool) -> Tensor:
-    """``sum of g aᵀ``, ``[k, d]`` or, with the column of a joint bias, ``[k, d + 1]``."""
+    """Return ``sum of g aᵀ``, ``[k, d]`` or, with the column of a joint bias, ``[k, d + 1]``."""
     if a.is_floating_point() and a.dtype != g.dtype:  # under autocast
         dtype = widest(a.dtype, g.dtype)
         a, g = a.to(dtype), g.to(dtype)

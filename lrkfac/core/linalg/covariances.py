@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -134,6 +134,13 @@ class SumCovariance:
         return torch.stack(terms).sum(dim=0)
 
 
+class KroneckerFactors(NamedTuple):
+    """The output factor ``B`` and the input factor ``A`` of a layer's block."""
+
+    output: Covariance
+    input: Covariance
+
+
 def joined_rows(rows: list[Tensor]) -> Tensor:
-    """Those of all uses."""
+    """Return the rows of all uses."""
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)

@@ -1,4 +1,4 @@
-"""A symmetric matrix with eigenvalues of its own in the basis of a Kronecker product."""
+"""A symmetric matrix that is diagonal in the eigenbasis of a Kronecker product."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.func import vmap
 from lrkfac.core.linalg.moments import Moments
 
 
-class CorrectedKronecker(NamedTuple):
-    """Eigenvalues of their own in the basis of a Kronecker product; acts on ``vec(G)``, row-major.
+class EigenbasisKronecker(NamedTuple):
+    """A matrix that is diagonal in the basis of a Kronecker product; acts on ``vec(G)``, row-major.
 
     With orthonormal ``output_vectors`` ``u_i`` ``[d_out, r_B]`` and ``input_vectors`` ``v_j`` ``[d_in, r_A]``, the
     eigenvalue of ``u_i v_jᵀ`` is ``kept[i, j]``, that of ``u_i vᵀ`` is ``output[i]`` for each ``v`` orthogonal to all
@@ -27,6 +27,11 @@ class CorrectedKronecker(NamedTuple):
     output: Tensor
     input: Tensor
     rest: Tensor
+
+    @property
+    def dimension(self) -> int:
+        """Number of rows."""
+        return self.output_vectors.shape[-2] * self.input_vectors.shape[-2]
 
     def two_sided(self, gradient: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """``M vec(G)`` as a matrix, in O((r_A + r_B) d_in d_out)."""
@@ -68,14 +73,14 @@ class CorrectedKronecker(NamedTuple):
         sides = self.output.sum() * more_in + self.input.sum() * more_out
         return self.kept.sum() + sides + self.rest * more_out * more_in
 
-    def shifted(self, shift: float | Tensor) -> CorrectedKronecker:
+    def shifted(self, shift: float | Tensor) -> EigenbasisKronecker:
         """``M + shift I``."""
         return self._replace(
             kept=self.kept + shift, output=self.output + shift, input=self.input + shift, rest=self.rest + shift
         )
 
     def moments(self, output_vectors: Float[Tensor, "o p"], input_vectors: Float[Tensor, "i q"]) -> Moments:
-        """Those of random ``G`` with ``E vec(G) vec(G)ᵀ = M``, along other orthonormal columns.
+        """Return the moments of random ``G`` with ``E vec(G) vec(G)ᵀ = M``, along other orthonormal columns.
 
         With the squared cosines between old and new columns, and what they leave to 1, it is the diagonal of ``M`` in
         the new basis: of all operators of this form in that basis the nearest to ``M`` in Frobenius norm.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
-from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
+from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator, check_operator
 
 
@@ -29,21 +31,26 @@ def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:
     return damped_inverse(operator, damping)
 
 
-def damped_inverse(operator: Operator, damping: float | Tensor) -> Operator:
-    """``inverse``, of what is known to be an operator."""
+def damped_inverse(operator: Any, damping: float | Tensor) -> Any:
+    """Return ``inverse`` of a valid operator."""
     return _inverse(operator.shifted(damping))
 
 
-def _inverse(operator: Operator) -> Operator:
+def _inverse(operator: Any) -> Any:
     if isinstance(operator, Kronecker):
         return Kronecker(_inverse(operator.output), _inverse(operator.input))
     if isinstance(operator, LowRankPlusDiagonal):
         return _woodbury(operator)
     if isinstance(operator, Dense):
         return _cholesky_inverse(operator)
-    if isinstance(operator, CorrectedKronecker):
+    if isinstance(operator, EigenbasisKronecker):
         return _inverse_in_basis(operator)
-    return Diagonal(1 / operator.diagonal)
+    if isinstance(operator, Diagonal):
+        return Diagonal(1 / operator.diagonal)
+    raise TypeError(
+        f"operator: expected one of lrkfac's operators, got {type(operator).__name__}; a structure with a custom "
+        "operator needs a method inverse(state, damping)"
+    )
 
 
 def _cholesky_inverse(operator: Dense) -> Dense:
@@ -54,13 +61,13 @@ def _cholesky_inverse(operator: Dense) -> Dense:
     return Dense(torch.cholesky_inverse(factor).mT)  # symmetric, and row-major so
 
 
-def _inverse_in_basis(operator: CorrectedKronecker) -> CorrectedKronecker:
+def _inverse_in_basis(operator: EigenbasisKronecker) -> EigenbasisKronecker:
     # Differences of eigenvalues are applied: those beyond the precision of the largest are raised to it, so that
     # the inverse stays positive definite (see woodbury).
     groups = operator.kept, operator.output, operator.input, operator.rest
     largest = torch.stack([values.amax() for values in groups]).amax()
     kept, output, input, rest = (1 / values.clamp(min=_margin(values) * largest) for values in groups)
-    return CorrectedKronecker(operator.output_vectors, operator.input_vectors, kept, output, input, rest)
+    return EigenbasisKronecker(operator.output_vectors, operator.input_vectors, kept, output, input, rest)
 
 
 def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:

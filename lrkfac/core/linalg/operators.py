@@ -7,13 +7,43 @@ stacked along leading axes: ``of_rows``, ``trace`` and ``shifted`` then take one
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lrkfac.core.linalg.eigenbasis import CorrectedKronecker, kron
+from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker, kron
+
+
+@runtime_checkable
+class Operator(Protocol):
+    """A symmetric ``[d, d]`` matrix: a NamedTuple of tensors with these methods, the package's or a custom one."""
+
+    @property
+    def dimension(self) -> int:
+        """Number of rows ``d``."""
+        ...
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """Return ``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``."""
+        ...
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """Return ``x M`` for ``x`` of shape ``[n, d]``."""
+        ...
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix, ``[d, d]``."""
+        ...
+
+    def trace(self) -> Tensor:
+        """Return the sum of the eigenvalues, ``[]``."""
+        ...
+
+    def shifted(self, shift: float | Tensor) -> Any:
+        """Return ``M + shift I``."""
+        ...
 
 
 class Diagonal(NamedTuple):
@@ -21,24 +51,29 @@ class Diagonal(NamedTuple):
 
     diagonal: Tensor
 
+    @property
+    def dimension(self) -> int:
+        """Number of rows."""
+        return self.diagonal.shape[-1]
+
     def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
-        """``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``."""
+        """Return ``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``."""
         return _times_rows(self.diagonal, x)
 
     def of_rows(self, x: Float[Tensor, "*many n d"]) -> Float[Tensor, "*many n d"]:
-        """``x M``: the matrix applied to each row of ``x``."""
+        """Return ``x M``: the matrix applied to each row of ``x``."""
         return x * self.diagonal[..., None, :]
 
     def to_dense(self) -> Float[Tensor, "d d"]:
-        """The matrix."""
+        """Return the matrix."""
         return torch.diag_embed(self.diagonal)
 
     def trace(self) -> Float[Tensor, "*many"]:
-        """The sum of the eigenvalues."""
+        """Return the sum of the eigenvalues."""
         return self.diagonal.sum(dim=-1)
 
     def shifted(self, shift: float | Tensor) -> Diagonal:
-        """``M + shift I``."""
+        """Return ``M + shift I``."""
         return Diagonal(self.diagonal + _over(shift, 1))
 
 
@@ -47,24 +82,29 @@ class Dense(NamedTuple):
 
     matrix: Tensor
 
+    @property
+    def dimension(self) -> int:
+        """Number of rows."""
+        return self.matrix.shape[-1]
+
     def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
-        """``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``."""
+        """Return ``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``."""
         return self.matrix @ x
 
     def of_rows(self, x: Float[Tensor, "*many n d"]) -> Float[Tensor, "*many n d"]:
-        """``x M``: the matrix applied to each row of ``x``."""
+        """Return ``x M``: the matrix applied to each row of ``x``."""
         return x @ self.matrix
 
     def to_dense(self) -> Float[Tensor, "d d"]:
-        """The matrix."""
+        """Return the matrix."""
         return self.matrix
 
     def trace(self) -> Float[Tensor, "*many"]:
-        """The sum of the eigenvalues."""
+        """Return the sum of the eigenvalues."""
         return self.matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
 
     def shifted(self, shift: float | Tensor) -> Dense:
-        """``M + shift I``."""
+        """Return ``M + shift I``."""
         identity = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
         return Dense(self.matrix + _over(shift, 2) * identity)
 
@@ -80,29 +120,43 @@ class LowRankPlusDiagonal(NamedTuple):
     values: Tensor
     diagonal: Tensor
 
+    @property
+    def dimension(self) -> int:
+        """Number of rows."""
+        return self.diagonal.shape[-1]
+
     def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
-        """``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``, in O(d r k)."""
+        """Return ``M x`` for ``x`` of shape ``[d]`` or ``[d, k]``, in O(d r k)."""
         inner = _times_rows(self.values, self.vectors.mT @ x)
         if x.ndim == 1:
             return self.diagonal * x + self.vectors @ inner
         return torch.addcmul(self.vectors @ inner, self.diagonal[:, None], x)
 
     def of_rows(self, x: Float[Tensor, "*many n d"]) -> Float[Tensor, "*many n d"]:
-        """``x M``: the matrix applied to each row of ``x``, in O(n d r)."""
+        """Return ``x M``: the matrix applied to each row of ``x``, in O(n d r)."""
         inner = (x @ self.vectors) * self.values[..., None, :]
         return torch.addcmul(inner @ self.vectors.mT, x, self.diagonal[..., None, :])
 
     def to_dense(self) -> Float[Tensor, "d d"]:
-        """The matrix."""
+        """Return the matrix."""
         return (self.vectors * self.values) @ self.vectors.mT + torch.diag_embed(self.diagonal)
 
     def trace(self) -> Float[Tensor, "*many"]:
-        """The sum of the eigenvalues."""
+        """Return the sum of the eigenvalues."""
         return self.diagonal.sum(dim=-1) + (self.values * self.vectors.square().sum(dim=-2)).sum(dim=-1)
 
     def shifted(self, shift: float | Tensor) -> LowRankPlusDiagonal:
-        """``M + shift I``."""
+        """Return ``M + shift I``."""
         return self._replace(diagonal=self.diagonal + _over(shift, 1))
+
+    def inner(self, other: LowRankPlusDiagonal) -> Float[Tensor, "*many"]:
+        """Return the Frobenius inner product ``tr(M N)``, without forming either."""
+        (u, s, d), (v, t, e) = self, other
+        products = (u.mT @ v).square()
+        pairs = (s * (products @ t[..., None])[..., 0]).sum(dim=-1) + (d * e).sum(dim=-1)
+        at_two = ((u.square() @ s[..., None])[..., 0] * e).sum(dim=-1)
+        at_one = ((v.square() @ t[..., None])[..., 0] * d).sum(dim=-1)
+        return pairs + at_two + at_one
 
 
 class Kronecker(NamedTuple):
@@ -110,6 +164,11 @@ class Kronecker(NamedTuple):
 
     output: Operator
     input: Operator
+
+    @property
+    def dimension(self) -> int:
+        """Number of rows."""
+        return self.output.dimension * self.input.dimension
 
     def two_sided(self, gradient: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """``output G input`` for a matrix ``G`` of the layer's shape."""
@@ -122,17 +181,17 @@ class Kronecker(NamedTuple):
     def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
         """``(output ⊗ input) x`` for ``x`` of shape ``[d_out d_in]`` or ``[d_out d_in, k]``."""
         columns = x.reshape(x.shape[0], -1)
-        d_out, d_in = dimension(self.output), dimension(self.input)
+        d_out, d_in = self.output.dimension, self.input.dimension
         left = self.output.matvec(columns.reshape(d_out, -1)).reshape(d_out, d_in, -1)
         both = self.input.matvec(left.transpose(0, 1).reshape(d_in, -1)).reshape(d_in, d_out, -1)
         return both.transpose(0, 1).reshape(x.shape)
 
     def to_dense(self) -> Float[Tensor, "d d"]:
-        """The matrix."""
+        """Return the matrix."""
         return kron(self.output.to_dense(), self.input.to_dense())
 
     def trace(self) -> Float[Tensor, "*many"]:
-        """The sum of the eigenvalues."""
+        """Return the sum of the eigenvalues."""
         return self.output.trace() * self.input.trace()
 
     def shifted(self, shift: float | Tensor) -> Kronecker:
@@ -146,23 +205,15 @@ class Kronecker(NamedTuple):
         return Kronecker(self.output.shifted(output_damping), self.input.shifted(input_damping))
 
 
-Operator = Diagonal | Dense | LowRankPlusDiagonal | Kronecker | CorrectedKronecker
-
-
-def dimension(operator: Operator) -> int:
-    """Number of rows of an operator."""
-    if isinstance(operator, Kronecker):
-        return dimension(operator.output) * dimension(operator.input)
-    if isinstance(operator, CorrectedKronecker):
-        return operator.output_vectors.shape[-2] * operator.input_vectors.shape[-2]
-    return operator.matrix.shape[-1] if isinstance(operator, Dense) else operator.diagonal.shape[-1]
+OPERATORS = (Diagonal, Dense, LowRankPlusDiagonal, Kronecker, EigenbasisKronecker)
+"""The package's operators, which ``inverse`` and ``to_dense`` take."""
 
 
 def mean_eigenvalue(operator: Operator) -> Tensor:
     """``[*]``. Of a product side by side: the product of two traces may be too large for a float32."""
     if isinstance(operator, Kronecker):
         return mean_eigenvalue(operator.output) * mean_eigenvalue(operator.input)
-    return operator.trace() / dimension(operator)
+    return operator.trace() / operator.dimension
 
 
 def split_damping(operator: Kronecker, damping: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -199,15 +250,15 @@ def to_dense(operator: Operator) -> Float[Tensor, "d d"]:
     return operator.to_dense()
 
 
-def check_operator(given: Any, expected: Any = Operator) -> None:
-    """Refuses what is no operator (of these classes), or one whose entries do not fit together.
+def check_operator(given: Any, expected: Any = OPERATORS) -> None:
+    """Raise unless ``given`` is an operator of these classes whose entries fit together.
 
     Raises:
         TypeError: If it is none, or an entry is no floating-point tensor.
         ValueError: If the shapes of entries do not fit together, or they are on different devices.
     """
     if not isinstance(given, expected):
-        name = "one of lrkfac's operators" if expected is Operator else f"a {expected.__name__}"
+        name = "one of lrkfac's operators" if expected is OPERATORS else f"a {expected.__name__}"
         raise TypeError(f"operator: expected {name}, got {type(given).__name__}")
     if isinstance(given, Kronecker):
         check_operator(given.output)
@@ -223,8 +274,8 @@ def check_operator(given: Any, expected: Any = Operator) -> None:
         raise ValueError(f"operator: expected entries of one {type(given).__name__}, on one device, got {shapes}")
 
 
-def _shapes(operator: Diagonal | Dense | LowRankPlusDiagonal | CorrectedKronecker) -> dict[str, tuple[int, ...]] | None:
-    """The shapes that the entries of an operator must have, from the first of them."""
+def _shapes(operator: Any) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes that the entries of an operator must have, from the first of them."""
     first = tuple(operator[0].shape)
     if isinstance(operator, Diagonal):
         return {"diagonal": first[:1]}

@@ -45,7 +45,7 @@ def test_bytes_are_those_of_the_state(case, options, dtype):
     start, e = tx.init(case.params), evaluate(case.params)
     for state in (start, tx.update(e.grads, start, case.params, evaluation=e)[1]):
         assert found.total.bytes == size(state)
-        of_layers = {name: size([part[name] for part in state[:3]]) for name in state.factors}
+        of_layers = {name: size(block) for name, block in state.blocks.items()}
         assert {name: cost.bytes for name, cost in found.layers.items()} == of_layers
 
 

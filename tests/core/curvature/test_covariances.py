@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 from lrkfac import find_layers
-from lrkfac.core.curvature.covariances import factors
+from lrkfac.core.curvature.covariances import kronecker_factors
 from lrkfac.core.curvature.examples import example_gradients
 from lrkfac.core.evaluation.gradients import gradients_of
-from lrkfac.core.layers.matrix import from_matrices, prepared, split_groups, to_matrix
+from lrkfac.core.layers.matrix import LayerMatrix, layer_leaves, layer_matrix, prepared, split_groups
 from lrkfac.core.linalg.covariances import Covariance, RowCovariance
 from lrkfac.testing import covariances, layers
 from tests import cases, reference, reference_networks
@@ -64,13 +64,13 @@ def output_rows(layer, gradients):
 
 def input_covariance(layer, inputs):
     """That of one group."""
-    return factors(layer, inputs, (), torch.ones(())).input
+    return kronecker_factors(layer, inputs, (), torch.ones(())).input
 
 
 def output_covariance(layer, gradients, scale):
     """That of one group: the factor that needs no input."""
     nothing = tuple(torch.empty(0, dtype=g.dtype) for g in gradients)
-    return factors(layer, nothing, gradients, scale).output
+    return kronecker_factors(layer, nothing, gradients, scale).output
 
 
 def of_groups(layer, tensors, covariance):
@@ -90,7 +90,7 @@ def network_statistics(case, layer):
 
 def joined(layer, matrix):
     """Weight and bias of a matrix."""
-    found = from_matrices([layer], [matrix])
+    found = layer_leaves(layer, LayerMatrix.of(matrix, layer.bias is not None))
     return found[layer.weight.index], None if layer.bias is None else found[layer.bias.index]
 
 
@@ -128,7 +128,7 @@ def test_factors_of_every_network(case):
         A, B = expected[layer.name]
         for i in range(layer.groups):
             a, g = (tuple(x[i] for x in both) if layer.groups > 1 else both for both in (inputs, gradients))
-            found = factors(layer, a, g, scale)
+            found = kronecker_factors(layer, a, g, scale)
             is_the_matrix(found.input, A[i])
             is_the_matrix(found.output, B[i])
 
@@ -224,7 +224,7 @@ def test_gradients_are_the_sums_of_g_times_rows(dtype, case):
         close(found[layer.bias.index], bias, dtype, size=g.norm() * a.norm())
     assert weight.shape == layer.weight.shape and (bias is None) == (layer.bias is None)
     leaves = [weight] if bias is None else [bias, weight]
-    assert torch.equal(to_matrix(layer, leaves), expected)
+    assert torch.equal(layer_matrix(layer, leaves).joined(), expected)
 
 
 @each_dtype

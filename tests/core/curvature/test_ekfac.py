@@ -11,11 +11,12 @@ import lrkfac
 from lrkfac import evaluator, find_layers
 from lrkfac import precondition_by_fisher as by_fisher
 from lrkfac.core.curvature.assignment import blocks
-from lrkfac.core.curvature.blocks import Held, identity, init, refresh
-from lrkfac.core.curvature.ekfac import CorrectedStructure, basis
+from lrkfac.core.curvature.blocks import initial_state
+from lrkfac.core.curvature.ekfac import EigenbasisStructure
 from lrkfac.core.curvature.kronecker import KroneckerStructure
+from lrkfac.core.curvature.refresh import refresh
 from lrkfac.core.linalg.covariances import RowCovariance
-from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
+from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.moments import Moments
 from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_transformation, seeds
@@ -46,12 +47,16 @@ def evaluate(case):
     return layers, evaluation(case.params)
 
 
+def refreshed(block, state, statistics, decay):
+    return refresh([block], {block.name: state}, statistics, {block.name: 0.1}, decay)[block.name]
+
+
 def states(case, structure):
     """``(layer, structure, state)`` of each group of each layer after one batch."""
     layers, e = evaluate(case)
     leaves = [case.params[p.path] for p in layers.parameters]
     for block in blocks(layers, structure, None):
-        state, *_ = refresh(block, identity(block, init(block, leaves)), e.statistics, 0.1, 0.9)
+        state = refreshed(block, initial_state(block, leaves), e.statistics, 0.9).average
         (layer,) = block.layers
         for i in range(layer.groups):
             one = optree.tree_map(lambda x, i=i: x[i], state) if layer.groups > 1 else state
@@ -129,7 +134,7 @@ def test_full_rank_equals_dense():
     for _, _, _, state in states(case, kronecker(dense(), dense(), corrected=True)):
         whole = state.average
         d_out, d_in = len(whole.output_vectors), len(whole.input_vectors)
-        structure = CorrectedStructure(KroneckerStructure(low_rank(d_in, iterations=3), low_rank(d_out, iterations=3)))
+        structure = EigenbasisStructure(KroneckerStructure(low_rank(d_in, iterations=3), low_rank(d_out, iterations=3)))
         start = structure.init(d_in, d_out, whole.kept)
         one = torch.tensor(1.0).double()
         A, B = (root(factor.matrix) for factor in (state.factors.input, state.factors.output))
@@ -181,10 +186,10 @@ def test_traces_are_averaged_exactly(name):
     layers, e = evaluate(case)
     _, other = evaluate(second)
     for block in blocks(layers, kronecker(*FACTORS[name], corrected=True), None):
-        state = init(block, [case.params[p.path] for p in layers.parameters])
+        state = initial_state(block, [case.params[p.path] for p in layers.parameters])
         for one in (e, other):
-            state, *_ = refresh(block, Held(state, (), ()), one.statistics, 0.1, decay)
-        found = state.average
+            state = refreshed(block, state, one.statistics, decay)
+        found = state.average.average
         matrices = [reference_networks.gauss_newton_blocks(c, block.name)[0] for c in (case, second)]
         expected = (decay * matrices[0] + matrices[1]) / (1 + decay)
         torch.testing.assert_close(found.trace(), expected.trace(), rtol=1e-9, atol=0)
@@ -193,8 +198,9 @@ def test_traces_are_averaged_exactly(name):
 
 
 def test_bases_are_orthonormal_where_directions_are_missing():
+    state = low_rank_plus_diagonal(3).init(6, torch.ones(()).double())
     vectors = torch.randn(6, 3).double() * torch.tensor([1.0, 0.0, 1.0])
-    u = basis(lrkfac.linalg.LowRankPlusDiagonal(vectors, torch.ones(3).double(), torch.ones(6).double()))
+    u = low_rank_plus_diagonal(3).basis(state._replace(vectors=vectors))
     torch.testing.assert_close(u.mT @ u, torch.eye(3).double())
 
 
@@ -229,7 +235,7 @@ def test_applied_in_float32_the_inverse_stays_positive():
     """Also where eigenvalues are further apart than the precision."""
     u, v = (torch.linalg.qr(torch.randn(d, 2)).Q for d in (20, 30))
     apart = lrkfac.linalg.inverse(
-        CorrectedKronecker(u, v, torch.ones(2, 2), *torch.full((3, 2), 1e-9)[:2], torch.tensor(1e-9))
+        EigenbasisKronecker(u, v, torch.ones(2, 2), *torch.full((3, 2), 1e-9)[:2], torch.tensor(1e-9))
     )
     for x in (torch.outer(a, b) for a in u.mT for b in v.mT):
         assert (x * apart.two_sided(x)).sum() > 0

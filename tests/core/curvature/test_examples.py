@@ -12,7 +12,7 @@ import lrkfac
 from lrkfac import find_layers, precondition_by_fisher
 from lrkfac.core.curvature import examples
 from lrkfac.core.curvature.assignment import blocks
-from lrkfac.core.curvature.examples import ExampleGradients
+from lrkfac.core.curvature.examples import LayerStatistics
 from lrkfac.core.curvature.kronecker import KroneckerStructure
 from lrkfac.core.layers.matrix import split_groups
 from lrkfac.core.linalg.moments import RandomMatrix
@@ -51,7 +51,7 @@ def test_every_kind_group_and_use(case, data):
     split = [split_groups(layer, x) for x in (inputs, gradients)]
     for i in range(layer.groups):
         one = [tuple(x[i] for x in uses) if layer.groups > 1 else uses for uses in split]
-        found = ExampleGradients(layer, *one, scale)
+        found = LayerStatistics(layer, *one, scale)
         assert isinstance(found, RandomMatrix)
         are_those_of(found.moments(u, v), torch.cat([matrices[i], 2 * matrices[i]]), u, v, scale)
 
@@ -67,7 +67,7 @@ def test_linear_layers(positions, way, bias, monkeypatch):
     for name in ("_without_sharing", "_by_gram_matrices"):
         real = getattr(examples, name)
         monkeypatch.setattr(examples, name, lambda *args, name=name, real=real: taken.append(name) or real(*args))
-    found = ExampleGradients(layer, (x,), (g,), torch.tensor(1.0).double()).moments(u, v)
+    found = LayerStatistics(layer, (x,), (g,), torch.tensor(1.0).double()).moments(u, v)
     assert set(taken) == ({way} if way else set())
     a = x.reshape(6, -1, 12)
     a = torch.cat([a, torch.ones_like(a[..., :1])], 2) if bias else a
@@ -81,7 +81,7 @@ def test_biases_apart_from_their_weights():
     x, params = normal(3, 2, 4, 4), {"w": normal(5, 2, 3, 3), "b": normal(5)}
     layer = next(one for one in find_layers(model, params, x, bias="separate") if one.kind == "bias")
     g = normal(1, 3, 2, 2, 5)  # in standard form
-    found = ExampleGradients(layer, (torch.ones(3, 1).double(),), (g,), torch.tensor(1.0).double())
+    found = LayerStatistics(layer, (torch.ones(3, 1).double(),), (g,), torch.tensor(1.0).double())
     u, v = basis(5, 2, 0), torch.ones(1, 1).double()
     are_those_of(found.moments(u, v), g.sum((2, 3))[0][:, :, None], u, v, 1.0)
 
@@ -90,7 +90,7 @@ def test_matrices_are_formed_for_a_few_examples_at_a_time():
     x, w = normal(16, 8, 3, 3), normal(8, 8, 3, 3)
     (layer,) = find_layers(lambda p, x: F.conv2d(x, p["w"]), {"w": w}, x)
     g = normal(1, 16, 8, 1, 1)
-    found = ExampleGradients(layer, (x,), (g,), torch.tensor(1.0).double())
+    found = LayerStatistics(layer, (x,), (g,), torch.tensor(1.0).double())
     u, v = basis(8, 2, 0), basis(72, 3, 1)
     assert largest(lambda: found.moments(u, v)) <= 16 * 8 * 10 + 8 * 72
     a = x.flatten(1)
@@ -100,7 +100,7 @@ def test_matrices_are_formed_for_a_few_examples_at_a_time():
 def test_linear_layers_form_no_matrices():
     x, g = normal(8, 300), normal(1, 8, 400)
     (layer,) = find_layers(lambda p, x: F.linear(x, p["w"]), {"w": normal(400, 300)}, x)
-    found = ExampleGradients(layer, (x,), (g,), torch.tensor(1.0).double())
+    found = LayerStatistics(layer, (x,), (g,), torch.tensor(1.0).double())
     u, v = basis(400, 4, 0), basis(300, 4, 1)
     assert largest(lambda: found.moments(u, v)) <= 8 * 400
 

@@ -15,14 +15,15 @@ from torch.func import jacrev
 import lrkfac
 from lrkfac import evaluator, find_layers, precondition_by_fisher
 from lrkfac.core.curvature.assignment import blocks
-from lrkfac.core.curvature.blocks import Held, identity, init, refresh
-from lrkfac.core.curvature.covariances import factors
-from lrkfac.core.layers.matrix import split_groups, to_matrix
+from lrkfac.core.curvature.blocks import initial_state
+from lrkfac.core.curvature.covariances import kronecker_factors
+from lrkfac.core.layers.matrix import layer_matrix, split_groups
 from lrkfac.structures import dense, kronecker, low_rank
 from lrkfac.testing import check_transformation, layers
 from tests import cases, reference, reference_networks
 from tests.compiling import traced
 from tests.core.curvature.test_covariances import close, input_rows, is_the_matrix, largest, normal, output_rows
+from tests.core.curvature.test_ekfac import refreshed
 
 REDUCE = kronecker(dense(), dense(), treatment="reduce")
 EXPAND = kronecker(dense(), dense())
@@ -31,10 +32,10 @@ EXPAND = kronecker(dense(), dense())
 def of_groups(layer, inputs, gradients, scale, treatment="reduce"):
     inputs, gradients = split_groups(layer, inputs), split_groups(layer, gradients)
     if layer.groups == 1:
-        return [factors(layer, inputs, gradients, scale, treatment)]
+        return [kronecker_factors(layer, inputs, gradients, scale, treatment)]
     groups = range(layer.groups)
     parts = [(tuple(a[i] for a in inputs), tuple(g[i] for g in gradients)) for i in groups]
-    return [factors(layer, a, g, scale, treatment) for a, g in parts]
+    return [kronecker_factors(layer, a, g, scale, treatment) for a, g in parts]
 
 
 @given(layers())
@@ -59,7 +60,7 @@ def test_without_sharing_the_same_as_expand(case):
     described, e = evaluation(case.model, case.params, case.inputs, case.targets, case.likelihood, case)
     for one, other in zip(blocks(described, REDUCE, None), blocks(described, EXPAND, None), strict=True):
         leaves = list(case.params.values())
-        found, expected = ((refresh(b, identity(b, init(b, leaves)), e.statistics, 0.1, 0.9))[0] for b in (one, other))
+        found, expected = (refreshed(b, initial_state(b, leaves), e.statistics, 0.9).average for b in (one, other))
         close(found.input.matrix, expected.input.matrix)
         close(found.output.matrix, expected.output.matrix)
 
@@ -121,14 +122,18 @@ def test_embedding_of_one_example_is_exact():
     """Its factor for the numbers is that of their histogram, without the padding's."""
     tokens, params, targets = torch.tensor([[3, 0, 3, 1]]), {"w": normal(6, 3)}, normal(1, 2)
     (layer,), e = evaluation(embedded, params, tokens, targets)
-    both = factors(layer, e.statistics.inputs["w"], e.statistics.output_gradients["w"], e.statistics.scale, "reduce")
+    both = kronecker_factors(
+        layer, e.statistics.inputs["w"], e.statistics.output_gradients["w"], e.statistics.scale, "reduce"
+    )
     histogram = torch.tensor([0, 1, 0, 2, 0, 0]).double() / 4
     is_the_matrix(both.output, histogram[:, None] * histogram)
     inputs = tokens.clone()
     inputs[inputs == 0] = 5  # of the padding's gradient, which is not in the block, the product knows nothing
     unpadded = lambda p, x: head(F.embedding(x, p["w"]))  # noqa: E731
     (layer,), e = evaluation(unpadded, params, inputs, targets)
-    both = factors(layer, e.statistics.inputs["w"], e.statistics.output_gradients["w"], e.statistics.scale, "reduce")
+    both = kronecker_factors(
+        layer, e.statistics.inputs["w"], e.statistics.output_gradients["w"], e.statistics.scale, "reduce"
+    )
     close(torch.kron(both.output.dense(), both.input.dense()), explicit_block(unpadded, params, inputs)[1])
 
 
@@ -137,7 +142,9 @@ def explicit_block(model, params, inputs):
     (layer,) = found = find_layers(model, params, inputs, strict=True)
     jacobian = jacrev(lambda p: model(p, inputs))(params)
     names = [p.path for p in found.parameters]
-    rows = torch.func.vmap(torch.func.vmap(lambda j: to_matrix(layer, [j[name] for name in names])))(jacobian)
+    rows = torch.func.vmap(torch.func.vmap(lambda j: layer_matrix(layer, [j[name] for name in names]).joined()))(
+        jacobian
+    )
     J = rows.flatten(0, 1).flatten(1)
     return layer, J.mT @ J / len(inputs)
 
@@ -145,8 +152,8 @@ def explicit_block(model, params, inputs):
 def block_of(model, params, inputs, targets, structure):
     described, e = evaluation(model, params, inputs, targets)
     (block,) = blocks(described, structure, None)
-    start = init(block, [params[p.path] for p in described.parameters])
-    state, *_ = refresh(block, Held(start, (), ()), e.statistics, 0.1, 0.9)
+    start = initial_state(block, [params[p.path] for p in described.parameters])
+    state = refreshed(block, start, e.statistics, 0.9).average
     return block.structure.operator(state).to_dense()
 
 
@@ -225,7 +232,7 @@ def test_convolution_is_touched_without_unfolding():
     x, params = normal(4, 16, 20, 20), {"w": normal(8, 16, 3, 3), "b": normal(8)}
     (layer,) = find_layers(lambda p, x: F.conv2d(x, p["w"], p["b"], padding=1), params, x)
     gradients = (normal(1, 4, 8, 20, 20),)
-    assert largest(lambda: factors(layer, (x,), gradients, torch.tensor(1.0), "reduce")) <= x.numel()
+    assert largest(lambda: kronecker_factors(layer, (x,), gradients, torch.tensor(1.0), "reduce")) <= x.numel()
 
 
 def test_uses_without_the_batch_in_front_are_refused():

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrkfac
 from lrkfac import precondition_by_fisher
-from lrkfac.core.curvature import refresh as groups
+from lrkfac.core.curvature import refresh
 from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 from tests.compiling import traced
 
@@ -60,25 +60,30 @@ def close(found, expected, rtol=1e-9):
         torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
 
 
+def counting(monkeypatch, sizes):
+    """Notes how many blocks each stack has."""
+    real = refresh._refresh_stack
+    monkeypatch.setattr(refresh, "_refresh_stack", lambda stack, *args: sizes.append(len(stack)) or real(stack, *args))
+
+
 @each_structure
 @pytest.mark.parametrize("options", [{}, {"bias": "separate"}, {"positions": 3}], ids=["joint", "separate", "shared"])
 def test_together_equals_one_by_one(monkeypatch, structure, options):
     """Updates; states, which are of the same form and layout and may be handed from one to the other."""
     problem, stacked = deep(5, **options), []
-    together = groups._together
-    monkeypatch.setattr(groups, "_together", lambda group, *args: stacked.append(len(group)) or together(group, *args))
+    counting(monkeypatch, stacked)
     updates, state = run(*problem, structure)
     assert max(stacked) >= 2
-    number = len(stacked)
-    monkeypatch.setattr(groups, "LARGEST", 0)
+    stacked.clear()
+    monkeypatch.setitem(refresh.LARGEST, "cpu", 0)
     expected, alone = run(*problem, structure)
-    assert len(stacked) == number and layout(state) == layout(alone)
+    assert set(stacked) == {1} and layout(state) == layout(alone)
     close(updates, expected)
     layers, params, evaluate = problem
     tx = precondition_by_fisher(layers, structure, decay=0.7)
     e, reached = evaluate(params), []
     for largest, start in ((0, state), (2**24, alone), (0, alone)):
-        monkeypatch.setattr(groups, "LARGEST", largest)
+        monkeypatch.setitem(refresh.LARGEST, "cpu", largest)
         reached.append(tx.update(e.grads, start, params, evaluation=e)[0])
     close(reached[0], reached[2])
     close(reached[1], reached[2])
@@ -87,11 +92,11 @@ def test_together_equals_one_by_one(monkeypatch, structure, options):
 
 def test_statistics_beyond_the_largest_are_not_stacked_together(monkeypatch):
     """Five layers of 4 × (6 + 6) numbers each: two of them fit, and two, and one."""
-    sizes, together = [], groups._together
-    monkeypatch.setattr(groups, "LARGEST", 2 * 48)
-    monkeypatch.setattr(groups, "_together", lambda group, *args: sizes.append(len(group)) or together(group, *args))
+    sizes = []
+    monkeypatch.setitem(refresh.LARGEST, "cpu", 2 * 48)
+    counting(monkeypatch, sizes)
     run(*deep(5), STRUCTURES["low rank"], steps=1)
-    assert sizes == [2, 2]
+    assert sizes == [2, 2, 1, 1]
 
 
 def convolutions(depth, groups=1):
@@ -116,14 +121,13 @@ def convolutions(depth, groups=1):
 @pytest.mark.parametrize("in_groups", [1, 2])
 def test_convolutions_together_equal_one_by_one(monkeypatch, structure, in_groups):
     problem, stacked = convolutions(4, in_groups), []
-    together = groups._together
-    monkeypatch.setattr(groups, "_together", lambda group, *args: stacked.append(len(group)) or together(group, *args))
+    counting(monkeypatch, stacked)
     updates, state = run(*problem, structure)
     assert max(stacked) >= 2
-    number = len(stacked)
-    monkeypatch.setattr(groups, "LARGEST_OF_CONVOLUTIONS", 0)
+    stacked.clear()
+    monkeypatch.setattr(refresh, "LARGEST_OF_CONVOLUTIONS", 0)
     expected, alone = run(*problem, structure)
-    assert len(stacked) == number and layout(state) == layout(alone)
+    assert set(stacked) == {1} and layout(state) == layout(alone)
     close(updates, expected)
 
 
@@ -199,4 +203,4 @@ def test_ranges_are_profiled():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         run(layers, params, evaluate, STRUCTURES["low rank"], steps=1)
     names = {event.key for event in seen.key_averages()}
-    assert {"lrkfac.capture", "lrkfac.refresh", "lrkfac.linalg.inverse", "lrkfac.apply"} <= names
+    assert {"lrkfac.capture", "lrkfac.refresh", "lrkfac.inverse", "lrkfac.apply"} <= names

@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lrkfac.core.curvature.diagnosis import needed_rank
-from lrkfac.core.curvature.spectra import damped, spectrum, squared_distance
+from lrkfac.core.curvature.spectra import damped, squared_distance
 from lrkfac.linalg import to_dense
 from lrkfac.structures import dense, diagonal, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import covariances
@@ -44,7 +43,7 @@ def test_numbers_of_a_factor(structure, first, second, share):
     M = average(structure, state)
     damping = share * (M.trace() / len(M)).clamp(min=1e-3)
     inverse = structure.inverse(state, damping)
-    known = spectrum(state)
+    known = state.spectrum()
     found = damped(state, inverse, damping, known.eigenvalues)
     assert (known.eigenvalues.diff() <= 0).all()
     torch.testing.assert_close(known.eigenvalues.sum() + known.rest, M.trace(), rtol=1e-9, atol=1e-12)
@@ -63,8 +62,8 @@ def test_eigenvalues_are_those_along_the_eigenpairs(rank, batch):
     structure, state = averaged(low_rank(rank), batch)
     along = state.vectors.mT @ average(structure, state) @ state.vectors
     expected = torch.linalg.eigvalsh(along).flip(0)
-    torch.testing.assert_close(spectrum(state).eigenvalues, expected, rtol=1e-6, atol=1e-9 * float(batch.trace()))
-    whole = spectrum(averaged(dense(), batch)[1])
+    torch.testing.assert_close(state.spectrum().eigenvalues, expected, rtol=1e-6, atol=1e-9 * float(batch.trace()))
+    whole = averaged(dense(), batch)[1].spectrum()
     expected = torch.linalg.eigvalsh(batch.dense()).flip(0).clamp(min=0)
     torch.testing.assert_close(whole.eigenvalues, expected, rtol=1e-9, atol=1e-9 * float(batch.trace()))
 
@@ -84,12 +83,7 @@ def test_distance_of_two_averages(structure, first, second):
 @given(structures, covariances(8, torch.float64), st.floats(0.05, 0.99))
 def test_needed_rank_is_the_least_that_holds_the_share(structure, batch, share):
     _, state = averaged(structure, batch)
-    eigenvalues, rest = spectrum(state)
+    eigenvalues, rest = state.spectrum()
     rank, needed = int(needed_rank(state, share)), share * (eigenvalues.sum() + rest)
     assert rank == len(eigenvalues) or eigenvalues[:rank].sum() >= needed * (1 - 1e-12)
     assert rank == 1 or eigenvalues[: rank - 1].sum() < needed * (1 + 1e-12)
-
-
-def test_other_states_are_refused():
-    with pytest.raises(TypeError, match="state: expected that of a structure of lrkfac, got tuple"):
-        spectrum(())

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import vmap
 
-from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
-from lrkfac.core.linalg.operators import dimension, split_damping
+from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
+from lrkfac.core.linalg.operators import split_damping
 from lrkfac.linalg import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
 from lrkfac.testing import operators
 from lrkfac.testing.strategies import low_rank_plus_diagonals
@@ -20,7 +20,7 @@ from tests.dispatch import LargestTensor
 def test_matvec_is_the_dense_matrix(operator, k):
     matrix = to_dense(operator)
     x = torch.randn(matrix.shape[0], k, dtype=torch.float64)
-    assert dimension(operator) == matrix.shape[0]
+    assert operator.dimension == matrix.shape[0]
     torch.testing.assert_close(operator.matvec(x), matrix @ x)
     torch.testing.assert_close(operator.matvec(x[:, 0]), matrix @ x[:, 0])
     torch.testing.assert_close(operator.of_rows(x.mT), x.mT @ matrix)
@@ -63,7 +63,7 @@ any_two = st.tuples(operators(dtype=torch.float64), operators(dtype=torch.float6
 def test_two_sided_is_the_product_with_both_matrices(both, seed):
     output, input = both
     torch.manual_seed(seed)
-    gradient = torch.randn(dimension(output), dimension(input), dtype=torch.float64)
+    gradient = torch.randn(output.dimension, input.dimension, dtype=torch.float64)
     found = Kronecker(output, input).two_sided(gradient)
     torch.testing.assert_close(found, to_dense(output) @ gradient @ to_dense(input), rtol=1e-9, atol=1e-9)
 
@@ -81,7 +81,7 @@ def test_two_sided_is_the_kronecker_product_on_the_row_major_vector():
 def test_operators_are_pytrees_and_map_over_batches(operator):
     stacked = optree.tree_map(lambda x: torch.stack([x, 2 * x]), operator)
     second = optree.tree_map(lambda x: 2 * x, operator)
-    x = torch.ones(dimension(operator), dtype=optree.tree_leaves(operator)[0].dtype)
+    x = torch.ones(operator.dimension, dtype=optree.tree_leaves(operator)[0].dtype)
     both = vmap(lambda op: op.matvec(x))(stacked)
     rounding = 16 * torch.finfo(x.dtype).eps * to_dense(operator).abs().sum().item()  # sums may cancel
     torch.testing.assert_close(both[0], operator.matvec(x), rtol=0, atol=rounding)
@@ -100,6 +100,6 @@ def test_low_rank_matvec_never_makes_a_square_matrix():
 def test_what_complete_vectors_leave_has_no_effect():
     """Not even by rounding: the numbers for it may be larger by twelve orders."""
     one, huge = torch.ones(1, 1, dtype=torch.float64), torch.full((1,), 1e12, dtype=torch.float64)
-    operator = CorrectedKronecker(one, one, 0.3 * one, huge, huge, huge[0])
+    operator = EigenbasisKronecker(one, one, 0.3 * one, huge, huge, huge[0])
     x = torch.tensor([0.7], dtype=torch.float64)
     torch.testing.assert_close(operator.matvec(x), 0.3 * x, rtol=1e-15, atol=0)
