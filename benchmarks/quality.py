@@ -26,8 +26,8 @@ from benchmarks.common import (
     write_results,
 )
 from benchmarks.problems import PROBLEMS
-from lrkfac.core.curvature.covariances import factors
-from lrkfac.core.layers.matrix import to_matrix
+from lrkfac.core.curvature.covariances import kronecker_factors
+from lrkfac.core.layers.matrix import layer_matrix
 from lrkfac.core.linalg.operators import Kronecker, LowRankPlusDiagonal, split_damping
 
 MODULE = "benchmarks.quality"
@@ -46,7 +46,9 @@ class Layer:
     def update(self, statistics: lrkfac.Statistics) -> None:
         """Takes in one batch."""
         name = self.layer.name
-        both = factors(self.layer, statistics.inputs[name], statistics.output_gradients[name], statistics.scale)
+        both = kronecker_factors(
+            self.layer, statistics.inputs[name], statistics.output_gradients[name], statistics.scale
+        )
         self.state = self.structure.update(self.state, *both, DECAY)
 
     def natural(self, gradient: Tensor, damping: float) -> Tensor:
@@ -120,7 +122,7 @@ def measured(problem: Any, steps: int, refreshes: int, ranks: Sequence[int], dam
             for one in of_name:
                 one.update(evaluation.statistics)
     grads = evaluate(params, inputs, targets, statistics=False).grads
-    gradients = [to_matrix(layer, optree.tree_leaves(grads)) for layer in layers]
+    gradients = [layer_matrix(layer, optree.tree_leaves(grads)).joined() for layer in layers]
     dense = [one.natural(g, damping) for one, g in zip(held[DENSE], gradients, strict=True)]
     operators = [one.structure.operator(one.state) for one in held[DENSE]]
     rows = [{"rank": 0, "name": PLAIN, **difference(gradients, dense)}]

@@ -123,8 +123,8 @@ class Functional:
 
         rest = (self.params, self.batch)
         return Method(
-            partial(step, False), (*rest, _without(state, "factors")),
-            partial(step, True), (*rest, _without(state, "inverses")), self.params,
+            partial(step, False), (*rest, _without(state, "average")),
+            partial(step, True), (*rest, _without(state, "inverse")), self.params,
         )  # fmt: skip
 
     def low_rank(self, rank: int, thin: bool = True, **options: Any) -> Method:
@@ -146,7 +146,10 @@ class Functional:
 
 
 def _without(state: tuple[Any, ...], field: str) -> tuple[Any, ...]:
-    return tuple([s._replace(**{field: ()}) if isinstance(s, PreconditionState) else s for s in state])
+    def one(state: PreconditionState) -> PreconditionState:
+        return state._replace(blocks={name: block._replace(**{field: ()}) for name, block in state.blocks.items()})
+
+    return tuple([one(s) if isinstance(s, PreconditionState) else s for s in state])
 
 
 def low_rank(rank: int) -> str:

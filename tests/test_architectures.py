@@ -10,7 +10,7 @@ from torch.func import vmap
 import lrkfac
 from lrkfac import evaluator, find_layers, precondition_by_fisher
 from lrkfac.core.curvature.examples import example_gradients
-from lrkfac.core.layers.matrix import split_groups, to_matrix
+from lrkfac.core.layers.matrix import layer_matrix, split_groups
 from lrkfac.linalg import to_dense
 from lrkfac.structures import kronecker
 from lrkfac.testing import architectures, gradients
@@ -79,7 +79,7 @@ def test_exact_statistics_make_up_the_fisher_matrix(case, seed):
             return (example_gradients(layer, inputs, rows) * matrix).sum((-2, -1))
 
         inputs, rows = (split_groups(layer, part[layer.name]) for part in e.statistics[:2])
-        matrix = to_matrix(layer, u)
+        matrix = layer_matrix(layer, u).joined()
         z = along(inputs, rows, matrix) if layer.groups == 1 else vmap(along)(inputs, rows, matrix).sum(0)
         tree = optree.tree_unflatten(structure, u)
         expected, product = e.quadratic(tree, tree), optree.tree_leaves(e.product(tree))

@@ -166,7 +166,7 @@ DENSE = lrkfac.structures.kronecker(lrkfac.structures.dense(), lrkfac.structures
 
 def cut_state():
     """Without the last layer."""
-    return STATE[0]._replace(factors={name: STATE[0].factors[name] for name in ("0", "2")})
+    return STATE[0]._replace(blocks={name: STATE[0].blocks[name] for name in ("0", "2")})
 
 
 CALLS = {

@@ -62,7 +62,7 @@ def test_state_dict_of_another_changes_nothing():
     optimizer = by_class(net, data, lr=0.2, **OPTIONS)
     other = by_class(plain(torch.float64), data, lr=0.3, **OPTIONS | {"rank": 3})
     held = optimizer.state_dict()
-    with pytest.raises(ValueError, match=r"state_dict: expected '0\.factors.*shape"):
+    with pytest.raises(ValueError, match=r"state_dict: expected '0\.blocks.*shape"):
         optimizer.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="state_dict: expected that of a LowRankKFAC"):
         optimizer.load_state_dict(torch.optim.SGD(net.parameters(), 0.1).state_dict())

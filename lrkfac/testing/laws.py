@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.base.types import Tree
-from lrkfac.core.curvature.ekfac import CorrectedStructure
-from lrkfac.core.curvature.factors import FactorStructure
+from lrkfac.core.curvature.ekfac import EigenbasisStructure
+from lrkfac.core.curvature.protocol import FactorStructure
 from lrkfac.core.curvature.structures import ProductStructure
 from lrkfac.core.linalg.covariances import RowCovariance
 from lrkfac.core.linalg.inverses import inverse
@@ -61,7 +61,7 @@ def check_structure(
     symmetric, positive semi-definite and of the scale of the batches, its inverse positive definite and the
     inverse, and ``vmap`` over two factors equal to one after the other.
     """
-    if isinstance(structure, CorrectedStructure):
+    if isinstance(structure, EigenbasisStructure):
         structure = structure.factors
     if isinstance(structure, ProductStructure):
         check_structure(structure.input, dimension, damping, decay, dtype, seed)

@@ -14,7 +14,7 @@ from lrkfac.core.layers.description import Layer, Parameter
 from lrkfac.core.layers.kinds import CONVOLUTIONS, LINEAR, ConvolutionOptions, LinearOptions
 from lrkfac.core.layers.views import Step
 from lrkfac.core.linalg.covariances import RowCovariance
-from lrkfac.core.linalg.eigenbasis import CorrectedKronecker
+from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
 
 dtypes = st.sampled_from([torch.float64, torch.float32])
@@ -53,13 +53,13 @@ def operators(
 ) -> Operator:
     """Positive semi-definite operators of every class, with repeated values and zero columns among them."""
     dtype = dtype or draw(dtypes)
-    kind = draw(st.sampled_from([Diagonal, Dense, LowRankPlusDiagonal, Kronecker, CorrectedKronecker]))
+    kind = draw(st.sampled_from([Diagonal, Dense, LowRankPlusDiagonal, Kronecker, EigenbasisKronecker]))
     if kind is Kronecker:
         small = max(int(max_dimension**0.5), 1)
-        products = Kronecker | CorrectedKronecker
+        products = Kronecker | EigenbasisKronecker
         factors = operators(small, dtype, max_condition**0.5).filter(lambda op: not isinstance(op, products))
         return Kronecker(draw(factors), draw(factors))
-    if kind is CorrectedKronecker:
+    if kind is EigenbasisKronecker:
         return draw(corrected_kroneckers(max_dimension, dtype, max_condition))
     if kind is LowRankPlusDiagonal:
         return draw(low_rank_plus_diagonals(max_dimension, dtype, max_condition))
@@ -70,7 +70,7 @@ def operators(
 @st.composite
 def corrected_kroneckers(
     draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
-) -> CorrectedKronecker:
+) -> EigenbasisKronecker:
     """Random bases, also complete ones, and eigenvalues up to 1 that spread over a condition number; some are 0."""
     small = st.integers(1, max(int(max_dimension**0.5), 1))
     (d_out, d_in), generator = (draw(small), draw(small)), generator_of(draw(seeds))
@@ -87,7 +87,7 @@ def corrected_kroneckers(
 
     dtype = dtype or draw(dtypes)
     parts = basis(d_out, r_out), basis(d_in, r_in), values(r_out, r_in), values(r_out), values(r_in), values()
-    return CorrectedKronecker(*[part.to(dtype) for part in parts])
+    return EigenbasisKronecker(*[part.to(dtype) for part in parts])
 
 
 @st.composite

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import lrkfac
-from lrkfac.core.curvature.covariances import factors as factors_of
-from lrkfac.core.layers.matrix import to_matrix
+from lrkfac.core.curvature.covariances import kronecker_factors as factors_of
+from lrkfac.core.layers.matrix import layer_matrix
 
 pytestmark = pytest.mark.peers
 
@@ -110,7 +110,7 @@ def test_blocks_equal_those_of_curvlinops(net_name, loss_name, estimator, theirs
     numbers, start = places(net)
     expected = torch.zeros(start, start, dtype=torch.float64)
     for layer in layers:
-        place = to_matrix(layer, [numbers[p.path] for p in layers.parameters]).flatten()
+        place = layer_matrix(layer, [numbers[p.path] for p in layers.parameters]).joined().flatten()
         a, b = factors[layer.name]
         scale = {"empirical": of_gradients, "forward_only": 1.0}.get(estimator, of_hessian)
         expected[place[:, None], place[None]] = scale * torch.kron(b, a)
@@ -150,7 +150,7 @@ def test_corrected_blocks_equal_those_of_curvlinops(net_name, loss_name, estimat
     scale = of_gradients if estimator == "empirical" else of_hessian
     expected = torch.zeros(start, start, dtype=torch.float64)
     for layer in layers:
-        place = to_matrix(layer, [numbers[p.path] for p in layers.parameters]).flatten()
+        place = layer_matrix(layer, [numbers[p.path] for p in layers.parameters]).joined().flatten()
         expected[place[:, None], place[None]] = scale * state.factors[layer.name].average.to_dense()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -220,5 +220,5 @@ def test_unit_wise_blocks_equal_those_of_asdl(name, estimator, theirs):
         warnings.simplefilter("ignore")
         maker.forward_and_backward()
     expected = net[1].evaluate.unit.data
-    found = state.factors["1"].matrix
+    found = state.factors["1"].block.matrix
     assert found.shape == expected.shape and (found - expected).norm() <= 1e-6 * expected.norm()

@@ -16,7 +16,7 @@ from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.trees import scaled
 from lrkfac.core.layers.description import Layer, Layers
 from lrkfac.core.layers.kinds import KINDS, LINEAR
-from lrkfac.core.layers.matrix import collect, gradient, split_groups, turned
+from lrkfac.core.layers.matrix import collect, split_groups, turned, weight_gradient
 from lrkfac.core.layers.probes import OutputSpec
 from lrkfac.core.layers.statistics import Uses
 from lrkfac.core.layers.views import TRANSPOSITIONS, put
@@ -64,7 +64,7 @@ def gradients_of(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor | No
             return {i: scaled(scale, found) for i, found in gradients_of(layer, inputs, gradients).items()}
         gradients = tuple(scaled(scale, list(gradients)))
     parts = split_groups(layer, inputs), split_groups(layer, gradients)
-    of_weight = partial(gradient, layer, joint=False)
+    of_weight = partial(weight_gradient, layer, joint=False)
     weight = of_weight(*parts) if layer.groups == 1 else vmap(of_weight)(*parts)
     found = {layer.weight.index: put(layer.weight.view, layer.weight.shape, weight.flatten(0, -2))}
     if layer.bias is not None:

@@ -55,7 +55,7 @@ def factors(case, evaluation):
     for layer in described(case):
 
         def one(a, g, layer=layer):
-            found = covariances.factors(layer, a, g, scale)
+            found = covariances.kronecker_factors(layer, a, g, scale)
             return reference_networks.Factors(found.input.dense(), found.output.dense())
 
         rows = (split_groups(layer, tensors[layer.name]) for tensors in (recorded, gradients))

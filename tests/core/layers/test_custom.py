@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import lrkfac
 from lrkfac import LayerKind
-from lrkfac.core.curvature.covariances import factors
+from lrkfac.core.curvature.covariances import kronecker_factors
 from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal
 from tests.compiling import traced
 
@@ -127,7 +127,7 @@ def test_gradients_and_factors_are_those_of_the_explicit_rows(name, estimator, b
         of_both = []
         for layers, e in zip(both, (found, expected), strict=True):
             of_layer = (e.statistics.inputs["w"], e.statistics.output_gradients["w"], e.statistics.scale)
-            of_both.append(factors(layers["w"], *of_layer, treatment))
+            of_both.append(kronecker_factors(layers["w"], *of_layer, treatment))
         for mine, theirs in zip(*of_both, strict=True):
             matrix = theirs.dense()
             close(mine.dense(), matrix)

@@ -131,7 +131,7 @@ def test_factors_are_second_moments_of_rows(name, bias):
     parts = [split_groups(layer, part[layer.name]) for part in e.statistics[:2]]
 
     def dense(inputs, gradients):
-        found = covariances.factors(layer, inputs, gradients, e.statistics.scale)
+        found = covariances.kronecker_factors(layer, inputs, gradients, e.statistics.scale)
         return found.input.dense(), found.output.dense()
 
     A, B = vmap(dense)(*parts) if groups > 1 else (m[None] for m in dense(*parts))
