@@ -27,41 +27,41 @@ from lrkfac.transforms.robust import ApplyIfFiniteState
 
 
 class Diagnosis(NamedTuple):
-    """What ``diagnose`` found: a tree of numbers; ``print`` shows it as a table, as does ``rich.print``.
+    """The result of ``diagnose``: a tree of numbers; ``print`` shows it as a table, as does ``rich.print``.
 
     Attributes:
         layers: By name; under ``""`` where one block holds them all.
-        chain: What the chain tells apart from layers, tensors ``[]``.
+        chain: Numbers of the chain apart from layers, tensors ``[]``.
     """
 
     layers: dict[str, LayerDiagnosis]
     chain: dict[str, Tensor]
 
     def metrics(self, prefix: str = "lrkfac") -> dict[str, Tensor]:
-        """All numbers by names such as ``"lrkfac/0/A/captured"`` and ``"lrkfac/damping"``, tensors ``[]``.
+        """Return all numbers by names such as ``"lrkfac/0/A/captured"`` and ``"lrkfac/damping"``, tensors ``[]``.
 
         Ready for ``for name, x in metrics.items(): writer.add_scalar(name, x, step)``, or ``wandb.log(metrics)``.
         """
-        found = {name: x for name, x in self.chain.items()}
+        numbers_by_name = dict(self.chain)
         for name, layer in self.layers.items():
             for part, numbers in layer.numbers.items():
-                found.update({f"{name or 'all'}/{part}/{what}": x for what, x in numbers.items()})
-        return {f"{prefix}/{name}" if prefix else name: x for name, x in found.items()}
+                numbers_by_name.update({f"{name or 'all'}/{part}/{what}": x for what, x in numbers.items()})
+        return {f"{prefix}/{name}" if prefix else name: x for name, x in numbers_by_name.items()}
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The cells of the table, a heading first; ``x | y`` is of A and of B."""
-        found = [("layer (A | B)", *[heading for heading, *_ in COLUMNS])]
+        """Return the cells of the table, a heading first; ``x | y`` is of A and of B."""
+        rows = [("layer (A | B)", *[heading for heading, *_ in COLUMNS])]
         for name, layer in self.layers.items():
-            found.append((name or "(all layers)", *[_cell(layer, *column[1:]) for column in COLUMNS]))
-        used = [i for i, column in enumerate(zip(*found[1:], strict=True)) if any(column)]
-        return [tuple(row[i] for i in used) for row in found]
+            rows.append((name or "(all layers)", *[_cell(layer, *column[1:]) for column in COLUMNS]))
+        used = [i for i, column in enumerate(zip(*rows[1:], strict=True)) if any(column)]
+        return [tuple(row[i] for i in used) for row in rows]
 
     def __str__(self) -> str:
         of_chain = [f"{name}: {x.item():.4g}" for name, x in self.chain.items()]
         return "\n".join([table(self.rows(), right=True), "", *of_chain])
 
     def __rich__(self) -> Any:
-        """The table in the terms of rich, which calls this."""
+        """Return the table in the terms of rich, which calls this."""
         from rich.box import SIMPLE
         from rich.markup import escape
         from rich.table import Table
@@ -86,21 +86,21 @@ COLUMNS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("since", "since_statistics", (WHOLE,), "{:.0f}"),
     ("update", "update_norm", (WHOLE,), "{:.2e}"),
 )
-"""Heading, number, parts and form of a cell of the table."""
+"""Heading, number, parts and format of each column of the table."""
 
 
 def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree = None) -> Diagnosis:
-    """What the state of a transformation tells about its preconditioner, wherever it stands within.
+    """Describe the preconditioner in the state of a transformation, wherever it stands within, by numbers.
 
     For each layer, and each factor ``A``, ``B`` or block ``F`` of it:
 
-    * ``rank``: number of eigenpairs held; all, where the matrix is held whole.
-    * ``captured``: the share that these hold of the trace of the running average. What ``residual="none"`` drops is not
-      in the state, and not counted.
-    * ``damping``: what the inverse has on top of the average, ``δ_A``, ``δ_B`` or ``λ``; of groups, the mean.
+    * ``rank``: number of eigenpairs in the state; all, where it has the matrix itself.
+    * ``captured``: the share of these in the trace of the running average. The trace that ``residual="none"`` drops is
+      not in the state, and not counted.
+    * ``damping``: ``δ_A``, ``δ_B`` or ``λ`` in the inverse; of groups, the mean.
     * ``effective_dimension``: ``tr(M (M + δ I)⁻¹)``, the number of directions in which the curvature outweighs the
-      damping; of a product, those of its factors multiplied.
-    * ``condition``: the largest over the smallest eigenvalue of what was inverted; with ``low_rank_plus_diagonal`` a
+      damping; of a product, the product of its factors' numbers.
+    * ``condition``: the largest over the smallest eigenvalue of the damped average; with ``low_rank_plus_diagonal`` a
       bound above it, from at most twice the largest eigenvalue and the smallest entry of the damped diagonal.
     * ``drift``: with ``previous``, the change of the running average since then, ``‖M - M'‖ / ‖M‖`` in Frobenius norm.
     * ``since_statistics``: the number of steps since the layer's last statistics.
@@ -118,13 +118,29 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
         state: Of ``precondition_by_fisher``, or of any chain with it; of a ``LowRankKFAC``, its ``chain_state``.
         layers: From ``find_layers``.
         previous: An earlier state of the same transformation.
-        updates: What the transformation returned last. Without it, the last update of the quadratic model is used,
+        updates: The last updates of the transformation. Without them, the last update of the quadratic model is used,
             where there is one.
+
+    Returns:
+        The numbers of each layer and of the chain, tensors ``[]``, as a ``Diagnosis``.
 
     Raises:
         ValueError: If no preconditioner is in the state, or one of other layers; if ``previous`` or ``updates`` do not
             fit, or ``previous`` has seen more statistics (where they are on the CPU and their numbers known).
-        TypeError: If an argument has the wrong type, or a factor is held by a structure that is not lrkfac's.
+        TypeError: If an argument has the wrong type, or a custom structure has a state without the
+            methods ``spectrum`` and ``inner``.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> params, x, y = torch.eye(3), torch.ones(4, 3), torch.tensor([0, 1, 2, 0])
+        >>> model = lambda p, x: x @ p.T
+        >>> layers = lrkfac.find_layers(model, params, x)
+        >>> tx = lrkfac.precondition_by_fisher(layers)
+        >>> evaluation = lrkfac.evaluator(model, lrkfac.categorical(), layers, "empirical")(params, x, y)
+        >>> _, state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
+        >>> (layer,) = lrkfac.diagnose(state, layers).layers.values()
+        >>> layer.numbers["A"]["captured"]  # a factor of 3 rows is dense
+        tensor(1.)
     """
     check_layers(layers)
     blocks = _blocks("state", state, layers)
@@ -181,7 +197,7 @@ def _check(what: str, layer: Layer, block: BlockState) -> None:
 
 
 def _updates(state: Any, layers: Layers, updates: Tree) -> list[Any] | None:
-    """The leaves of the updates, or of the last ones of the quadratic models in a state."""
+    """Return the leaves of the updates, or of the last updates of the quadratic models in a state."""
     if updates is not None:
         return check_like(layers.tree, updates, "updates")
     rows = [one.last for _, one in _within(state, QuadraticModelState)]
@@ -193,27 +209,27 @@ def _updates(state: Any, layers: Layers, updates: Tree) -> list[Any] | None:
 
 
 def _of_chain(state: Any) -> dict[str, Tensor]:
-    found: list[tuple[str, str, Tensor]] = []
+    numbers: list[tuple[str, str, Tensor]] = []
     for path, one in _within(
         state, PreconditionState | QuadraticModelState | HyperparametersState | ApplyIfFiniteState
     ):
         if isinstance(one, PreconditionState):
-            found.append((path, "since_statistics", one.since.amax()))
+            numbers.append((path, "since_statistics", one.since.amax()))
         elif isinstance(one, QuadraticModelState):
-            found += [(path, name, getattr(one, name)) for name in QUADRATIC]
+            numbers += [(path, name, getattr(one, name)) for name in QUADRATIC]
         elif isinstance(one, HyperparametersState):
-            found += [(path, f"hyperparameters/{name}", x) for name, x in one.hyperparameters.items()]
+            numbers += [(path, f"hyperparameters/{name}", x) for name, x in one.hyperparameters.items()]
         else:
-            found.append((path, "left_out", one.total))
-    often = Counter(name for _, name, _ in found)
-    return {name if often[name] == 1 else f"{path}/{name}": x for path, name, x in found}
+            numbers.append((path, "left_out", one.total))
+    often = Counter(name for _, name, _ in numbers)
+    return {name if often[name] == 1 else f"{path}/{name}": x for path, name, x in numbers}
 
 
 QUADRATIC = ("learning_rate", "momentum", "damping", "factor_damping", "predicted", "reduction_ratio", "rejected")
 
 
 def _within(state: Any, kind: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """All states of a kind within a state, each with its path."""
+    """Yield all states of a kind within a state, each with its path."""
     if isinstance(state, kind):
         yield path, state
     named = state._asdict() if hasattr(state, "_asdict") else state
@@ -223,13 +239,13 @@ def _within(state: Any, kind: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _cell(layer: LayerDiagnosis, what: str, parts: tuple[str, ...], pattern: str) -> str:
-    """The numbers of one name, of each part that has it."""
-    found = [layer.numbers[part][what] for part in parts if what in layer.numbers.get(part, {})]
-    return " | ".join(pattern.format(x.item()) for x in found)
+    """Return the numbers of one name, of each part that has it."""
+    numbers = [layer.numbers[part][what] for part in parts if what in layer.numbers.get(part, {})]
+    return " | ".join(pattern.format(x.item()) for x in numbers)
 
 
 def ranks_by_trace(state: Any, layers: Layers, share: float = 0.95) -> dict[str, int]:
-    """For each layer the least rank with which the eigenpairs of both factors hold a share of their traces.
+    """Return for each layer the least rank whose eigenpairs hold a share of the traces of both factors.
 
     From the eigenvalues in the state, after some batches of statistics. A rank is a shape, fixed when a transformation
     is made: make another, ``low_rank_kfac(layers, 0.1, rank=ranks_by_trace(state, layers))``, and begin with its
@@ -247,6 +263,17 @@ def ranks_by_trace(state: Any, layers: Layers, share: float = 0.95) -> dict[str,
     Raises:
         ValueError: If ``share`` is out of range, if there were no statistics yet, or as ``diagnose``.
         TypeError: If an argument has the wrong type, or as ``diagnose``.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> params, x, y = torch.eye(3), torch.ones(4, 3), torch.tensor([0, 1, 2, 0])
+        >>> model = lambda p, x: x @ p.T
+        >>> layers = lrkfac.find_layers(model, params, x)
+        >>> tx = lrkfac.precondition_by_fisher(layers)
+        >>> evaluation = lrkfac.evaluator(model, lrkfac.categorical(), layers, "empirical")(params, x, y)
+        >>> _, state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
+        >>> list(lrkfac.ranks_by_trace(state, layers).values())  # inputs of rank 1, output gradients of rank 2
+        [2]
     """
     check_layers(layers)
     check_number(share, "share", 0, 1, includes_low=False)

@@ -119,7 +119,7 @@ def test_exact_and_corrected_blocks(structure, case):
     state = trained(precondition_by_fisher(layers, structure, damping=0.05), case)[0][-1]
     for name, layer in diagnose(state, layers).layers.items():
         numbers, inverse = layer.numbers["F"], state.inverses[name]
-        lead = state.factors[name].steps.ndim
+        lead = state.factors[name].factor_states()[0].steps.ndim
         for _ in range(max(lead - 1, 0)):
             inverse = optree.tree_map(lambda x: x.flatten(0, 1), inverse)
         dense = vmap(to_dense)(inverse) if lead else to_dense(inverse)[None]

@@ -1,4 +1,4 @@
-"""The state of a block of the Fisher matrix: its running average, the damped inverse, and what is known of them."""
+"""The state of a block of the Fisher matrix: running average, damped inverse, dampings; and its checks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lrkfac.core.linalg.operators import mean_eigenvalue
 
 
 class BlockState(NamedTuple):
-    """What is kept of one block between steps; tensors have a leading axis for groups.
+    """State of one block between steps; tensors have a leading axis for groups.
 
     Attributes:
         average: The running average, as the block's structure represents it.
         inverse: The damped inverse as of the last statistics.
-        dampings: What the inverse has on top of the average: ``δ_B`` and ``δ_A`` of a product, ``[2]``, else ``λ``,
+        dampings: Dampings in the inverse: ``δ_B`` and ``δ_A`` of a product, ``[2]``, else ``λ``,
             ``[]``.
     """
 

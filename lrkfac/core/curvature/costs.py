@@ -1,4 +1,4 @@
-"""What a preconditioner will cost, before any step: bytes of its state and operations of its parts."""
+"""Costs of a preconditioner before any step: bytes of its state and operations of its parts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Cost(NamedTuple):
     """The cost of a layer, or of all; operations are multiplications and additions, one each.
 
     Attributes:
-        structure: What represents the block, in words.
+        structure: The block's structure, in words.
         bytes: Of the tensors of its state, after ``init`` and at all times.
         apply: Operations that precondition its gradient as a matrix, in each step.
         refresh: Operations of a batch of statistics, whatever its size: bases, eigenpairs, inverses.
@@ -113,7 +113,7 @@ def explain(
         >>> layers = lrkfac.find_layers(lambda p, x: x @ p, torch.ones(20, 30), torch.ones(4, 20))
         >>> explanation = lrkfac.explain(layers, rank=2)
         >>> explanation.total.bytes
-        1216
+        1188
         >>> print(next(iter(explanation.layers.values())).structure)
         A rank 2, B rank 2 + diagonal
     """

@@ -33,7 +33,7 @@ class InputCovariance:
 
     Attributes:
         kind: The kind of the uses.
-        inputs: What the operation received, one tensor for each use.
+        inputs: Inputs of the operation, one tensor for each use.
         options: The settings of each use.
         dimension: ``d``, with the trailing 1 of a joint bias.
         joint: Whether there is a joint bias.
@@ -120,7 +120,7 @@ def kronecker_factors(
 
     Args:
         layer: The layer.
-        inputs: What one group of it received, one tensor for each use.
+        inputs: Inputs of one group of it, one tensor for each use.
         gradients: The gradients at its outputs, likewise, or none.
         scale: Weight of each example in the sums of ``B``, ``[]``.
         treatment: ``"expand"`` or ``"reduce"``.

@@ -17,7 +17,7 @@ which it comes to follow them wholly.
 
 
 LEAST = -6.0
-"""The decade below the largest beyond which a block counts as one there: those that die have less and less."""
+"""The decade below the largest block at which sizes are cut off: a block that dies has less and less."""
 
 
 def balanced_dampings(

@@ -21,8 +21,8 @@ class LayerDiagnosis(NamedTuple):
 
     Attributes:
         numbers: For each part, by name, tensors ``[]``; see ``diagnose``.
-        eigenvalues: For each part that eigenpairs are held of, their eigenvalues, ``[r]``, largest first; of all
-            groups and units together.
+        eigenvalues: For each part the eigenvalues of its eigenpairs, ``[r]``, largest first; of all groups and units
+            together.
         rest: For these, the trace that the eigenpairs leave out, ``[]``.
     """
 
@@ -57,7 +57,7 @@ def needed_rank(state: Any, share: float) -> Tensor:
 def _add(diagnosis: LayerDiagnosis, part: Part, old: Any) -> Damped | None:
     """Add what is known of a part; return its damped numbers, ``[n]`` for ``n`` groups or units."""
     name, state, inverse, damping = part
-    known: Spectrum = _of_each(state, lambda one: one.spectrum(), state)
+    known = Spectrum(*_of_each(state, lambda one: one.spectrum(), state))
     captured, rest = known.eigenvalues.sum(), known.rest.sum()
     total = captured + rest
     diagnosis.eigenvalues[name] = known.eigenvalues.reshape(-1).sort(descending=True).values

@@ -55,18 +55,18 @@ class EigenbasisState(NamedTuple):
 class EigenbasisStructure(BlockStructure):
     """The diagonal of the block in the basis of the factors: EKFAC (George et al. 2018, arXiv 1806.03884).
 
-    With orthonormal bases ``u_i`` of the output factor and ``v_j`` of the input factor (all eigenvectors where it is
-    held densely, unit vectors where it is diagonal, the ``r`` kept directions else), the eigenvalue of ``u_i v_jᵀ`` is
-    ``E (u_iᵀ G_n v_j)²`` over examples' gradients ``G_n``, not a product of two eigenvalues. What is left of the second
+    With orthonormal bases ``u_i`` of the output factor and ``v_j`` of the input factor (all eigenvectors of a
+    dense one, unit vectors of a diagonal one, the ``r`` kept directions else), the eigenvalue of ``u_i v_jᵀ`` is
+    ``E (u_iᵀ G_n v_j)²`` over examples' gradients ``G_n``, not a product of two eigenvalues. The rest of the second
     moment is spread evenly: of each ``u_i`` over the other directions of the input, of each ``v_j`` over those of the
-    output, and the remainder over all that neither basis holds. The diagonal of ``low_rank_plus_diagonal`` helps to
+    output, and the remainder over all that neither basis spans. The diagonal of ``low_rank_plus_diagonal`` helps to
     find its directions and ends there: it has no part in a common eigenbasis, in which every eigenvalue is positive and
     plainly damped. Plain damping lacks the cross terms ``δ_B A + δ_A B`` of the damping that is split between factors:
     the same number damps less.
 
     When the bases turn, the running average is carried over (``EigenbasisKronecker.moments``). The trace, ``E ‖G_n‖²``,
     is kept exactly. Where a factor has equal eigenvalues (a dense one of fewer rows than columns) its basis is
-    arbitrary among them, and so is what is measured there.
+    arbitrary among them, and so are the eigenvalues measured there.
 
     Attributes:
         factors: The product that gives the basis.

@@ -39,7 +39,7 @@ class ExactStructure(BlockStructure):
     """See ``layer_wise``, ``unit_wise`` and ``full``: the second moment of the examples' gradients themselves.
 
     Attributes:
-        factor: What holds one block.
+        factor: Structure of one block.
         per: Whether a block is made for each output unit of a layer, for each layer (each group of it), or for
             all layers together.
     """

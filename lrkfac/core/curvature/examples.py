@@ -1,4 +1,4 @@
-"""What a batch tells about a layer or about all: Kronecker factors, and the gradients of single examples."""
+"""Statistics of a batch as structures take them: Kronecker factors, and gradients of single examples."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lrkfac.core.linalg.moments import Moments
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What a batch tells about one group of a layer, from which each structure computes what it needs.
+    """Statistics of one group of a layer, from which each structure computes what it needs.
 
     With ``G_n = Σ_t g_t a_tᵀ``, ``t`` over the positions and uses of an example, for each sample or column,
     expectations are ``scale * sum`` over examples and samples.
 
     Attributes:
         layer: The layer.
-        inputs: What the group received, one tensor for each use.
+        inputs: Inputs of the group, one tensor for each use.
         gradients: The gradients at its outputs, likewise, or none.
         scale: Weight of each example, ``[]``.
         stacked: Whether those of several layers are stacked along a leading axis, for ``kronecker_factors`` alone.
@@ -134,7 +134,7 @@ def example_gradients(layer: Layer, inputs: Uses, gradients: Uses) -> Float[Tens
 
 @dataclass(frozen=True)
 class JointStatistics:
-    """What a batch tells about all layers together: the gradients of single examples.
+    """Statistics of all layers together: the gradients of single examples.
 
     Attributes:
         layers: For each layer, itself, its inputs and output gradients, with a leading axis for groups.

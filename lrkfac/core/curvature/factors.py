@@ -1,4 +1,4 @@
-"""Factors held densely or by their diagonal, and the running average that all structures share.
+"""Dense and diagonal factors, and the running average that all structures share.
 
 Every running average is bias-corrected: after ``t`` batches, batch ``s`` has the weight
 ``(1 - decay) decay^(t-s) / (1 - decay^t)``.

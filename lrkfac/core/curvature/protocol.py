@@ -1,8 +1,8 @@
-"""The vocabulary of structures: what represents a factor or a block, and what their states can tell.
+"""The vocabulary of structures: protocols of factor and block structures, of their states and their statistics.
 
 A structure is a frozen description with pure functions of a state; a state is a NamedTuple of tensors. A factor
 structure sees a factor only through a ``Covariance`` and never learns what layer it came from. A block structure
-receives what a batch tells about a layer as ``BlockStatistics``, and its gradient as a ``LayerMatrix``.
+receives the statistics of a layer as ``BlockStatistics``, and its gradient as a ``LayerMatrix``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lrkfac.core.linalg.operators import Operator
 
 
 class FactorState(Protocol):
-    """What a factor structure holds: a NamedTuple of tensors that describes the average in it.
+    """State of a factor structure: a NamedTuple of tensors that describes the average in it.
 
     ``spectrum`` and ``inner`` serve ``diagnose``, ``ranks_by_trace`` and ``factor_drift``. Optional are
     ``damped(inverse, damping, eigenvalues)``, by default from the eigenvalues; ``squared_distance(other)``, by default
@@ -39,8 +39,8 @@ class FactorState(Protocol):
         """Number of batches in the average, int64 ``[]``; groups and units have leading axes."""
         ...
 
-    def spectrum(self) -> Spectrum:
-        """Return the eigenvalues that are held, and the trace that they leave out."""
+    def spectrum(self) -> Spectrum | tuple[Tensor, Tensor]:
+        """Return eigenvalues ``[r]``, largest first, and the trace that they leave out, ``[]``."""
         ...
 
     def inner(self, other: Any) -> Tensor:
@@ -111,7 +111,7 @@ class FactorStructure(ABC):
 
 
 class BlockStatistics(Protocol):
-    """What a batch tells about a block: each structure asks for what it needs."""
+    """Statistics of a batch for one block: each structure asks for what it needs."""
 
     def kronecker_factors(self, treatment: Treatment) -> KroneckerFactors:
         """Return the covariances ``B`` and ``A``."""
@@ -132,7 +132,7 @@ class BlockStatistics(Protocol):
 
 
 class BlockAverage(Protocol):
-    """What a block structure holds: the running average of a block of the Fisher matrix."""
+    """State of a block structure: the running average of a block of the Fisher matrix."""
 
     @property
     def is_product(self) -> bool:

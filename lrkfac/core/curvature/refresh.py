@@ -54,8 +54,8 @@ def refresh(
 ) -> dict[str, BlockState]:
     """Return the state of each block after a batch; the last one, itself, where there are no statistics of a block.
 
-    A scale or shift that is held by default also keeps its last state where there are no output gradients: normalised
-    inputs have the second moment 1, so that with ``B = I`` the identity is what its block would be.
+    A scale or shift with the default structure also keeps its last state where there are no output gradients:
+    normalised inputs have the second moment 1, so that with ``B = I`` its block would be the identity.
 
     Args:
         blocks: All blocks.

@@ -19,7 +19,7 @@ class Spectrum(NamedTuple):
     """Eigenvalues of a matrix ``M``.
 
     Attributes:
-        eigenvalues: Of the eigenpairs that are held, ``[r]``, largest first; all, where ``M`` is held whole.
+        eigenvalues: Of the eigenpairs in the state, ``[r]``, largest first; of all, where it has ``M`` itself.
         rest: The trace that these leave out, ``[]``.
     """
 
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
     Attributes:
         name: ``"A"``, ``"B"`` or ``"F"``.
-        state: What holds it.
+        state: Its state.
         inverse: Its damped inverse, or ``None`` where the block has none of this part alone.
         damping: The damping in that inverse.
     """
@@ -71,7 +71,7 @@ def damped_of(groups: list[tuple[Tensor, Tensor, int]]) -> Damped:
 
 
 def damped(state: Any, inverse: Any, damping: Tensor, eigenvalues: Tensor) -> Damped:
-    """Return the damped numbers of a state: its own, or those of its eigenvalues, if these are all that it has."""
+    """Return the damped numbers of a state: by its method ``damped``, or else from its eigenvalues."""
     if hasattr(state, "damped"):
         numbers: Damped = state.damped(inverse, damping, eigenvalues)
         return numbers

@@ -14,14 +14,14 @@ from lrkfac.core.linalg.products import added
 
 
 class Average(NamedTuple):
-    """``previous + weight * batch``; of several factors, where all are stacked along leading axes."""
+    """``previous + weight * batch``; several factors may be stacked along leading axes."""
 
     previous: LowRankPlusDiagonal
     batch: Covariance
     weight: Tensor
 
     def of_rows(self, x: Tensor, less: Tensor) -> Tensor:
-        """``x (M - diag(less))`` for rows ``x`` ``[*, k, d]``."""
+        """Return ``x (M - diag(less))`` for rows ``x`` ``[*, k, d]``."""
         vectors, values, diagonal = self.previous
         if isinstance(self.batch, RowCovariance):
             new = replace(self.batch, scale=self.weight * self.batch.scale).of_rows(x)
@@ -31,7 +31,7 @@ class Average(NamedTuple):
         return torch.addcmul(total, x, (diagonal - less)[..., None, :])
 
     def between(self, x: Tensor, less: Tensor) -> Tensor:
-        """``x (M - diag(less)) xᵀ``."""
+        """Return ``x (M - diag(less)) xᵀ``."""
         vectors, values, diagonal = self.previous
         between = getattr(self.batch, "between", None)
         new = x @ self.batch.matvec(x.mT) if between is None else between(x)
@@ -40,20 +40,20 @@ class Average(NamedTuple):
         return new + (along * values[..., None, :]) @ along.mT + (x * (diagonal - less)[..., None, :]) @ x.mT
 
     def diagonal(self) -> Tensor:
-        """The diagonal."""
+        """Return the diagonal."""
         return self.previous.diagonal + explained(*self.previous[:2]) + self.weight[..., None] * self.batch.diagonal()
 
     def trace(self) -> Tensor:
-        """The trace."""
+        """Return the trace."""
         return self.previous.trace() + self.weight * self.batch.trace()
 
 
 def average(kept: Tensor, previous: LowRankPlusDiagonal, batch: Covariance) -> Average:
-    """The next running average: of the previous one, ``kept`` ``[*]`` remains."""
+    """Return ``kept * previous + (1 - kept) * batch``, with ``kept`` ``[*]``."""
     vectors, values, diagonal = previous
     return Average(LowRankPlusDiagonal(vectors, kept[..., None] * values, kept[..., None] * diagonal), batch, 1 - kept)
 
 
 def explained(vectors: Tensor, values: Tensor) -> Tensor:
-    """The diagonal of ``V diag(values) Vᵀ``."""
+    """Return the diagonal of ``V diag(values) Vᵀ``."""
     return (vectors.square() @ values[..., None]).squeeze(-1)

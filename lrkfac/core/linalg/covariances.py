@@ -1,4 +1,4 @@
-"""Covariances known by their action: the protocol, and those of rows, diagonals and sums."""
+"""Covariances known by their action: the protocol; covariances of rows, diagonal ones, and sums."""
 
 from __future__ import annotations
 
@@ -20,27 +20,30 @@ class Covariance(Protocol):
     """
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        """``C V`` for ``V`` of shape ``[d, k]``."""
+        """Return ``C V`` for ``V`` of shape ``[d, k]``."""
         ...
 
     def diagonal(self) -> Tensor:
-        """The diagonal, ``[d]``."""
+        """Return the diagonal, ``[d]``."""
         ...
 
     def trace(self) -> Tensor:
-        """The trace, ``[]``."""
+        """Return the trace, ``[]``."""
         ...
 
     def dense(self) -> Tensor:
-        """The matrix itself, ``[d, d]``."""
+        """Return the matrix itself, ``[d, d]``."""
         ...
 
 
 @dataclass(frozen=True)
 class RowCovariance:
-    """``scale * Σ z zᵀ`` over rows ``z``, which are ``[*, n, d]``, or one column less where each has a trailing 1.
+    """``scale * Σ z zᵀ`` over rows ``z``; several may be stacked along leading axes.
 
-    Several may be stacked along leading axes, which ``scale`` ``[*]`` may have, too.
+    Attributes:
+        rows: ``[*, n, d]``, or one column less where each row has a trailing 1.
+        scale: ``[*]`` or ``[]``.
+        joint: Whether rows have a trailing 1, which is not in ``rows``.
     """
 
     rows: Tensor
@@ -48,34 +51,34 @@ class RowCovariance:
     joint: bool = False
 
     def matvec(self, vectors: Float[Tensor, "*many d k"]) -> Float[Tensor, "*many d k"]:
-        """``C V``."""
+        """Return ``C V``."""
         return self.of_rows(vectors.mT).mT
 
     def of_rows(self, x: Float[Tensor, "*many k d"]) -> Float[Tensor, "*many k d"]:
-        """``x C``: the matrix applied to each row of ``x``."""
+        """Return ``x C``: the matrix applied to each row of ``x``."""
         along = self._along(x) * self.scale[..., None, None]
         back = along @ self.rows
         return torch.cat([back, along.sum(dim=-1, keepdim=True)], dim=-1) if self.joint else back
 
     def between(self, x: Float[Tensor, "*many k d"]) -> Float[Tensor, "*many k k"]:
-        """``x C xᵀ``."""
+        """Return ``x C xᵀ``."""
         along = self._along(x)
         return (along * self.scale[..., None, None]) @ along.mT
 
     def diagonal(self) -> Float[Tensor, "*many d"]:
-        """The diagonal."""
+        """Return the diagonal."""
         squares = self.rows.square().sum(dim=-2)
         if self.joint:
             squares = torch.cat([squares, squares.new_full((*squares.shape[:-1], 1), self.rows.shape[-2])], dim=-1)
         return self.scale[..., None] * squares
 
     def trace(self) -> Float[Tensor, "*many"]:
-        """The trace."""
+        """Return the trace."""
         squares = torch.linalg.vector_norm(self.rows, dim=(-2, -1)).square()  # without a copy of the rows
         return self.scale * (squares + self.joint * self.rows.shape[-2])
 
     def dense(self) -> Float[Tensor, "*many d d"]:
-        """The matrix."""
+        """Return the matrix."""
         rows = with_ones(self.rows) if self.joint else self.rows
         return self.scale[..., None, None] * (rows.mT @ rows)
 
@@ -85,24 +88,24 @@ class RowCovariance:
 
 @dataclass(frozen=True)
 class DiagonalCovariance:
-    """A diagonal matrix, such as that of one-hot rows: how often each number occurs."""
+    """A diagonal matrix, such as that of one-hot rows, whose entries are counts."""
 
     entries: Tensor
 
     def matvec(self, vectors: Float[Tensor, "*many d k"]) -> Float[Tensor, "*many d k"]:
-        """``C V``."""
+        """Return ``C V``."""
         return self.entries[..., None] * vectors
 
     def diagonal(self) -> Float[Tensor, "*many d"]:
-        """The diagonal."""
+        """Return the diagonal."""
         return self.entries
 
     def trace(self) -> Float[Tensor, "*many"]:
-        """The trace."""
+        """Return the trace."""
         return self.entries.sum(dim=-1)
 
     def dense(self) -> Float[Tensor, "*many d d"]:
-        """The matrix."""
+        """Return the matrix."""
         return torch.diag_embed(self.entries)
 
 
@@ -114,19 +117,19 @@ class SumCovariance:
     weights: tuple[Tensor, ...]
 
     def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        """``C V``."""
+        """Return ``C V``."""
         return self._sum(lambda part: part.matvec(vectors))
 
     def diagonal(self) -> Float[Tensor, "d"]:
-        """The diagonal."""
+        """Return the diagonal."""
         return self._sum(lambda part: part.diagonal())
 
     def trace(self) -> Float[Tensor, ""]:
-        """The trace."""
+        """Return the trace."""
         return self._sum(lambda part: part.trace())
 
     def dense(self) -> Float[Tensor, "d d"]:
-        """The matrix."""
+        """Return the matrix."""
         return self._sum(lambda part: part.dense())
 
     def _sum(self, of: Callable[[Covariance], Tensor]) -> Tensor:

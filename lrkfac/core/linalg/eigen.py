@@ -18,7 +18,7 @@ def power_iteration(
     max_iterations: int = 100,
     tolerance: float = 1e-6,
 ) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
-    """Dominant eigenpairs, one vector after another: ``v ← M v / ‖M v‖`` orthogonal to those found.
+    """Return dominant eigenpairs, one vector after another: ``v ← M v / ‖M v‖``, orthogonal to the earlier ones.
 
     A vector stands still once a step turns it by less than ``tolerance``; the number of steps does not
     depend on values, so that the function can be compiled and mapped over batches. At the end the
@@ -38,26 +38,34 @@ def power_iteration(
     Raises:
         ValueError: If ``rank`` or ``max_iterations`` is below 1 or ``start`` has too few rows or columns.
         TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import power_iteration
+        >>> M = torch.diag(torch.tensor([1.0, 5.0, 2.0]))
+        >>> vectors, values = power_iteration(lambda v: M @ v, torch.ones(3, 2) + torch.eye(3)[:, :2])
+        >>> values.round(decimals=3)
+        tensor([5., 2.])
     """
     rank = _check(matvec, start, rank, max_iterations=max_iterations)
     check_number(tolerance, "tolerance", 0)
-    found = start[:, :0]
+    vectors = start[:, :0]
     for i in range(rank):
-        vector = orthonormal(torch.cat([found, start[:, i : i + 1]], dim=1))[:, i:]
+        vector = orthonormal(torch.cat([vectors, start[:, i : i + 1]], dim=1))[:, i:]
         converged = torch.zeros((), dtype=torch.bool, device=start.device)
         for _ in range(max_iterations):
             image = matvec(vector)
-            rest = _deflate(_deflate(image, found), found)
+            rest = _deflate(_deflate(image, vectors), vectors)
             norm = torch.linalg.vector_norm(rest)
-            # Where the image lies within the vectors found, only rounding is left of it: stand still.
+            # Where the image lies within the earlier vectors, only rounding is left of it: stand still.
             lost = norm <= 8 * torch.finfo(start.dtype).eps * torch.linalg.vector_norm(image)
             candidate = rest / torch.where(lost, 1.0, norm)
             cosine = (candidate * vector).sum()
             turned = torch.linalg.vector_norm(candidate - cosine * vector)
             vector = torch.where(converged | lost, vector, candidate)
             converged = converged | lost | (turned <= tolerance)
-        found = torch.cat([found, vector], dim=1)
-    return rayleigh_ritz(matvec, orthonormal(found), rank)
+        vectors = torch.cat([vectors, vector], dim=1)
+    return rayleigh_ritz(matvec, orthonormal(vectors), rank)
 
 
 def subspace_iteration(
@@ -66,7 +74,7 @@ def subspace_iteration(
     rank: int | None = None,
     iterations: int = 1,
 ) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
-    """Dominant eigenpairs, all vectors at once: ``Q ← orthonormal(M Q)``, then a Rayleigh–Ritz step.
+    """Return dominant eigenpairs, all vectors at once: ``Q ← orthonormal(M Q)``, then a Rayleigh–Ritz step.
 
     Columns of ``start`` beyond ``rank`` speed up convergence (Halko, Martinsson & Tropp 2011, arXiv
     0909.4061, algorithm 4.4). ``start`` may be the last result, which one iteration then renews.
@@ -83,6 +91,15 @@ def subspace_iteration(
     Raises:
         ValueError: If ``rank`` or ``iterations`` is below 1 or ``start`` has too few rows or columns.
         TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import subspace_iteration
+        >>> M = torch.diag(torch.tensor([1.0, 5.0, 2.0]))
+        >>> start = torch.ones(3, 2) + torch.eye(3)[:, :2]
+        >>> vectors, values = subspace_iteration(lambda v: M @ v, start, iterations=20)
+        >>> values.round(decimals=3)
+        tensor([5., 2.])
     """
     rank = _check(matvec, start, rank, iterations=iterations)
     basis = start / torch.linalg.vector_norm(start, dim=0).clamp(min=torch.finfo(start.dtype).tiny)
@@ -94,7 +111,7 @@ def subspace_iteration(
 def rayleigh_ritz(
     matvec: Callable[[Tensor], Tensor], basis: Float[Tensor, "d k"], rank: int
 ) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
-    """The best eigenpairs within the span of an orthonormal basis: those of ``Qᵀ M Q``.
+    """Return the best eigenpairs within the span of an orthonormal basis ``Q``, from ``Qᵀ M Q``.
 
     Returns:
         The ``rank`` Ritz pairs of largest magnitude, in that order.
@@ -105,20 +122,20 @@ def rayleigh_ritz(
 
 
 def ritz(projected: Float[Tensor, "*many k k"]) -> tuple[Float[Tensor, "*many k"], Float[Tensor, "*many k k"]]:
-    """Eigenvalues of ``Qᵀ M Q``, rising, and its eigenvectors."""
+    """Return the eigenvalues of ``Qᵀ M Q``, rising, and its eigenvectors."""
     values, rotation = torch.linalg.eigh(without_subnormal((projected + projected.mT) / 2))
     return values, rotation
 
 
 def without_subnormal(matrix: Float[Tensor, "*many k k"]) -> Float[Tensor, "*many k k"]:
-    """The matrix with zeros for entries far below its rounding: of subnormal numbers, LAPACK's eigh makes NaN."""
+    """Return the matrix with 0 for entries far below its rounding: subnormal numbers become NaN in LAPACK's eigh."""
     limits = torch.finfo(matrix.dtype)
     smallest = (limits.eps**2 * matrix.abs().amax(dim=(-2, -1), keepdim=True)).clamp(min=limits.tiny)
     return torch.where(matrix.abs() < smallest, 0, matrix)
 
 
 def orthonormal(columns: Float[Tensor, "*many d k"]) -> Float[Tensor, "*many d k"]:
-    """An orthonormal basis whose first ``j`` vectors span the first ``j`` columns, for every ``j``.
+    """Return an orthonormal basis whose first ``j`` vectors span the first ``j`` columns, for every ``j``.
 
     Householder reflections: orthonormal to rounding even where columns are zero or dependent, which
     then get an arbitrary direction orthogonal to the others.
@@ -127,7 +144,7 @@ def orthonormal(columns: Float[Tensor, "*many d k"]) -> Float[Tensor, "*many d k
 
 
 def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "*many d k"]:
-    """Numbers in [-1, 1) that depend on their place and on ``seed`` alone, float32.
+    """Return numbers in [-1, 1) that depend on their place and on ``seed`` alone, float32.
 
     Start vectors need no quality beyond generic position, but must be pure and equal on every device,
     in eager and compiled code and under ``vmap``; hence an integer hash (the finaliser of
@@ -149,8 +166,8 @@ def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "*many
     return x.to(torch.float32) / 2**31 - 1
 
 
-def _deflate(x: Tensor, found: Tensor) -> Tensor:
-    return x - found @ (found.mT @ x)
+def _deflate(x: Tensor, vectors: Tensor) -> Tensor:
+    return x - vectors @ (vectors.mT @ x)
 
 
 def _check(matvec: Callable[[Tensor], Tensor], start: Tensor, rank: int | None, **iterations: int) -> int:

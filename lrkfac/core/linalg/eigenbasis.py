@@ -18,7 +18,7 @@ class EigenbasisKronecker(NamedTuple):
     With orthonormal ``output_vectors`` ``u_i`` ``[d_out, r_B]`` and ``input_vectors`` ``v_j`` ``[d_in, r_A]``, the
     eigenvalue of ``u_i v_jᵀ`` is ``kept[i, j]``, that of ``u_i vᵀ`` is ``output[i]`` for each ``v`` orthogonal to all
     ``v_j``, that of ``u v_jᵀ`` is ``input[j]``, and elsewhere it is ``rest``. Closed under inversion. Where the vectors
-    of a side are complete, the numbers for what is orthogonal to them have no meaning, but the size of the others.
+    of a side are complete, numbers for directions orthogonal to them have no meaning, but the size of the others.
     """
 
     output_vectors: Tensor
@@ -34,10 +34,10 @@ class EigenbasisKronecker(NamedTuple):
         return self.output_vectors.shape[-2] * self.input_vectors.shape[-2]
 
     def two_sided(self, gradient: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
-        """``M vec(G)`` as a matrix, in O((r_A + r_B) d_in d_out)."""
+        """Return ``M vec(G)`` as a matrix, in O((r_A + r_B) d_in d_out)."""
         left, right = self.output_vectors.mT @ gradient, gradient @ self.input_vectors
         all_out, all_in = (w.shape[0] == w.shape[1] for w in (self.output_vectors, self.input_vectors))
-        # What has no meaning is left out: large, it would not cancel but for rounding.
+        # Numbers without meaning are left out: large ones would not cancel but for rounding.
         output = torch.zeros_like(self.output) if all_in else self.output
         input = torch.zeros_like(self.input) if all_out else self.input
         rest = torch.zeros_like(self.rest) if all_in or all_out else self.rest
@@ -46,16 +46,16 @@ class EigenbasisKronecker(NamedTuple):
         return rest * gradient + self.output_vectors @ left + (right * (input - rest)) @ self.input_vectors.mT
 
     def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """``x M``: the matrix applied to each row of ``x``."""
+        """Return ``x M``: the matrix applied to each row of ``x``."""
         return self.matvec(x.mT).mT
 
     def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
-        """``M x`` for ``x`` of shape ``[d_out d_in]`` or ``[d_out d_in, k]``."""
+        """Return ``M x`` for ``x`` of shape ``[d_out d_in]`` or ``[d_out d_in, k]``."""
         columns = x.reshape(self.output_vectors.shape[0], self.input_vectors.shape[0], -1)
         return vmap(self.two_sided, in_dims=-1, out_dims=-1)(columns).reshape(x.shape)
 
     def to_dense(self) -> Float[Tensor, "d d"]:
-        """The matrix."""
+        """Return the matrix."""
         u, v = self.output_vectors, self.input_vectors
         others_out, others_in = (torch.eye(w.shape[0], dtype=w.dtype, device=w.device) - w @ w.mT for w in (u, v))
         basis = kron(u, v)
@@ -67,14 +67,14 @@ class EigenbasisKronecker(NamedTuple):
         )
 
     def trace(self) -> Float[Tensor, ""]:
-        """The sum of the eigenvalues."""
+        """Return the sum of the eigenvalues."""
         (d_out, r_out), (d_in, r_in) = self.output_vectors.shape, self.input_vectors.shape
         more_out, more_in = d_out - r_out, d_in - r_in
         sides = self.output.sum() * more_in + self.input.sum() * more_out
         return self.kept.sum() + sides + self.rest * more_out * more_in
 
     def shifted(self, shift: float | Tensor) -> EigenbasisKronecker:
-        """``M + shift I``."""
+        """Return ``M + shift I``."""
         return self._replace(
             kept=self.kept + shift, output=self.output + shift, input=self.input + shift, rest=self.rest + shift
         )
@@ -102,5 +102,5 @@ class EigenbasisKronecker(NamedTuple):
 
 
 def kron(x: Tensor, y: Tensor) -> Tensor:
-    """``x ⊗ y``; unlike ``torch.kron`` for columns of any strides."""
+    """Return ``x ⊗ y``; unlike ``torch.kron`` for columns of any strides."""
     return (x[:, None, :, None] * y[None, :, None, :]).reshape(x.shape[0] * y.shape[0], -1)

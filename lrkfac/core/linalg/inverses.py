@@ -13,7 +13,7 @@ from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlus
 
 
 def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:
-    """``(M + damping I)⁻¹`` as an operator of the same class.
+    """Return ``(M + damping I)⁻¹`` as an operator of the same class.
 
     For a Kronecker product the damping is split between the factors (``Kronecker.shifted``).
 
@@ -21,10 +21,19 @@ def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:
         operator: A symmetric matrix such that ``M + damping I`` is positive definite.
         damping: ``λ ≥ 0``, a number or a tensor ``[]``.
 
+    Returns:
+        The inverse, symmetric and positive definite.
+
     Raises:
         ValueError: If ``damping`` is a negative or non-finite number, or the entries of ``operator`` do not fit
             together.
         TypeError: If ``operator`` is not one of the package's operators.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import Diagonal, inverse
+        >>> inverse(Diagonal(torch.tensor([1.0, 3.0])), damping=1.0).diagonal
+        tensor([0.5000, 0.2500])
     """
     check_number(damping, "damping", 0)
     check_operator(operator)
@@ -71,7 +80,7 @@ def _inverse_in_basis(operator: EigenbasisKronecker) -> EigenbasisKronecker:
 
 
 def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
-    """The inverse of ``M = D + V Λ Vᵀ`` in matrix form, in O(d r²).
+    """Return the inverse of ``M = D + V Λ Vᵀ`` in matrix form, in O(d r²).
 
     With ``U = D^{-1/2} V |Λ|^{1/2} = Q R`` and ``R sign(Λ) Rᵀ = P diag(μ) Pᵀ``,
     ``M⁻¹ = D⁻¹ - D^{-1/2} Q P diag(μ / (1 + μ)) (Q P)ᵀ D^{-1/2}``: the formula of Woodbury in a basis
@@ -91,6 +100,14 @@ def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     Raises:
         ValueError: If the entries of ``operator`` do not fit together.
         TypeError: If it is no ``LowRankPlusDiagonal`` of floating-point tensors.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import LowRankPlusDiagonal, woodbury
+        >>> vectors = torch.tensor([[1.0], [1.0]])
+        >>> M = LowRankPlusDiagonal(vectors, torch.tensor([2.0]), torch.ones(2))
+        >>> bool(torch.allclose(woodbury(M).to_dense() @ M.to_dense(), torch.eye(2), atol=1e-5))
+        True
     """
     check_operator(operator, LowRankPlusDiagonal)
     return _woodbury(operator)
@@ -109,16 +126,16 @@ def _woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
 
 
 def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
-    """The inverse of ``M = D + Σ λᵢ vᵢ vᵢᵀ`` by one rank-one update after another, in O(d r²).
+    """Return the inverse of ``M = D + Σ λᵢ vᵢ vᵢᵀ`` by one rank-one update after another, in O(d r²).
 
-    With ``uᵢ = |λᵢ|^{1/2} D^{-1/2} vᵢ``, ``sᵢ = sign λᵢ`` and what the first ``i - 1`` updates left,
+    With ``uᵢ = |λᵢ|^{1/2} D^{-1/2} vᵢ``, ``sᵢ = sign λᵢ`` and the rest that the first ``i - 1`` updates left,
     ``yᵢ = uᵢ - Σ_{j<i} cⱼ wⱼ (wⱼᵀ uᵢ)``, the formula of Sherman and Morrison gives
     ``wᵢ = yᵢ / √(1 + sᵢ uᵢᵀ yᵢ)``, ``cᵢ = sᵢ`` and ``M⁻¹ = D⁻¹ - D^{-1/2} (Σ cᵢ wᵢ wᵢᵀ) D^{-1/2}``.
 
     Repeated updates are not backward stable (Hashemi & Nakatsukasa 2025, arXiv 2510.01696): hence the
     scaling by ``D^{-1/2}``, float64 inside where the device has it, positive updates first, so that
     every matrix on the way is positive definite, and the floor of ``woodbury`` for ``D``.
-    ``woodbury`` computes the same with a fixed number of operations and is what ``inverse`` uses.
+    ``woodbury`` computes the same with a fixed number of operations, and ``inverse`` uses it.
 
     Args:
         operator: Positive definite, with ``D > 0``; values of either sign.
@@ -129,6 +146,14 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     Raises:
         ValueError: If the entries of ``operator`` do not fit together.
         TypeError: If it is no ``LowRankPlusDiagonal`` of floating-point tensors.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import LowRankPlusDiagonal, sherman_morrison
+        >>> vectors = torch.tensor([[1.0], [1.0]])
+        >>> M = LowRankPlusDiagonal(vectors, torch.tensor([2.0]), torch.ones(2))
+        >>> bool(torch.allclose(sherman_morrison(M).to_dense() @ M.to_dense(), torch.eye(2), atol=1e-5))
+        True
     """
     check_operator(operator, LowRankPlusDiagonal)
     dtype, accurate = operator.vectors.dtype, _widest(operator.vectors)
@@ -149,17 +174,17 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
 
 
 def _eigenvalues(operator: LowRankPlusDiagonal) -> Tensor:
-    """Those of each positive rank-one term."""
+    """Return the eigenvalue of each positive rank-one term."""
     return (operator.values * operator.vectors.square().sum(dim=-2)).clamp(min=0)
 
 
 def _widest(x: Tensor) -> torch.dtype:
-    """float64, or the tensor's own dtype on devices that have no float64."""
+    """Return float64, or the tensor's dtype on devices that have no float64."""
     return x.dtype if x.device.type == "mps" else torch.float64
 
 
 def _margin(x: Tensor) -> float:
-    """How far below 1 an eigenvalue of ``W Wᵀ`` must stay for ``I - W Wᵀ`` to be positive definite after rounding.
+    """Return how far below 1 eigenvalues of ``W Wᵀ`` must stay for ``I - W Wᵀ`` to be positive definite after rounding.
 
     In float64 the ratio of eigenvalues that float32 can tell apart is far from the limit.
     """

@@ -24,5 +24,5 @@ class RandomMatrix(Protocol):
     """The gradients of single examples, known by their second moments: another seam between layers and structures."""
 
     def moments(self, output_vectors: Tensor, input_vectors: Tensor) -> Moments:
-        """Those along the columns of ``[d_out, r_B]`` and ``[d_in, r_A]``, each orthonormal."""
+        """Return moments along the orthonormal columns of ``[d_out, r_B]`` and ``[d_in, r_A]``."""
         ...

@@ -1,8 +1,8 @@
 """Symmetric matrices that are applied without being formed, as NamedTuples of tensors.
 
-Each class is a pytree for ``optree`` and ``torch.func`` alike. An operator knows ``matvec``, ``of_rows``,
-``to_dense``, ``trace`` and ``shifted`` (``M + shift I``) and nothing more. Of the first three, several may be
-stacked along leading axes: ``of_rows``, ``trace`` and ``shifted`` then take one argument for each.
+Each class is a pytree for ``optree`` and ``torch.func`` alike, with the methods of ``Operator``. Several
+``Diagonal``, ``Dense`` or ``LowRankPlusDiagonal`` may be stacked along leading axes: ``of_rows``, ``trace`` and
+``shifted`` then take one argument for each.
 """
 
 from __future__ import annotations
@@ -47,7 +47,14 @@ class Operator(Protocol):
 
 
 class Diagonal(NamedTuple):
-    """``diag(diagonal)``, with ``diagonal`` ``[d]``."""
+    """``diag(diagonal)``, with ``diagonal`` ``[d]``.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import Diagonal
+        >>> Diagonal(torch.tensor([1.0, 2.0])).matvec(torch.ones(2))
+        tensor([1., 2.])
+    """
 
     diagonal: Tensor
 
@@ -78,7 +85,14 @@ class Diagonal(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """A symmetric matrix held in full, ``[d, d]``."""
+    """A symmetric matrix in full, ``[d, d]``.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import Dense
+        >>> Dense(torch.eye(2)).trace()
+        tensor(2.)
+    """
 
     matrix: Tensor
 
@@ -114,6 +128,13 @@ class LowRankPlusDiagonal(NamedTuple):
 
     ``vectors`` ``[d, r]`` need not be orthonormal and ``values`` ``[r]`` may be negative, so that the
     class is closed under inversion; ``diagonal`` is ``[d]``.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import LowRankPlusDiagonal
+        >>> M = LowRankPlusDiagonal(torch.ones(3, 1), torch.tensor([2.0]), torch.ones(3))
+        >>> M.matvec(torch.ones(3))
+        tensor([7., 7., 7.])
     """
 
     vectors: Tensor
@@ -160,7 +181,14 @@ class LowRankPlusDiagonal(NamedTuple):
 
 
 class Kronecker(NamedTuple):
-    """``output ⊗ input``: acts on ``vec(G)``, row-major, as ``output G input``."""
+    """``output ⊗ input``: acts on ``vec(G)``, row-major, as ``output G input``.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import Diagonal, Kronecker
+        >>> Kronecker(Diagonal(torch.tensor([1.0, 2.0])), Diagonal(torch.ones(3))).to_dense().diagonal()
+        tensor([1., 1., 1., 2., 2., 2.])
+    """
 
     output: Operator
     input: Operator
@@ -171,15 +199,15 @@ class Kronecker(NamedTuple):
         return self.output.dimension * self.input.dimension
 
     def two_sided(self, gradient: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
-        """``output G input`` for a matrix ``G`` of the layer's shape."""
+        """Return ``output G input`` for a matrix ``G`` of the layer's shape."""
         return self.input.of_rows(self.output.matvec(gradient))
 
     def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """``x (output ⊗ input)``: applied to each row of ``x``."""
+        """Return ``x (output ⊗ input)``: applied to each row of ``x``."""
         return self.matvec(x.mT).mT
 
     def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
-        """``(output ⊗ input) x`` for ``x`` of shape ``[d_out d_in]`` or ``[d_out d_in, k]``."""
+        """Return ``(output ⊗ input) x`` for ``x`` of shape ``[d_out d_in]`` or ``[d_out d_in, k]``."""
         columns = x.reshape(x.shape[0], -1)
         d_out, d_in = self.output.dimension, self.input.dimension
         left = self.output.matvec(columns.reshape(d_out, -1)).reshape(d_out, d_in, -1)
@@ -195,7 +223,7 @@ class Kronecker(NamedTuple):
         return self.output.trace() * self.input.trace()
 
     def shifted(self, shift: float | Tensor) -> Kronecker:
-        """``(output + δ_B I) ⊗ (input + δ_A I)`` with ``δ_A δ_B = shift``: factored Tikhonov damping.
+        """Return ``(output + δ_B I) ⊗ (input + δ_A I)`` with ``δ_A δ_B = shift``: factored Tikhonov damping.
 
         ``δ_A = π √shift`` and ``δ_B = √shift / π`` with ``π² = mean eigenvalue of the input factor /
         mean eigenvalue of the output factor`` (Martens & Grosse 2015, arXiv 1503.05671, section 6.3).
@@ -210,14 +238,14 @@ OPERATORS = (Diagonal, Dense, LowRankPlusDiagonal, Kronecker, EigenbasisKronecke
 
 
 def mean_eigenvalue(operator: Operator) -> Tensor:
-    """``[*]``. Of a product side by side: the product of two traces may be too large for a float32."""
+    """Return the mean eigenvalue ``[*]``; of a product by side, as the product of traces may overflow in float32."""
     if isinstance(operator, Kronecker):
         return mean_eigenvalue(operator.output) * mean_eigenvalue(operator.input)
     return operator.trace() / operator.dimension
 
 
 def split_damping(operator: Kronecker, damping: float | Tensor) -> tuple[Tensor, Tensor]:
-    """``(δ_A, δ_B)`` with ``δ_A δ_B = damping``, in proportion to the factors' mean eigenvalues.
+    """Return ``(δ_A, δ_B)`` with ``δ_A δ_B = damping``, in proportion to the factors' mean eigenvalues.
 
     A factor that is zero says nothing about scale: then ``π = 1``. Elsewhere ``π`` is kept within
     1e-8 and 1e8.
@@ -231,7 +259,7 @@ def split_damping(operator: Kronecker, damping: float | Tensor) -> tuple[Tensor,
 
 
 def _over(shift: float | Tensor, axes: int) -> float | Tensor:
-    """A number for each of several operators, with axes of length 1 behind."""
+    """Return numbers, one for each of several operators, with axes of length 1 behind."""
     return shift[(..., *[None] * axes)] if isinstance(shift, Tensor) else shift
 
 
@@ -240,38 +268,48 @@ def _times_rows(scale: Tensor, x: Tensor) -> Tensor:
 
 
 def to_dense(operator: Operator) -> Float[Tensor, "d d"]:
-    """The matrix that an operator stands for, ``[d, d]``: for tests and small problems.
+    """Return the matrix of an operator, ``[d, d]``: for tests and small problems.
+
+    Args:
+        operator: One of ``lrkfac.linalg``.
 
     Raises:
         TypeError: If ``operator`` is not one of the package's operators, or its entries are no floating-point tensors.
         ValueError: If their shapes or devices do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import Diagonal, to_dense
+        >>> to_dense(Diagonal(torch.tensor([1.0, 2.0])))
+        tensor([[1., 0.],
+                [0., 2.]])
     """
     check_operator(operator)
     return operator.to_dense()
 
 
-def check_operator(given: Any, expected: Any = OPERATORS) -> None:
-    """Raise unless ``given`` is an operator of these classes whose entries fit together.
+def check_operator(operator: Any, expected: Any = OPERATORS) -> None:
+    """Raise unless ``operator`` is an operator of these classes whose entries fit together.
 
     Raises:
         TypeError: If it is none, or an entry is no floating-point tensor.
         ValueError: If the shapes of entries do not fit together, or they are on different devices.
     """
-    if not isinstance(given, expected):
+    if not isinstance(operator, expected):
         name = "one of lrkfac's operators" if expected is OPERATORS else f"a {expected.__name__}"
-        raise TypeError(f"operator: expected {name}, got {type(given).__name__}")
-    if isinstance(given, Kronecker):
-        check_operator(given.output)
-        check_operator(given.input)
+        raise TypeError(f"operator: expected {name}, got {type(operator).__name__}")
+    if isinstance(operator, Kronecker):
+        check_operator(operator.output)
+        check_operator(operator.input)
         return
-    entries: dict[str, Any] = given._asdict()
+    entries: dict[str, Any] = operator._asdict()
     for name, x in entries.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"operator: expected floating-point tensors, got {got} as {name!r}")
     shapes = {name: tuple(x.shape) for name, x in entries.items()}
-    if () in list(shapes.values())[:1] or _shapes(given) != shapes or len({x.device for x in entries.values()}) > 1:
-        raise ValueError(f"operator: expected entries of one {type(given).__name__}, on one device, got {shapes}")
+    if () in list(shapes.values())[:1] or _shapes(operator) != shapes or len({x.device for x in entries.values()}) > 1:
+        raise ValueError(f"operator: expected entries of one {type(operator).__name__}, on one device, got {shapes}")
 
 
 def _shapes(operator: Any) -> dict[str, tuple[int, ...]] | None:

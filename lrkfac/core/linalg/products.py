@@ -1,4 +1,4 @@
-"""Products ``B [X c] A`` of a matrix with operators from both sides, its last column ``c`` held apart: that of a bias.
+"""Products ``B [X c] A`` of a matrix with operators from both sides, with its last column ``c``, of a bias, apart.
 
 Operators, matrices and columns may be stacked along leading axes. Nothing as large as ``X`` is copied.
 """
@@ -16,10 +16,10 @@ STACKABLE = (Dense, Diagonal, LowRankPlusDiagonal)
 
 
 def two_sided(both: Kronecker, x: Tensor, column: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``output [x column] input``, again with the last column apart; without one if there is none.
+    """Return ``output [x column] input``, again with the last column apart; ``None`` if there is none.
 
-    For ``(D + V Λ Vᵀ) X (E + U Μ Uᵀ)`` with two operators of low rank, ``C = (D + V Λ Vᵀ) X U Μ`` is thin, and what is
-    left is ``D X E + V (Λ Vᵀ X E) + C Uᵀ``: two passes over the matrix, and one product of inner dimension ``2 r``
+    For ``(D + V Λ Vᵀ) X (E + U Μ Uᵀ)`` with two operators of low rank, ``C = (D + V Λ Vᵀ) X U Μ`` is thin, and the
+    rest is ``D X E + V (Λ Vᵀ X E) + C Uᵀ``: two passes over the matrix, and one product of inner dimension ``2 r``
     added in place.
 
     Args:
@@ -42,12 +42,12 @@ def two_sided(both: Kronecker, x: Tensor, column: Tensor | None) -> tuple[Tensor
     total = added(_diagonal_times(output.diagonal, x, weights, input.diagonal[..., :1]), left, right)
     if last is None or column is None:
         return total, None
-    own = of_columns(output, column[..., None]) * input.diagonal[..., -1:, None]
-    return total, (own + along @ last.mT).squeeze(-1)
+    scaled_column = of_columns(output, column[..., None]) * input.diagonal[..., -1:, None]
+    return total, (scaled_column + along @ last.mT).squeeze(-1)
 
 
 def of_rows(operator: Operator, x: Tensor, column: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``[x column] M``, the operator applied to each row, with the last column apart.
+    """Return ``[x column] M``, the operator applied to each row, with the last column apart.
 
     Args:
         operator: ``[d, d]``.
@@ -70,24 +70,23 @@ def of_rows(operator: Operator, x: Tensor, column: Tensor | None) -> tuple[Tenso
 
 
 def of_columns(operator: Operator, x: Tensor) -> Tensor:
-    """``M x`` for ``x`` ``[*, d, k]``."""
+    """Return ``M x`` for ``x`` ``[*, d, k]``."""
     if isinstance(operator, Diagonal):
         return operator.diagonal[..., None] * x
     if isinstance(operator, LowRankPlusDiagonal):
         inner = operator.values[..., None] * (operator.vectors.mT @ x)
         return torch.addcmul(operator.vectors @ inner, operator.diagonal[..., None], x)
-    assert isinstance(operator, Dense) or x.ndim == 2
     return operator.matvec(x)
 
 
 def _split(operator: LowRankPlusDiagonal, last: bool) -> tuple[Tensor, Tensor | None]:
-    """The vectors, the last row ``[*, 1, r]`` apart."""
+    """Return the vectors, with the last row ``[*, 1, r]`` apart."""
     vectors = operator.vectors
     return (vectors[..., :-1, :], vectors[..., -1:, :]) if last else (vectors, None)
 
 
 def _diagonal_times(left: Tensor, x: Tensor, right: Tensor, unit: Tensor) -> Tensor:
-    """``diag(left) x diag(right)``, in one pass where ``right`` repeats one number.
+    """Return ``diag(left) x diag(right)``, in one pass where ``right`` repeats one number.
 
     Over ``unit``, that number, they are 1: rounding does not depend on how they lie in memory, which may be another way
     in a state that was saved and loaded.
@@ -100,7 +99,7 @@ def _diagonal_times(left: Tensor, x: Tensor, right: Tensor, unit: Tensor) -> Ten
 
 
 def added(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``total + left right``, in place of ``total``, which nothing else may hold."""
+    """Return ``total + left right``, in place of ``total``, which nothing else may hold."""
     if total.ndim > 3:
         return total + left @ right
     if changes_in_place():
