@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.linalg.inverses import inverse, sherman_morrison
-from lrkfac.core.linalg.operators import Dense, Kronecker, LowRankPlusDiagonal, Operator, to_dense
+from lrkfac.core.linalg.operator_checks import to_dense
+from lrkfac.core.linalg.operators import Dense, Kronecker, LowRankPlusDiagonal, Operator
 from lrkfac.version import __version__
 
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-11}

@@ -6,7 +6,8 @@ operator of the same class.
 
 from lrkfac.core.linalg.eigen import power_iteration, subspace_iteration
 from lrkfac.core.linalg.inverses import inverse, sherman_morrison, woodbury
-from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
+from lrkfac.core.linalg.operator_checks import to_dense
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal
 
 __all__ = [
     "Dense",

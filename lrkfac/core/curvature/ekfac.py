@@ -75,7 +75,7 @@ class EigenbasisStructure(BlockStructure):
     factors: KroneckerStructure
 
     is_product: ClassVar[bool] = True
-    form: ClassVar[str] = "a corrected block"
+    form: ClassVar[str] = "a corrected"
 
     def for_layer(self, layer: Layer) -> BlockStructure:
         # A basis of the one-hot side of an embedding would be a square of the vocabulary.

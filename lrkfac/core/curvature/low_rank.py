@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_choice, check_integer, check_number
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.curvature.factors import dense, kept_weight, no_steps
+from lrkfac.core.curvature.low_rank_states import LowRankPlusDiagonalState, LowRankState
 from lrkfac.core.curvature.protocol import FactorStructure
-from lrkfac.core.curvature.spectra import Damped, Spectrum, damped_of, spectrum_of
 from lrkfac.core.linalg.averages import Average, average, explained
 from lrkfac.core.linalg.covariances import Covariance
 from lrkfac.core.linalg.eigen import orthonormal, power_iteration, pseudo_random, ritz
@@ -29,32 +29,6 @@ Method = Literal["subspace", "power"]
 
 OVERSAMPLING = 4
 """Fresh start columns per update, so that a warm basis does not miss a new direction."""
-
-
-class LowRankState(NamedTuple):
-    """``V diag(values) Vᵀ + residual (I - V Vᵀ)``: orthonormal ``vectors`` ``[d, r]``, ``values`` ``[r]``,
-    ``residual`` ``[]``; ``steps`` int64 ``[]``.
-    """
-
-    vectors: Tensor
-    values: Tensor
-    residual: Tensor
-    steps: Tensor
-
-    def spectrum(self) -> Spectrum:
-        d, r = self.vectors.shape
-        return spectrum_of(self.values, (d - r) * self.residual)
-
-    def damped(self, inverse: LowRankPlusDiagonal, damping: Tensor, eigenvalues: Tensor) -> Damped:
-        (d, r), around = self.vectors.shape, 1 / inverse.diagonal[0]  # the residual by its weight, and the damping
-        groups = [(eigenvalues, eigenvalues + damping, 1)]
-        return damped_of(groups + ([(self.residual[None], around[None], d - r)] if r < d else []))
-
-    def inner(self, other: LowRankState) -> Tensor:
-        return _isotropic(self, 1.0).inner(_isotropic(other, 1.0))
-
-    def squared_distance(self, other: LowRankState) -> Tensor:
-        return _squared_distance(_isotropic(self, 1.0), _isotropic(other, 1.0))
 
 
 @dataclass(frozen=True)
@@ -81,7 +55,7 @@ class LowRankStructure(FactorStructure):
     def update(self, state: LowRankState, covariance: Covariance, decay: float | Tensor) -> LowRankState:
         d, r = state.vectors.shape[-2:]
         kept = kept_weight(state.steps, state.vectors, decay)
-        new = average(kept, _isotropic(state, 1.0), covariance)
+        new = average(kept, state.operator(), covariance)
         vectors, nothing = state.vectors, torch.zeros_like(new.previous.diagonal[..., :1])
         for i in range(self.iterations):
             vectors, values = _largest(self.method, new, nothing, vectors, state.steps + i)
@@ -91,7 +65,7 @@ class LowRankStructure(FactorStructure):
         return LowRankState(vectors, values, residual, state.steps + 1)
 
     def operator(self, state: LowRankState) -> LowRankPlusDiagonal:
-        return _isotropic(state, self.weight)
+        return state.operator(self.weight)
 
     def inverse(self, state: LowRankState, damping: float | Tensor) -> LowRankPlusDiagonal:
         # Orthonormal vectors and a multiple of the identity: the inverse has the same vectors.
@@ -114,41 +88,6 @@ class LowRankStructure(FactorStructure):
 
     def description(self) -> str:
         return f"rank {self.rank}"
-
-
-class LowRankPlusDiagonalState(NamedTuple):
-    """``V diag(values) Vᵀ + diag(diagonal)``: ``vectors`` ``[d, r]``, orthonormal but for rows shortened to
-    keep the diagonal, ``values`` ``[r]``, ``diagonal`` ``[d]``, both ``≥ 0``; ``steps`` int64 ``[]``.
-    """
-
-    vectors: Tensor
-    values: Tensor
-    diagonal: Tensor
-    steps: Tensor
-
-    def spectrum(self) -> Spectrum:
-        return spectrum_of(self.values * self.vectors.square().sum(dim=0), self.diagonal.sum())
-
-    def damped(self, inverse: LowRankPlusDiagonal, damping: Tensor, eigenvalues: Tensor) -> Damped:
-        # With M = V Λ Vᵀ + D, and E in place of D in what was inverted, tr(M (V Λ Vᵀ + E)⁻¹) = Σ D/E + Σ (1 - D/E) h,
-        # where h is the diagonal of U (I + UᵀU)⁻¹ Uᵀ and U = E^{-1/2} V Λ^{1/2}: sums without cancellation.
-        around = 1 / inverse.diagonal
-        scaled = around.rsqrt()[:, None] * self.vectors * self.values.clamp(min=0).sqrt()
-        mu, rotation = torch.linalg.eigh(scaled.mT @ scaled)
-        explained_share = (scaled @ rotation).square() @ (1 / (1 + mu.clamp(min=0)))
-        known = self.diagonal / around
-        pairs = self.values.clamp(min=0).sqrt() * self.vectors
-        largest = torch.linalg.eigvalsh(pairs.mT @ pairs).amax() + around.amax()  # at most twice the largest eigenvalue
-        return Damped((known + (1 - known) * explained_share).sum(), largest, around.amin())
-
-    def inner(self, other: LowRankPlusDiagonalState) -> Tensor:
-        return self._operator().inner(other._operator())
-
-    def squared_distance(self, other: LowRankPlusDiagonalState) -> Tensor:
-        return _squared_distance(self._operator(), other._operator())
-
-    def _operator(self) -> LowRankPlusDiagonal:
-        return LowRankPlusDiagonal(self.vectors, self.values, self.diagonal)
 
 
 @dataclass(frozen=True)
@@ -178,7 +117,7 @@ class LowRankPlusDiagonalStructure(FactorStructure):
         self, state: LowRankPlusDiagonalState, covariance: Covariance, decay: float | Tensor
     ) -> LowRankPlusDiagonalState:
         kept = kept_weight(state.steps, state.vectors, decay)
-        new = average(kept, state._operator(), covariance)
+        new = average(kept, state.operator(), covariance)
         whole = new.diagonal()
         vectors, rest = state.vectors, state.diagonal
         # The last diagonal as a share of the whole one: the factor's scale may have changed since.
@@ -193,7 +132,7 @@ class LowRankPlusDiagonalStructure(FactorStructure):
         return LowRankPlusDiagonalState(shortened[..., None] * vectors, values, rest, state.steps + 1)
 
     def operator(self, state: LowRankPlusDiagonalState) -> LowRankPlusDiagonal:
-        return LowRankPlusDiagonal(state.vectors, state.values, self.weight * state.diagonal)
+        return state.operator(self.weight)
 
     def basis(self, state: LowRankPlusDiagonalState) -> Tensor:
         return orthonormal(state.vectors).contiguous()
@@ -204,22 +143,6 @@ class LowRankPlusDiagonalStructure(FactorStructure):
 
     def description(self) -> str:
         return f"rank {self.rank} + diagonal"
-
-
-def _squared_distance(one: LowRankPlusDiagonal, two: LowRankPlusDiagonal) -> Tensor:
-    """Return ``‖M - N‖²`` by the difference itself, which is exact where the two are near."""
-    difference = LowRankPlusDiagonal(
-        torch.cat([one.vectors, two.vectors], dim=-1),
-        torch.cat([one.values, -two.values], dim=-1),
-        one.diagonal - two.diagonal,
-    )
-    return difference.inner(difference).clamp(min=0)
-
-
-def _isotropic(state: LowRankState, weight: float) -> LowRankPlusDiagonal:
-    """Return the average with its residual times a weight."""
-    residual = (weight * state.residual)[..., None]
-    return LowRankPlusDiagonal(state.vectors, state.values - residual, residual.expand(state.vectors.shape[:-1]))
 
 
 def _largest(method: Method, new: Average, less: Tensor, vectors: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:

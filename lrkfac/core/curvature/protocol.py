@@ -54,7 +54,7 @@ class FactorStructure(ABC):
     Subclass it, as a frozen dataclass, for a custom structure, and give it to ``kronecker``. Required are ``init``,
     ``update`` and ``operator``; ``inverse``, too, where the operator is none of ``lrkfac.linalg``. States are
     NamedTuples of tensors with a count ``steps`` and methods ``spectrum()`` and ``inner(other)``; see ``FactorState``.
-    ``lrkfac.testing.check_structure`` checks the laws of a structure.
+    ``explain`` calls the methods with tensors on the device "meta". ``lrkfac.testing.check_structure`` checks the laws.
 
     Attributes:
         stackable: Whether all methods also take states of several factors, stacked along leading axes; where they do
@@ -157,13 +157,13 @@ class BlockStructure(ABC):
         needs_gradients: Whether it cannot do without gradients at the layer's outputs.
         needs_examples: Whether it needs what belongs to single examples, and so the batch as the leading axis.
         keeps_rows: Whether ``apply`` takes gradients that are lazy matrices.
-        form: The structure in an error message.
+        form: Article and adjective of its blocks in an error message.
     """
 
     is_product: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = True
     keeps_rows: ClassVar[bool] = False
-    form: ClassVar[str] = "an exact block"
+    form: ClassVar[str] = "an exact"
 
     @property
     def joins_layers(self) -> bool:

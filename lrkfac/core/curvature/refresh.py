@@ -174,7 +174,7 @@ def _is_due(block: Block, statistics: Statistics) -> bool:
         if block.implied:
             return False
         raise ValueError(
-            f"structure: layer {name!r} is held by {block.structure.form}, which needs the "
+            f"structure: layer {name!r} is held by {block.structure.form} block, which needs the "
             'gradients at the layer\'s outputs: the estimator "forward_only" takes none; use kronecker(...), '
             "uncorrected, or another estimator"
         )

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
-from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator, check_operator
+from lrkfac.core.linalg.operator_checks import check_operator
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
 
 
 def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:

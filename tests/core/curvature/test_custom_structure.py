@@ -45,7 +45,7 @@ class Halves(NamedTuple):
         return self.first.trace() + self.second.trace()
 
     def shifted(self, shift):
-        return Halves(*[x + shift * torch.eye(len(x), dtype=x.dtype) for x in self])
+        return Halves(*[x + shift * torch.eye(len(x), dtype=x.dtype, device=x.device) for x in self])
 
 
 class HalvesState(NamedTuple):
@@ -65,7 +65,7 @@ class HalvesState(NamedTuple):
 class TwoBlocks(FactorStructure):
     def init(self, dimension, like):
         sizes = (dimension + 1) // 2, dimension // 2
-        return HalvesState(*[like.new_zeros(n, n) for n in sizes], torch.zeros((), dtype=torch.int64))
+        return HalvesState(*[like.new_zeros(n, n) for n in sizes], like.new_zeros((), dtype=torch.int64))
 
     def update(self, state, covariance, decay):
         t, matrix, n = state.steps + 1, covariance.dense(), state.first.shape[-1]

@@ -1,0 +1,76 @@
+"""The package's operators: checks of their entries, and their matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
+
+OPERATORS = (Diagonal, Dense, LowRankPlusDiagonal, Kronecker, EigenbasisKronecker)
+"""The package's operators, which ``inverse`` and ``to_dense`` take."""
+
+
+def to_dense(operator: Operator) -> Float[Tensor, "d d"]:
+    """Return the matrix of an operator, ``[d, d]``: for tests and small problems.
+
+    Args:
+        operator: One of ``lrkfac.linalg``.
+
+    Raises:
+        TypeError: If ``operator`` is not one of the package's operators, or its entries are no floating-point tensors.
+        ValueError: If their shapes or devices do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import Diagonal, to_dense
+        >>> to_dense(Diagonal(torch.tensor([1.0, 2.0])))
+        tensor([[1., 0.],
+                [0., 2.]])
+    """
+    check_operator(operator)
+    return operator.to_dense()
+
+
+def check_operator(operator: Any, expected: Any = OPERATORS) -> None:
+    """Raise unless ``operator`` is an operator of these classes whose entries fit together.
+
+    Raises:
+        TypeError: If it is none, or an entry is no floating-point tensor.
+        ValueError: If the shapes of entries do not fit together, or they are on different devices.
+    """
+    if not isinstance(operator, expected):
+        name = "one of lrkfac's operators" if expected is OPERATORS else f"a {expected.__name__}"
+        raise TypeError(f"operator: expected {name}, got {type(operator).__name__}")
+    if isinstance(operator, Kronecker):
+        check_operator(operator.output)
+        check_operator(operator.input)
+        return
+    entries: dict[str, Any] = operator._asdict()
+    for name, x in entries.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"operator: expected floating-point tensors, got {got} as {name!r}")
+    shapes = {name: tuple(x.shape) for name, x in entries.items()}
+    if () in list(shapes.values())[:1] or _shapes(operator) != shapes or len({x.device for x in entries.values()}) > 1:
+        raise ValueError(f"operator: expected entries of one {type(operator).__name__}, on one device, got {shapes}")
+
+
+def _shapes(operator: Any) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes that the entries of an operator must have, from the first of them."""
+    first = tuple(operator[0].shape)
+    if isinstance(operator, Diagonal):
+        return {"diagonal": first[:1]}
+    if isinstance(operator, Dense):
+        return {"matrix": first[:1] * 2}
+    if len(first) != 2:
+        return None
+    d, r = first
+    if isinstance(operator, LowRankPlusDiagonal):
+        return {"vectors": first, "values": (r,), "diagonal": (d,)}
+    (d_in, r_in) = (*operator.input_vectors.shape, 0, 0)[:2]
+    vectors = {"output_vectors": first, "input_vectors": (d_in, r_in)}
+    return {**vectors, "kept": (r, r_in), "output": (r,), "input": (r_in,), "rest": ()}
