@@ -95,7 +95,7 @@ def container(name: str) -> None:
 
 
 OPERATORS = ("Dense", "Diagonal", "Kronecker", "LowRankPlusDiagonal")
-for name in (*OPERATORS, "Evaluation", "Statistics", "Weights", "LazyMatrix", "Layer", "Layers"):
+for name in (*OPERATORS, "FactorStructure", "Evaluation", "Statistics", "Weights", "LazyMatrix", "Layer", "Layers"):
     container(name)
 container("GradientTransformation")
 public(

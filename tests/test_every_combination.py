@@ -11,7 +11,17 @@ import torch.nn.functional as F
 import lrkfac
 from lrkfac import precondition_by_fisher
 from lrkfac.core.layers.kinds import KINDS, OWN
-from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal, unit_wise
+from lrkfac.structures import (
+    FactorStructure,
+    dense,
+    diagonal,
+    full,
+    kronecker,
+    layer_wise,
+    low_rank,
+    low_rank_plus_diagonal,
+    unit_wise,
+)
 from lrkfac.testing import check_transformation
 from tests import reference_kinds as reference
 from tests.compiling import traced
@@ -22,7 +32,7 @@ ESTIMATORS = ["exact", "mc", "empirical", "forward_only"]
 
 
 @dataclass(frozen=True)
-class OfFullRank:
+class OfFullRank(FactorStructure):
     """As many eigenpairs as there are: ``fitted`` would hold the matrix itself."""
 
     make: Any

@@ -92,6 +92,8 @@ def test_bad_calls(data):
 def test_surplus_and_missing_arguments(name):
     """Python's own refusal, with the argument's name."""
     call = VALID[name]
+    if inspect.isabstract(BY_SHORT_NAME[name]):
+        return
     with pytest.raises(TypeError, match="surplus"):
         BY_SHORT_NAME[name](**{} if name == "chain" else call.arguments, surplus=1)
     for parameter in inspect.signature(BY_SHORT_NAME[name]).parameters.values():
