@@ -233,7 +233,10 @@ def test_full_stands_for_all_layers_together(name):
         precondition_by_fisher(layers, {"head": full()})
 
 
-@pytest.mark.parametrize("structure", [*BLOCKS.values(), kronecker(dense(), dense(), treatment="reduce")])
+@pytest.mark.parametrize(
+    "structure",
+    [*BLOCKS.values(), kronecker(dense(), dense(), treatment="reduce"), kronecker(dense(), dense(), corrected=True)],
+)
 def test_exact_blocks_and_reduced_rows_need_the_batch_in_front(structure):
     params = {"w": torch.randn(3, 5), "head": torch.randn(3, 3)}
     model = lambda p, x: F.linear(torch.tanh(F.linear(x.transpose(0, 1), p["w"])).mean(0), p["head"])  # noqa: E731

@@ -7,16 +7,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import vmap
 
 from lrkfac import find_layers
 from lrkfac.core.curvature.covariances import kronecker_factors
-from lrkfac.core.curvature.examples import example_gradients
 from lrkfac.core.evaluation.gradients import gradients_of
-from lrkfac.core.layers.matrix import LayerMatrix, layer_leaves, layer_matrix, prepared, split_groups
-from lrkfac.core.linalg.covariances import Covariance, RowCovariance
-from lrkfac.testing import covariances, layers
-from tests import cases, reference, reference_networks
+from lrkfac.core.layers.matrix import LayerMatrix, layer_leaves, layer_matrix, split_groups
+from lrkfac.core.linalg.covariances import Covariance
+from lrkfac.testing import layers
+from tests import cases, reference
 from tests.dispatch import LargestTensor
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -81,13 +79,6 @@ def of_groups(layer, tensors, covariance):
     return [covariance(layer, tuple(part[i] for part in parts)) for i in range(layer.groups)]
 
 
-def network_statistics(case, layer):
-    """What a layer received and the gradients at its output, ``[1, ...]``, in standard form."""
-    inputs = reference_networks.forward(case)[1][layer.name]
-    gradients = reference_networks.output_gradients(case)[layer.name]
-    return prepared(layer, (inputs,), (gradients[None],), len(case.inputs))
-
-
 def joined(layer, matrix):
     """Weight and bias of a matrix."""
     found = layer_leaves(layer, LayerMatrix.of(matrix, layer.bias is not None))
@@ -117,22 +108,6 @@ def test_output_covariance_is_that_of_the_rows(dtype, case, scale):
         is_the_matrix(covariance, matrix, dtype)
 
 
-@each_case
-def test_factors_of_every_network(case):
-    scale = torch.tensor(1 / reference_networks.number_of_terms(case), dtype=torch.float64)
-    expected = reference_networks.factors(case, "empirical")
-    described = find_layers(case.model, case.params, case.inputs)
-    assert {layer.name for layer in described} == set(expected)
-    for layer in described:
-        inputs, gradients = (split_groups(layer, x) for x in network_statistics(case, layer))
-        A, B = expected[layer.name]
-        for i in range(layer.groups):
-            a, g = (tuple(x[i] for x in both) if layer.groups > 1 else both for both in (inputs, gradients))
-            found = kronecker_factors(layer, a, g, scale)
-            is_the_matrix(found.input, A[i])
-            is_the_matrix(found.output, B[i])
-
-
 @given(layers())
 def test_uses_of_one_weight_are_rows_of_one_factor(case):
     """Also with other settings, and thus another number of rows."""
@@ -150,20 +125,6 @@ def test_uses_of_one_weight_are_rows_of_one_factor(case):
 
 
 @given(layers())
-def test_groups_at_once_are_groups_alone(case):
-    layer = case.layer
-    (parts,) = split_groups(layer, (case.inputs,))
-    if layer.groups == 1:
-        assert parts is case.inputs
-        return
-    V = normal(layer.d_in, 2)
-    mapped = vmap(lambda a: (input_covariance(layer, (a,)).matvec(V), input_covariance(layer, (a,)).diagonal()))(parts)
-    for i, covariance in enumerate(of_groups(layer, (case.inputs,), input_covariance)):
-        close(mapped[0][i], covariance.matvec(V))
-        close(mapped[1][i], covariance.diagonal())
-
-
-@given(layers())
 def test_half_precision_is_summed_in_float32(case):
     layer, scale = case.layer, torch.tensor(1.0)
 
@@ -174,12 +135,6 @@ def test_half_precision_is_summed_in_float32(case):
     x, g = case.inputs.bfloat16(), case.output_gradients.bfloat16()
     for half, single in zip(both(x, g), both(x.float(), g.float()), strict=True):
         is_the_matrix(half, single.dense().double(), torch.float32)
-
-
-@given(covariances(dtype=torch.float64))
-def test_covariance_of_given_rows(covariance):
-    assert isinstance(covariance, RowCovariance)
-    is_the_matrix(covariance, covariance.scale * covariance.rows.mT @ covariance.rows)
 
 
 def largest(function):
@@ -225,31 +180,3 @@ def test_gradients_are_the_sums_of_g_times_rows(dtype, case):
     assert weight.shape == layer.weight.shape and (bias is None) == (layer.bias is None)
     leaves = [weight] if bias is None else [bias, weight]
     assert torch.equal(layer_matrix(layer, leaves).joined(), expected)
-
-
-@each_dtype
-@given(case=layers())
-def test_example_gradients_are_the_sums_over_the_rows_of_each_example(dtype, case):
-    """For each sample, and in one group what the gradient matrix is the sum of."""
-    layer, (options,) = case.layer, case.layer.options
-    n = len(case.inputs)
-    a, g = input_rows(layer, case.inputs, options), output_rows(layer, case.output_gradients)
-    split = [x.reshape(len(x), n, -1, x.shape[-1]) for x in (g, a)]
-    expected = torch.einsum("gnrk,gnrd->gnkd", *split)
-    inputs = split_groups(layer, (case.inputs.to(dtype),))
-    gradients = split_groups(layer, (torch.stack([case.output_gradients, 2 * case.output_gradients]).to(dtype),))
-    for i in range(layer.groups):
-        one = [tuple(x[i] for x in both) if layer.groups > 1 else both for both in (inputs, gradients)]
-        found = example_gradients(layer, *one)
-        close(found, torch.stack([expected[i], 2 * expected[i]]), dtype, size=g.norm() * a.norm())
-
-
-@each_case
-def test_gradients_of_every_network(case):
-    terms, expected = reference_networks.number_of_terms(case), reference_networks.gradients(case)
-    for layer in find_layers(case.model, case.params, case.inputs):
-        inputs, (gradients,) = network_statistics(case, layer)
-        found = gradients_of(layer, inputs, (gradients[0] / terms,))
-        close(found[layer.weight.index], expected[layer.weight.path])
-        if layer.bias is not None:
-            close(found[layer.bias.index], expected[layer.bias.path])

@@ -115,7 +115,8 @@ def test_laws():
 
 @pytest.mark.parametrize("case", [MLP, GROUPS], ids=lambda case: case.name)
 @pytest.mark.parametrize("structure", [CUSTOM, kronecker(TwoBlocks(), low_rank(1)), kronecker(
-    TwoBlocks(), diagonal(), corrected=True)], ids=["both sides", "one side", "corrected"])  # fmt: skip
+    TwoBlocks(), diagonal(), corrected=True), kronecker(low_rank(1), TwoBlocks(), treatment="reduce")],
+    ids=["both sides", "one side", "corrected", "reduce"])  # fmt: skip
 def test_laws_of_the_transformation(structure, case):
     layers, evaluate = layers_and_evaluate(case, "empirical")
     tx = precondition_by_fisher(layers, structure, damping=0.1)

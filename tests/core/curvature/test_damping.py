@@ -100,17 +100,6 @@ def test_together_equals_one_by_one(monkeypatch, structure):
     close(found, dampings((1.0, 0.1, 0.01), structure))
 
 
-@each_structure
-def test_under_vmap_over_dampings(structure):
-    """As the quadratic model tries them."""
-    problem((1.0, 0.1, 0.01))  # draws outside of vmap
-    tried = torch.tensor([0.01, 0.1], dtype=torch.float64)
-    found = vmap(lambda damping: dampings((1.0, 0.1, 0.01), structure, damping)[1])(tried)
-    for i in range(2):
-        expected = dampings((1.0, 0.1, 0.01), structure, tried[i])[1]
-        close(optree.tree_map(lambda x, i=i: x[i], found), expected)
-
-
 @pytest.mark.parametrize("structure", [*STRUCTURES.values(), full()], ids=[*STRUCTURES, "full"])
 def test_mean_eigenvalue_is_that_of_the_explicit_block(structure):
     """``F = Σ_n a aᵀ ⊗ (diag(p) - p pᵀ) / N``, or the product of the means of both."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lrkfac.core.curvature.factors import DenseStructure
 from lrkfac.core.linalg.covariances import RowCovariance
-from lrkfac.linalg import LowRankPlusDiagonal, inverse, subspace_iteration, to_dense
+from lrkfac.linalg import to_dense
 from lrkfac.structures import low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_structure, covariances, dtypes, seeds
 from tests import reference
@@ -44,7 +44,7 @@ def changing(d, n, steps, dtype=torch.float64, seed=0):
 
 
 @EVERY
-@given(dimension=st.integers(1, 12), rank=st.integers(1, 14), dtype=dtypes, seed=seeds)
+@given(dimension=st.integers(1, 8), rank=st.integers(1, 9), dtype=dtypes, seed=seeds)
 def test_laws(make, dimension, rank, dtype, seed):
     check_structure(make(rank), dimension, dtype=dtype, seed=seed)
 
@@ -142,51 +142,6 @@ def test_a_new_direction_is_found_from_a_warm_basis(make):
     assert (to_dense(structure.operator(state)) - average).norm() < 0.02 * average.norm()
 
 
-@pytest.fixture(scope="module")
-def digits_factor():
-    """Inputs of the second layer of a 64-256-256-10 tanh network after 400 Adam steps on digits."""
-    from sklearn.datasets import load_digits
-
-    torch.manual_seed(0)
-    images, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(images[:1500] / 16, dtype=torch.float32), torch.tensor(labels[:1500])
-    layers = [torch.nn.Linear(64, 256), torch.nn.Linear(256, 256), torch.nn.Linear(256, 10)]
-    net = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), layers[2])
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    for _ in range(400):
-        batch = torch.randint(0, 1500, (128,))
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
-        optimizer.step()
-    with torch.no_grad():
-        rows = torch.cat([layers[0](x).tanh(), torch.ones(1500, 1)], dim=1)
-    return RowCovariance(rows, torch.tensor(1 / 1500))
-
-
-@pytest.mark.parametrize("residual", ["none", "isotropic"])
-def test_quality_at_rank_50_of_the_digits_factor(digits_factor, residual):
-    matrix = digits_factor.dense().double()
-    damped = torch.eye(257, dtype=torch.float64) * 0.1
-    exact = torch.linalg.inv(matrix + damped)
-
-    def error(operator):
-        return (to_dense(optree.tree_map(torch.Tensor.double, operator)) - exact).norm()
-
-    best = (torch.linalg.inv(reference.truncated(matrix, 50, residual) + damped) - exact).norm()
-    cold = low_rank(50, residual, iterations=6)
-    state = cold.update(cold.init(257, digits_factor.rows), digits_factor, 0.9)
-    assert error(cold.inverse(state, 0.1)) <= 1.05 * best
-    warm = low_rank(50, residual)
-    for _ in range(5):
-        state = warm.update(state, digits_factor, 0.9)
-        assert error(warm.inverse(state, 0.1)) <= 1.05 * best
-    if residual == "none":
-        start = torch.randn(257, 60)
-        vectors, values = subspace_iteration(digits_factor.matvec, start, rank=50, iterations=6)
-        truncated = LowRankPlusDiagonal(vectors, values, torch.zeros(257))
-        assert error(inverse(truncated, 0.1)) <= 1.05 * best
-
-
 @pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
 @pytest.mark.parametrize("ratio", [1e4, 1e8])
 def test_float32_inverse_stays_positive_definite(make, ratio):
@@ -224,26 +179,3 @@ def test_small_factors_are_held_densely(make):
     assert isinstance(make(8).fitted(10), DenseStructure)
     assert make(8).fitted(11) == make(8)
     assert isinstance(make(8).fitted(1), DenseStructure)
-
-
-@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
-@pytest.mark.parametrize(
-    "arguments, error, words",
-    [
-        ({"rank": 0}, ValueError, "rank: expected an integer >= 1, got 0"),
-        ({"rank": 2.0}, TypeError, "rank: expected an integer"),
-        ({"rank": True}, TypeError, "rank: expected an integer"),
-        ({"rank": 2, "iterations": 0}, ValueError, "iterations: expected an integer >= 1"),
-        ({"rank": 2, "method": "lanczos"}, ValueError, "method: expected one of"),
-    ],
-)
-def test_bad_arguments_are_refused(make, arguments, error, words):
-    with pytest.raises(error, match=words):
-        make(**arguments)
-
-
-def test_unknown_options_are_refused():
-    with pytest.raises(ValueError, match="residual: expected one of"):
-        low_rank(2, residual="diagonal")
-    with pytest.raises(ValueError, match="fit: expected one of"):
-        low_rank_plus_diagonal(2, fit="best")

@@ -18,10 +18,9 @@ from lrkfac.core.curvature.assignment import blocks
 from lrkfac.core.curvature.blocks import initial_state
 from lrkfac.core.curvature.covariances import kronecker_factors
 from lrkfac.core.layers.matrix import layer_matrix, split_groups
-from lrkfac.structures import dense, kronecker, low_rank
-from lrkfac.testing import check_transformation, layers
-from tests import cases, reference, reference_networks
-from tests.compiling import traced
+from lrkfac.structures import dense, kronecker
+from lrkfac.testing import layers
+from tests import reference
 from tests.core.curvature.test_covariances import close, input_rows, is_the_matrix, largest, normal, output_rows
 from tests.core.curvature.test_ekfac import refreshed
 
@@ -53,16 +52,6 @@ def test_factors_are_those_of_summed_gradients_and_mean_inputs(case):
     for i, found in enumerate(of_groups(layer, inputs, gradients, scale)):
         is_the_matrix(found.input, A[i])
         close(found.output.dense(), B[i], size=scale * g.norm() ** 2)
-
-
-@pytest.mark.parametrize("case", cases.LINEAR, ids=lambda case: case.name)
-def test_without_sharing_the_same_as_expand(case):
-    described, e = evaluation(case.model, case.params, case.inputs, case.targets, case.likelihood, case)
-    for one, other in zip(blocks(described, REDUCE, None), blocks(described, EXPAND, None), strict=True):
-        leaves = list(case.params.values())
-        found, expected = (refreshed(b, initial_state(b, leaves), e.statistics, 0.9).average for b in (one, other))
-        close(found.input.matrix, expected.input.matrix)
-        close(found.output.matrix, expected.output.matrix)
 
 
 def evaluation(model, params, inputs, targets, likelihood="gaussian", case=None):
@@ -180,47 +169,6 @@ def test_pooling_in_a_linear_network_is_exact(pooled):
 # Structures -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [*cases.SEQUENCE[:1], *cases.CONVOLUTION], ids=lambda case: case.name)
-def test_preconditioned_gradients_are_those_of_the_reference(case):
-    described, e = evaluation(case.model, case.params, case.inputs, case.targets, case.likelihood, case)
-    tx = precondition_by_fisher(described, REDUCE, damping=0.03)
-    found, _ = tx.update(e.grads, tx.init(case.params), case.params, evaluation=e)
-    inputs, jacobians = reference_networks.forward(case)[1], reference_networks.output_jacobians(case)
-    outputs = case.model(case.params, case.inputs)
-    roots = reference.output_hessian_root(case.likelihood, outputs, **case.likelihood_options)
-    averages, n = {}, len(case.inputs)
-    for name, layer in case.layers.items():
-        a = reference.layer_input_rows(layer, inputs[name]).unflatten(1, (n, -1)).mean(2)
-        columns = torch.einsum("mkc,mk...->mc...", roots, jacobians[name]).flatten(0, 1)
-        g = torch.cat([reference.layer_output_rows(layer, x).unflatten(1, (n, -1)).sum(2) for x in columns], 1)
-        B = torch.einsum("gri,grj->gij", g, g) / n
-        averages[name] = reference_networks.Factors(reference.second_moment(a), B)
-    expected = reference_networks.preconditioned_gradients(case, e.grads, averages, 0.03)
-    for name, x in expected.items():
-        assert (found[name] - x).norm() <= 1e-9 * x.norm()
-
-
-@pytest.mark.parametrize("structure", [REDUCE, kronecker(low_rank(2), low_rank(2), treatment="reduce")])
-@pytest.mark.parametrize("case", [cases.SEQUENCE[0], cases.CONVOLUTION[3]], ids=lambda case: case.name)
-def test_laws(case, structure):
-    described = find_layers(case.model, case.params, case.inputs)
-    evaluate = evaluator(case.model, getattr(lrkfac, case.likelihood)(**case.likelihood_options), described, "exact")
-    tx = precondition_by_fisher(described, structure, damping=0.1)
-    both = lambda p: ((e := evaluate(p, case.inputs, case.targets)).grads, {"evaluation": e})  # noqa: E731
-    check_transformation(tx, case.params, both)
-
-
-def test_compiled_equals_eager():
-    case = cases.CONVOLUTION[3]
-    described, e = evaluation(case.model, case.params, case.inputs, case.targets, case.likelihood, case)
-    tx = precondition_by_fisher(described, REDUCE)
-    step = lambda e, state: tx.update(e.grads, state, evaluation=e)[0]  # noqa: E731
-    e, state = e._replace(product=None, quadratic=None, gram=None, loss_at=None, aux=None), tx.init(case.params)
-    found = traced(step)(e, state)
-    for name, x in step(e, state).items():
-        close(found[name], x)
-
-
 def test_embedding_needs_no_square_of_its_vocabulary():
     tokens, params = torch.randint(2000, (5, 6)), {"w": normal(2000, 3)}
     described, e = evaluation(lambda p, x: head(F.embedding(x, p["w"])), params, tokens, normal(5, 2))
@@ -233,19 +181,3 @@ def test_convolution_is_touched_without_unfolding():
     (layer,) = find_layers(lambda p, x: F.conv2d(x, p["w"], p["b"], padding=1), params, x)
     gradients = (normal(1, 4, 8, 20, 20),)
     assert largest(lambda: kronecker_factors(layer, (x,), gradients, torch.tensor(1.0), "reduce")) <= x.numel()
-
-
-def test_uses_without_the_batch_in_front_are_refused():
-    def model(params, x):
-        return F.linear(torch.tanh(F.linear(x.transpose(0, 1), params["a"])).mean(0), params["b"])
-
-    params, x = {"a": normal(4, 5), "b": normal(3, 4)}, normal(3, 4, 5)
-    described = find_layers(model, params, x)
-    with pytest.raises(ValueError, match=r"batch is not the leading axis.*expand"):
-        precondition_by_fisher(described, REDUCE)
-    precondition_by_fisher(described, {"b": REDUCE})
-
-
-def test_unknown_treatments_are_refused():
-    with pytest.raises(ValueError, match="treatment: expected one of"):
-        kronecker(dense(), dense(), treatment="mean")

@@ -1,5 +1,7 @@
 """Blocks of equal form, stacked: the same as one by one, in a number of operations that depth does not change."""
 
+from functools import partial
+
 import optree
 import pytest
 import torch
@@ -11,7 +13,6 @@ import lrkfac
 from lrkfac import precondition_by_fisher
 from lrkfac.core.curvature import refresh
 from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
-from tests.compiling import traced
 
 STRUCTURES = {
     "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
@@ -60,45 +61,6 @@ def close(found, expected, rtol=1e-9):
         torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
 
 
-def counting(monkeypatch, sizes):
-    """Notes how many blocks each stack has."""
-    real = refresh._refresh_stack
-    monkeypatch.setattr(refresh, "_refresh_stack", lambda stack, *args: sizes.append(len(stack)) or real(stack, *args))
-
-
-@each_structure
-@pytest.mark.parametrize("options", [{}, {"bias": "separate"}, {"positions": 3}], ids=["joint", "separate", "shared"])
-def test_together_equals_one_by_one(monkeypatch, structure, options):
-    """Updates; states, which are of the same form and layout and may be handed from one to the other."""
-    problem, stacked = deep(5, **options), []
-    counting(monkeypatch, stacked)
-    updates, state = run(*problem, structure)
-    assert max(stacked) >= 2
-    stacked.clear()
-    monkeypatch.setitem(refresh.LARGEST, "cpu", 0)
-    expected, alone = run(*problem, structure)
-    assert set(stacked) == {1} and layout(state) == layout(alone)
-    close(updates, expected)
-    layers, params, evaluate = problem
-    tx = precondition_by_fisher(layers, structure, decay=0.7)
-    e, reached = evaluate(params), []
-    for largest, start in ((0, state), (2**24, alone), (0, alone)):
-        monkeypatch.setitem(refresh.LARGEST, "cpu", largest)
-        reached.append(tx.update(e.grads, start, params, evaluation=e)[0])
-    close(reached[0], reached[2])
-    close(reached[1], reached[2])
-    assert layout(state) == layout(tx.init(params))
-
-
-def test_statistics_beyond_the_largest_are_not_stacked_together(monkeypatch):
-    """Five layers of 4 × (6 + 6) numbers each: two of them fit, and two, and one."""
-    sizes = []
-    monkeypatch.setitem(refresh.LARGEST, "cpu", 2 * 48)
-    counting(monkeypatch, sizes)
-    run(*deep(5), STRUCTURES["low rank"], steps=1)
-    assert sizes == [2, 2, 1, 1]
-
-
 def convolutions(depth, groups=1):
     """``depth`` equal convolutions, and a last linear layer."""
     generator = torch.Generator().manual_seed(depth)
@@ -117,18 +79,57 @@ def convolutions(depth, groups=1):
     return layers, params, lambda p, statistics=True: evaluate(p, x, y, statistics)
 
 
+PROBLEMS = {
+    "joint": partial(deep, 5),
+    "separate": partial(deep, 5, bias="separate"),
+    "shared": partial(deep, 5, positions=3),
+    "convolutions": partial(convolutions, 4),
+    "grouped convolutions": partial(convolutions, 4, groups=2),
+}
+
+
+def counting(monkeypatch, sizes):
+    """Notes how many blocks each stack has."""
+    real = refresh._refresh_stack
+    monkeypatch.setattr(refresh, "_refresh_stack", lambda stack, *args: sizes.append(len(stack)) or real(stack, *args))
+
+
 @each_structure
-@pytest.mark.parametrize("in_groups", [1, 2])
-def test_convolutions_together_equal_one_by_one(monkeypatch, structure, in_groups):
-    problem, stacked = convolutions(4, in_groups), []
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_together_equals_one_by_one(monkeypatch, structure, name):
+    """Updates; states, which are of the same form and layout and may be handed from one to the other."""
+    problem, stacked = PROBLEMS[name](), []
     counting(monkeypatch, stacked)
     updates, state = run(*problem, structure)
     assert max(stacked) >= 2
     stacked.clear()
-    monkeypatch.setattr(refresh, "LARGEST_OF_CONVOLUTIONS", 0)
+    monkeypatch.setitem(refresh.LARGEST, "cpu", 0)
     expected, alone = run(*problem, structure)
     assert set(stacked) == {1} and layout(state) == layout(alone)
     close(updates, expected)
+    layers, params, evaluate = problem
+    tx = precondition_by_fisher(layers, structure, decay=0.7)
+    e, reached = evaluate(params), []
+    for largest, start in ((0, state), (2**18, alone), (0, alone)):
+        monkeypatch.setitem(refresh.LARGEST, "cpu", largest)
+        reached.append(tx.update(e.grads, start, params, evaluation=e)[0])
+    close(reached[0], reached[2])
+    close(reached[1], reached[2])
+    assert layout(state) == layout(tx.init(params))
+
+
+def test_statistics_beyond_the_largest_are_not_stacked_together(monkeypatch):
+    """Five layers of 4 × (6 + 6) numbers each: two of them fit, and two, and one."""
+    sizes = []
+    monkeypatch.setitem(refresh.LARGEST, "cpu", 2 * 48)
+    counting(monkeypatch, sizes)
+    run(*deep(5), STRUCTURES["low rank"], steps=1)
+    assert sizes == [2, 2, 1, 1]
+    sizes.clear()
+    monkeypatch.setitem(refresh.LARGEST, "cpu", 2**24)
+    monkeypatch.setattr(refresh, "LARGEST_OF_CONVOLUTIONS", 0)
+    run(*convolutions(3), STRUCTURES["low rank"], steps=1)
+    assert sizes == [1, 1, 1, 1]
 
 
 class Operations(TorchDispatchMode):
@@ -178,23 +179,6 @@ def test_the_layer_that_is_not_finite_is_named():
     e = e._replace(statistics=e.statistics._replace(inputs=wrong))
     with pytest.raises(ValueError, match="layer 'l2': no inverse of its factors"):
         tx.update(e.grads, tx.init(params), params, evaluation=e)
-
-
-@pytest.mark.slow
-def test_compiled_equals_eager():
-    torch.compiler.reset()
-    layers, params, evaluate = deep(2)
-    tx = precondition_by_fisher(layers, STRUCTURES["low rank"])
-
-    def step(params, state):
-        e = evaluate(params)
-        return tx.update(e.grads, state, params, evaluation=e)
-
-    compiled = traced(step)
-    state = step(params, tx.init(params))[1]
-    found, expected = compiled(params, state), step(params, state)
-    close(found[0], expected[0])
-    close(compiled(params, found[1])[0], step(params, expected[1])[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # of torch 2.11

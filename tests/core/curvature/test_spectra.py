@@ -57,17 +57,6 @@ def test_numbers_of_a_factor(structure, first, second, share):
         torch.testing.assert_close((found.smallest, found.largest), (low, high), rtol=1e-6, atol=0)
 
 
-@given(st.integers(1, 4), covariances(8, torch.float64))
-def test_eigenvalues_are_those_along_the_eigenpairs(rank, batch):
-    structure, state = averaged(low_rank(rank), batch)
-    along = state.vectors.mT @ average(structure, state) @ state.vectors
-    expected = torch.linalg.eigvalsh(along).flip(0)
-    torch.testing.assert_close(state.spectrum().eigenvalues, expected, rtol=1e-6, atol=1e-9 * float(batch.trace()))
-    whole = averaged(dense(), batch)[1].spectrum()
-    expected = torch.linalg.eigvalsh(batch.dense()).flip(0).clamp(min=0)
-    torch.testing.assert_close(whole.eigenvalues, expected, rtol=1e-9, atol=1e-9 * float(batch.trace()))
-
-
 @given(structures, covariances(8, torch.float64), covariances(8, torch.float64))
 def test_distance_of_two_averages(structure, first, second):
     structure, one = averaged(structure, first)

@@ -72,13 +72,6 @@ def test_a_warm_start_needs_one_step(iterate):
 
 
 @BOTH
-def test_rank_may_be_less_than_the_columns_of_the_start(iterate):
-    matrix, _ = symmetric([9, 7, 5, 3, 1, 0.5])
-    vectors, values = iterate(lambda v: matrix @ v, torch.randn(6, 5, dtype=torch.float64), rank=2)
-    assert vectors.shape == (6, 2) and values.shape == (2,)
-
-
-@BOTH
 def test_batches_under_vmap_equal_single_matrices(iterate):
     matrices = torch.stack([symmetric([5, 3, 1, 0.1], seed)[0] for seed in range(3)])
     start = pseudo_random(4, 2, torch.tensor(0)).double()
@@ -127,24 +120,6 @@ def test_what_is_left_of_units_that_died_is_no_harm():
     vectors, values = rayleigh_ritz(lambda v: matrix @ v, torch.eye(7), 7)
     assert_orthonormal(vectors)
     assert values.isfinite().all() and abs(values[0] - 0.059258) < 1e-6
-
-
-@BOTH
-@pytest.mark.parametrize("rank", [0, 4, -1])
-def test_bad_rank_is_refused(iterate, rank):
-    with pytest.raises(ValueError, match=r"rank: expected (1 <= rank <= 3|an integer >= 1)"):
-        iterate(lambda v: v, torch.ones(5, 3), rank=rank)
-
-
-@BOTH
-def test_more_vectors_than_rows_are_refused(iterate):
-    with pytest.raises(ValueError, match="rank"):
-        iterate(lambda v: v, torch.ones(2, 3))
-
-
-def test_no_iterations_are_refused():
-    with pytest.raises(ValueError, match="iterations: expected an integer >= 1"):
-        subspace_iteration(lambda v: v, torch.ones(2, 1), iterations=0)
 
 
 def test_orthonormal_keeps_the_span_of_leading_columns():

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.func import vmap
 
-from lrkfac.linalg import Dense, Kronecker, LowRankPlusDiagonal, inverse, sherman_morrison, to_dense, woodbury
+from lrkfac.linalg import Dense, LowRankPlusDiagonal, inverse, sherman_morrison, to_dense, woodbury
 from lrkfac.testing import check_inverse, low_rank_plus_diagonals, operators
 from tests.dispatch import LargestTensor
 
@@ -83,16 +83,6 @@ def test_negative_values_are_closed_under_inversion(invert, operator):
 
 
 @BOTH
-def test_values_of_both_signs(invert):
-    operator = LowRankPlusDiagonal(
-        torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64)).Q,
-        torch.tensor([2.0, -0.5, 3.0, -0.9], dtype=torch.float64),
-        torch.ones(9, dtype=torch.float64),
-    )
-    torch.testing.assert_close(to_dense(invert(operator)), torch.linalg.inv(to_dense(operator)))
-
-
-@BOTH
 def test_batches_under_vmap(invert):
     operators = [drawn(7, 3, 1e3, torch.float64, seed) for seed in range(3)]
     stacked = LowRankPlusDiagonal(*(torch.stack(parts) for parts in zip(*operators, strict=True)))
@@ -109,21 +99,3 @@ def test_no_square_matrix_is_made(invert):
         found = invert(operator)
     assert largest.numel <= 2 * d * r
     assert sum(x.numel() for x in found) == d * r + d + r
-
-
-def test_kronecker_inverse_takes_damping_by_factors():
-    a, b = torch.rand(4, 4, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64)
-    operator = Kronecker(Dense(b @ b.mT), Dense(a @ a.mT))
-    found = to_dense(inverse(operator, 0.1)) @ to_dense(operator.shifted(0.1))
-    torch.testing.assert_close(found, torch.eye(12, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
-def test_bad_damping_is_refused(damping):
-    with pytest.raises(ValueError, match="damping: expected a finite number in"):
-        inverse(Dense(torch.eye(2)), damping)
-
-
-def test_other_objects_are_refused():
-    with pytest.raises(TypeError, match="expected one of lrkfac's operators, got Tensor"):
-        inverse(torch.eye(2), 0.1)
