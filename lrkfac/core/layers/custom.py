@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.func import vjp
-from torch.overrides import _pop_mode_temporarily
 
 from lrkfac.core.base.arguments import check_function
+from lrkfac.core.base.private_torch import hand_to_mode, is_watched
 
 
 def _input_weight_bias(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
@@ -75,11 +74,9 @@ class LayerKind:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The output of ``function``; seen by ``find_layers`` and what it describes."""
-        # What torch's own functions do, in a form that the compiler follows, too.
-        if torch._C._len_torch_function_stack():
-            with _pop_mode_temporarily() as mode:
-                result: Tensor = mode.__torch_function__(self, (), args, kwargs)
-                return result
+        if is_watched():
+            result: Tensor = hand_to_mode(self, args, kwargs)
+            return result
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.private_torch import version
 from lrkfac.core.layers.description import Layer, Layers, Parameter
 from lrkfac.core.layers.kinds import BIAS, LINEAR, OWN, Kind
 from lrkfac.core.layers.parsers import Call
@@ -99,7 +100,7 @@ def describe(
 
 def _check_inputs_unchanged(seen: Mapping[str, list[Use]]) -> None:
     for name, uses in seen.items():
-        if any(use.call.input._version != use.version for use in uses):
+        if any(version(use.call.input) != use.version for use in uses):
             raise ValueError(
                 f"layer {name!r}: its input is changed in place after the layer has used it; use the operation that "
                 "returns a new tensor"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import resolve_name
 
 from lrkfac.core.base.arguments import check_choice, check_flag, check_model, check_values
+from lrkfac.core.base.private_torch import fake_mode, value_errors, version
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.custom import LayerKind
@@ -20,8 +21,8 @@ from lrkfac.core.layers.describing import Use, describe, is_batched, is_of_examp
 from lrkfac.core.layers.description import Layers, Parameter
 from lrkfac.core.layers.kinds import LINEAR, OWN, SHIFT, LinearOptions
 from lrkfac.core.layers.parsers import Call
-from lrkfac.core.layers.probes import batch_size, fake_mode, like_fake
-from lrkfac.core.layers.purity import RefuseRandomNumbers
+from lrkfac.core.layers.probes import batch_size, like_fake
+from lrkfac.core.layers.purity import without_random_numbers
 from lrkfac.core.layers.tracing import Follow, label
 from lrkfac.core.layers.views import View
 
@@ -71,7 +72,7 @@ def find_layers(
         leaves = [like_fake(leaf).requires_grad_().clone() for leaf in optree.tree_leaves(params)]
         given = like_fake(inputs)
         discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)], own)
-        with RefuseRandomNumbers(), discovery:
+        with without_random_numbers(), discovery:
             result = _run(model, optree.tree_unflatten(structure, leaves), given)
         _check_attached(result)
         _check_unchanged("params", [p.path for p in parameters], leaves)
@@ -153,7 +154,7 @@ def _parameters(params: Tree) -> tuple[Parameter, ...]:
 
 def _check_unchanged(what: str, names: Iterable[str], tensors: list[Any]) -> None:
     for name, x in zip(names, tensors, strict=True):
-        if isinstance(x, Tensor) and x._version:
+        if isinstance(x, Tensor) and version(x):
             place = f" {name!r}" if name else ""
             raise ValueError(
                 f"model: it changes {what}{place} in place; use the operation that returns a new tensor, or change a "
@@ -171,11 +172,9 @@ def _check_attached(result: Any) -> None:
 
 
 def _run(model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree) -> Any:
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-
     try:
         return model(params, inputs)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except value_errors() as error:
         raise ValueError(
             f"model: its path or shapes depend on the values of tensors ({error}); the layers of such a "
             "model cannot be described once and for all"
@@ -224,7 +223,7 @@ class _Discovery(Follow):
             if weight is not None:
                 if call.kind is OWN:
                     check_use(call, result)
-                use = Use(call, *weight, bias, result, call.input._version)
+                use = Use(call, *weight, bias, result, version(call.input))
                 self.uses.setdefault(label(*weight), []).append(use)
                 # A parameter that is also the input has a second path, which no probe sees.
                 own = self.place(call.input)
@@ -245,7 +244,7 @@ class _Discovery(Follow):
                 plain = use.call.kind is LINEAR and use.call.options == LinearOptions() and use.call.bias is None
                 if plain and use.bias is None and any(use.output is x for x in args):
                     if tuple(call.weight.shape) == tuple(use.output.shape[-1:]) and result.shape == use.output.shape:
-                        shift = Use(call, *place, None, result, call.input._version)
+                        shift = Use(call, *place, None, result, version(call.input))
                         self.completed.append((name, i, use.output, shift))
                         uses[i] = use._replace(bias=place, output=result)
                         return True

@@ -12,6 +12,8 @@ from torch.func import functional_call
 from lrkfac.core.base.arguments import check_flag
 from lrkfac.core.base.types import Tree
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 
 def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
     """A module as ``model(params, inputs)``, and its parameters.
@@ -69,7 +71,7 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
 
 def _refuse_dropout(module: nn.Module) -> None:
     for name, part in module.named_modules():
-        probability = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0.0)
+        probability = part.p if isinstance(part, DROPOUTS) else getattr(part, "dropout", 0.0)
         if part.training and isinstance(probability, float) and probability > 0:
             raise ValueError(
                 f"module: {name or type(module).__name__} ({type(part).__name__}) draws hidden random numbers with "

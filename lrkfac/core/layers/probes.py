@@ -9,9 +9,10 @@ import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.private_torch import fake_mode
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.description import Layers
-from lrkfac.core.layers.purity import RefuseRandomNumbers
+from lrkfac.core.layers.purity import without_random_numbers
 from lrkfac.core.layers.tracing import run_captured
 
 
@@ -38,7 +39,7 @@ def output_specs(
     if torch.compiler.is_compiling():
         result, records = run_captured(model, layers, params, inputs)
     else:
-        with fake_mode(), RefuseRandomNumbers():
+        with fake_mode(), without_random_numbers():
             result, records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)
     n = batch_size(result)
     specs = {
@@ -96,14 +97,6 @@ def zero_probes(specs: dict[str, list[OutputSpec]], sources: Container[str] | No
         for source, uses in specs.items()
         if sources is None or source in sources
     }
-
-
-def fake_mode() -> Any:
-    """A mode in which tensors have shapes but no values; the model's own constants may take part."""
-    # Not at the top: the import takes as long as the rest of the package.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def like_fake(tree: Tree) -> Tree:

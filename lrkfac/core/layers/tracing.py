@@ -12,17 +12,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optree
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lrkfac.core.base.private_torch import transformation_level
 from lrkfac.core.base.types import Tree
-from lrkfac.core.layers.attention import OPENED
+from lrkfac.core.layers.attention import multi_head_attention
 from lrkfac.core.layers.custom import LayerKind
 from lrkfac.core.layers.custom_calls import call_of_own
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.parsers import PARSERS, Call
-from lrkfac.core.layers.purity import refuse_hidden_effects
+from lrkfac.core.layers.purity import check_pure
 from lrkfac.core.layers.views import View, is_view, picks_by_tensor, steps_of
 
 Tracked = list[tuple[str, View, Tensor]]
@@ -51,11 +52,11 @@ class Follow(TorchFunctionMode):
     def __init__(self, tracked: Tracked, guarded: bool = False, own: tuple[LayerKind, ...] = ()) -> None:
         super().__init__()
         self.tracked, self.guarded, self.own = tracked, guarded, own
-        self.level = torch._C._functorch.maybe_current_level() if guarded else None
+        self.level = transformation_level() if guarded else None
 
     def inside(self) -> bool:
         """Whether the model is within a transformation of its own."""
-        return torch._C._functorch.maybe_current_level() != self.level
+        return transformation_level() != self.level
 
     def place(self, x: Any) -> tuple[str, View] | None:
         """Path and view of a tensor that is followed."""
@@ -69,11 +70,12 @@ class Follow(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.guarded and not self.inside():
-            refuse_hidden_effects(func, args, kwargs)
-        opened = OPENED.get(func)
-        if opened is not None:
+            check_pure(func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            if self.guarded:
+                func(*args, **kwargs)  # for its checks of arguments
             with self:
-                return opened(*args, **kwargs)
+                return multi_head_attention(*args, **kwargs)
         result = func(*args, **kwargs)
         name = is_view(func)
         if name is not None and not picks_by_tensor(args, kwargs):
