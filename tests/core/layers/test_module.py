@@ -10,6 +10,7 @@ from torch import nn
 
 import lrkfac
 from lrkfac import evaluator, find_layers, from_module
+from tests.travelling import each_way
 
 X, IMAGES = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4), torch.arange(6 * 48).sin().double()
 IMAGES, CLASSES = IMAGES.reshape(6, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -169,6 +170,22 @@ def test_mode_is_that_of_the_moment(training):
     assert torch.equal(model(params, X), expected)
     assert not torch.allclose(copy.deepcopy(net)(X), expected), "the modes differ"
     close(expected, copy.deepcopy(net).train(training)(X).detach())
+
+
+@each_way
+@pytest.mark.parametrize("carried", [False, True])
+def test_function_and_layers_travel(way, carried):
+    """What arrives returns equal bits and needs nothing of the module."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).double()
+    net[0].requires_grad_(False)
+    model, params, *buffers = from_module(net, buffers=carried)
+    inputs = (*buffers, X) if carried else X
+    layers = find_layers(model, params, inputs)
+    expected = model(params, inputs)
+    other, described = way((model, layers))
+    net[0].weight.data.zero_()
+    assert optree.tree_all(optree.tree_map(torch.equal, other(params, inputs), expected))
+    assert described == layers and str(described) == str(layers)
 
 
 class Recurrent(nn.Module):
