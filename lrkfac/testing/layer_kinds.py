@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrkfac.core.layers.custom import LayerKind, OwnOptions
-from lrkfac.core.layers.custom_calls import call_of_own
-from lrkfac.core.layers.views import taken
+from lrkfac.core.layers.custom import CustomOptions, LayerKind
+from lrkfac.core.layers.custom_calls import custom_call
+from lrkfac.core.layers.views import apply_view
 from lrkfac.testing.laws import _close, _law
 from lrkfac.testing.strategies import gradients
 
@@ -30,10 +30,10 @@ def check_layer_kind(kind: LayerKind, *args: Any, **kwargs: Any) -> None:
     Raises:
         AssertionError: Says which law is broken, and by how much.
     """
-    call = call_of_own((kind,), kind, lambda x: isinstance(x, Tensor), args, kwargs)
+    call = custom_call((kind,), kind, lambda x: isinstance(x, Tensor), args, kwargs)
     _law(call is not None, "parts: the weight is a tensor")
     assert call is not None
-    a, matrix, options = call.input, taken(call.turn, call.weight), OwnOptions(*call.options)
+    a, matrix, options = call.input, apply_view(call.turn, call.weight), CustomOptions(*call.options)
     given = [x for x in (*args, *kwargs.values()) if x is call.weight]
     _law(len(given) == 1, "parts: the weight is one of the arguments, as it is")
 
@@ -61,5 +61,5 @@ def check_layer_kind(kind: LayerKind, *args: Any, **kwargs: Any) -> None:
         return others[0].reshape(-1)[: x.numel()].reshape(x.shape) if x is call.weight else x
 
     changed = tuple(map(replaced, args)), {name: replaced(x) for name, x in kwargs.items()}
-    again = call_of_own((kind,), kind, lambda x: isinstance(x, Tensor), *changed)
+    again = custom_call((kind,), kind, lambda x: isinstance(x, Tensor), *changed)
     _law(again is not None and torch.equal(again.input, a), "parts: the input does not depend on the weight")

@@ -67,7 +67,7 @@ class LazyMatrix:
         """The matrix and ``scale * x``."""
         return replace(self, terms=((scale, x), *self.terms))
 
-    def form(self) -> Tensor:
+    def unrounded(self) -> Tensor:
         """The matrix, in a dtype that holds all that it is made of."""
         terms = list(self.terms)
         if self.left.shape[0] or not terms:
@@ -78,24 +78,24 @@ class LazyMatrix:
             fresh = isinstance(scale, Tensor) or scale != 1.0
             total = scale * total if fresh else total
         for scale, x in terms:
-            total, fresh = added(total, scale, x, fresh), True
+            total, fresh = add_multiple(total, scale, x, fresh), True
         return total
 
     def dense(self) -> Tensor:
         """The matrix, in its own dtype."""
-        return self.form().to(self.dtype)
+        return self.unrounded().to(self.dtype)
 
     def vdot(self, other: LazyMatrix | Tensor) -> Tensor:
         """The sum of products of the entries, ``[]``; of two gradients by inner products of their rows."""
         if self.terms:
-            one, two = self.form(), other.form() if isinstance(other, LazyMatrix) else other
+            one, two = self.unrounded(), other.unrounded() if isinstance(other, LazyMatrix) else other
             return torch.dot(one.reshape(-1), two.reshape(-1)) if one.dtype == two.dtype else (one * two).sum()
         if isinstance(other, LazyMatrix) and not other.terms:
             return ((self.left @ other.left.mT) * (self.right @ other.right.mT)).sum()
-        return ((self.left @ (other.form() if isinstance(other, LazyMatrix) else other)) * self.right).sum()
+        return ((self.left @ (other.unrounded() if isinstance(other, LazyMatrix) else other)) * self.right).sum()
 
 
-def added(total: Tensor, scale: float | Tensor, x: Tensor, fresh: bool = False) -> Tensor:
+def add_multiple(total: Tensor, scale: float | Tensor, x: Tensor, fresh: bool = False) -> Tensor:
     """``total + scale x``, in the place of a fresh total, which nothing else may hold.
 
     Not by ``addmm`` of the product onto ``x``, which copies ``x`` first, and which the compiler does not join with the

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.base.lazy import LazyMatrix, added
+from lrkfac.core.base.lazy import LazyMatrix, add_multiple
 from lrkfac.core.base.per_parameter import is_number
 from lrkfac.core.base.types import PerParameter, Tree
 
@@ -32,8 +32,8 @@ def add_scaled(x: Tree, scale: PerParameter, y: Tree) -> Tree:
         if isinstance(a, LazyMatrix):
             return a.plus(_materialized(b), c)
         if isinstance(b, LazyMatrix):
-            return b.scaled(c).plus(a).form().to(a.dtype)
-        return added(a, c, b).to(a.dtype)
+            return b.scaled(c).plus(a).unrounded().to(a.dtype)
+        return add_multiple(a, c, b).to(a.dtype)
 
     if is_number(scale):
         return optree.tree_map(lambda a, b: one(a, b, scale), x, y)

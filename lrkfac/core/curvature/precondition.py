@@ -19,7 +19,7 @@ from lrkfac.core.curvature.kronecker import KroneckerStructure
 from lrkfac.core.curvature.structures import Structure
 from lrkfac.core.layers.description import Layer
 from lrkfac.core.layers.matrix import collect, from_matrices, to_matrix, turned
-from lrkfac.core.layers.views import put, taken
+from lrkfac.core.layers.views import apply_view, scatter_view
 from lrkfac.core.linalg.operators import Kronecker
 from lrkfac.core.linalg.products import STACKABLE, of_rows, two_sided
 
@@ -100,8 +100,8 @@ def part_of(layer: Layer, leaves: list[Any]) -> Part:
     if isinstance(weight, LazyMatrix):
         weight = turned(layer, weight)
     else:
-        weight = taken(layer.weight.view, weight).reshape(layer.d_out, -1)
-    bias = None if layer.bias is None else taken(layer.bias.view, leaves[layer.bias.index]).reshape(-1)
+        weight = apply_view(layer.weight.view, weight).reshape(layer.d_out, -1)
+    bias = None if layer.bias is None else apply_view(layer.bias.view, leaves[layer.bias.index]).reshape(-1)
     return Part(weight, bias)
 
 
@@ -196,8 +196,8 @@ def _leaves_of(layer: Layer, part: Part) -> dict[int, Any]:
     if isinstance(part.weight, LazyMatrix):
         found: dict[int, Any] = {layer.weight.index: turned(layer, part.weight)}
     else:
-        found = {layer.weight.index: put(layer.weight.view, layer.weight.shape, part.weight)}
+        found = {layer.weight.index: scatter_view(layer.weight.view, layer.weight.shape, part.weight)}
     if layer.bias is not None and part.bias is not None:
-        bias = put(layer.bias.view, layer.bias.shape, part.bias)
+        bias = scatter_view(layer.bias.view, layer.bias.shape, part.bias)
         collect(found, {layer.bias.index: bias})
     return found

@@ -83,7 +83,7 @@ class LayerKind:
         return f"LayerKind({self.name!r})"
 
 
-class OwnOptions(NamedTuple):
+class CustomOptions(NamedTuple):
     """What is fixed of a call: the kind, its settings, and how many axes the input has beside the batch."""
 
     kind: LayerKind

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lrkfac.core.layers.custom import LayerKind, OwnOptions
-from lrkfac.core.layers.kinds import OWN
+from lrkfac.core.layers.custom import CustomOptions, LayerKind
+from lrkfac.core.layers.kinds import CUSTOM
 from lrkfac.core.layers.parsers import Call, Known
-from lrkfac.core.layers.views import Step, taken
+from lrkfac.core.layers.views import Step, apply_view
 
 
-def call_of_own(kinds: tuple[LayerKind, ...], func: Any, known: Known, args: Any, kwargs: Any) -> Call | None:
+def custom_call(kinds: tuple[LayerKind, ...], func: Any, known: Known, args: Any, kwargs: Any) -> Call | None:
     """The call as one of the first kind whose function it is, if there is one and its weight is followed."""
     for kind in kinds:
         if func is kind or func is kind.function:
@@ -25,7 +25,7 @@ def call_of_own(kinds: tuple[LayerKind, ...], func: Any, known: Known, args: Any
             if kind.weight_axis is not None:
                 d_out = weight.shape[kind.weight_axis]
                 turn = (Step("movedim", (kind.weight_axis, 0)), Step("reshape", (d_out, -1)))
-            return Call(OWN, input, weight, bias, OwnOptions(kind, settings, input.ndim - 1), turn)
+            return Call(CUSTOM, input, weight, bias, CustomOptions(kind, settings, input.ndim - 1), turn)
     return None
 
 
@@ -35,8 +35,8 @@ def check_use(call: Call, output: Tensor) -> None:
     Raises:
         ValueError: Names the kind.
     """
-    options = OwnOptions(*call.options)
-    matrix = taken(call.turn, call.weight)
+    options = CustomOptions(*call.options)
+    matrix = apply_view(call.turn, call.weight)
     found = tuple(options.apply(call.input, matrix).shape)
     expected = (*output.shape, 1) if options.kind.weight_axis is None else tuple(output.shape)
     if found != expected:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lrkfac.core.base.private_torch import version
 from lrkfac.core.layers.description import Layer, Layers, Parameter
-from lrkfac.core.layers.kinds import BIAS, LINEAR, OWN, Kind
+from lrkfac.core.layers.kinds import BIAS, CUSTOM, LINEAR, Kind
 from lrkfac.core.layers.parsers import Call
 from lrkfac.core.layers.tracing import label
-from lrkfac.core.layers.views import View, taken
+from lrkfac.core.layers.views import View, apply_view
 
 
 class Use(NamedTuple):
@@ -116,7 +116,7 @@ def _groups(seen: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> 
         for number, use in enumerate(uses):
             view = (*use.view, *use.call.turn)
             shape = by_path[use.path].shape
-            entries = taken(view, torch.arange(math.prod(shape)).reshape(shape)) if often[use.path] > 1 else None
+            entries = apply_view(view, torch.arange(math.prod(shape)).reshape(shape)) if often[use.path] > 1 else None
             for group, other in zip(groups, places, strict=True):
                 same_label = group.sites[0][0] == name
                 if group.path == use.path and (
@@ -151,7 +151,7 @@ def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str 
                 over_batch = len(aligned) == len(shape) and aligned[0] != 1
                 if not shape or shape[0] not in (1, examples) or over_batch:
                     return f"used by {use.call.kind.name} on a tensor of shape {shape} without the batch in front"
-            if use.call.kind is OWN and use.call.input.shape[:1] not in ((1,), (examples,)):
+            if use.call.kind is CUSTOM and use.call.input.shape[:1] not in ((1,), (examples,)):
                 return f"used by {use.call.options[0].name} on an input without the batch in front"
             if not use.of_examples and not use.call.kind.one_hot:
                 return f"used by {use.call.kind.name} on what all examples share, without an axis for the batch"
@@ -162,11 +162,11 @@ def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str 
 
 def _count(view: View, seen: Tensor) -> None:
     """Adds 1 where a view of the tensor takes its entries from."""
-    part = taken(view, seen)
+    part = apply_view(view, seen)
     if part.untyped_storage().data_ptr() == seen.untyped_storage().data_ptr():
         part.add_(1)
     else:  # such as a transposition that is reshaped: a copy
-        entries = taken(view, torch.arange(seen.numel()).reshape(seen.shape)).reshape(-1)
+        entries = apply_view(view, torch.arange(seen.numel()).reshape(seen.shape)).reshape(-1)
         seen.view(-1).index_add_(0, entries, torch.ones(len(entries), dtype=seen.dtype))
 
 
@@ -211,7 +211,7 @@ def _shared_biases(
         entries = torch.zeros(by_path[path].shape, dtype=torch.int8)
         for other, part in biases:
             if other == path:
-                taken(part, entries).add_(1)
+                apply_view(part, entries).add_(1)
         if bool((entries > 1).any()):
             shared.add(path)
     return shared
@@ -232,7 +232,7 @@ def _placed(parameter: Parameter, view: View) -> Parameter:
 
 def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str, View] | None) -> Layer:
     parameter, call = by_path[group.path], group.uses[0].call
-    rows, columns = taken(group.view, torch.empty(parameter.shape, device="meta")).shape
+    rows, columns = apply_view(group.view, torch.empty(parameter.shape, device="meta")).shape
     number = call.kind.groups(call.options)
     return Layer(
         name=name,

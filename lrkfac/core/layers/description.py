@@ -66,7 +66,7 @@ class Layer:
     @property
     def kind(self) -> str:
         """The kinds, each named once; those of one's own by their names."""
-        named = [o[0].name if kind == "own" else kind for kind, o in zip(self.kinds, self.options, strict=True)]
+        named = [o[0].name if kind == "custom" else kind for kind, o in zip(self.kinds, self.options, strict=True)]
         return " + ".join(dict.fromkeys(named))
 
     @property
@@ -84,14 +84,14 @@ class Layers:
         uncovered: Each other parameter with the reason.
         parameters: All parameters, in the order of ``optree.tree_leaves(params)``.
         tree: The parameter tree with each parameter's ``Parameter`` as its leaf.
-        own: The ``LayerKind`` s that ``find_layers`` was given.
+        custom: The ``LayerKind`` s that ``find_layers`` was given.
     """
 
     layers: tuple[Layer, ...]
     uncovered: tuple[tuple[Parameter, str], ...]
     parameters: tuple[Parameter, ...]
     tree: Tree
-    own: tuple[Any, ...] = ()
+    custom: tuple[Any, ...] = ()
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)

@@ -19,7 +19,7 @@ from lrkfac.core.layers.custom import LayerKind
 from lrkfac.core.layers.custom_calls import check_use
 from lrkfac.core.layers.describing import Use, describe, is_batched, is_of_examples
 from lrkfac.core.layers.description import Layers, Parameter
-from lrkfac.core.layers.kinds import LINEAR, OWN, SHIFT, LinearOptions
+from lrkfac.core.layers.kinds import CUSTOM, LINEAR, SHIFT, LinearOptions
 from lrkfac.core.layers.parsers import Call
 from lrkfac.core.layers.probes import batch_size, like_fake
 from lrkfac.core.layers.purity import without_random_numbers
@@ -65,24 +65,24 @@ def find_layers(
     check_flag(strict, "strict")
     check_choice(bias, "bias", ("joint", "separate"))
     check_values(inputs=inputs)
-    own = _own(kinds)
+    custom = _checked_kinds(kinds)
     parameters, structure = _parameters(params), optree.tree_structure(params)
     with torch.inference_mode(False), torch.enable_grad(), fake_mode():
         # Copies of leaves that require a gradient show what depends on parameters, and may be changed in place.
         leaves = [like_fake(leaf).requires_grad_().clone() for leaf in optree.tree_leaves(params)]
         given = like_fake(inputs)
-        discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)], own)
+        discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)], custom)
         with without_random_numbers(), discovery:
             result = _run(model, optree.tree_unflatten(structure, leaves), given)
         _check_attached(result)
         _check_unchanged("params", [p.path for p in parameters], leaves)
         _check_unchanged("inputs", paths(given), optree.tree_leaves(given))
         discovery.separate_reused_products()
-        twice, examples_twice = _uses_of_twice_the_batch(model, params, inputs, parameters, own)
+        twice, examples_twice = _uses_of_twice_the_batch(model, params, inputs, parameters, custom)
     examples = batch_size(result)
     grows = examples_twice > examples
     uses = {name: _with_batch(name, seen, twice, grows) for name, seen in discovery.uses.items()}
-    layers = replace(describe(uses, discovery.others, parameters, structure, examples, bias == "joint"), own=own)
+    layers = replace(describe(uses, discovery.others, parameters, structure, examples, bias == "joint"), custom=custom)
     if not layers.layers:
         raise ValueError(f"no layer found; none of the parameters is covered:\n{layers}")
     if strict and layers.uncovered:
@@ -96,14 +96,14 @@ def _uses_of_twice_the_batch(
     params: Tree,
     inputs: Tree,
     parameters: tuple[Parameter, ...],
-    own: tuple[LayerKind, ...],
+    custom: tuple[LayerKind, ...],
 ) -> tuple[dict[str, list[Use]], int]:
     """The uses with every input twice as long, to see which axes follow, and the number of examples; none where the
     model cannot do that.
     """
     leaves = [like_fake(leaf) for leaf in optree.tree_leaves(params)]
     longer = optree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim else x, like_fake(inputs))
-    discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)], own)
+    discovery = _Discovery([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)], custom)
     try:
         with discovery:
             result = model(optree.tree_unflatten(optree.tree_structure(params), leaves), longer)
@@ -126,7 +126,7 @@ def _with_batch(name: str, seen: list[Use], twice: dict[str, list[Use]], grows: 
     ]
 
 
-def _own(kinds: Any) -> tuple[LayerKind, ...]:
+def _checked_kinds(kinds: Any) -> tuple[LayerKind, ...]:
     if not isinstance(kinds, Sequence) or not all(isinstance(kind, LayerKind) for kind in kinds):
         raise TypeError(f"kinds: expected a tuple of LayerKind, got {kinds!r}")
     return tuple(kinds)
@@ -184,8 +184,8 @@ def _run(model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree) -> Any:
 class _Discovery(Follow):
     """Notes each use of a parameter: as the weight or bias of a known operation, or by anything else."""
 
-    def __init__(self, tracked: Any, own: tuple[LayerKind, ...]) -> None:
-        super().__init__(tracked, guarded=True, own=own)
+    def __init__(self, tracked: Any, custom: tuple[LayerKind, ...]) -> None:
+        super().__init__(tracked, guarded=True, custom=custom)
         self.uses: dict[str, list[Use]] = {}
         self.others: dict[str, list[str]] = {}
         self.completed: list[tuple[str, int, Tensor, Use]] = []
@@ -221,7 +221,7 @@ class _Discovery(Follow):
                 return result
             bias = self.place(call.bias)
             if weight is not None:
-                if call.kind is OWN:
+                if call.kind is CUSTOM:
                     check_use(call, result)
                 use = Use(call, *weight, bias, result, version(call.input))
                 self.uses.setdefault(label(*weight), []).append(use)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrkfac.core.layers.custom import OwnOptions
+from lrkfac.core.layers.custom import CustomOptions
 
 Options = tuple[Any, ...]
 
@@ -273,12 +273,12 @@ SHIFT = Kind(name="shift", prepare=_affine_prepare, transpose=_affine_transpose,
 # One's own --------------------------------------------------------------------------------------------
 
 
-OWN = Kind(
-    name="own",
+CUSTOM = Kind(
+    name="custom",
     prepare=lambda a, g, n, options: (_of_each(a, g), g if options[0].weight_axis is not None else g[..., None]),
-    transpose=lambda a, g, d, options: OwnOptions(*options).transpose(a, g, d),
-    operation=lambda a, w, options: OwnOptions(*options).apply(a, w),
-    channel=lambda options: OwnOptions(*options).kind.channel,
+    transpose=lambda a, g, d, options: CustomOptions(*options).transpose(a, g, d),
+    operation=lambda a, w, options: CustomOptions(*options).apply(a, w),
+    channel=lambda options: CustomOptions(*options).kind.channel,
     picks=False,
 )
 """What a ``LayerKind`` describes; it stands in the options, so that there is no table of them to add to."""
@@ -287,6 +287,6 @@ OWN = Kind(
 KINDS = {
     kind.name: kind
     for kind in (
-        LINEAR, *CONVOLUTIONS.values(), *TRANSPOSED_CONVOLUTIONS.values(), EMBEDDING, BIAS, SCALE, SHIFT, OWN,
+        LINEAR, *CONVOLUTIONS.values(), *TRANSPOSED_CONVOLUTIONS.values(), EMBEDDING, BIAS, SCALE, SHIFT, CUSTOM,
     )
 }  # fmt: skip

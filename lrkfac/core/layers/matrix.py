@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.dtypes import widest
-from lrkfac.core.base.layout import with_ones
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.rows import with_ones
 from lrkfac.core.layers.description import Layer
 from lrkfac.core.layers.kinds import KINDS, Kind, Options
 from lrkfac.core.layers.statistics import Uses
-from lrkfac.core.layers.views import put, taken
+from lrkfac.core.layers.views import apply_view, scatter_view
 
 
 def split_groups(layer: Layer, tensors: Uses) -> Uses:
@@ -53,10 +53,10 @@ def to_matrix(layer: Layer, leaves: list[Any]) -> Any:
         weight = turned(layer, weight)
         return weight if layer.bias is None else LazyMatrix(weight.left, with_ones(weight.right), weight.dtype)
     shape = (layer.groups, layer.d_out, -1) if layer.groups > 1 else (layer.d_out, -1)
-    matrix = taken(layer.weight.view, weight).reshape(shape)
+    matrix = apply_view(layer.weight.view, weight).reshape(shape)
     if layer.bias is None:
         return matrix
-    bias = taken(layer.bias.view, leaves[layer.bias.index])
+    bias = apply_view(layer.bias.view, leaves[layer.bias.index])
     return torch.cat([matrix, bias.reshape(*shape[:-1], 1)], dim=-1)
 
 
@@ -75,7 +75,7 @@ def from_matrices(layers: list[Layer], matrices: list[Tensor]) -> dict[int, Any]
         if layer.bias is not None:
             parts.append((layer.bias, flat[:, -1]))
         for parameter, part in parts:
-            collect(found, {parameter.index: put(parameter.view, parameter.shape, part)})
+            collect(found, {parameter.index: scatter_view(parameter.view, parameter.shape, part)})
     return found
 
 

@@ -20,7 +20,7 @@ from lrkfac.core.base.private_torch import transformation_level
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.attention import multi_head_attention
 from lrkfac.core.layers.custom import LayerKind
-from lrkfac.core.layers.custom_calls import call_of_own
+from lrkfac.core.layers.custom_calls import custom_call
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.parsers import PARSERS, Call
 from lrkfac.core.layers.purity import check_pure
@@ -46,12 +46,12 @@ class Follow(TorchFunctionMode):
     Args:
         tracked: All parameters with their paths.
         guarded: Whether to refuse hidden effects; only where parameters and inputs are fake tensors.
-        own: Kinds beside those that the package knows.
+        custom: Kinds beside those that the package knows.
     """
 
-    def __init__(self, tracked: Tracked, guarded: bool = False, own: tuple[LayerKind, ...] = ()) -> None:
+    def __init__(self, tracked: Tracked, guarded: bool = False, custom: tuple[LayerKind, ...] = ()) -> None:
         super().__init__()
-        self.tracked, self.guarded, self.own = tracked, guarded, own
+        self.tracked, self.guarded, self.custom = tracked, guarded, custom
         self.level = transformation_level() if guarded else None
 
     def inside(self) -> bool:
@@ -84,7 +84,7 @@ class Follow(TorchFunctionMode):
                 for step, part in steps_of(name, args, kwargs, result):
                     self.tracked.append((place[0], (*place[1], step), part))
             return result
-        call = call_of_own(self.own, func, self.known, args, kwargs)
+        call = custom_call(self.custom, func, self.known, args, kwargs)
         if call is None:
             parser = PARSERS.get(func)
             call = None if parser is None else parser(self.known, *args, **kwargs)
@@ -108,7 +108,7 @@ class Capture(Follow):
         records: Filled with the uses of each source, in order.
         probes: For each source, one probe per use; none at all to record only.
         guarded: See ``Follow``.
-        own: See ``Follow``.
+        custom: See ``Follow``.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ class Capture(Follow):
         records: dict[str, list[Recorded]],
         probes: dict[str, list[Tensor]] | None = None,
         guarded: bool = False,
-        own: tuple[LayerKind, ...] = (),
+        custom: tuple[LayerKind, ...] = (),
     ) -> None:
-        super().__init__(tracked, guarded, own)
+        super().__init__(tracked, guarded, custom)
         self.sources, self.records, self.probes = sources, records, probes
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
@@ -161,7 +161,7 @@ def run_captured(
     leaves = [leaf.view_as(leaf) for leaf in leaves]
     records: dict[str, list[Recorded]] = {}
     tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
-    with Capture(tracked, layers.sources, records, probes, guarded, layers.own):
+    with Capture(tracked, layers.sources, records, probes, guarded, layers.custom):
         result = model(optree.tree_unflatten(structure, leaves), inputs)
     for layer in layers:
         for site in {site for site, _ in layer.sites}:

@@ -52,20 +52,20 @@ View = tuple[Step, ...]
 """Steps from a parameter to the tensor that an operation uses."""
 
 
-def taken(view: View, x: Tensor) -> Tensor:
+def apply_view(view: View, x: Tensor) -> Tensor:
     """The view of ``x``."""
     for step in view:
         x = step(x)
     return x
 
 
-def put(view: View, shape: tuple[int, ...], x: Tensor) -> Tensor:
-    """The transpose of ``taken``: ``x``, in any shape, at its place in a tensor of this shape, zeros elsewhere."""
+def scatter_view(view: View, shape: tuple[int, ...], x: Tensor) -> Tensor:
+    """The transpose of ``apply_view``: ``x``, in any shape, at its place in a tensor of this shape, zeros elsewhere."""
     if all(step.name in SAME_ORDER for step in view):
         return x.reshape(shape)
     if len(shape) == 2 and all(step.name in TRANSPOSITIONS for step in view):
         return x.reshape(shape[::-1]).mT if len(view) % 2 else x.reshape(shape)
-    part, transpose = vjp(lambda whole: taken(view, whole), torch.zeros(shape, dtype=x.dtype, device=x.device))
+    part, transpose = vjp(lambda whole: apply_view(view, whole), torch.zeros(shape, dtype=x.dtype, device=x.device))
     return transpose(x.reshape(part.shape))[0]
 
 

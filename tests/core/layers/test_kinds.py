@@ -18,7 +18,7 @@ from lrkfac.core.layers.kinds import (
     LinearOptions,
 )
 from lrkfac.core.layers.parsers import MATRIX, PARSERS, TURNED
-from lrkfac.core.layers.views import taken
+from lrkfac.core.layers.views import apply_view
 from lrkfac.testing import layers, seeds
 from tests import reference
 
@@ -126,7 +126,7 @@ def parsed(function, *args, **kwargs):
 def by_group(call, a):
     """The operation of each group on its channels, side by side, without the bias."""
     groups, channel = call.kind.groups(call.options), call.kind.channel(call.options)
-    weights = taken(call.turn, call.weight).chunk(groups)
+    weights = apply_view(call.turn, call.weight).chunk(groups)
     parts = zip(a.chunk(groups, channel), weights, strict=True)
     return torch.cat([call.kind.operation(one, w, call.options) for one, w in parts], channel)
 
@@ -141,7 +141,7 @@ def test_every_spelling_of_a_convolution(kernel, settings, groups):
     call = parsed(F.conv2d, x, w, b, groups=groups, **settings)
     assert call.kind is CONVOLUTIONS[2] and call.input is x and call.weight is w and call.bias is b
     assert call.kind.groups(call.options) == groups and hash(call.options) is not None
-    assert torch.equal(taken(call.turn, w), w.flatten(1)) and call.turn == MATRIX
+    assert torch.equal(apply_view(call.turn, w), w.flatten(1)) and call.turn == MATRIX
     a, g = call.kind.prepare(x, expected[None], len(x), call.options)
     assert torch.equal(g, expected[None])
     close(by_group(call, a) + b[:, None, None], expected)
@@ -170,9 +170,9 @@ def is_the_call_and_its_gradient(call, expected, function):
     close(by_group(call, a), expected)
     _, pullback = torch.func.vjp(function, call.weight)
     parts = zip(a.chunk(groups, channel), prepared[0].chunk(groups, channel), strict=True)
-    d = taken(call.turn, call.weight).shape[1]
+    d = apply_view(call.turn, call.weight).shape[1]
     found = torch.cat([kind.transpose(one, gradient, d, call.options) for one, gradient in parts])
-    close(found, taken(call.turn, pullback(g)[0]))
+    close(found, apply_view(call.turn, pullback(g)[0]))
 
 
 @pytest.mark.parametrize("axes", AXES)
@@ -228,10 +228,10 @@ def test_einsum_is_linear(equation, shape, of_weight):
     expected, pullback = torch.func.vjp(run, w)
     g = normal(*expected.shape, seed=5)
     a, s = LINEAR.prepare(call.input, expected[None], 5, call.options)
-    matrix = taken(call.turn, w)
+    matrix = apply_view(call.turn, w)
     close((a @ matrix.mT).reshape(-1, len(matrix)), s[0].reshape(-1, len(matrix)))
     _, prepared = LINEAR.prepare(call.input, g[None], 5, call.options)
-    close(LINEAR.transpose(a, prepared[0], matrix.shape[1], call.options), taken(call.turn, pullback(g)[0]))
+    close(LINEAR.transpose(a, prepared[0], matrix.shape[1], call.options), apply_view(call.turn, pullback(g)[0]))
 
 
 @pytest.mark.parametrize("padding", [None, 2, -1])
@@ -255,7 +255,7 @@ def test_scale_and_shift_are_broadcast(shape, kind, function):
     g = normal(*expected.shape, seed=5)
     a, prepared = kind.prepare(call.input, g[None], 5, call.options)
     assert call.kind is kind and kind.unit_wise and a.shape == prepared.shape[1:] == (5, a.shape[1], w.numel())
-    close(kind.transpose(a, prepared[0], 1, call.options), taken(call.turn, pullback(g)[0]))
+    close(kind.transpose(a, prepared[0], 1, call.options), apply_view(call.turn, pullback(g)[0]))
 
 
 @given(st.sampled_from(["linear", "conv1d", "conv2d", "conv3d"]), seeds)
