@@ -44,13 +44,10 @@ def multi_head_attention(
     if not batched:
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    if is_causal and key_padding_mask is None and not need_weights:
-        attn_mask = None
-    else:
-        is_causal = is_causal and key_padding_mask is None
-    weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
-    if not use_separate_proj_weight and in_proj_weight is not None:
-        weights = in_proj_weight.chunk(3)
+    is_causal = is_causal and key_padding_mask is None
+    attn_mask = None if is_causal and not need_weights else attn_mask
+    packed = None if use_separate_proj_weight or in_proj_weight is None else in_proj_weight.chunk(3)
+    weights: Any = packed or (q_proj_weight, k_proj_weight, v_proj_weight)
     biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
     q, k, v = [F.linear(x.transpose(0, 1), w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
     n, added = q.shape[0], int(add_zero_attn)
@@ -81,8 +78,9 @@ def multi_head_attention(
 def _mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, n: int, added: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """What is added to the scores ``[n, heads, T, S + added]``, from masks ``[T, S]`` or ``[n * heads, T, S]`` and
-    ``[n, S]``; nothing is masked at the keys that were added.
+    """Return what is added to the scores ``[n, heads, T, S + added]``; added keys are not masked.
+
+    ``attn_mask`` is ``[T, S]`` or ``[n * heads, T, S]``, ``key_padding_mask`` ``[n, S]``.
     """
     masks = []
     for mask in (attn_mask, key_padding_mask):

@@ -1,4 +1,4 @@
-"""Calls of custom layer kinds in the form of all others."""
+"""Calls of custom layer kinds, in the standard form of all calls."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
+from lrkfac.core.layers.calls import Call, Known
 from lrkfac.core.layers.custom import CustomOptions, LayerKind
 from lrkfac.core.layers.kinds import CUSTOM
-from lrkfac.core.layers.parsers import Call, Known
 from lrkfac.core.layers.views import Step, apply_view
 
 
 def custom_call(kinds: tuple[LayerKind, ...], func: Any, known: Known, args: Any, kwargs: Any) -> Call | None:
-    """The call as one of the first kind whose function it is, if there is one and its weight is followed."""
+    """Return the call as a use of the first kind whose function it is; ``None`` without such a kind or known weight."""
     for kind in kinds:
-        if func is kind or func is kind.function:
+        if func is kind.function or (isinstance(func, LayerKind) and func == kind):
             input, weight, *rest = kind.parts(*args, **kwargs)
             if not known(weight):
                 return None
@@ -30,17 +30,13 @@ def custom_call(kinds: tuple[LayerKind, ...], func: Any, known: Known, args: Any
 
 
 def check_use(call: Call, output: Tensor) -> None:
-    """Refuses a use whose output is not what its kind says.
-
-    Raises:
-        ValueError: Names the kind.
-    """
+    """Raise unless the kind's operation returns the shape of the output."""
     options = CustomOptions(*call.options)
     matrix = apply_view(call.turn, call.weight)
-    found = tuple(options.apply(call.input, matrix).shape)
+    shape = tuple(options.apply(call.input, matrix).shape)
     expected = (*output.shape, 1) if options.kind.weight_axis is None else tuple(output.shape)
-    if found != expected:
+    if shape != expected:
         raise ValueError(
             f"kinds: {options.kind.name!r}: expected its operation to return the shape {expected} for the input "
-            f"{tuple(call.input.shape)} and weights {tuple(matrix.shape)}, got {found}"
+            f"{tuple(call.input.shape)} and weights {tuple(matrix.shape)}, got {shape}"
         )

@@ -65,7 +65,7 @@ def _hidden(name: str | None) -> str:
 
 
 def _changed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Iterable[Any]:
-    """The tensors that a call changes, by torch's rules for names: a trailing underscore, ``out=``."""
+    """Return the tensors that a call changes, by torch's rules for names: a trailing underscore, ``out=``."""
     if func is F.batch_norm:
         arguments = _bound(func, args, kwargs)
         return [arguments["running_mean"]] if arguments["training"] else []

@@ -1,9 +1,9 @@
-"""Follows parameters through a pure function and records what passes through its layers.
+"""Capture: follow parameters through a pure function and record what passes through its layers.
 
 A ``TorchFunctionMode`` sees every call of a known operation and knows a weight, or a view of one, by identity.
-It records the operation's input and adds a *probe* to its output: a broadcast zero, the derivative with
-respect to which is the gradient at the output. So the statistics of all layers are the ``vjp`` of one pure
-function ``(parameters, probes) -> outputs``, without hooks and whatever the model does after the operation.
+It records the operation's input and adds a *probe* to its output: a broadcast zero whose derivative is the gradient at
+the output. So the statistics of all layers are the ``vjp`` of one pure function ``(parameters, probes) -> outputs``,
+without hooks and whatever the model does after the operation.
 """
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ from torch.overrides import TorchFunctionMode
 from lrkfac.core.base.private_torch import transformation_level
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.attention import multi_head_attention
+from lrkfac.core.layers.calls import Call
 from lrkfac.core.layers.custom import LayerKind
 from lrkfac.core.layers.custom_calls import custom_call
 from lrkfac.core.layers.description import Layers
-from lrkfac.core.layers.parsers import PARSERS, Call
+from lrkfac.core.layers.parsers import PARSERS
 from lrkfac.core.layers.purity import check_pure
-from lrkfac.core.layers.views import View, is_view, picks_by_tensor, steps_of
+from lrkfac.core.layers.views import View, picks_by_tensor, steps_of, view_name
 
 Tracked = list[tuple[str, View, Tensor]]
-"""``(path of the parameter, view, tensor)``: what is followed."""
+"""The tensors that are followed: ``(path of the parameter, view, tensor)``."""
 
 
 class Recorded(NamedTuple):
-    """One use of a weight: what the operation received and returned (before the probe)."""
+    """The input of one use of a weight, and its output before the probe."""
 
     input: Tensor
     output: Tensor
 
 
 class Follow(TorchFunctionMode):
-    """Follows parameters through their views and shows each use to ``used``.
+    """Follows parameters through their views and passes each call to ``used``.
 
     ``tracked`` grows as views are taken. It is passed in from outside, as are the records of ``Capture``: the
     compiler follows changes of such a list or dictionary, but not of an attribute of the mode.
 
     Args:
         tracked: All parameters with their paths.
-        guarded: Whether to refuse hidden effects; only where parameters and inputs are fake tensors.
-        custom: Kinds beside those that the package knows.
+        guarded: Whether to refuse impure calls; only where parameters and inputs are fake tensors.
+        custom: Custom layer kinds.
     """
 
     def __init__(self, tracked: Tracked, guarded: bool = False, custom: tuple[LayerKind, ...] = ()) -> None:
@@ -55,11 +56,11 @@ class Follow(TorchFunctionMode):
         self.level = transformation_level() if guarded else None
 
     def inside(self) -> bool:
-        """Whether the model is within a transformation of its own."""
+        """Return whether the call stands inside a transformation that the model applies."""
         return transformation_level() != self.level
 
     def place(self, x: Any) -> tuple[str, View] | None:
-        """Path and view of a tensor that is followed."""
+        """Return path and view of a tensor that is followed, ``None`` for others."""
         for path, view, tensor in self.tracked:
             if tensor is x:
                 return path, view
@@ -77,7 +78,7 @@ class Follow(TorchFunctionMode):
             with self:
                 return multi_head_attention(*args, **kwargs)
         result = func(*args, **kwargs)
-        name = is_view(func)
+        name = view_name(func)
         if name is not None and not picks_by_tensor(args, kwargs):
             place = self.place(args[0]) if args else None
             if place is not None:
@@ -91,11 +92,11 @@ class Follow(TorchFunctionMode):
         return self.used(func, args, kwargs, call, result)
 
     def known(self, x: Any) -> bool:
-        """Whether an argument is a parameter, or a view of one."""
+        """Return whether an argument is a parameter, or a view of one."""
         return self.place(x) is not None
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
-        """Called after a function has run; returns its result, changed or not."""
+        """Return the result of a function that has run, changed or not."""
         return result
 
 
@@ -124,7 +125,7 @@ class Capture(Follow):
         self.sources, self.records, self.probes = sources, records, probes
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
-        """Records and adds a probe."""
+        """Record the use of a watched weight; return the result plus its probe."""
         place = None if call is None else self.place(call.weight)
         if call is None or place is None:
             return result
@@ -139,7 +140,7 @@ class Capture(Follow):
 
 
 def label(path: str, view: View) -> str:
-    """The name of a parameter or of a view of it, as in ``in_proj_weight.chunk(3)[0]``."""
+    """Return the name of a parameter or of a view of it, as in ``in_proj_weight.chunk(3)[0]``."""
     return path + "".join([str(step) for step in view])
 
 
@@ -151,7 +152,7 @@ def run_captured(
     probes: dict[str, list[Tensor]] | None = None,
     guarded: bool = False,
 ) -> tuple[Any, dict[str, list[Recorded]]]:
-    """The model's result, and what passed through each layer, by the source of the layer.
+    """Return the model's result, and the uses of each watched weight by its label.
 
     Raises:
         ValueError: If a weight was used more or less often than ``find_layers`` saw.
