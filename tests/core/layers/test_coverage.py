@@ -67,6 +67,10 @@ COVERED = {
         lambda p, x: (lambda h: (h + p["b"]) * h.flip(1).view(5, 4))(x @ p["w"]), ["w linear", "b shift"],
     ),
     "tied": (lambda p, x: F.linear(F.embedding((x > 0).sum(1) % 4, p["w"]).tanh(), p["w"]), ["w embedding + linear"]),
+    "an equal tensor is another": (lambda p, x: F.linear(F.linear(x, P["w"]), p["w"]), ["w linear"]),
+    "recurrent": (lambda p, x: linear(p, linear(p, linear(p, x).tanh_() + x).mul_(2)).mul_(2), ["w linear w, b"]),
+    "side by side": (lambda p, x: linear(p, x) * linear(p, x.flip(1)), ["w linear w, b"]),
+    "other numbers of rows": (lambda p, x: linear(p, linear(p, torch.stack([x, x + 1], 1)).prod(1)), ["w linear w, b"]),
     "tied and not": (lambda p, x: (x @ p["w"]).tanh() @ p["w"] @ p["v"], ["w linear", "v linear"]),
 }  # fmt: skip
 
@@ -80,7 +84,25 @@ def test_covered(model, expected):
     gradients_are_those_of_autograd(model, P, X, bias="separate")
 
 
+def test_one_tensor_at_two_places_is_two_parameters():
+    """Two weights may start as the same zeros."""
+    model = lambda p, x: F.linear(F.linear(x, p["first"]).tanh(), p["last"])  # noqa: E731
+    assert len(gradients_are_those_of_autograd(model, {"first": P["w"], "last": P["w"]}, X)) == 2
+
+
+def test_convolution_used_with_different_settings():
+    def model(p, x):
+        for settings in ({"stride": 2}, {"padding": "same"}, {"dilation": 2}):
+            x = F.conv2d(x, p["w"], p["b"], groups=2, **settings)
+        return x
+
+    params = {"w": normal(4, 2, 2, 2), "b": normal(4)}
+    (layer,) = gradients_are_those_of_autograd(model, params, normal(2, 4, 8, 9))
+    assert (layer.uses, layer.bias.path) == (3, "b") and [o[1] for o in layer.options] == [(2, 2), (1, 1), (1, 1)]
+
+
 SHARED_BIASES = {
+    "bias in one use of two": lambda p, x: F.linear(linear(p, x).relu_(), p["w"]),
     "bias and scale": lambda p, x: linear(p, x) * p["b"],
     "bias in one use of two, and scale": lambda p, x: F.linear(linear(p, x).tanh() * p["b"], p["w"]),
     "bias of two weights": lambda p, x: F.linear(linear(p, x).tanh(), p["v"], p["b"]),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrkfac.core.layers.calls import Call
 from lrkfac.core.layers.kinds import (
     BIAS,
     CONVOLUTIONS,
@@ -17,9 +18,9 @@ from lrkfac.core.layers.kinds import (
     TRANSPOSED_CONVOLUTIONS,
     LinearOptions,
 )
-from lrkfac.core.layers.parsers import MATRIX, PARSERS, TURNED
+from lrkfac.core.layers.parsers import PARSERS
 from lrkfac.core.layers.views import apply_view
-from lrkfac.testing import layers, seeds
+from lrkfac.testing import layers
 from tests import reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -56,47 +57,20 @@ def convolution_rows(a, shape, options):
 
 
 @dtypes
-@given(case=layers())
-def test_operation_is_the_rows_times_the_weights(dtype, case):
+@given(case=layers(), copies=st.integers(1, 2))
+def test_operation_transpose_and_rows_are_those_of_the_reference(dtype, case, copies):
+    """``s = a Wᵀ`` and ``sum of g aᵀ``, over further leading axes, too."""
     kind = KINDS[case.layer.kind]
     a, weights, g, options, rows = one_group(case, dtype)
-    found = kind.operation(a, weights, options)
-    assert found.shape == g.shape and found.dtype == dtype
-    channels_last = found.movedim(kind.channel(options), -1)
-    close(channels_last.reshape(-1, weights.shape[0]), rows @ weights.double().mT, dtype)
-
-
-@dtypes
-@given(case=layers(), copies=st.integers(0, 2))
-def test_transpose_is_the_sum_of_g_times_rows(dtype, case, copies):
-    """Further leading axes are summed over."""
-    kind = KINDS[case.layer.kind]
-    a, weights, g, options, rows = one_group(case, dtype)
-    g_rows = g.double().movedim(kind.channel(options), -1).reshape(-1, weights.shape[0])
-    if copies:
-        a, g = torch.stack([a, 2 * a][:copies]), torch.stack([g, 3 * g][:copies])
-    expected = (1, 1, 1 + 2 * 3)[copies] * g_rows.mT @ rows
-    close(kind.transpose(a, g, weights.shape[1], options), expected, dtype)
-
-
-@given(layers(), st.integers(0, 4))
-def test_transpose_is_the_adjoint(case, k):
-    """For any number of channels ``k``, the one with which factors are touched."""
-    kind = KINDS[case.layer.kind]
-    a, weights, _, options, _ = one_group(case, torch.float64)
-    weights = normal(k + 1, weights.shape[1])
-    s, pullback = torch.func.vjp(lambda w: kind.operation(a, w, options), weights)
-    g = normal(*s.shape, seed=1)
-    close(kind.transpose(a, g, weights.shape[1], options), pullback(g)[0])
-
-
-@given(layers())
-def test_rows_at_hand_are_those_of_the_reference(case):
-    kind = KINDS[case.layer.kind]
-    a, weights, _, _, rows = one_group(case, torch.float64)
+    s, channels = kind.operation(a, weights, options), lambda x: x.movedim(kind.channel(options), -1)
+    assert s.shape == g.shape and s.dtype == dtype
+    close(channels(s).reshape(-1, len(weights)), rows @ weights.double().mT, dtype)
+    expected = (1, 1 + 2 * 3)[copies - 1] * channels(g.double()).reshape(-1, len(weights)).mT @ rows
+    several = torch.stack([a, 2 * a][:copies]), torch.stack([g, 3 * g][:copies])
+    close(kind.transpose(*several, weights.shape[1], options), expected, dtype)
     assert (kind.rows is None) == (case.layer.kind == "conv2d")
     if kind.rows is not None:
-        close(kind.rows(a, weights.shape[1]), rows)
+        close(kind.rows(a, weights.shape[1]), rows.to(dtype), dtype)
 
 
 SETTINGS = {
@@ -131,26 +105,6 @@ def by_group(call, a):
     return torch.cat([call.kind.operation(one, w, call.options) for one, w in parts], channel)
 
 
-@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 4), (3, 2)], ids=str)
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_every_spelling_of_a_convolution(kernel, settings, groups):
-    """Parsed once, the settings say the same as the call: for each group, without the bias."""
-    x, w, b = normal(2, 4, 9, 10), normal(8, 4 // groups, *kernel, seed=1), normal(8, seed=2)
-    expected = F.conv2d(x, w, b, groups=groups, **settings)
-    call = parsed(F.conv2d, x, w, b, groups=groups, **settings)
-    assert call.kind is CONVOLUTIONS[2] and call.input is x and call.weight is w and call.bias is b
-    assert call.kind.groups(call.options) == groups and hash(call.options) is not None
-    assert torch.equal(apply_view(call.turn, w), w.flatten(1)) and call.turn == MATRIX
-    a, g = call.kind.prepare(x, expected[None], len(x), call.options)
-    assert torch.equal(g, expected[None])
-    close(by_group(call, a) + b[:, None, None], expected)
-    defaults = {"stride": 1, "padding": 0, "dilation": 1}
-    positional = [*(defaults | settings).values(), groups]
-    assert parsed(F.conv2d, x, w, b, *positional) == call
-    assert parsed(F.conv2d, input=x, weight=w, groups=groups, **settings) == call._replace(bias=None)
-
-
 AXES = {1: (9,), 2: (7, 6), 3: (7, 4, 3)}
 TRANSPOSED = {
     "default": {},
@@ -173,6 +127,22 @@ def is_the_call_and_its_gradient(call, expected, function):
     d = apply_view(call.turn, call.weight).shape[1]
     found = torch.cat([kind.transpose(one, gradient, d, call.options) for one, gradient in parts])
     close(found, apply_view(call.turn, pullback(g)[0]))
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_convolutions(kernel, settings, groups):
+    """However the arguments are passed."""
+    x, w, b = normal(2, 4, 9, 10), normal(8, 4 // groups, *kernel, seed=1), normal(8, seed=2)
+    run = lambda w: F.conv2d(x, w, groups=groups, **settings)  # noqa: E731
+    call = parsed(F.conv2d, x, w, b, groups=groups, **settings)
+    assert call.kind is CONVOLUTIONS[2] and call.input is x and call.weight is w and call.bias is b
+    assert call.kind.groups(call.options) == groups and hash(call.options) is not None
+    is_the_call_and_its_gradient(call, run(w), run)
+    defaults = {"stride": 1, "padding": 0, "dilation": 1}
+    assert parsed(F.conv2d, x, w, b, *(defaults | settings).values(), groups) == call
+    assert parsed(F.conv2d, input=x, weight=w, groups=groups, **settings) == call._replace(bias=None)
 
 
 @pytest.mark.parametrize("axes", AXES)
@@ -201,11 +171,7 @@ def test_convolutions_of_any_number_of_axes(axes, settings):
 def test_calls_of_linear():
     x, w, b = normal(3, 4), normal(2, 4), normal(2)
     call = parsed(F.linear, x, w, b)
-    assert (call.kind, call.input, call.weight, call.bias, call.turn) == (LINEAR, x, w, b, ())
-    assert call == parsed(F.linear, x, weight=w, bias=b)
-    assert parsed(F.linear, input=x, weight=w) == call._replace(bias=None)
-    turned = PARSERS[torch.matmul](lambda a: a is w, x, w)
-    assert turned.kind is LINEAR and turned.turn == TURNED
+    assert call == parsed(F.linear, x, weight=w, bias=b) == Call(LINEAR, x, w, b, LinearOptions())
     assert PARSERS[F.linear](lambda a: False, x, w, b) is None
 
 
@@ -226,12 +192,10 @@ def test_einsum_is_linear(equation, shape, of_weight):
     call = PARSERS[torch.einsum](lambda a: a is w, equation, *operands)
     run = lambda w: torch.einsum(equation, *[w if o.shape == w.shape else o for o in operands])  # noqa: E731
     expected, pullback = torch.func.vjp(run, w)
-    g = normal(*expected.shape, seed=5)
-    a, s = LINEAR.prepare(call.input, expected[None], 5, call.options)
-    matrix = apply_view(call.turn, w)
-    close((a @ matrix.mT).reshape(-1, len(matrix)), s[0].reshape(-1, len(matrix)))
-    _, prepared = LINEAR.prepare(call.input, g[None], 5, call.options)
-    close(LINEAR.transpose(a, prepared[0], matrix.shape[1], call.options), apply_view(call.turn, pullback(g)[0]))
+    g, matrix = normal(*expected.shape, seed=5), apply_view(call.turn, w)
+    a, prepared = LINEAR.prepare(call.input, torch.stack([expected, g]), 5, call.options)
+    close((a @ matrix.mT).reshape(-1, len(matrix)), prepared[0].reshape(-1, len(matrix)))
+    close(LINEAR.transpose(a, prepared[1], matrix.shape[1], call.options), apply_view(call.turn, pullback(g)[0]))
 
 
 @pytest.mark.parametrize("padding", [None, 2, -1])
@@ -258,14 +222,14 @@ def test_scale_and_shift_are_broadcast(shape, kind, function):
     close(kind.transpose(a, prepared[0], 1, call.options), apply_view(call.turn, pullback(g)[0]))
 
 
-@given(st.sampled_from(["linear", "conv1d", "conv2d", "conv3d"]), seeds)
-def test_bias_is_a_layer_with_the_input_one(name, seed):
+@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d", "conv3d"])
+def test_bias_is_a_layer_with_the_input_one(name):
     axes = 0 if name == "linear" else int(name[4])
     inner = tuple(LinearOptions()) if not axes else parsed(
         getattr(F, f"conv{axes}d"), normal(2, 4, *AXES[axes]), normal(3, 4, *[1] * axes)
     ).options  # fmt: skip
-    options, b = (name, tuple(inner)), normal(3, seed=seed)
-    g = normal(2, 3, *AXES[axes], seed=seed) if axes else normal(2, 4, 3, seed=seed)
+    options, b = (name, tuple(inner)), normal(3)
+    g = normal(2, 3, *AXES[axes]) if axes else normal(2, 4, 3)
     a, prepared = BIAS.prepare(torch.empty(2), g[None], 2, options)
     s, pullback = torch.func.vjp(
         lambda w: torch.zeros_like(prepared[0]) + BIAS.operation(a, w, options)[:1], b[:, None]

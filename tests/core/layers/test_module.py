@@ -221,22 +221,6 @@ def test_dropout_is_refused_by_name_and_accepted_when_off(make, message):
         close(model(params, X), net(X).detach())
 
 
-def test_dropout_with_probability_zero_is_accepted():
-    net = network(lambda: nn.Linear(4, 3), lambda: nn.Dropout(0.0), lambda: nn.Dropout(0.3).eval())
-    loss_and_gradients_are_the_modules(net, X, lambda net: net(X))
-
-
-def test_functional_dropout_is_refused_when_layers_are_found():
-    class Net(nn.Linear):
-        def forward(self, x):
-            return F.dropout(super().forward(x), 0.1, self.training)
-
-    net = network(lambda: Net(4, 3))[0]
-    with pytest.raises(ValueError, match="dropout draws hidden random numbers; call eval"):
-        find_layers(*from_module(net), X)
-    assert find_layers(*from_module(net.eval()), X)
-
-
 def test_parameters_that_differ_are_named():
     model, params = from_module(network(lambda: nn.Linear(4, 3)))
     with pytest.raises((RuntimeError, ValueError), match=r"0\.bias"):
@@ -253,16 +237,6 @@ def test_parameters_need_no_gradient_and_are_not_copied():
     _, params = from_module(net)
     assert {name: p.data_ptr() for name, p in params.items()} == {n: p.data_ptr() for n, p in net.named_parameters()}
     assert not any(p.requires_grad for p in params.values()) and all(p.requires_grad for p in net.parameters())
-
-
-@pytest.mark.parametrize(
-    ("module", "error", "message"),
-    [(lambda p, x: x, TypeError, "module: expected an nn.Module, got function"),
-     (nn.Sequential(nn.ReLU(), nn.Flatten()), ValueError, "module: Sequential has no parameters")],
-)  # fmt: skip
-def test_refused(module, error, message):
-    with pytest.raises(error, match=message):
-        from_module(module)
 
 
 class MovingAverage(nn.Module):

@@ -65,7 +65,6 @@ SPELLINGS = {
     "addmm": product(lambda x, w, b: x.mm(w) if b is None else torch.addmm(b, x, w), weight=turned),
     "einsum": product(lambda x, w, b: plus(torch.einsum("ntd,dk->ntk", x, w), b), 2, 4, weight=turned),
     "w.T": product(lambda x, w, b: plus(x @ w.T, b)),
-    "linear by name": product(lambda x, w, b: F.linear(input=x, weight=w, bias=b)),
     "matmul and add by name": product(
         lambda x, w, b: (lambda s: s if b is None else torch.add(input=s, other=b))(torch.matmul(input=x, other=w)),
         weight=turned,
@@ -75,16 +74,11 @@ SPELLINGS = {
         lambda x, w, b: x.mm(mat2=w) if b is None else torch.addmm(input=b, mat1=x, mat2=w), weight=turned
     ),
     "linear with a turned weight": product(lambda x, w, b: F.linear(x, w.t(), b), weight=turned),
-    "linear with a reshaped weight": product(lambda x, w, b: F.linear(x, w.view(3, 4), b), weight=torch.flatten),
     "[d_in, heads, d_head] weights": product(
         lambda x, w, b: plus(x @ w.reshape(4, 6), b), weight=lambda m: m.T.reshape(4, 2, 3), k=6
     ),
     "conv1d": convolution(1),
-    "conv1d, stride and dilation": convolution(1, stride=2, dilation=2),
-    "conv2d, stride and padding": convolution(2, stride=(2, 1), padding=(1, 0)),
     "conv2d, same": convolution(2, kernel=3, padding="same"),
-    "conv2d, same, dilated": convolution(2, kernel=3, padding="same", dilation=2),
-    "conv2d, valid": convolution(2, padding="valid"),
     "conv2d, groups": convolution(2, groups=2, padding=1),
     "conv2d, depthwise": convolution(2, groups=4, out=8),
     "conv3d": convolution(3, stride=2, padding=1, channels=2, out=2),
@@ -96,7 +90,6 @@ SPELLINGS = {
     ),
     "conv_transpose1d": transposed(1, stride=2, output_padding=1),
     "conv_transpose2d, groups": transposed(2, groups=2, stride=(2, 1), padding=1),
-    "conv_transpose2d, dilation": transposed(2, dilation=2),
     "conv_transpose3d": transposed(3, channels=2),
 }
 
