@@ -44,6 +44,25 @@ COVERED = {
     "matmul of a turned weight": (lambda p, x: torch.matmul(x, p["w"].mT) + p["b"], ["w linear w, b"]),
     "addmm": (lambda p, x: torch.addmm(p["b"], x, p["w"]), ["w linear w, b"]),
     "einsum": (lambda p, x: torch.einsum("nd,cd->nc", x, p["w"]), ["w linear"]),
+    "mm": (lambda p, x: x.mm(p["w"]), ["w linear"]),
+    "on sequences": (lambda p, x: torch.matmul(torch.stack([x, x.cos()], 1), p["w"]) + p["b"], ["w linear w, b"]),
+    "mm and add by name": (
+        lambda p, x: torch.add(input=torch.mm(input=x, mat2=p["w"]), other=p["b"]), ["w linear w, b"],
+    ),
+    "addmm by name": (lambda p, x: torch.addmm(input=p["b"], mat1=x, mat2=p["w"]), ["w linear w, b"]),
+    "heads": (lambda p, x: x @ p["w"].view(4, 2, 2).transpose(1, 2).reshape(4, 4) + p["b"], ["w linear w, b"]),
+    "conv1d": (
+        lambda p, x: F.conv1d(F.pad(x.view(5, 2, 2), (1, 1), "circular"), p["w"].view(4, 2, 2), p["b"]),
+        ["w conv1d w, b"],
+    ),
+    "conv1d, uneven and grouped": (
+        lambda p, x: F.conv1d(x.view(5, 2, 2), p["w"].view(4, 1, 4), p["b"], padding="same", groups=2),
+        ["w conv1d w, b"],
+    ),
+    "conv_transpose1d, grouped": (
+        lambda p, x: F.conv_transpose1d(x.view(5, 2, 2), p["w"].view(2, 2, 4), p["b"], 2, 1, groups=2),
+        ["w conv_transpose1d w, b"],
+    ),
     "embedding": (lambda p, x: F.embedding((x > 0).sum(1) % 4, p["w"]), ["w embedding"]),
     "layer norm": (lambda p, x: linear(p, F.layer_norm(x, (4,), p["c"])), ["c scale", "w linear w, b"]),
     "batch norm": (
@@ -75,6 +94,7 @@ COVERED = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("model", "expected"), COVERED.values(), ids=COVERED.keys())
 def test_covered(model, expected):
     layers = gradients_are_those_of_autograd(model, P, X)
