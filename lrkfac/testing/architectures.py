@@ -26,11 +26,14 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 Operation = Callable[[list[Tensor], Tensor], Tensor]
-"""What a stage does: from its parameters, a weight and perhaps a bias, and its input."""
+"""From the parameters of a stage, a weight and perhaps a bias, and its input to its output."""
 
 
 class Architecture(NamedTuple):
-    """A model with a batch; ``weights`` are the places, among ``optree.tree_leaves(params)``, of weight matrices."""
+    """A model with parameters, likelihood and a batch.
+
+    ``weights`` are the places of the weight matrices among ``optree.tree_leaves(params)``.
+    """
 
     model: Callable[[Tree, Tensor], Tensor]
     params: Tree
@@ -55,9 +58,25 @@ class Linear(NamedTuple):
 
 @st.composite
 def architectures(draw: st.DrawFn, max_depth: int = 4, dtype: torch.dtype | None = None) -> Architecture:
-    """Models ``[N, ...] -> [N, ..., C]`` on rows, sequences, images of one to three axes or tokens, of linear layers in
-    any spelling, convolutions, embeddings (also tied), normalisations, free scales and shifts, with activations
-    (also in place), residual connections and weights that are used several times.
+    """Draw models ``[N, ...] -> [N, ..., C]`` on rows, sequences, images of one to three axes or tokens.
+
+    Their layers are linear layers in any spelling, convolutions, embeddings (also tied), normalisations, scales and
+    shifts, with activations (also in place), residual connections and weights that are used several times.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(architectures(max_depth=0))
+        ... def test(case):
+        ...     assert case.model(case.params, case.inputs).shape[0] == case.inputs.shape[0]
+        >>> test()
+
+    Args:
+        draw: Passed by hypothesis.
+        max_depth: The largest number of stages between the first and the last.
+        dtype: The dtype of parameters and inputs; by default drawn, too.
+
+    Returns:
+        The model with parameters, likelihood and a batch.
     """
     builder = _Builder(draw, dtype or draw(dtypes))
     inputs = builder.start()
@@ -244,4 +263,4 @@ FORMS: list[tuple[Callable[[list[list[Any]]], Tree], Callable[[Tree, int], list[
     (lambda stages: ({"layers": tuple(map(tuple, stages))},), lambda params, i: list(params[0]["layers"][i])),
     (lambda stages: [Affine(*s) if len(s) == 2 else Linear(*s) for s in stages], lambda params, i: list(params[i])),
 ]
-"""How parameters are held: what makes a tree of them, and what finds those of one stage in it."""
+"""The forms of parameter trees: one function makes the tree of all stages, one reads a stage from it."""
