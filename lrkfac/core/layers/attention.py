@@ -62,9 +62,7 @@ def multi_head_attention(
     mask = _mask(attn_mask, key_padding_mask, n, added, query.dtype)
     attention: Tensor | None = None
     if need_weights:
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        attention = (scores if mask is None else scores + mask).softmax(-1)
-        attention = F.dropout(attention, dropout) if dropout else attention
+        attention = _attention_weights(q, k, mask, dropout)
         context = attention @ v
         attention = attention.mean(1) if average_attn_weights else attention
     else:
@@ -73,6 +71,12 @@ def multi_head_attention(
     if not batched:
         return outputs.squeeze(0), None if attention is None else attention.squeeze(0)
     return outputs.transpose(0, 1).contiguous(), attention
+
+
+def _attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    weights = (scores if mask is None else scores + mask).softmax(-1)
+    return F.dropout(weights, dropout) if dropout else weights
 
 
 def _mask(

@@ -67,29 +67,6 @@ def test_batch_size_and_dtype_are_not_part_of_it(case):
     assert find_layers(case.model, single, case.inputs.float()) == layers
 
 
-def test_table():
-    def model(p, x):
-        x = F.linear(x, p["twice"], p["bias"])
-        x = F.linear(x, p["twice"], p["bias"]).unflatten(1, (4, 1, 1))
-        return F.conv2d(x, p["conv.weight"], groups=2) * p["scale"] - p["shift"]
-
-    params = {"conv.weight": draw(6, 2, 1, 1), "scale": draw(6, 1, 1), "bias": draw(4), "twice": draw(4, 4)}
-    params["shift"] = draw(1, 1)
-    expected = """\
-name   kind    parameters   shape          factors       uses
------  ------  -----------  -------------  ------------  ----
-twice  linear  twice, bias  4 x 4          A 5, B 4      2
-conv   conv2d  conv.weight  6 x 2 x 1 x 1  2 x A 2, B 3  1
-scale  scale   scale        6 x 1 x 1      A 1, B 6      1
-
-not covered (plain gradient):
-  shift (1, 1): used by torch.Tensor.sub"""
-    assert str(find_layers(model, params, X)) == expected
-    del params["shift"]
-    layers = find_layers(lambda p, x: model({**p, "shift": 1}, x), params, X)
-    assert str(layers).endswith("every parameter is covered")
-
-
 W, V, B = draw(4, 4), draw(4, 4) + 1, draw(4)
 TREES = {
     "flat": ({"w": W, "v": V}, lambda p: (p["w"], None, p["v"], None), ("w", "v")),

@@ -86,7 +86,8 @@ class Several(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
 
-    def forward(self, x, y, scale=None):
+    def forward(self, x, y=None, scale=None):
+        x, y = x if y is None else (x, y)
         h = torch.tanh(self.first(x)) + self.first(y)
         return self.last(h if scale is None else h * scale)
 
@@ -96,6 +97,7 @@ INPUTS = {
     "tuple": ((X, Y), lambda net: net(X, Y)),
     "longer tuple": ((X, Y, SCALE), lambda net: net(X, Y, SCALE)),
     "dictionary": ({"y": Y, "x": X, "scale": SCALE}, lambda net: net(X, Y, SCALE)),
+    "a list is one argument": ([X, Y], lambda net: net([X, Y])),
     "dictionary without the default": ({"y": Y, "x": X}, lambda net: net(X, Y)),
 }
 
@@ -104,15 +106,6 @@ INPUTS = {
 def test_several_arguments(inputs, call):
     layers = loss_and_gradients_are_the_modules(network(Several)[0], inputs, call)
     assert layers["first"].uses == 2 and not layers.uncovered
-
-
-def test_a_list_is_one_argument():
-    class Sum(nn.Linear):
-        def forward(self, parts):
-            return super().forward(parts[0] + parts[1])
-
-    net = network(lambda: Sum(4, 3))[0]
-    loss_and_gradients_are_the_modules(net, [X, Y], lambda net: net([X, Y]))
 
 
 def test_weights_that_are_one():
@@ -151,25 +144,16 @@ def test_buffers_come_back_as_the_module_would_change_them():
     assert buffers["1.num_batches_tracked"] == 3 and not net[1].num_batches_tracked
 
 
-def test_what_later_happens_to_the_module_changes_nothing():
-    net = network(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3)).eval()
+@pytest.mark.parametrize("training", [True, False])
+def test_what_later_happens_to_the_module_changes_nothing(training):
+    net = network(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3)).train(training)
     model, params = from_module(net)
-    expected = net(X).detach()
-    net.train()(X)
+    expected = copy.deepcopy(net)(X).detach()
+    net.train(not training)
+    assert not torch.allclose(copy.deepcopy(net)(X), expected), "the modes differ"
     net[1].running_var.mul_(4)
     net.register_forward_hook(lambda *_: X)
     close(model(params, X), expected)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_mode_is_that_of_the_moment(training):
-    net = network(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3)).train(training)
-    model, params = from_module(net)
-    expected = model(params, X)
-    net.train(not training)
-    assert torch.equal(model(params, X), expected)
-    assert not torch.allclose(copy.deepcopy(net)(X), expected), "the modes differ"
-    close(expected, copy.deepcopy(net).train(training)(X).detach())
 
 
 @each_way
@@ -219,17 +203,6 @@ def test_dropout_is_refused_by_name_and_accepted_when_off(make, message):
     if list(net.parameters()):
         model, params = from_module(net)
         close(model(params, X), net(X).detach())
-
-
-def test_parameters_that_differ_are_named():
-    model, params = from_module(network(lambda: nn.Linear(4, 3)))
-    with pytest.raises((RuntimeError, ValueError), match=r"0\.bias"):
-        model({"0.weight": params["0.weight"]}, X)
-    with pytest.raises((RuntimeError, ValueError), match=r"1\.weight"):
-        model({**params, "1.weight": torch.ones(3)}, X)
-    f = evaluator(model, lrkfac.categorical(), find_layers(model, params, X))
-    with pytest.raises(ValueError, match=r"params: .*missing \['0\.bias'\]"):
-        f({"0.weight": params["0.weight"]}, X, CLASSES)
 
 
 def test_parameters_need_no_gradient_and_are_not_copied():

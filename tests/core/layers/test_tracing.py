@@ -5,13 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import functional_call, vjp
 
 from lrkfac import find_layers
 from lrkfac.core.layers.probes import output_specs, zero_probes
 from lrkfac.core.layers.tracing import Recorded, run_captured
 from tests import cases, reference_networks
-from tests.compiling import traced
 
 each_case = pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
 
@@ -98,26 +97,3 @@ def test_dtype_and_outputs_are_kept(dtype):
     )
     assert torch.equal(outputs, net(ROWS.to(dtype))) and outputs.dtype == dtype
     assert {x.dtype for x in optree.tree_leaves((received, gradients))} == {dtype}
-
-
-@each_case
-def test_under_vmap_the_same_as_alone(case):
-    """Over an ensemble of parameters, and over batches."""
-    layers = find_layers(case.model, case.params, case.inputs)
-    run = lambda params, x: captured(case.model, params, x, torch.ones_like, layers)  # noqa: E731
-    params = {name: torch.stack([p, p + 0.1]) for name, p in case.params.items()}
-    inputs = torch.stack([case.inputs, case.inputs.flip(0)])
-    for dims in ((0, None), (0, 0)):
-        x = inputs if dims[1] == 0 else case.inputs
-        found = optree.tree_map(lambda leaf: leaf[1], vmap(run, dims)(params, x))
-        alone = run({name: p[1] for name, p in params.items()}, x if dims[1] is None else x[1])
-        optree.tree_map(close, found, alone)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [cases.SEQUENCE[0], cases.CONVOLUTION[3]], ids=lambda case: case.name)
-def test_compiled_the_same_as_eager(case):
-    layers = find_layers(case.model, case.params, case.inputs)
-    run = lambda params, x: captured(case.model, params, x, torch.ones_like, layers)  # noqa: E731
-    compiled = traced(run)
-    optree.tree_map(close, compiled(case.params, case.inputs), run(case.params, case.inputs))
