@@ -14,6 +14,7 @@ from lrkfac.core.base.private_torch import hand_to_mode, is_watched
 
 
 def _input_weight_bias(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
+    """Return the first two or three arguments."""
     return input, weight, bias
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,11 +52,14 @@ WEIGHTS = {"no weights": (False, True), "mean weights": (True, True), "weights o
 def equal_with_gradients(args, kwargs):
     results = []
     for function in (F.multi_head_attention_forward, multi_head_attention):
-        leaves = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in args]
-        output, weights = function(*leaves, **kwargs)
+        leaves = optree.tree_map(
+            lambda x: x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x, (args, kwargs)
+        )
+        torch.manual_seed(0)  # of dropout
+        output, weights = function(*leaves[0], **leaves[1])
         total = (output * normal(*output.shape, seed=8)).sum()
         total = total if weights is None else total + (weights * normal(*weights.shape, seed=9)).sum()
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        tensors = [x for x in optree.tree_leaves(leaves) if torch.is_tensor(x) and x.requires_grad]
         results.append((output, weights, torch.autograd.grad(total, tensors, allow_unused=True)))
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
 
@@ -81,12 +85,12 @@ def test_equals_torchs_with_gradients(kind, mask):
         equal_with_gradients(args, {**options, **weights, **fixed, **MASKS[mask]})
 
 
-@pytest.mark.parametrize("need_weights", [False, True])
-def test_without_batch(need_weights):
+@pytest.mark.parametrize(("need_weights", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.5)])
+def test_without_batch_and_with_dropout(need_weights, dropout):
     net = nn.MultiheadAttention(4, HEADS).double()
     x, mask = normal(T, 4), torch.tensor([False, True, False, False])
     args = (
-        x, x, x, 4, HEADS, net.in_proj_weight, net.in_proj_bias, None, None, False, 0.0, net.out_proj.weight,
+        x, x, x, 4, HEADS, net.in_proj_weight, net.in_proj_bias, None, None, False, dropout, net.out_proj.weight,
         net.out_proj.bias,
     )  # fmt: skip
     equal_with_gradients(args, {"key_padding_mask": mask, "need_weights": need_weights})

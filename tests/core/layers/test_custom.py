@@ -182,22 +182,6 @@ def test_kinds_and_layers_travel(name, way):
     assert optree.tree_all(optree.tree_map(torch.equal, found.statistics, expected.statistics))
 
 
-@each
-def test_under_vmap(name):
-    custom, _, params, layers, _ = made(name)
-    evaluate, tx = lrkfac.evaluator(custom, lrkfac.categorical(), layers), lrkfac.low_rank_kfac(layers, 0.1, 2)
-
-    def step(params, state):
-        e = evaluate(params, X, Y, noise=NOISE)
-        updates, state = tx.update(e.grads, state, params, evaluation=e)
-        return lrkfac.apply_updates(params, updates)
-
-    several = {k: torch.stack([x, 2 * x]) for k, x in params.items()}
-    state = tx.init(params)
-    found = torch.func.vmap(lambda p: step(p, state))(several)
-    close({k: x[0] for k, x in found.items()}, step(params, state))
-
-
 @pytest.mark.slow
 def test_compiled():
     custom, _, params, layers, _ = made("circular")
