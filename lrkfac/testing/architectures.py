@@ -112,7 +112,7 @@ class _Builder:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
     def start(self) -> Tensor:
-        """Inputs, and an embedding where these are tokens."""
+        """Return inputs; add an embedding if these are tokens."""
         n = self.draw(st.integers(1, 4))
         shape: tuple[int, ...] = self.draw(st.sampled_from([(3,), (2, 3), (2, 5), (2, 4, 5), (2, 2, 3, 3), ()]))
         if shape:
@@ -127,7 +127,7 @@ class _Builder:
         return tokens
 
     def add(self, operation: Operation, *params: Tensor, product: bool = True) -> None:
-        """One more operation, with its own parameters if there are any."""
+        """Add an operation with its parameters, if there are any."""
         source = len(self.stages) if params else None
         if params:
             self.stages.append(list(params))
@@ -140,7 +140,7 @@ class _Builder:
         self.x = operation(self.stages[source] if source is not None else [], self.x)
 
     def stage(self) -> None:
-        """A layer, used once or twice, perhaps with a residual connection."""
+        """Add a layer, used once or twice, perhaps with a residual connection."""
         image = self.x.ndim > 3 or (self.x.ndim == 3 and self.table is None and self.draw(st.booleans()))
         kinds = [self.convolution, self.transposed_convolution] if image else [self.linear, self.linear]
         make = self.draw(st.sampled_from([*kinds, self.normalisation, self.scale_or_shift]))
@@ -157,7 +157,7 @@ class _Builder:
             self.apply(whole, len(self.stages) - 1)
 
     def finish(self) -> Tensor:
-        """The outputs: by the embedding's table, or by a linear layer."""
+        """Return the outputs: by the embedding's table, or by a linear layer."""
         if self.x.ndim > 3 or (self.x.ndim == 3 and self.draw(st.booleans())):
             reduce = self.draw(st.sampled_from(["flatten", "mean"]))
             self.add(lambda p, x: x.flatten(1) if reduce == "flatten" else x.flatten(2).mean(-1))
@@ -172,7 +172,7 @@ class _Builder:
         return self.x
 
     def linear(self, image: bool) -> tuple[Any, ...]:
-        """A linear layer in one of its spellings."""
+        """Draw a linear layer in one of its spellings: operation and parameters."""
         d = self.x.shape[-1]
         k = self.draw(st.sampled_from([min(d, 6), 1, 2, 4]))
         bias = [self.normal(k)] if self.draw(st.booleans()) else []
@@ -190,7 +190,7 @@ class _Builder:
         return operation, weight, *bias
 
     def convolution(self, image: bool) -> tuple[Any, ...]:
-        """A convolution with any settings that fit."""
+        """Draw a convolution with any settings that fit."""
         sizes, channels = self.x.shape[2:], self.x.shape[1]
         groups = self.draw(st.sampled_from([g for g in (1, 2, channels) if channels % g == 0]))
         kernel = [self.draw(st.integers(1, min(3, size))) for size in sizes]
@@ -207,7 +207,7 @@ class _Builder:
         return lambda p, x: function(x, *p, **settings), weight * scale, *bias
 
     def transposed_convolution(self, image: bool) -> tuple[Any, ...]:
-        """A transposed convolution."""
+        """Draw a transposed convolution."""
         axes, channels = self.x.ndim - 2, self.x.shape[1]
         groups = self.draw(st.sampled_from([g for g in (1, 2) if channels % g == 0]))
         stride = self.draw(st.integers(1, 2)) if max(self.x.shape[2:]) < 6 else 1
@@ -219,7 +219,7 @@ class _Builder:
         return lambda p, x: function(x, *p, **settings), weight / channels**0.5, *bias
 
     def normalisation(self, image: bool) -> tuple[Any, ...]:
-        """Layer, group or root-mean-square normalisation with a scale and perhaps a shift."""
+        """Draw a layer, group or root-mean-square normalisation with a scale and perhaps a shift."""
         d = self.x.shape[1] if image else self.x.shape[-1]
         weight, bias = 1 + self.normal(d) / 4, [self.normal(d)] if self.draw(st.booleans()) else []
         if image:
@@ -232,13 +232,13 @@ class _Builder:
         return lambda p, x: F.layer_norm(x, (d,), *p), weight, *bias
 
     def scale_or_shift(self, image: bool) -> tuple[Any, ...]:
-        """A parameter that is multiplied or added."""
+        """Draw a parameter that is multiplied or added."""
         shape = (self.x.shape[1], *[1] * (self.x.ndim - 2)) if image else (self.x.shape[-1],)
         multiplied = self.draw(st.booleans())
         return lambda p, x: x * p[0] if multiplied else x + p[0], 1 + self.normal(*shape) / 2
 
     def places(self, wrap: Callable[[list[list[Any]]], Tree]) -> list[int]:
-        """Where, among the leaves, the weights of products are."""
+        """Return the places of the weights of products among the leaves."""
         named = [[f"{i}.{j}" for j in range(len(stage))] for i, stage in enumerate(self.stages)]
         leaves = optree.tree_leaves(wrap(named))
         return [leaves.index(f"{i}.0") for i in self.matrices]

@@ -174,7 +174,7 @@ def check_transformation(
         copies = _copy(grads)
         updates, new = tx.update(grads, state, params, **extra)
         _same((params, state), before, "update leaves params and state unchanged")
-        _same(grads, copies, "update leaves the updates that it is given unchanged")
+        _same(grads, copies, "update leaves its updates argument unchanged")
         _same_form(updates, params, "updates have the form of the parameters")
         _same_form(new, state, "update keeps the form of the state")
         _same(step(tx, params, state), (updates, new), "equal calls give equal results")

@@ -71,7 +71,7 @@ def _check_targets(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> 
         try:
             likelihood.check(outputs, targets)
         except (ValueError, TypeError) as error:
-            raise AssertionError(f"law broken: check: takes the targets given: {error}") from error
+            raise AssertionError(f"law broken: check: takes these targets: {error}") from error
         try:
             likelihood.check(outputs, torch.cat([targets, targets]))
         except (ValueError, TypeError):
@@ -95,7 +95,7 @@ def _check_weights(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> 
         loss = likelihood.loss(outputs, targets)
     except ValueError as error:
         raise AssertionError(f"law broken: negative_log_likelihood: one number for each term: {error}") from error
-    check_law(loss.ndim == 0 and bool(loss.isfinite()), f"loss: a finite number at the targets given, got {loss}")
+    check_law(loss.ndim == 0 and bool(loss.isfinite()), f"loss: a finite number at these targets, got {loss}")
 
 
 def _check_root(likelihood: Likelihood, outputs: Tensor) -> None:

@@ -89,7 +89,7 @@ def operators(
 def corrected_kroneckers(
     draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
 ) -> CorrectedKronecker:
-    """Random bases, also complete ones, and eigenvalues up to 1 that spread over a condition number; some are 0."""
+    """Draw random bases, also complete ones, and eigenvalues up to 1 over a condition number; some are 0."""
     small = st.integers(1, max(int(max_dimension**0.5), 1))
     (d_out, d_in), generator = (draw(small), draw(small)), generator_of(draw(seeds))
     r_out, r_in = draw(st.integers(1, d_out)), draw(st.integers(1, d_in))

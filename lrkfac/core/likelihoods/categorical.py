@@ -92,7 +92,7 @@ class _Categorical:
 
     @property
     def plain(self) -> bool:
-        """Whether all terms count the same."""
+        """True if all terms count the same."""
         return self.ignore_index is None and self.class_weights is None and self.label_smoothing == 0
 
     def negative_log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -173,13 +173,13 @@ class _Categorical:
         return (outputs if axis in (-1, outputs.ndim - 1) else outputs.movedim(axis, -1)).log_softmax(dim=-1)
 
     def _counts(self, targets: Tensor) -> Tensor:
-        """Which targets count, as bools."""
+        """Return which targets count, as bools."""
         if self.ignore_index is None:
             return torch.ones_like(targets, dtype=torch.bool)
         return targets.long() != self.ignore_index
 
     def _numbers(self, targets: Tensor) -> Tensor:
-        """Class numbers, 0 in the place of ignored ones."""
+        """Return class numbers, 0 in the place of ignored ones."""
         return targets.long() if self.ignore_index is None else torch.where(self._counts(targets), targets.long(), 0)
 
     def _class_weights_like(self, outputs: Tensor, class_weights: Tensor) -> Tensor:
