@@ -8,11 +8,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import required
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.core.base.arguments import check_function, check_integer, check_number
 from lrkfac.core.base.dtypes import without_autocast
+from lrkfac.core.base.private_torch import copy_all, required_option
 from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.estimators import Estimator
@@ -102,7 +102,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         groups = None if params is None else listed(params)
         given = defaults(transformation, lr, options)
         if lr is None and any(isinstance(group, dict) and "lr" in group for group in groups or ()):
-            given["lr"] = required
+            given["lr"] = required_option()
         if "lr" not in given and transformation in (low_rank_kfac, kfac):
             raise TypeError("lr: missing; pass a number, or transformation=adaptive_low_rank_kfac, which needs none")
         if "lr" in given and transformation is adaptive_low_rank_kfac:
@@ -213,7 +213,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             updates, self.chain_state = self.transformation.update(
                 evaluation.grads, self.chain_state, params, evaluation=evaluation
             )
-            torch._foreach_copy_(list(params.values()), list(apply_updates(params, updates).values()))
+            copy_all(list(params.values()), list(apply_updates(params, updates).values()))
         self.steps += 1
         self._held = None
         return evaluation.loss
@@ -281,7 +281,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         if self._buffered:
             with torch.no_grad():
                 own = dict(self._module.named_buffers())
-                torch._foreach_copy_(list(own.values()), [evaluation.aux[name] for name in own])
+                copy_all(list(own.values()), [evaluation.aux[name] for name in own])
         return evaluation
 
     def _with_buffers(self, inputs: Tree) -> Tree:

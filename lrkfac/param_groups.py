@@ -9,9 +9,9 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim.optimizer import required
 
 from lrkfac.core.base.arguments import check_number
+from lrkfac.core.base.private_torch import required_option
 from lrkfac.core.base.types import PerParameter
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.module import from_module
@@ -101,7 +101,9 @@ def filled(group: Any, defaults: Mapping[str, Any]) -> Group:
         )
     if "params" not in group:
         raise ValueError(f"param_group: expected params in it, got {list(group)}")
-    own = {name: x.clone() if isinstance(x, Tensor) else x for name, x in defaults.items() if x is not required}
+    own = {
+        name: x.clone() if isinstance(x, Tensor) else x for name, x in defaults.items() if x is not required_option()
+    }
     return {**own, **group}
 
 

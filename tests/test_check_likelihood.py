@@ -88,7 +88,7 @@ WRONG = {
     "infinite loss": (
         replace(B, negative_log_likelihood=lambda f, y: B.negative_log_likelihood(f, y) / 0), "loss: a finite number"),
     "check that refuses its targets": (
-        replace(B, check=lambda f, y: C.check(f, y)), "check: takes the targets given: categorical: expected targets"),
+        replace(B, check=lambda f, y: C.check(f, y)), "check: takes these targets: categorical: expected targets"),
     "sample of another shape": (
         replace(B, sample=lambda f, u: B.sample(f, u)[:, :2]), "sample: targets of the shape of these"),
     "check that takes any shape": (replace(B, check=checks_nothing), "check: takes targets of twice as many examples"),

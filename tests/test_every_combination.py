@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import lrkfac
 from lrkfac import precondition_by_fisher
-from lrkfac.core.layers.kinds import KINDS, OWN
+from lrkfac.core.layers.kinds import CUSTOM, KINDS
 from lrkfac.structures import (
     FactorStructure,
     dense,
@@ -77,7 +77,7 @@ def evaluated(name, estimator, samples=2):
 
 def test_every_kind_of_layer_is_here():
     found = {kind for name in OPERATIONS for layer in evaluated(name, "empirical")[0] for kind in layer.kinds}
-    assert found == set(KINDS) - {OWN.name}  # which are in tests/core/test_own_kinds.py
+    assert found == set(KINDS) - {CUSTOM.name}  # whose tests are in tests/core/layers/test_custom.py
     for name, operation in OPERATIONS.items():
         assert operation.kind in {layer.kind for layer in evaluated(name, "empirical")[0]}
 

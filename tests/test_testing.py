@@ -103,7 +103,7 @@ def draws_random_numbers(updates, state, params=None, **extra):
 @pytest.mark.parametrize(
     "update, law",
     [
-        (adds_to_its_argument, "update leaves the updates that it is given unchanged"),
+        (adds_to_its_argument, "update leaves its updates argument unchanged"),
         (forgets_a_leaf, "updates have the form of the parameters"),
         (grows_its_state, "update keeps the form of the state"),
         (draws_random_numbers, "equal calls give equal results"),

@@ -1,8 +1,8 @@
-"""The laws of the package as checkers, and hypothesis strategies to draw cases by.
+"""The laws of the package as checkers, and hypothesis strategies that draw cases.
 
-For tests of one's own structures, operators, transformations, likelihoods and layer kinds. Each checker raises
-``AssertionError`` with the law that broke and by how much. Strategies draw sizes, seeds, dtypes and conditions, never
-raw arrays; what they return is made from them by ``torch.Generator``.
+For tests of custom structures, operators, transformations, likelihoods and layer kinds. Each checker raises
+``AssertionError`` with the law that broke and by how much. Strategies draw sizes, seeds, dtypes and condition numbers,
+never raw arrays; ``torch.Generator`` makes the tensors from them.
 """
 
 from lrkfac.testing.architectures import Architecture, architectures

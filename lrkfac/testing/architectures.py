@@ -26,11 +26,14 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 Operation = Callable[[list[Tensor], Tensor], Tensor]
-"""What a stage does: from its parameters, a weight and perhaps a bias, and its input."""
+"""From the parameters of a stage, a weight and perhaps a bias, and its input to its output."""
 
 
 class Architecture(NamedTuple):
-    """A model with a batch; ``weights`` are the places, among ``optree.tree_leaves(params)``, of weight matrices."""
+    """A model with parameters, likelihood and a batch.
+
+    ``weights`` are the places of the weight matrices among ``optree.tree_leaves(params)``.
+    """
 
     model: Callable[[Tree, Tensor], Tensor]
     params: Tree
@@ -55,9 +58,25 @@ class Linear(NamedTuple):
 
 @st.composite
 def architectures(draw: st.DrawFn, max_depth: int = 4, dtype: torch.dtype | None = None) -> Architecture:
-    """Models ``[N, ...] -> [N, ..., C]`` on rows, sequences, images of one to three axes or tokens, of linear layers in
-    any spelling, convolutions, embeddings (also tied), normalisations, free scales and shifts, with activations
-    (also in place), residual connections and weights that are used several times.
+    """Draw models ``[N, ...] -> [N, ..., C]`` on rows, sequences, images of one to three axes or tokens.
+
+    Their layers are linear layers in any spelling, convolutions, embeddings (also tied), normalisations, scales and
+    shifts, with activations (also in place), residual connections and weights that are used several times.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(architectures(max_depth=0))
+        ... def test(case):
+        ...     assert case.model(case.params, case.inputs).shape[0] == case.inputs.shape[0]
+        >>> test()
+
+    Args:
+        draw: Passed by hypothesis.
+        max_depth: The largest number of stages between the first and the last.
+        dtype: The dtype of parameters and inputs; by default drawn, too.
+
+    Returns:
+        The model with parameters, likelihood and a batch.
     """
     builder = _Builder(draw, dtype or draw(dtypes))
     inputs = builder.start()
@@ -93,7 +112,7 @@ class _Builder:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
     def start(self) -> Tensor:
-        """Inputs, and an embedding where these are tokens."""
+        """Return inputs; add an embedding if these are tokens."""
         n = self.draw(st.integers(1, 4))
         shape: tuple[int, ...] = self.draw(st.sampled_from([(3,), (2, 3), (2, 5), (2, 4, 5), (2, 2, 3, 3), ()]))
         if shape:
@@ -108,7 +127,7 @@ class _Builder:
         return tokens
 
     def add(self, operation: Operation, *params: Tensor, product: bool = True) -> None:
-        """One more operation, with its own parameters if there are any."""
+        """Add an operation with its parameters, if there are any."""
         source = len(self.stages) if params else None
         if params:
             self.stages.append(list(params))
@@ -121,7 +140,7 @@ class _Builder:
         self.x = operation(self.stages[source] if source is not None else [], self.x)
 
     def stage(self) -> None:
-        """A layer, used once or twice, perhaps with a residual connection."""
+        """Add a layer, used once or twice, perhaps with a residual connection."""
         image = self.x.ndim > 3 or (self.x.ndim == 3 and self.table is None and self.draw(st.booleans()))
         kinds = [self.convolution, self.transposed_convolution] if image else [self.linear, self.linear]
         make = self.draw(st.sampled_from([*kinds, self.normalisation, self.scale_or_shift]))
@@ -138,7 +157,7 @@ class _Builder:
             self.apply(whole, len(self.stages) - 1)
 
     def finish(self) -> Tensor:
-        """The outputs: by the embedding's table, or by a linear layer."""
+        """Return the outputs: by the embedding's table, or by a linear layer."""
         if self.x.ndim > 3 or (self.x.ndim == 3 and self.draw(st.booleans())):
             reduce = self.draw(st.sampled_from(["flatten", "mean"]))
             self.add(lambda p, x: x.flatten(1) if reduce == "flatten" else x.flatten(2).mean(-1))
@@ -153,7 +172,7 @@ class _Builder:
         return self.x
 
     def linear(self, image: bool) -> tuple[Any, ...]:
-        """A linear layer in one of its spellings."""
+        """Draw a linear layer in one of its spellings: operation and parameters."""
         d = self.x.shape[-1]
         k = self.draw(st.sampled_from([min(d, 6), 1, 2, 4]))
         bias = [self.normal(k)] if self.draw(st.booleans()) else []
@@ -171,7 +190,7 @@ class _Builder:
         return operation, weight, *bias
 
     def convolution(self, image: bool) -> tuple[Any, ...]:
-        """A convolution with any settings that fit."""
+        """Draw a convolution with any settings that fit."""
         sizes, channels = self.x.shape[2:], self.x.shape[1]
         groups = self.draw(st.sampled_from([g for g in (1, 2, channels) if channels % g == 0]))
         kernel = [self.draw(st.integers(1, min(3, size))) for size in sizes]
@@ -188,7 +207,7 @@ class _Builder:
         return lambda p, x: function(x, *p, **settings), weight * scale, *bias
 
     def transposed_convolution(self, image: bool) -> tuple[Any, ...]:
-        """A transposed convolution."""
+        """Draw a transposed convolution."""
         axes, channels = self.x.ndim - 2, self.x.shape[1]
         groups = self.draw(st.sampled_from([g for g in (1, 2) if channels % g == 0]))
         stride = self.draw(st.integers(1, 2)) if max(self.x.shape[2:]) < 6 else 1
@@ -200,7 +219,7 @@ class _Builder:
         return lambda p, x: function(x, *p, **settings), weight / channels**0.5, *bias
 
     def normalisation(self, image: bool) -> tuple[Any, ...]:
-        """Layer, group or root-mean-square normalisation with a scale and perhaps a shift."""
+        """Draw a layer, group or root-mean-square normalisation with a scale and perhaps a shift."""
         d = self.x.shape[1] if image else self.x.shape[-1]
         weight, bias = 1 + self.normal(d) / 4, [self.normal(d)] if self.draw(st.booleans()) else []
         if image:
@@ -213,13 +232,13 @@ class _Builder:
         return lambda p, x: F.layer_norm(x, (d,), *p), weight, *bias
 
     def scale_or_shift(self, image: bool) -> tuple[Any, ...]:
-        """A parameter that is multiplied or added."""
+        """Draw a parameter that is multiplied or added."""
         shape = (self.x.shape[1], *[1] * (self.x.ndim - 2)) if image else (self.x.shape[-1],)
         multiplied = self.draw(st.booleans())
         return lambda p, x: x * p[0] if multiplied else x + p[0], 1 + self.normal(*shape) / 2
 
     def places(self, wrap: Callable[[list[list[Any]]], Tree]) -> list[int]:
-        """Where, among the leaves, the weights of products are."""
+        """Return the places of the weights of products among the leaves."""
         named = [[f"{i}.{j}" for j in range(len(stage))] for i, stage in enumerate(self.stages)]
         leaves = optree.tree_leaves(wrap(named))
         return [leaves.index(f"{i}.0") for i in self.matrices]
@@ -244,4 +263,4 @@ FORMS: list[tuple[Callable[[list[list[Any]]], Tree], Callable[[Tree, int], list[
     (lambda stages: ({"layers": tuple(map(tuple, stages))},), lambda params, i: list(params[0]["layers"][i])),
     (lambda stages: [Affine(*s) if len(s) == 2 else Linear(*s) for s in stages], lambda params, i: list(params[i])),
 ]
-"""How parameters are held: what makes a tree of them, and what finds those of one stage in it."""
+"""The forms of parameter trees: one function makes the tree of all stages, one reads a stage from it."""

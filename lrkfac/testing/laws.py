@@ -1,4 +1,4 @@
-"""The laws of operators, structures and transformations, each with a message."""
+"""The laws of operators, structures and transformations."""
 
 from __future__ import annotations
 
@@ -22,31 +22,45 @@ from lrkfac.transforms.base import GradientTransformation, apply_updates, chain,
 
 
 def check_inverse(operator: Operator, damping: float | Tensor) -> None:
-    """Laws of ``inverse``: same class, symmetric, positive definite, ``M⁻¹ M = I``, ``matvec`` and ``to_dense``
-    agree, and inverting twice returns the start; with tolerances that grow with the condition number.
+    """Check the laws of ``inverse`` at an operator.
+
+    The inverse has the same class, is symmetric and positive definite, and equals the dense inverse. ``matvec`` and
+    ``to_dense`` agree, and inverting twice returns the start. Tolerances grow with the condition number.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac.linalg import Dense
+        >>> check_inverse(Dense(torch.eye(3)), damping=0.1)
+
+    Args:
+        operator: A positive semi-definite operator, one (no stack).
+        damping: Added to its diagonal, positive.
+
+    Raises:
+        AssertionError: Says which law is broken, and by how much.
     """
     shifted = operator.shifted(damping)
     matrix = _float64(shifted).to_dense()
     d, eps = matrix.shape[0], torch.finfo(optree.tree_leaves(operator)[0].dtype).eps
     smallest = torch.linalg.eigvalsh(matrix)[0]
-    _law(smallest > 0, f"operator + damping is not positive definite: smallest eigenvalue {smallest:.2e}")
+    check_law(smallest > 0, f"operator + damping is not positive definite: smallest eigenvalue {smallest:.2e}")
     result = inverse(operator, damping)
-    _law(type(result) is type(operator), f"class: {type(operator).__name__} became {type(result).__name__}")
-    found = _float64(result).to_dense()
+    check_law(type(result) is type(operator), f"class: {type(operator).__name__} became {type(result).__name__}")
+    inverted = _float64(result).to_dense()
     spread = _spread(_float64(shifted))
     tolerance = 200 * eps * spread + 100 * d * eps
-    _close(found, found.mT, 1e-12 if eps < 1e-10 else 1e-5, "symmetry of the inverse")
-    least = torch.linalg.eigvalsh((found + found.mT) / 2)[0]
-    _law(least > 0, f"positive definite: the inverse has the eigenvalue {least:.2e}")
+    check_close(inverted, inverted.mT, 1e-12 if eps < 1e-10 else 1e-5, "symmetry of the inverse")
+    least = torch.linalg.eigvalsh((inverted + inverted.mT) / 2)[0]
+    check_law(least > 0, f"positive definite: the inverse has the eigenvalue {least:.2e}")
     dense = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    _close(found, dense, tolerance, "inverse = dense inverse")
+    check_close(inverted, dense, tolerance, "inverse = dense inverse")
     x = gradients(torch.empty(d, 2, dtype=optree.tree_leaves(operator)[0].dtype))
     for name, op in {"operator": shifted, "inverse": result}.items():
-        _close(op.matvec(x), _float64(op).to_dense() @ x.double(), tolerance, f"matvec = to_dense @ x ({name})")
-        _close(op.matvec(x[:, 0]), op.matvec(x)[:, 0], tolerance, f"matvec of a vector = of a column ({name})")
+        check_close(op.matvec(x), _float64(op).to_dense() @ x.double(), tolerance, f"matvec = to_dense @ x ({name})")
+        check_close(op.matvec(x[:, 0]), op.matvec(x)[:, 0], tolerance, f"matvec of a vector = of a column ({name})")
     if tolerance * spread < 1:
         twice = _float64(inverse(result)).to_dense()
-        _close(twice, matrix, tolerance * spread, "inverting twice returns the start")
+        check_close(twice, matrix, tolerance * spread, "inverting twice returns the start")
 
 
 def check_structure(
@@ -57,9 +71,26 @@ def check_structure(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> None:
-    """Laws of a structure over a few batches: arguments unchanged, the form of the state constant, the average
-    symmetric, positive semi-definite and of the scale of the batches, its inverse positive definite and the
-    inverse, and ``vmap`` over two factors equal to one after the other.
+    """Check the laws of a structure over a few batches.
+
+    ``update`` leaves its arguments unchanged and keeps the form of the state. The average is symmetric, positive
+    semi-definite and of the scale of the batches. ``inverse`` is positive definite and the inverse of the average plus
+    damping. ``vmap`` over two factors equals one after the other.
+
+    Example:
+        >>> from lrkfac.structures import low_rank
+        >>> check_structure(low_rank(2))
+
+    Args:
+        structure: The structure of a factor, or of two.
+        dimension: The size of the factor.
+        damping: The damping of the inverse.
+        decay: The decay of the average.
+        dtype: The dtype of rows and state.
+        seed: The seed of the rows.
+
+    Raises:
+        AssertionError: Says which law is broken, and by how much.
     """
     if isinstance(structure, EigenbasisStructure):
         structure = structure.factors
@@ -77,23 +108,23 @@ def check_structure(
         _same((state, rows), before, "update leaves its arguments unchanged")
         _same_form(new, state, "update keeps the form of the state")
         matrix = _float64(structure.operator(new)).to_dense()
-        _close(matrix, matrix.mT, 10 * eps, "the average is symmetric")
+        check_close(matrix, matrix.mT, 10 * eps, "the average is symmetric")
         least = torch.linalg.eigvalsh(matrix)[0] / torch.linalg.matrix_norm(matrix)
-        _law(least > -100 * eps, f"the average is positive semi-definite: relative eigenvalue {least:.2e}")
+        check_law(least > -100 * eps, f"the average is positive semi-definite: relative eigenvalue {least:.2e}")
         scaled = _updated(structure, scaled, 4 * rows, decay)
         larger = _float64(structure.operator(scaled)).to_dense()
-        _close(larger, 16 * matrix, 10 * eps**0.5, "batches 16 times as large make an average 16 times as large")
+        check_close(larger, 16 * matrix, 10 * eps**0.5, "batches 16 times as large make an average 16 times as large")
         stacked = optree.tree_map(lambda x: torch.stack([x, x]), (state, rows))
         mapped = vmap(lambda s, r: _updated(structure, s, r, decay))(*stacked)
         second = structure.operator(optree.tree_map(lambda x: x[1], mapped))
         # Directions that a batch says nothing about follow its rounding, damped to the root of the precision.
-        _close(_float64(second).to_dense(), matrix, 10 * eps**0.5, "update under vmap = update alone")
+        check_close(_float64(second).to_dense(), matrix, 10 * eps**0.5, "update under vmap = update alone")
         damped = matrix + damping * torch.eye(dimension, dtype=torch.float64)
-        found = _float64(structure.inverse(new, damping)).to_dense()
+        inverted = _float64(structure.inverse(new, damping)).to_dense()
         tolerance = 500 * eps * torch.linalg.cond(damped)
-        _close(found, torch.linalg.inv(damped), tolerance, "inverse = inverse of the average plus damping")
-        least = torch.linalg.eigvalsh((found + found.mT) / 2)[0]
-        _law(least > 0, f"the inverse is positive definite: eigenvalue {least:.2e}")
+        check_close(inverted, torch.linalg.inv(damped), tolerance, "inverse = inverse of the average plus damping")
+        least = torch.linalg.eigvalsh((inverted + inverted.mT) / 2)[0]
+        check_law(least > 0, f"the inverse is positive definite: eigenvalue {least:.2e}")
         state = new
 
 
@@ -103,16 +134,26 @@ def check_transformation(
     evaluate: Callable[[Tree], tuple[Tree, dict[str, Any]]] | None = None,
     steps: int = 3,
 ) -> None:
-    """Laws of a transformation over a few steps: arguments unchanged, the form of the state constant, updates
-    like the parameters, equal calls equal, in a chain the same as alone, and under ``vmap`` over two models
-    the same as for each of them.
+    """Check the laws of a transformation over a few steps.
+
+    ``update`` leaves its arguments unchanged, keeps the form of the state and returns updates like the parameters.
+    Equal calls give equal results, in a chain the same as alone, and under ``vmap`` over two models the same as for
+    each of them.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac import trace
+        >>> check_transformation(trace(0.9), {"w": torch.ones(3, 2)})
 
     Args:
         tx: The transformation.
-        params: Where to start.
+        params: The parameters to start from.
         evaluate: ``params -> (gradient, extras of update)``, such as ``lambda p: (e.grads, {"evaluation": e})``
             with ``e = evaluate(p, ...)``; by default the gradient of a quadratic and no extras.
-        steps: Number of steps.
+        steps: The number of steps.
+
+    Raises:
+        AssertionError: Says which law is broken, and by how much.
     """
     eps = max(torch.finfo(leaf.dtype).eps for leaf in optree.tree_leaves(params))
     if evaluate is None:
@@ -130,10 +171,10 @@ def check_transformation(
     for _ in range(steps):
         before = _copy((params, state))
         grads, extra = evaluate(params)
-        given = _copy(grads)
+        copies = _copy(grads)
         updates, new = tx.update(grads, state, params, **extra)
         _same((params, state), before, "update leaves params and state unchanged")
-        _same(grads, given, "update leaves the updates that it is given unchanged")
+        _same(grads, copies, "update leaves its updates argument unchanged")
         _same_form(updates, params, "updates have the form of the parameters")
         _same_form(new, state, "update keeps the form of the state")
         _same(step(tx, params, state), (updates, new), "equal calls give equal results")
@@ -141,7 +182,7 @@ def check_transformation(
         _same(in_chain, updates, "in a chain the same as alone")
         mapped, stacked_state = vmap(lambda p, s: step(tx, p, s))(stacked_params, stacked_state)
         for one, alone in zip(optree.tree_leaves(mapped), optree.tree_leaves(updates), strict=True):
-            _close(one[1], alone.double(), 1e4 * eps, "under vmap the same as alone")
+            check_close(one[1], alone.double(), 1e4 * eps, "under vmap the same as alone")
         params, state = apply_updates(params, updates), new
         stacked_params = apply_updates(stacked_params, mapped)
 
@@ -152,7 +193,7 @@ def _updated(structure: FactorStructure, state: Any, rows: Tensor, decay: float)
 
 
 def _spread(operator: Operator) -> Tensor:
-    """The condition number of what is computed with: parts may cancel where the whole is well conditioned."""
+    """Return the condition number of the parts: they may cancel where the whole is well conditioned."""
     if isinstance(operator, Kronecker):
         return _spread(operator.output) * _spread(operator.input)
     values = torch.linalg.eigvalsh(operator.to_dense())
@@ -168,27 +209,28 @@ def _copy(tree: Tree) -> Tree:
     return optree.tree_map(torch.clone, tree)
 
 
-def _law(holds: bool | Tensor, message: str) -> None:
+def check_law(holds: bool | Tensor, message: str) -> None:
+    """Raise ``AssertionError`` unless a law holds."""
     if not holds:
         raise AssertionError(f"law broken: {message}")
 
 
-def _close(found: Tensor, expected: Tensor, tolerance: float | Tensor, law: str) -> None:
-    """Relative to the norm of what is expected."""
-    error = (found.double() - expected.double()).norm()
+def check_close(actual: Tensor, expected: Tensor, tolerance: float | Tensor, law: str) -> None:
+    """Raise unless two tensors are close, relative to the norm of the expected one."""
+    error = (actual.double() - expected.double()).norm()
     bound = tolerance * expected.double().norm()
-    _law(error <= bound, f"{law}: error {error:.2e}, allowed {bound:.2e}")
+    check_law(error <= bound, f"{law}: error {error:.2e}, allowed {bound:.2e}")
 
 
-def _same(found: Tree, expected: Tree, law: str) -> None:
-    for a, b in zip(optree.tree_leaves(found), optree.tree_leaves(expected), strict=True):
+def _same(actual: Tree, expected: Tree, law: str) -> None:
+    for a, b in zip(optree.tree_leaves(actual), optree.tree_leaves(expected), strict=True):
         difference = (a.double() - b.double()).abs().max() if a.numel() else 0.0
-        _law(torch.equal(a, b), f"{law}: largest difference {difference:.2e}")
+        check_law(torch.equal(a, b), f"{law}: largest difference {difference:.2e}")
 
 
-def _same_form(found: Tree, expected: Tree, law: str) -> None:
-    structures = optree.tree_structure(found), optree.tree_structure(expected)
-    _law(structures[0] == structures[1], f"{law}: {structures[0]} instead of {structures[1]}")
-    for a, b in zip(optree.tree_leaves(found), optree.tree_leaves(expected), strict=True):
+def _same_form(actual: Tree, expected: Tree, law: str) -> None:
+    structures = optree.tree_structure(actual), optree.tree_structure(expected)
+    check_law(structures[0] == structures[1], f"{law}: {structures[0]} instead of {structures[1]}")
+    for a, b in zip(optree.tree_leaves(actual), optree.tree_leaves(expected), strict=True):
         forms = (tuple(a.shape), a.dtype, a.device), (tuple(b.shape), b.dtype, b.device)
-        _law(forms[0] == forms[1], f"{law}: {forms[0]} instead of {forms[1]}")
+        check_law(forms[0] == forms[1], f"{law}: {forms[0]} instead of {forms[1]}")

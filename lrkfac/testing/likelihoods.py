@@ -1,4 +1,4 @@
-"""The laws of a likelihood: that its parts belong to one distribution."""
+"""The laws of likelihoods: all parts belong to one distribution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.func import grad, jacrev, jvp, vmap
 from lrkfac.core.base.types import Tree
 from lrkfac.core.likelihoods.joint import Joint
 from lrkfac.core.likelihoods.protocol import Likelihood
-from lrkfac.testing.laws import _close, _law
+from lrkfac.testing.laws import check_close, check_law
 from lrkfac.testing.strategies import generator_of, gradients
 
 STANDARD_ERRORS = 6.0
@@ -18,22 +18,28 @@ STANDARD_ERRORS = 6.0
 def check_likelihood(
     likelihood: Likelihood | Joint, outputs: Tree, targets: Tree, samples: int = 50_000, seed: int = 0
 ) -> None:
-    """Laws of a likelihood of one's own, at some outputs, each with a message.
+    """Check the laws of a likelihood at some outputs.
 
     * ``check`` takes these targets, and none of another batch size;
     * there is one negative log-likelihood for each term, which depends on the outputs of this term alone;
-    * weights are nonnegative, one for each term, and equal (``mean`` and ``hessian``) unless ``weighted_loss`` is
-      given, whose terms are believed; the loss is finite;
+    * weights are nonnegative, one for each term, and equal (``mean`` and ``hessian``) unless there is a
+      ``weighted_loss``, whose terms are not checked; the loss is finite;
     * ``square_root`` is linear, term by term, and ``product`` is ``S Sᵀ``;
     * ``sample`` depends on nothing but its arguments, and over draws the gradient of the negative log-likelihood
       has mean 0 and second moment ``S Sᵀ``, each within six standard errors.
 
+    Example:
+        >>> import torch
+        >>> from lrkfac import poisson
+        >>> check_likelihood(poisson(), torch.zeros(2, 3).double(), torch.ones(2, 3).double(), samples=1000)
+
     Args:
-        likelihood: Of one head or of several.
-        outputs: A few examples, on a moderate scale (every target should turn up among the samples); in float64.
-        targets: That fit them.
-        samples: Number of draws, all at once.
-        seed: Of the draws.
+        likelihood: The likelihood, of one head or several.
+        outputs: Outputs for a few examples, on a moderate scale (every target should turn up among the samples);
+            float64.
+        targets: Targets that fit them.
+        samples: The number of draws, all at once.
+        seed: The seed of the draws.
 
     Raises:
         AssertionError: Says which law is broken, and by how much.
@@ -50,8 +56,12 @@ def check_likelihood(
     many = outputs.expand(samples, *outputs.shape).flatten(0, 1)
     drawn = likelihood.sample(many, noise.flatten(0, 1))
     again = likelihood.sample(many, noise.flatten(0, 1))
-    _law(torch.equal(drawn, again), "sample: equal outputs and noise give equal targets; noise is its only randomness")
-    _law(drawn.shape == (len(many), *targets.shape[1:]), f"sample: targets of the shape of these, got {drawn.shape}")
+    check_law(
+        torch.equal(drawn, again), "sample: equal outputs and noise give equal targets; noise is its only randomness"
+    )
+    check_law(
+        drawn.shape == (len(many), *targets.shape[1:]), f"sample: targets of the shape of these, got {drawn.shape}"
+    )
     _check_terms(likelihood, outputs, likelihood.sample(outputs, noise[0]))
     _check_moments(likelihood, outputs, many, drawn)
 
@@ -61,29 +71,31 @@ def _check_targets(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> 
         try:
             likelihood.check(outputs, targets)
         except (ValueError, TypeError) as error:
-            raise AssertionError(f"law broken: check: takes the targets given: {error}") from error
+            raise AssertionError(f"law broken: check: takes these targets: {error}") from error
         try:
             likelihood.check(outputs, torch.cat([targets, targets]))
         except (ValueError, TypeError):
             return
-        _law(False, "check: takes targets of twice as many examples as there are outputs of")
+        check_law(False, "check: takes targets of twice as many examples as there are outputs of")
 
 
 def _check_weights(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:
     if likelihood.weights is not None:
         for name, weight in zip(("mean", "hessian"), likelihood.weights(outputs, targets), strict=True):
-            _law(weight.numel() == likelihood.terms(outputs), f"weights: one {name} for each term, got {weight.shape}")
-            _law((weight >= 0).all(), f"weights: {name} is nonnegative, got {weight.min():.2e}")
+            check_law(
+                weight.numel() == likelihood.terms(outputs), f"weights: one {name} for each term, got {weight.shape}"
+            )
+            check_law((weight >= 0).all(), f"weights: {name} is nonnegative, got {weight.min():.2e}")
         weights, other = likelihood.weights(outputs, targets), likelihood.weights(outputs + 1, targets)
         same = torch.equal(weights.mean, other.mean) and torch.equal(weights.hessian, other.hessian)
-        _law(same, "weights: do not depend on the values of outputs")
+        check_law(same, "weights: do not depend on the values of outputs")
         if likelihood.weighted_loss is None:
-            _law(torch.equal(*weights), "weights: mean and hessian are equal where there is no weighted_loss")
+            check_law(torch.equal(*weights), "weights: mean and hessian are equal where there is no weighted_loss")
     try:
         loss = likelihood.loss(outputs, targets)
     except ValueError as error:
         raise AssertionError(f"law broken: negative_log_likelihood: one number for each term: {error}") from error
-    _law(loss.ndim == 0 and bool(loss.isfinite()), f"loss: a finite number at the targets given, got {loss}")
+    check_law(loss.ndim == 0 and bool(loss.isfinite()), f"loss: a finite number at these targets, got {loss}")
 
 
 def _check_root(likelihood: Likelihood, outputs: Tensor) -> None:
@@ -93,26 +105,28 @@ def _check_root(likelihood: Likelihood, outputs: Tensor) -> None:
         return likelihood.square_root(outputs, z)
 
     tolerance = 1e4 * torch.finfo(outputs.dtype).eps
-    _law(root(x).shape == outputs.shape, f"square_root: of the shape of outputs, got {tuple(root(x).shape)}")
-    _close(root(2 * x - 3 * y), (2 * root(x) - 3 * root(y)).double(), tolerance, "square_root: linear in coefficients")
+    check_law(root(x).shape == outputs.shape, f"square_root: of the shape of outputs, got {tuple(root(x).shape)}")
+    check_close(
+        root(2 * x - 3 * y), (2 * root(x) - 3 * root(y)).double(), tolerance, "square_root: linear in coefficients"
+    )
     if likelihood.product is not None:
         by_root = likelihood.hessian_product(outputs, x)
         S = _blocks(likelihood, outputs)
         expected = torch.einsum("nij,nkj,nk->ni", S, S, x.flatten(1)).reshape(x.shape)
-        _close(by_root, expected, tolerance, "product: H tangent = S Sᵀ tangent")
+        check_close(by_root, expected, tolerance, "product: H tangent = S Sᵀ tangent")
     alone = torch.zeros_like(x)
     alone[0] = x[0]
     others = root(alone)[1:]
-    _law(not others.any(), "square_root: acts on each term alone")
+    check_law(not others.any(), "square_root: acts on each term alone")
 
 
 def _check_terms(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:
     nll = likelihood.negative_log_likelihood(outputs, targets)
     terms = likelihood.terms(outputs)
-    _law(nll.numel() == terms, f"negative_log_likelihood: one for each of {terms} terms, got {tuple(nll.shape)}")
+    check_law(nll.numel() == terms, f"negative_log_likelihood: one for each of {terms} terms, got {tuple(nll.shape)}")
     jacobian = jacrev(lambda f: likelihood.negative_log_likelihood(f, targets).flatten())(outputs).flatten(1)
     coupled = (jacobian.abs() @ jacobian.abs().mT).fill_diagonal_(0)
-    _law(
+    check_law(
         not coupled.any(),
         "negative_log_likelihood: terms depend on outputs of their own alone, as event_axes says; it must not average",
     )
@@ -129,7 +143,7 @@ def _check_moments(likelihood: Likelihood, outputs: Tensor, many: Tensor, drawn:
     rare = 20 / samples * g.abs().max()
     mean, error = g.mean(0), g.std(0) / samples**0.5
     excess = (mean.abs() - STANDARD_ERRORS * error - rare).max()
-    _law(
+    check_law(
         excess <= 0,
         "sample: the gradient of negative_log_likelihood at drawn targets has mean 0, got one of "
         f"{mean.abs().max():.2e} ({excess:.2e} more than chance explains)",
@@ -161,7 +175,7 @@ def _check_moments(likelihood: Likelihood, outputs: Tensor, many: Tensor, drawn:
 
 
 def _blocks(likelihood: Likelihood, outputs: Tensor) -> Tensor:
-    """``S`` of every example, ``[N, D, D]`` with all its outputs in one axis; in float64."""
+    """Return ``S`` of every example, ``[N, D, D]``, with all its outputs in one axis; in float64."""
     entries = outputs[0].numel()
     units = torch.eye(entries, dtype=outputs.dtype, device=outputs.device).reshape(entries, 1, *outputs.shape[1:])
     columns = vmap(lambda unit: likelihood.square_root(outputs, unit.expand(outputs.shape)))(units)

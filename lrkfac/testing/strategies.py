@@ -1,4 +1,4 @@
-"""Hypothesis strategies: operators, factors and layers by size, rank, seed, dtype and condition."""
+"""Hypothesis strategies: operators, factors and layers by size, rank, seed, dtype and condition number."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
 
 dtypes = st.sampled_from([torch.float64, torch.float32])
+"""Draws torch.float64 or torch.float32."""
+
 seeds = st.integers(0, 2**31 - 1)
+"""Draws seeds of ``torch.Generator``."""
 
 
 class LayerCase(NamedTuple):
-    """A layer with what one use of it received (``inputs``) and the gradients at its output."""
+    """A layer with the ``inputs`` of one use and the gradients at its output, in standard form."""
 
     layer: Layer
     inputs: Tensor
@@ -33,8 +36,23 @@ class LayerCase(NamedTuple):
 def covariances(
     draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
 ) -> RowCovariance:
-    """Second moments of ``n`` rows whose scales spread over the square root of a condition number; some have
-    fewer rows than columns, dead columns, or nothing but zeros.
+    """Draw second moments of ``n`` rows, also with fewer rows than columns, dead columns, or nothing but zeros.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(covariances(max_dimension=4))
+        ... def test(covariance):
+        ...     assert covariance.trace() >= 0
+        >>> test()
+
+    Args:
+        draw: Passed by hypothesis.
+        max_dimension: The largest number of columns.
+        dtype: The dtype of the rows; by default drawn, too.
+        max_condition: The largest condition number: scales of columns spread over its square root.
+
+    Returns:
+        The covariance of the rows.
     """
     d, n = draw(st.integers(1, max_dimension)), draw(st.integers(1, 2 * max_dimension))
     generator, dtype = generator_of(draw(seeds)), dtype or draw(dtypes)
@@ -51,7 +69,7 @@ def covariances(
 def operators(
     draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
 ) -> Operator:
-    """Positive semi-definite operators of every class, with repeated values and zero columns among them."""
+    """Draw positive semi-definite operators of every class; arguments as for ``covariances``."""
     dtype = dtype or draw(dtypes)
     kind = draw(st.sampled_from([Diagonal, Dense, LowRankPlusDiagonal, Kronecker, EigenbasisKronecker]))
     if kind is Kronecker:
@@ -71,7 +89,7 @@ def operators(
 def corrected_kroneckers(
     draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
 ) -> EigenbasisKronecker:
-    """Random bases, also complete ones, and eigenvalues up to 1 that spread over a condition number; some are 0."""
+    """Draw random bases, also complete ones, and eigenvalues up to 1 over a condition number; some are 0."""
     small = st.integers(1, max(int(max_dimension**0.5), 1))
     (d_out, d_in), generator = (draw(small), draw(small)), generator_of(draw(seeds))
     r_out, r_in = draw(st.integers(1, d_out)), draw(st.integers(1, d_in))
@@ -94,8 +112,10 @@ def corrected_kroneckers(
 def low_rank_plus_diagonals(
     draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
 ) -> LowRankPlusDiagonal:
-    """``V Λ Vᵀ + D`` with ``Λ ≥ 0`` up to 1, ``D > 0`` and the given bound on the ratio of the largest eigenvalue
-    to the smallest entry of ``D``; repeated values, zero and repeated columns among them.
+    """Draw ``V Λ Vᵀ + D`` with ``Λ ≥ 0`` up to 1 and ``D > 0``, also with repeated values, zero and repeated columns.
+
+    ``max_condition`` bounds the ratio of the largest eigenvalue to the smallest entry of ``D``; the other arguments are
+    as for ``covariances``.
     """
     d = draw(st.integers(1, max_dimension))
     r = draw(st.integers(1, d))
@@ -115,7 +135,7 @@ def low_rank_plus_diagonals(
 
 @st.composite
 def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> LayerCase:
-    """Linear and convolution layers of random sizes and settings, with random inputs and gradients."""
+    """Draw linear and convolution layers of any size and settings, with inputs and gradients."""
     generator = generator_of(draw(seeds))
     groups, bias = draw(st.integers(1, 3)), draw(st.booleans())
     n, d_in, d_out = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
@@ -142,7 +162,20 @@ def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> LayerCase:
 
 
 def gradients(like: Tree, seed: int = 0) -> Tree:
-    """Normal numbers in the shapes, dtypes and devices of a tree."""
+    """Return a tree of normal numbers with the shapes, dtypes and devices of another.
+
+    Example:
+        >>> import torch
+        >>> gradients({"w": torch.ones(2, 3)})["w"].shape
+        torch.Size([2, 3])
+
+    Args:
+        like: A tree of tensors.
+        seed: The seed of the numbers.
+
+    Returns:
+        A tree of the same structure.
+    """
     generator = generator_of(seed)
     return optree.tree_map(
         lambda x: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype), like
@@ -150,7 +183,7 @@ def gradients(like: Tree, seed: int = 0) -> Tree:
 
 
 def generator_of(seed: int) -> torch.Generator:
-    """Torch's random generator with this seed."""
+    """Return a random generator of torch with this seed."""
     return torch.Generator().manual_seed(seed)
 
 

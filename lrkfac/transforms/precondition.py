@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_dtype, check_flag, check_number
 from lrkfac.core.base.dtypes import without_autocast
-from lrkfac.core.base.layout import laid_out_like
+from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.tree_checks import check_like
@@ -208,7 +208,7 @@ class _Preconditioner:
             since = _since(since, state.blocks, states)
         with profiled("apply"), without_autocast(since):
             for i, natural in natural_gradients(self.alike, states, leaves).items():
-                leaf = laid_out_like(natural, leaves[i])
+                leaf = with_layout_of(natural, leaves[i])
                 # Scaled and added to in fewer passes over memory, at the end of the chain.
                 waits = evaluation.thin and isinstance(leaf, Tensor) and leaf.ndim == 2
                 leaves[i] = LazyMatrix.of(leaf) if waits else leaf

@@ -1,4 +1,4 @@
-"""Checks of arguments, each with one wording: ``name: expected ..., got ...``."""
+"""Checks of single arguments, all with the same message: ``name: expected ..., got ...``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from lrkfac.core.base.eager import has_values
 def check_number(
     value: Any, name: str, low: float = -math.inf, high: float = math.inf, includes_low: bool = True
 ) -> None:
-    """Refuses what is no number or tensor ``[]``, not finite, or outside ``[low, high)`` or ``(low, high)``.
+    """Raise unless ``value`` is a finite real number, or tensor ``[]``, in the interval.
 
-    The value of a tensor is looked at where that costs nothing.
+    The interval is ``[low, high)``, or ``(low, high)`` without ``includes_low``. The value of a tensor is checked only
+    where reading it costs nothing.
 
     Raises:
         ValueError: If the number is out of range, or a tensor has another shape or is on the device "meta".
@@ -40,7 +41,7 @@ def check_number(
 
 
 def check_scalar(value: Tensor, name: str) -> None:
-    """Refuses a tensor that is no real number ``[]``."""
+    """Raise unless a tensor is a real number ``[]`` with a value."""
     if value.ndim:
         raise ValueError(f"{name}: expected a number or a tensor [], got the shape {tuple(value.shape)}")
     if value.dtype.is_complex or value.dtype == torch.bool:
@@ -50,7 +51,7 @@ def check_scalar(value: Tensor, name: str) -> None:
 
 
 def check_integer(value: Any, name: str, low: int = 1) -> None:
-    """Refuses what is no integer, or below ``low``."""
+    """Raise unless ``value`` is an integer of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer >= {low}, got {_short(value)}")
     if value < low:
@@ -58,19 +59,19 @@ def check_integer(value: Any, name: str, low: int = 1) -> None:
 
 
 def check_choice(value: Any, name: str, choices: Collection[str]) -> None:
-    """Refuses what is not among the names."""
+    """Raise unless ``value`` is one of the names."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {tuple(choices)}, got {_short(value)}")
 
 
 def check_flag(value: Any, name: str) -> None:
-    """Refuses what is neither ``True`` nor ``False``."""
+    """Raise unless ``value`` is ``True`` or ``False``."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {_short(value)}")
 
 
 def check_dtype(value: Any, name: str = "dtype") -> None:
-    """Refuses what is no dtype in which factors can be held."""
+    """Raise unless ``value`` is a dtype that factors can have."""
     if not isinstance(value, torch.dtype):
         raise TypeError(f"{name}: expected torch.float32 or torch.float64, got {_short(value)}")
     if value not in (torch.float32, torch.float64):
@@ -81,14 +82,14 @@ def check_dtype(value: Any, name: str = "dtype") -> None:
 
 
 def check_function(value: Any, name: str, what: str = "a function") -> Callable[..., Any]:
-    """Refuses what cannot be called."""
+    """Return ``value``; raise unless it can be called."""
     if not callable(value):
         raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
     return value
 
 
 def check_model(value: Any) -> Callable[..., Any]:
-    """Refuses what is no function of parameters and inputs, such as a module with parameters of its own."""
+    """Return ``value``; raise unless it can be a function of parameters and inputs, which a module is not."""
     if isinstance(value, torch.nn.Module) and next(value.parameters(), None) is not None:
         raise TypeError(
             f"model: expected a function model(params, inputs), got the module {type(value).__name__}; make one of "
@@ -98,14 +99,17 @@ def check_model(value: Any) -> Callable[..., Any]:
 
 
 def check_values(**trees: Any) -> None:
-    """Refuses tensors on the device "meta"."""
+    """Raise if a tree has a tensor on the device "meta"."""
     for name, tree in trees.items():
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in optree.tree_leaves(tree)):
             raise ValueError(f"{name}: expected tensors with values, got one on the device 'meta'")
 
 
 def check_target_range(name: str, targets: Tensor, low: float, high: float) -> None:
-    """Refuses values outside, where they are known; one that is not finite may show as such in the loss."""
+    """Raise if a target is outside the interval, where values are known.
+
+    Targets that are not a number pass: the loss then shows them.
+    """
     if not has_values(targets) or not targets.numel():
         return
     smallest, largest = targets.aminmax()
@@ -116,19 +120,19 @@ def check_target_range(name: str, targets: Tensor, low: float, high: float) -> N
 
 
 def check_target_dtype(name: str, targets: Tensor) -> None:
-    """Refuses targets of integers, bools or complex numbers."""
+    """Raise unless targets are floating-point numbers."""
     if not targets.is_floating_point():
         raise TypeError(f"{name}: expected floating-point targets, got {targets.dtype}; convert them with .float()")
 
 
 def check_target_shape(name: str, targets: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuses targets of another shape."""
+    """Raise unless targets have the shape."""
     if tuple(targets.shape) != shape:
         raise ValueError(f"{name}: expected targets of shape {shape}, got {tuple(targets.shape)}")
 
 
 def _short(value: Any) -> str:
-    """A value in a message: short ones as they are, others by their type."""
+    """Return a value as it stands in a message: in full if short, else its type."""
     if isinstance(value, int | float | complex | str | None) and len(text := repr(value)) < 80:
         return text
     return type(value).__name__

@@ -1,4 +1,4 @@
-"""Dtypes of tensors, trees and lazy matrices."""
+"""Dtypes of tensors, trees and lazy matrices: conversion, promotion, autocast."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lrkfac.core.base.types import Tree
 
 
 def wide(x: Any) -> Any:
-    """``x`` in at least float32, the least precision in which sums and factors are kept."""
+    """Return ``x`` in at least float32, the lowest precision in which sums and factors are kept."""
     if isinstance(x, LazyMatrix):
         return LazyMatrix(wide(x.left), wide(x.right), x.dtype, tuple([(c, wide(t)) for c, t in x.terms]))
     return x if x.dtype in (torch.float32, torch.float64) else floating(x, torch.float32)
 
 
 def floating(x: Any, dtype: torch.dtype) -> Any:
-    """``x`` in a dtype, integers and numbers as they are; what is not formed keeps its own, and has its rows in it."""
+    """Return ``x`` in a dtype; integers and numbers pass, and a lazy matrix converts its parts, not its own dtype."""
     if isinstance(x, LazyMatrix):
         rows = floating(x.left, dtype), floating(x.right, dtype)
         return LazyMatrix(*rows, x.dtype, tuple([(c, floating(t, dtype)) for c, t in x.terms]))
@@ -30,17 +30,17 @@ def floating(x: Any, dtype: torch.dtype) -> Any:
 
 
 def floating_dtype(x: Tree) -> torch.dtype:
-    """The dtype of the first leaf of ``x`` that is no integer."""
+    """Return the dtype of the first floating-point leaf of ``x``."""
     return next(leaf.dtype for leaf in optree.tree_leaves(x) if leaf.is_floating_point())
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype that holds numbers of all of these."""
+    """Return the dtype to which all of these promote."""
     first = dtypes[0]  # torch counts a promotion as an operation
     return first if all(dtype == first for dtype in dtypes) else reduce(torch.promote_types, dtypes)
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Turns ``torch.autocast`` off on the device of a tensor: factors and inverses would be rounded to bfloat16."""
+    """Return a context without ``torch.autocast`` on the device of a tensor: it would round factors to bfloat16."""
     device = like.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

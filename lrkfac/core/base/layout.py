@@ -1,18 +1,17 @@
-"""Layout of tensors: the order of axes in memory, and the constant column of a joint bias."""
+"""Layout of tensors: the order of their axes in memory."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
-def laid_out_like(x: Any, like: Any) -> Any:
-    """``x`` with its axes in the same order in memory as those of ``like``, by a copy where they are in another.
+def with_layout_of(x: Any, like: Any) -> Any:
+    """Return ``x`` with its axes in the same order in memory as those of ``like``; a copy where the orders differ.
 
-    So the trees of a training loop keep their layout from step to step, and nothing is compiled twice. What is not
-    formed is passed on.
+    So the trees of a training loop keep their layout from step to step, and nothing is compiled twice. Lazy matrices
+    pass unchanged.
     """
     if not isinstance(x, Tensor) or not isinstance(like, Tensor) or x.stride() == like.stride():
         return x
@@ -24,11 +23,6 @@ def laid_out_like(x: Any, like: Any) -> Any:
 
 
 def _order(x: Tensor) -> list[int]:
-    """The axes longer than 1, that of the largest stride first."""
+    """Return the axes longer than 1, the one with the largest stride first."""
     strides = x.stride()
     return sorted([i for i in range(x.ndim) if x.shape[i] > 1], key=lambda i: -strides[i])
-
-
-def with_ones(rows: Tensor) -> Tensor:
-    """Rows with the trailing 1 of a joint bias."""
-    return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)

@@ -12,16 +12,27 @@ from lrkfac.core.base.eager import changes_in_place
 
 @dataclass(frozen=True, eq=False)
 class LazyMatrix:
-    """``leftᵀ right + Σ cᵢ Xᵢ``: a linear layer's gradient ``Σ_n g_n a_nᵀ``, or a sum with it, not formed yet.
+    """The matrix ``leftᵀ right + Σ cᵢ Xᵢ``, whose entries are computed only when they are needed.
 
-    A leaf to ``optree``. What stands in a chain scales rows and coefficients; the sum is formed at its end, on top of
-    what it is added to: in the one product that the gradient needs anyway, and with one pass over memory for each
-    further term. ``lrkfac.materialize(tree)`` forms the leaves of a tree.
+    A linear layer's gradient ``Σ_n g_n a_nᵀ`` is one, with the rows ``g`` and ``a`` as factors, and so is a multiple of
+    it or its sum with other matrices. ``optree`` sees a leaf. Transformations scale the rows and coefficients;
+    ``lrkfac.materialize(tree)``, or the end of a chain, computes the sum, in the one product that the gradient needs
+    anyway and one pass over memory for each further term.
+
+    Example:
+        >>> import torch
+        >>> g, a = torch.ones(5, 2), torch.ones(5, 3)
+        >>> gradient = LazyMatrix(g, a, torch.float32)
+        >>> gradient.shape
+        torch.Size([2, 3])
+        >>> gradient.scaled(0.2).plus(torch.ones(2, 3)).dense()
+        tensor([[2., 2., 2.],
+                [2., 2., 2.]])
 
     Attributes:
         left: ``[n, rows]``; ``n`` may be 0.
         right: ``[n, columns]``.
-        dtype: Of the matrix; the rows may have a wider one.
+        dtype: The dtype of the matrix; the factors may have a wider one.
         terms: Pairs ``(c, X)`` with ``X`` ``[rows, columns]``.
     """
 
@@ -32,43 +43,43 @@ class LazyMatrix:
 
     @staticmethod
     def of(x: Tensor) -> LazyMatrix:
-        """``x`` as the only term."""
+        """Return ``x`` as a lazy matrix with one term."""
         return LazyMatrix(x.new_empty(0, x.shape[0]), x.new_empty(0, x.shape[1]), x.dtype, ((1.0, x),))
 
     @property
     def shape(self) -> torch.Size:
-        """``[rows, columns]``."""
+        """The shape of the matrix, ``[rows, columns]``."""
         return torch.Size((self.left.shape[1], self.right.shape[1]))
 
     @property
     def device(self) -> torch.device:
-        """Of the rows."""
+        """The device of the factors."""
         return self.left.device
 
     @property
     def ndim(self) -> int:
-        """2."""
+        """The number of axes, 2."""
         return 2
 
     def t(self) -> LazyMatrix:
-        """The transpose."""
+        """Return the transpose."""
         return LazyMatrix(self.right, self.left, self.dtype, tuple([(c, x.t()) for c, x in self.terms]))
 
     def to(self, dtype: torch.dtype) -> LazyMatrix:
-        """The matrix in another dtype."""
+        """Return the matrix in another dtype."""
         return replace(self, dtype=dtype)
 
     def scaled(self, scale: float | Tensor) -> LazyMatrix:
-        """``scale`` times the matrix."""
+        """Return ``scale`` times the matrix."""
         left = (scale * self.left).to(self.left.dtype) if self.left.shape[0] else self.left
         return LazyMatrix(left, self.right, self.dtype, tuple([(scale * c, x) for c, x in self.terms]))
 
     def plus(self, x: Tensor, scale: float | Tensor = 1.0) -> LazyMatrix:
-        """The matrix and ``scale * x``."""
+        """Return the matrix plus ``scale * x``."""
         return replace(self, terms=((scale, x), *self.terms))
 
-    def form(self) -> Tensor:
-        """The matrix, in a dtype that holds all that it is made of."""
+    def unrounded(self) -> Tensor:
+        """Return the entries in the widest dtype of factors and terms."""
         terms = list(self.terms)
         if self.left.shape[0] or not terms:
             total, fresh = self.left.mT @ self.right, True
@@ -78,25 +89,25 @@ class LazyMatrix:
             fresh = isinstance(scale, Tensor) or scale != 1.0
             total = scale * total if fresh else total
         for scale, x in terms:
-            total, fresh = added(total, scale, x, fresh), True
+            total, fresh = add_multiple(total, scale, x, fresh), True
         return total
 
     def dense(self) -> Tensor:
-        """The matrix, in its own dtype."""
-        return self.form().to(self.dtype)
+        """Return the entries in the dtype of the matrix."""
+        return self.unrounded().to(self.dtype)
 
     def vdot(self, other: LazyMatrix | Tensor) -> Tensor:
-        """The sum of products of the entries, ``[]``; of two gradients by inner products of their rows."""
+        """Return the sum of products of the entries, ``[]``; for two gradients by inner products of their rows."""
         if self.terms:
-            one, two = self.form(), other.form() if isinstance(other, LazyMatrix) else other
+            one, two = self.unrounded(), _unrounded(other)
             return torch.dot(one.reshape(-1), two.reshape(-1)) if one.dtype == two.dtype else (one * two).sum()
         if isinstance(other, LazyMatrix) and not other.terms:
             return ((self.left @ other.left.mT) * (self.right @ other.right.mT)).sum()
-        return ((self.left @ (other.form() if isinstance(other, LazyMatrix) else other)) * self.right).sum()
+        return ((self.left @ _unrounded(other)) * self.right).sum()
 
 
-def added(total: Tensor, scale: float | Tensor, x: Tensor, fresh: bool = False) -> Tensor:
-    """``total + scale x``, in the place of a fresh total, which nothing else may hold.
+def add_multiple(total: Tensor, scale: float | Tensor, x: Tensor, fresh: bool = False) -> Tensor:
+    """Return ``total + scale x``, in the memory of ``total`` if that is ``fresh``: nothing else refers to it.
 
     Not by ``addmm`` of the product onto ``x``, which copies ``x`` first, and which the compiler does not join with the
     sums that follow.
@@ -105,3 +116,7 @@ def added(total: Tensor, scale: float | Tensor, x: Tensor, fresh: bool = False) 
     if isinstance(scale, Tensor):
         return total.addcmul_(x, scale) if in_place and scale.dtype == x.dtype else total + scale * x
     return total.add_(x, alpha=scale) if in_place else torch.add(total, x, alpha=scale)
+
+
+def _unrounded(x: LazyMatrix | Tensor) -> Tensor:
+    return x.unrounded() if isinstance(x, LazyMatrix) else x

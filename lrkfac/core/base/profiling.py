@@ -10,5 +10,5 @@ from torch.profiler import record_function
 
 
 def profiled(name: str) -> AbstractContextManager[Any]:
-    """The range ``lrkfac.<name>`` in ``torch.profiler`` (and in NVTX by it); nothing under the compiler."""
+    """Return a context that ``torch.profiler`` (and NVTX) shows as ``lrkfac.<name>``; empty under the compiler."""
     return nullcontext() if torch.compiler.is_compiling() else record_function(f"lrkfac.{name}")

@@ -1,4 +1,4 @@
-"""Tables as plain text."""
+"""Tables and numbers as plain text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
-    """Rows under a heading, the first of them; cells after the first column on the right, if wanted."""
+    """Return rows as aligned lines, the first of them as heading; ``right`` aligns all columns but the first."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -18,6 +18,6 @@ def table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
 
 
 def short(number: float) -> str:
-    """Three digits and a prefix of the units: 1.23 M."""
+    """Return a number with three digits and a unit prefix, such as ``1.23 M``."""
     powers = min(int(math.log10(number) / 3 + 1e-4), 5) if number >= 1 else 0
     return f"{number / 1000**powers:.3g} {' kMGTP'[powers]}".rstrip()

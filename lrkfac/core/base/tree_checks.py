@@ -1,4 +1,4 @@
-"""Checks of trees: structure, shapes, dtypes and devices."""
+"""Checks of trees: structure, shapes, dtypes and devices of leaves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lrkfac.core.base.types import Tree
 
 
 def paths(x: Tree) -> tuple[str, ...]:
-    """The dotted path of every leaf, in the order of ``optree.tree_leaves``."""
+    """Return the dotted path of every leaf, in the order of ``optree.tree_leaves``."""
     return tuple(".".join(str(_key(entry)) for entry in accessor) for accessor in optree.tree_accessors(x))
 
 
@@ -22,27 +22,27 @@ def _key(entry: optree.PyTreeEntry) -> Any:
 
 
 def difference(expected: Tree, got: Tree) -> str | None:
-    """In what the structure of a tree differs from that of another, in words; ``None`` where it does not."""
+    """Describe in words how the structure of ``got`` differs from that of ``expected``; ``None`` if it does not."""
     # The compiler cannot compare structures; paths, which it can, take too long for every eager step.
     compiling = torch.compiler.is_compiling()
     if paths(got) == paths(expected) if compiling else optree.tree_structure(got) == optree.tree_structure(expected):
         return None
-    wanted, there = paths(expected), paths(got)
-    missing = [path for path in wanted if path not in there]
-    unexpected = [path for path in there if path not in wanted]
+    expected_paths, got_paths = paths(expected), paths(got)
+    missing = [path for path in expected_paths if path not in got_paths]
+    unexpected = [path for path in got_paths if path not in expected_paths]
     return f"missing {missing}, unexpected {unexpected}" if missing or unexpected else f"{optree.tree_structure(got)}"
 
 
 def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
-    """The leaves of a tree, which is refused unless it has the structure and shapes of another.
+    """Return the leaves of a tree; raise unless it has the structure and shapes of another.
 
     Raises:
         ValueError: Names the leaf that is missing, unexpected, of another shape or on another device, or is no
             floating-point tensor.
     """
     leaves, structure = optree.tree_flatten(got)
-    likes, wanted = optree.tree_flatten(expected)
-    same = not torch.compiler.is_compiling() and structure == wanted
+    likes, expected_structure = optree.tree_flatten(expected)
+    same = not torch.compiler.is_compiling() and structure == expected_structure
     differs = None if same else difference(expected, got)
     if differs is not None:
         raise ValueError(
@@ -52,9 +52,9 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
     _check_devices(leaves, what)
     for i, (leaf, like) in enumerate(zip(leaves, likes, strict=True)):
         if not isinstance(leaf, Tensor | LazyMatrix) or leaf.shape != like.shape:
-            there_is = tuple(leaf.shape) if isinstance(leaf, Tensor | LazyMatrix) else type(leaf).__name__
+            actual = tuple(leaf.shape) if isinstance(leaf, Tensor | LazyMatrix) else type(leaf).__name__
             raise ValueError(
-                f"{what}: expected {paths(expected)[i]!r} of shape {tuple(like.shape)}, got {there_is}; pass a "
+                f"{what}: expected {paths(expected)[i]!r} of shape {tuple(like.shape)}, got {actual}; pass a "
                 "tree like the parameters, or call find_layers() and init() again for others"
             )
         device = like.device if isinstance(like, Tensor) else leaf.device
@@ -67,7 +67,7 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
 
 
 def check_stacked(expected: Tree, got: Tree, what: str) -> None:
-    """Refuses a tree that is not one like another with one more axis of equal length in front of each leaf.
+    """Raise unless a tree is like another with one more axis in front of each leaf, of equal length.
 
     Raises:
         ValueError: As ``check_like``.
@@ -78,7 +78,7 @@ def check_stacked(expected: Tree, got: Tree, what: str) -> None:
 
 
 def check_tree(got: Tree, what: str) -> list[Tensor]:
-    """The leaves of a tree, which is refused unless they are floating-point tensors.
+    """Return the leaves of a tree; raise unless they are floating-point tensors.
 
     Raises:
         TypeError: Names the leaf that is something else.
@@ -87,8 +87,8 @@ def check_tree(got: Tree, what: str) -> list[Tensor]:
     leaves: list[Tensor] = optree.tree_leaves(got)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor | LazyMatrix) or not leaf.dtype.is_floating_point:
-            there_is = leaf.dtype if isinstance(leaf, Tensor | LazyMatrix) else type(leaf).__name__
-            raise TypeError(f"{what}: expected floating-point tensors, got {there_is} at {paths(got)[i]!r}")
+            actual = leaf.dtype if isinstance(leaf, Tensor | LazyMatrix) else type(leaf).__name__
+            raise TypeError(f"{what}: expected floating-point tensors, got {actual} at {paths(got)[i]!r}")
     if got is None:
         raise TypeError(f"{what}: expected a tree of tensors, got None")
     _check_devices(leaves, what)
@@ -96,6 +96,6 @@ def check_tree(got: Tree, what: str) -> list[Tensor]:
 
 
 def _check_devices(leaves: list[Any], what: str) -> None:
-    """Of tensors without values there are none or all, as where nothing but shapes is asked for."""
+    """Raise if some leaves have values and some do not; a tree without values at all asks for shapes."""
     if len({leaf.device.type == "meta" for leaf in leaves if isinstance(leaf, Tensor)}) > 1:
         raise ValueError(f"{what}: expected tensors with values, got some on the device 'meta'")

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.base.lazy import LazyMatrix, added
+from lrkfac.core.base.lazy import LazyMatrix, add_multiple
 from lrkfac.core.base.per_parameter import is_number
 from lrkfac.core.base.types import PerParameter, Tree
 
 
 def vdot(x: Tree, y: Tree, weights: Tree | None = None) -> Tensor:
-    """Inner product of two trees: the sum over all leaves of ``sum(x * y)``, or of its product with a weight, ``[]``.
+    """Return the inner product of two trees, ``[]``: the sum over leaves of ``weight * sum(x * y)``.
 
-    Half-precision leaves are summed in float32.
+    Weights are 1 by default. Half-precision leaves are summed in float32.
     """
     products = optree.tree_leaves(optree.tree_map(_vdot, x, y))
     if weights is not None:
@@ -26,14 +26,14 @@ def vdot(x: Tree, y: Tree, weights: Tree | None = None) -> Tensor:
 
 
 def add_scaled(x: Tree, scale: PerParameter, y: Tree) -> Tree:
-    """``x + scale * y`` leaf by leaf, in the dtype of ``x``; what is not formed in ``x`` stays so."""
+    """Return ``x + scale * y`` leaf by leaf, in the dtype of ``x``; lazy matrices in ``x`` stay lazy."""
 
     def one(a: Any, b: Any, c: float | Tensor) -> Any:
         if isinstance(a, LazyMatrix):
             return a.plus(_materialized(b), c)
         if isinstance(b, LazyMatrix):
-            return b.scaled(c).plus(a).form().to(a.dtype)
-        return added(a, c, b).to(a.dtype)
+            return b.scaled(c).plus(a).unrounded().to(a.dtype)
+        return add_multiple(a, c, b).to(a.dtype)
 
     if is_number(scale):
         return optree.tree_map(lambda a, b: one(a, b, scale), x, y)
@@ -41,7 +41,7 @@ def add_scaled(x: Tree, scale: PerParameter, y: Tree) -> Tree:
 
 
 def scaled(scale: PerParameter, x: Tree) -> Tree:
-    """``scale * x`` leaf by leaf, in the dtype of ``x``."""
+    """Return ``scale * x`` leaf by leaf, in the dtype of ``x``."""
 
     def one(a: Any, c: float | Tensor) -> Any:
         return a.scaled(c) if isinstance(a, LazyMatrix) else (c * a).to(a.dtype)
@@ -50,19 +50,19 @@ def scaled(scale: PerParameter, x: Tree) -> Tree:
 
 
 def zeros_like(x: Tree) -> Tree:
-    """A tree of zeros with the shapes, dtypes and devices of ``x``."""
+    """Return a tree of zeros with the shapes, dtypes and devices of ``x``."""
     return optree.tree_map(
         lambda a: a.left.new_zeros(a.shape, dtype=a.dtype) if isinstance(a, LazyMatrix) else torch.zeros_like(a), x
     )
 
 
 def selected(condition: Tensor, new: Tree, old: Tree) -> Tree:
-    """``new`` where the condition ``[]`` holds, else ``old``; what has not changed is passed on."""
+    """Return ``new`` where the condition ``[]`` holds, else ``old``; leaves that are the same object pass."""
     return optree.tree_map(lambda x, y: x if x is y else torch.where(condition, x, y), new, old)
 
 
 def zero_unless(condition: Tensor, x: Tree) -> Tree:
-    """The tree where the condition ``[]`` holds, else zeros, whatever the entries are."""
+    """Return the tree where the condition ``[]`` holds, else zeros, also in the place of NaN and infinity."""
 
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, LazyMatrix):
@@ -73,7 +73,21 @@ def zero_unless(condition: Tensor, x: Tree) -> Tree:
 
 
 def materialize(x: Tree) -> Tree:
-    """The tree with tensors for all leaves.
+    """Return the tree with each ``LazyMatrix`` computed, so that all leaves are tensors.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac import LazyMatrix
+        >>> gradient = LazyMatrix(torch.ones(5, 2), torch.ones(5, 3), torch.float32)
+        >>> materialize({"weight": gradient, "bias": torch.zeros(2)})["weight"]
+        tensor([[5., 5., 5.],
+                [5., 5., 5.]])
+
+    Args:
+        x: A tree of tensors and lazy matrices, such as ``evaluation.grads``.
+
+    Returns:
+        A tree of the same structure; tensors pass.
 
     Raises:
         TypeError: If a leaf is neither tensor nor ``LazyMatrix``.
@@ -82,7 +96,7 @@ def materialize(x: Tree) -> Tree:
 
 
 def lazy_like(x: Tree, y: Tree) -> Tree:
-    """``y`` with leaves that are still to be scaled and added to where those of ``x`` are not formed."""
+    """Return ``y`` with lazy matrices where ``x`` has them."""
     return optree.tree_map(lambda a, b: LazyMatrix.of(b) if isinstance(a, LazyMatrix) else b, x, y)
 
 
@@ -90,7 +104,7 @@ def _materialized(leaf: Any) -> Any:
     if isinstance(leaf, LazyMatrix):
         return leaf.dense()
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"formed: expected x to be a tree of tensors, got {type(leaf).__name__} in it")
+        raise TypeError(f"materialize: expected x to be a tree of tensors, got {type(leaf).__name__} in it")
     return leaf
 
 
@@ -102,12 +116,12 @@ def _vdot(a: Any, b: Any) -> Tensor:
 
 
 def as_row(x: Tree) -> Tensor:
-    """All leaves in one row, ``[P]``, in the widest of their dtypes, at least float32."""
+    """Return all leaves in one row, ``[P]``, in the widest of their dtypes, at least float32."""
     return torch.cat([wide(leaf).reshape(-1) for leaf in optree.tree_leaves(x)])
 
 
 def from_row(row: Tensor, like: Tree) -> Tree:
-    """The inverse of ``as_row``: a tree with the shapes and dtypes of another."""
+    """Return a row ``[P]`` as a tree with the shapes and dtypes of another: the inverse of ``as_row``."""
     leaves, structure = optree.tree_flatten(like)
     parts = row.split([leaf.numel() for leaf in leaves])
     cast = [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
@@ -115,6 +129,6 @@ def from_row(row: Tensor, like: Tree) -> Tree:
 
 
 def counter(x: Tree) -> Tensor:
-    """A zero to count steps with: int64, ``[]``, on the device of the first leaf of ``x``."""
+    """Return a counter at 0: int64, ``[]``, on the device of the first leaf of ``x``."""
     leaves = optree.tree_leaves(x)
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)

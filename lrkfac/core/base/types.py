@@ -1,12 +1,14 @@
-"""Names of types that every part of the package uses."""
+"""Names of types that all packages use."""
 
 from __future__ import annotations
 
 from typing import Any
 
 Tree = Any
-"""Any tree that ``optree`` traverses; the leaves are tensors."""
+"""A tree of tensors that ``optree`` traverses."""
 
 
 PerParameter = Any
-"""A number, or a tensor ``[]``, for all parameters; or a tree of them like the parameters, or one that ends earlier."""
+"""A number or tensor ``[]`` for all parameters, or a tree of them with the structure of the parameters or a prefix of
+it.
+"""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_dtype
+from lrkfac.core.base.private_torch import intercept, operation_counts
 from lrkfac.core.base.text import short, table
 from lrkfac.core.curvature.assignment import RANK, Block, Chosen, blocks, ranks_of
 from lrkfac.core.curvature.blocks import BlockState, damped_inverse
@@ -189,32 +190,26 @@ def _refreshed(block: Block, state: BlockState, rows: int, dtype: torch.dtype) -
 
 def _operations(of: Callable[[], Any]) -> tuple[int, int]:
     """Return multiplications and additions of matrix products and decompositions: without rows, and for each row."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import flop_registry  # takes a while to import
-
-    formulas = {**flop_registry, **_formulas()}
+    formulas = {**operation_counts(), **_formulas()}
     counted = [0, 0]
 
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if func.overloadpacket in formulas:
-                shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in args]
-                number = formulas[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-                of_rows = any(ROWS in shape for shape in shapes if isinstance(shape, tuple))
-                counted[of_rows] += number
-            return result
+    def count(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = operation(*args, **kwargs)
+        if operation.overloadpacket in formulas:
+            shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in args]
+            number = formulas[operation.overloadpacket](*args, **kwargs, out_val=result)
+            of_rows = any(ROWS in shape for shape in shapes if isinstance(shape, tuple))
+            counted[of_rows] += number
+        return result
 
-    with Count():
+    with intercept(count):
         of()
     return counted[0], counted[1] // ROWS
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
     """Return formulas of operations for which torch has none, a batch of matrices included."""
-    from torch.utils.flop_counter import flop_registry
-
-    aten = torch.ops.aten
+    aten, known = torch.ops.aten, operation_counts()
 
     def batch(shape: tuple[int, ...]) -> int:
         return math.prod(shape[:-2])
@@ -235,8 +230,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         aten._linalg_eigh: cubed(9),
         aten.linalg_cholesky_ex: cubed(1 / 3),
         aten.cholesky_inverse: cubed(2 / 3),
-        aten.addmm_: flop_registry[aten.addmm],
-        aten.baddbmm_: flop_registry[aten.baddbmm],
+        aten.addmm_: known[aten.addmm],
+        aten.baddbmm_: known[aten.baddbmm],
         aten.mv: products,
         aten.dot: products,
     }

@@ -14,7 +14,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from lrkfac.core.base.arguments import check_flag, check_model, check_values
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.base.layout import laid_out_like
+from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.tree_checks import check_like, check_stacked
 from lrkfac.core.base.trees import materialize, scaled
@@ -157,7 +157,7 @@ def evaluator(
                 with profiled("capture"):
                     found = of_examples(params, inputs, targets, statistics, noise)
 
-        grads = optree.tree_map(laid_out_like, grads, params)
+        grads = optree.tree_map(with_layout_of, grads, params)
 
         def outputs_of(params: Tree) -> list[Tensor]:
             with with_constant_padding(layers):

@@ -19,7 +19,7 @@ from lrkfac.core.layers.kinds import KINDS, LINEAR
 from lrkfac.core.layers.matrix import collect, split_groups, turned, weight_gradient
 from lrkfac.core.layers.probes import OutputSpec
 from lrkfac.core.layers.statistics import Uses
-from lrkfac.core.layers.views import TRANSPOSITIONS, put
+from lrkfac.core.layers.views import TRANSPOSITIONS, scatter_view
 
 
 def thin_layers(layers: Layers, specs: dict[str, list[OutputSpec]]) -> tuple[Layer, ...]:
@@ -50,7 +50,7 @@ def by_rows(layer: Layer, inputs: Uses, gradients: Uses) -> dict[int, Any]:
     dtype = widest(a.dtype, g.dtype)  # two under autocast
     found: dict[int, Any] = {layer.weight.index: turned(layer, LazyMatrix(g.to(dtype), a.to(dtype), dtype))}
     if layer.bias is not None:
-        found[layer.bias.index] = put(layer.bias.view, layer.bias.shape, g.to(dtype).sum(dim=0))
+        found[layer.bias.index] = scatter_view(layer.bias.view, layer.bias.shape, g.to(dtype).sum(dim=0))
     return found
 
 
@@ -66,10 +66,10 @@ def gradients_of(layer: Layer, inputs: Uses, gradients: Uses, scale: Tensor | No
     parts = split_groups(layer, inputs), split_groups(layer, gradients)
     of_weight = partial(weight_gradient, layer, joint=False)
     weight = of_weight(*parts) if layer.groups == 1 else vmap(of_weight)(*parts)
-    found = {layer.weight.index: put(layer.weight.view, layer.weight.shape, weight.flatten(0, -2))}
+    found = {layer.weight.index: scatter_view(layer.weight.view, layer.weight.shape, weight.flatten(0, -2))}
     if layer.bias is not None:
         uses = zip(inputs, gradients, layer.kinds, layer.options, strict=True)
         rows = [g.to(widest(a.dtype, g.dtype)).movedim(KINDS[kind].channel(o), -1) for a, g, kind, o in uses]
         bias = torch.stack([x.flatten(0, -2).sum(dim=0) for x in rows]).sum(dim=0)
-        collect(found, {layer.bias.index: put(layer.bias.view, layer.bias.shape, bias)})
+        collect(found, {layer.bias.index: scatter_view(layer.bias.view, layer.bias.shape, bias)})
     return found

@@ -1,4 +1,4 @@
-"""An operation of one's own with a weight, as a kind of layer."""
+"""Custom layer kinds: any operation that is linear in its weight, as a kind of layer."""
 
 from __future__ import annotations
 
@@ -6,36 +6,46 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.func import vjp
-from torch.overrides import _pop_mode_temporarily
 
 from lrkfac.core.base.arguments import check_function
+from lrkfac.core.base.private_torch import hand_to_mode, is_watched
 
 
 def _input_weight_bias(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
-    """The first two or three arguments."""
+    """Return the first two or three arguments."""
     return input, weight, bias
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, repr=False)
 class LayerKind:
-    """An operation of one's own with a weight, for ``find_layers(..., kinds=(kind,))``.
+    """A custom layer kind: an operation with a weight, for ``find_layers(..., kinds=(kind,))``.
 
-    It must be linear in the weight and do with each of its outputs the same: for every example and position ``t`` (of a
+    The operation is linear in the weight and treats all its outputs alike. For every example and position ``t`` (of a
     convolution, a sequence), ``s_t = W a_t + b``, where the rows ``a_t`` follow from the input alone. ``operation`` is
     that map with a matrix of any number of outputs in the weight's place. All else follows from it: the gradient and
-    the way back by its derivative, ``A V`` by both, with ``V`` as the matrix, so that rows are never formed; only the
-    diagonal of ``A``, and with it what a low rank leaves out, needs it with as many outputs as ``a`` has entries, 64 at
-    a time. ``lrkfac.testing.check_layer_kind`` checks all this.
+    the way back by its derivative, ``A V`` by both, with ``V`` as the matrix, so that rows are never formed. Only the
+    diagonal of ``A``, and with it what a low rank leaves out, needs the operation with as many outputs as ``a`` has
+    entries, 64 at a time. ``lrkfac.testing.check_layer_kind`` checks all this.
 
-    The model calls the ``LayerKind`` itself, as it would call ``function``; where ``function`` is torch's, such as
-    ``F.bilinear``, it calls that, and need not be changed.
+    The model calls the ``LayerKind`` itself, as it would call ``function``. Where ``function`` is torch's, such as
+    ``F.bilinear``, it calls that, and need not be changed. A kind copies and pickles where its functions do, and kinds
+    with equal attributes are equal.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac import find_layers
+        >>> product = LayerKind("product of two inputs", lambda x, y, w: (x * y) @ w.mT, lambda a, w: a @ w.mT,
+        ...                     parts=lambda x, y, w: (x * y, w))
+        >>> model = lambda params, x: product(x, x.cos(), params["w"])
+        >>> layers = find_layers(model, {"w": torch.ones(2, 3)}, torch.ones(5, 3), kinds=(product,))
+        >>> layers["w"].kind, layers["w"].d_out, layers["w"].d_in
+        ('product of two inputs', 2, 3)
 
     Attributes:
         name: As shown in the table of layers.
-        function: What computes the output, from whatever arguments.
+        function: Computes the output, from whatever arguments.
         operation: ``(input, W, *settings) -> s`` without bias, with ``W`` ``[k, d]`` for any ``k``, and ``s`` like the
             output, ``k`` along the axis ``channel``; for any number of examples.
         parts: From the arguments of a call ``(input, weight)``, ``(input, weight, bias)`` or ``(input, weight, bias,
@@ -48,7 +58,7 @@ class LayerKind:
         channel: The axis of the channels in the output, from the end.
 
     Raises:
-        TypeError: If something is no function, or an axis no integer.
+        TypeError: If an attribute that should be a function is none, or an axis is no integer.
         ValueError: If ``channel`` is not counted from the end.
     """
 
@@ -74,30 +84,28 @@ class LayerKind:
             raise ValueError(f"channel: expected {allowed}, got {self.channel}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of ``function``; seen by ``find_layers`` and what it describes."""
-        # What torch's own functions do, in a form that the compiler follows, too.
-        if torch._C._len_torch_function_stack():
-            with _pop_mode_temporarily() as mode:
-                result: Tensor = mode.__torch_function__(self, (), args, kwargs)
-                return result
+        """Return the output of ``function``; ``find_layers`` and the evaluator see the call."""
+        if is_watched():
+            result: Tensor = hand_to_mode(self, args, kwargs)
+            return result
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"LayerKind({self.name!r})"
 
 
-class OwnOptions(NamedTuple):
-    """What is fixed of a call: the kind, its settings, and how many axes the input has beside the batch."""
+class CustomOptions(NamedTuple):
+    """The settings of a use: the kind, the settings of its call, and the number of the input's axes but the batch."""
 
     kind: LayerKind
     settings: tuple[Any, ...]
     axes: int
 
     def apply(self, a: Tensor, w: Tensor) -> Tensor:
-        """The operation, of any leading axes together."""
+        """Return the kind's operation, with all leading axes of the input as one batch."""
         return self.kind.operation(a.reshape(-1, *a.shape[a.ndim - self.axes :]), w, *self.settings)
 
     def transpose(self, a: Tensor, g: Tensor, d: int) -> Tensor:
-        """The gradient of ``sum(g * s)`` with respect to ``W`` ``[k, d]``."""
+        """Return the gradient of ``sum(g * s)`` with respect to ``W``, ``[k, d]``."""
         s, back = vjp(lambda w: self.apply(a, w), g.new_zeros(g.shape[self.kind.channel], d))
         return back(g.reshape(s.shape))[0]

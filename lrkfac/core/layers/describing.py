@@ -1,4 +1,4 @@
-"""From the uses of parameters that were seen once to a static description of layers."""
+"""From the uses of parameters in one forward pass to the static description of layers."""
 
 from __future__ import annotations
 
@@ -6,37 +6,23 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.private_torch import version
+from lrkfac.core.layers.calls import Call
 from lrkfac.core.layers.description import Layer, Layers, Parameter
-from lrkfac.core.layers.kinds import BIAS, LINEAR, OWN, Kind
-from lrkfac.core.layers.parsers import Call
+from lrkfac.core.layers.kinds import BIAS, CUSTOM, LINEAR, Kind
 from lrkfac.core.layers.tracing import label
-from lrkfac.core.layers.views import View, taken
-
-
-class Use(NamedTuple):
-    """One use of a weight: the call, views of weight and bias, what it returned, the input's version then, whether
-    the batch is the leading axis, and whether each row belongs to one example, or one to all by broadcasting.
-    """
-
-    call: Call
-    path: str
-    view: View
-    bias: tuple[str, View] | None
-    output: Tensor
-    version: int
-    batched: bool = True
-    of_examples: bool = True
+from lrkfac.core.layers.uses import Use
+from lrkfac.core.layers.views import View, apply_view
 
 
 @dataclass
 class _Group:
-    """The uses of one part of a parameter, in one arrangement."""
+    """The uses of one part of a parameter, in one arrangement; it becomes one layer."""
 
     path: str
     view: View
@@ -45,17 +31,17 @@ class _Group:
 
 
 def describe(
-    seen: Mapping[str, list[Use]],
+    uses: Mapping[str, list[Use]],
     others: Mapping[str, list[str]],
     parameters: tuple[Parameter, ...],
     structure: optree.PyTreeSpec,
     examples: int,
     joint: bool,
 ) -> Layers:
-    """The layers that the uses make up, and why each other parameter belongs to none.
+    """Return the layers that the uses make up, and the reason why each other parameter belongs to none.
 
     Args:
-        seen: From the label of a weight, or of a view of it, to its uses.
+        uses: From the label of a weight, or of a view of it, to its uses.
         others: From the path of a parameter to the functions that used it in a way that no kind covers.
         parameters: All parameters.
         structure: The structure of their tree.
@@ -65,15 +51,15 @@ def describe(
     Raises:
         ValueError: If a layer's input was changed in place after its use.
     """
-    _check_inputs_unchanged(seen)
+    _check_inputs_unchanged(uses)
     by_path = {p.path: p for p in parameters}
     reasons = {path: f"used by {', '.join(dict.fromkeys(names))}" for path, names in others.items()}
-    groups = _groups(seen, by_path)
+    groups = _groups(uses, by_path)
     for path in {group.path for group in groups}:
         reason = _obstacle([g for g in groups if g.path == path], by_path[path], examples)
         if reason is not None:
             reasons.setdefault(path, reason)
-    biases = _biases(seen)
+    biases = _biases(uses)
     for path in {group.path for group in groups} & {bias[0] for bias in biases}:
         reasons.setdefault(path, "used as a bias and in another way")
     shared = _shared_biases(groups, biases, reasons, by_path)
@@ -97,25 +83,25 @@ def describe(
     return Layers(tuple(layers), uncovered, parameters, optree.tree_unflatten(structure, parameters))
 
 
-def _check_inputs_unchanged(seen: Mapping[str, list[Use]]) -> None:
-    for name, uses in seen.items():
-        if any(use.call.input._version != use.version for use in uses):
+def _check_inputs_unchanged(uses: Mapping[str, list[Use]]) -> None:
+    for name, group in uses.items():
+        if any(version(use.call.input) != use.version for use in group):
             raise ValueError(
                 f"layer {name!r}: its input is changed in place after the layer has used it; use the operation that "
                 "returns a new tensor"
             )
 
 
-def _groups(seen: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> list[_Group]:
-    """Uses by the entries of the parameter that they see: two views may arrange the same ones alike."""
+def _groups(uses: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> list[_Group]:
+    """Return uses grouped by the entries that they see: two views may arrange the same entries alike."""
     groups: list[_Group] = []
     places: list[Tensor | None] = []
-    often = Counter(uses[0].path for uses in seen.values())
-    for name, uses in seen.items():
-        for number, use in enumerate(uses):
+    often = Counter(of_label[0].path for of_label in uses.values())
+    for name, of_label in uses.items():
+        for number, use in enumerate(of_label):
             view = (*use.view, *use.call.turn)
             shape = by_path[use.path].shape
-            entries = taken(view, torch.arange(math.prod(shape)).reshape(shape)) if often[use.path] > 1 else None
+            entries = apply_view(view, torch.arange(math.prod(shape)).reshape(shape)) if often[use.path] > 1 else None
             for group, other in zip(groups, places, strict=True):
                 same_label = group.sites[0][0] == name
                 if group.path == use.path and (
@@ -131,12 +117,12 @@ def _groups(seen: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> 
 
 
 def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str | None:
-    """Why the uses of one parameter make no layers, if they do not."""
-    seen = torch.zeros(parameter.shape, dtype=torch.int8)
+    """Return the reason why the uses of one parameter make no layers, ``None`` if they do."""
+    counts = torch.zeros(parameter.shape, dtype=torch.int8)
     if len(groups) > 1 or groups[0].view:
         for group in groups:
-            _count(group.view[: len(group.uses[0].view)], seen)
-        if not bool((seen == 1).all()):
+            _count(group.view[: len(group.uses[0].view)], counts)
+        if not bool((counts == 1).all()):
             return "used in parts that overlap, leave something out or are arranged differently"
     for group in groups:
         kinds = {use.call.kind.name: use.call.kind for use in group.uses}
@@ -150,7 +136,7 @@ def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str 
                 over_batch = len(aligned) == len(shape) and aligned[0] != 1
                 if not shape or shape[0] not in (1, examples) or over_batch:
                     return f"used by {use.call.kind.name} on a tensor of shape {shape} without the batch in front"
-            if use.call.kind is OWN and use.call.input.shape[:1] not in ((1,), (examples,)):
+            if use.call.kind is CUSTOM and use.call.input.shape[:1] not in ((1,), (examples,)):
                 return f"used by {use.call.options[0].name} on an input without the batch in front"
             if not use.of_examples and not use.call.kind.one_hot:
                 return f"used by {use.call.kind.name} on what all examples share, without an axis for the batch"
@@ -159,18 +145,18 @@ def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str 
     return None
 
 
-def _count(view: View, seen: Tensor) -> None:
-    """Adds 1 where a view of the tensor takes its entries from."""
-    part = taken(view, seen)
-    if part.untyped_storage().data_ptr() == seen.untyped_storage().data_ptr():
+def _count(view: View, counts: Tensor) -> None:
+    """Add 1 in place to the entries that a view of the tensor shows."""
+    part = apply_view(view, counts)
+    if part.untyped_storage().data_ptr() == counts.untyped_storage().data_ptr():
         part.add_(1)
     else:  # such as a transposition that is reshaped: a copy
-        entries = taken(view, torch.arange(seen.numel()).reshape(seen.shape)).reshape(-1)
-        seen.view(-1).index_add_(0, entries, torch.ones(len(entries), dtype=seen.dtype))
+        entries = apply_view(view, torch.arange(counts.numel()).reshape(counts.shape)).reshape(-1)
+        counts.view(-1).index_add_(0, entries, torch.ones(len(entries), dtype=counts.dtype))
 
 
 def is_batched(call: Call, output: Tensor, twice: Call, output_twice: Tensor) -> bool:
-    """Whether the leading axes of input and output grow with the batch, or stand for all examples at once."""
+    """Return whether the leading axes of input and output grow with the batch, or stand for all examples at once."""
     pairs = [(_leading(output, call, 2), _leading(output_twice, call, 2))]
     if call.input.ndim:
         pairs.append((_leading(call.input, call, 0), _leading(twice.input, call, 0)))
@@ -178,20 +164,20 @@ def is_batched(call: Call, output: Tensor, twice: Call, output_twice: Tensor) ->
 
 
 def is_of_examples(output: Tensor, output_twice: Tensor) -> bool:
-    """Whether what a use returns grows with the batch, or has an axis of length 1 that stands for it."""
+    """Return whether an output grows with the batch, or has an axis of length 1 in its place."""
     return output_twice.numel() > output.numel() or (output.ndim > 1 and output.shape[0] == 1)
 
 
 def _leading(x: Tensor, call: Call, side: int) -> int:
-    """The size of the first axis of rows: of the input (0) or of the output (2) of the options of a product."""
+    """Return the size of the first axis of rows of the input (side 0) or output (side 2) of a product."""
     permutation = call.options[side] if call.kind is LINEAR else ()
     return x.shape[permutation[0] if permutation else 0] if x.ndim else 1
 
 
-def _biases(seen: Mapping[str, list[Use]]) -> list[tuple[str, View]]:
-    """The biases of all uses, each once."""
+def _biases(uses: Mapping[str, list[Use]]) -> list[tuple[str, View]]:
+    """Return the biases of all uses, each once."""
     biases: list[tuple[str, View]] = []
-    for use in (use for uses in seen.values() for use in uses):
+    for use in (use for of_label in uses.values() for use in of_label):
         if use.bias is not None and use.bias not in biases:
             biases.append(use.bias)
     return biases
@@ -200,7 +186,7 @@ def _biases(seen: Mapping[str, list[Use]]) -> list[tuple[str, View]]:
 def _shared_biases(
     groups: list[_Group], biases: list[tuple[str, View]], reasons: Mapping[str, str], by_path: Mapping[str, Parameter]
 ) -> set[str]:
-    """Parameters that are biases, but not, part by part, at every use of one covered weight and nowhere else."""
+    """Return the biases that are not, part by part, at every use of one covered weight and nowhere else."""
     shared = set()
     for path, view in biases:
         users = [group for group in groups if any(use.bias == (path, view) for use in group.uses)]
@@ -210,14 +196,14 @@ def _shared_biases(
         entries = torch.zeros(by_path[path].shape, dtype=torch.int8)
         for other, part in biases:
             if other == path:
-                taken(part, entries).add_(1)
+                apply_view(part, entries).add_(1)
         if bool((entries > 1).any()):
             shared.add(path)
     return shared
 
 
 def _names(groups: list[_Group], paths: Collection[str]) -> list[str]:
-    """Paths without their last part, where that is neither empty nor shared; with the view, where it is a part."""
+    """Return names: the path without its last part unless that is empty or shared; with the view for a part."""
     often = Counter(group.path for group in groups)
     long = [group.sites[0][0] if often[group.path] > 1 else group.path for group in groups]
     short = [group.path.rpartition(".")[0] if often[group.path] == 1 else group.sites[0][0] for group in groups]
@@ -225,19 +211,19 @@ def _names(groups: list[_Group], paths: Collection[str]) -> list[str]:
     return [s if s and shared[s] == 1 else full for s, full in zip(short, long, strict=True)]
 
 
-def _placed(parameter: Parameter, view: View) -> Parameter:
+def _with_view(parameter: Parameter, view: View) -> Parameter:
     return replace(parameter, view=view)
 
 
 def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str, View] | None) -> Layer:
     parameter, call = by_path[group.path], group.uses[0].call
-    rows, columns = taken(group.view, torch.empty(parameter.shape, device="meta")).shape
+    rows, columns = apply_view(group.view, torch.empty(parameter.shape, device="meta")).shape
     number = call.kind.groups(call.options)
     return Layer(
         name=name,
         kinds=tuple(use.call.kind.name for use in group.uses),
-        weight=_placed(parameter, group.view),
-        bias=None if bias is None else _placed(by_path[bias[0]], bias[1]),
+        weight=_with_view(parameter, group.view),
+        bias=None if bias is None else _with_view(by_path[bias[0]], bias[1]),
         d_in=columns + (bias is not None),
         d_out=rows // number,
         groups=number,
@@ -253,7 +239,7 @@ def _bias_layer(group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str
     return Layer(
         name=label(*bias),
         kinds=(BIAS.name,) * len(kinds),
-        weight=_placed(by_path[bias[0]], bias[1]),
+        weight=_with_view(by_path[bias[0]], bias[1]),
         bias=None,
         d_in=1,
         d_out=weight.d_out * weight.groups,

@@ -1,4 +1,4 @@
-"""Static description of parameters and layers."""
+"""The static description of a model: its parameters and layers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.views import View
 
 Treatment = Literal["expand", "reduce"]
-"""What K-FAC makes of the positions and uses at which one example shares a weight."""
+"""The K-FAC variant for weight sharing: "expand" or "reduce" (Eschenhagen et al. 2023, arXiv 2311.00636)."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """Where a parameter lies in the parameter tree.
+    """One parameter's place in the parameter tree, and the part of it that a layer uses.
 
-    ``path`` is its dotted path, ``index`` its place among ``optree.tree_leaves(params)``; ``view`` are the steps
-    from the parameter to the part of it, in the arrangement, that a layer uses. ``dtype`` is what it was when the
-    layers were found, and no part of the description.
+    Attributes:
+        path: Its dotted path.
+        index: Its place among ``optree.tree_leaves(params)``.
+        shape: The shape of the whole parameter.
+        view: The steps from the parameter to the part of it, in the arrangement, that a layer uses.
+        dtype: Its dtype when ``find_layers`` ran; not compared.
     """
 
     path: str
@@ -35,12 +38,21 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Layer:
-    """One operation with a weight, as static data.
+    """One weight of a model with the operations that use it, as static data.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac import find_layers, from_module
+        >>> model, params = from_module(torch.nn.Sequential(torch.nn.Linear(3, 2)))
+        >>> layer = find_layers(model, params, torch.ones(5, 3))["0"]
+        >>> layer.kind, layer.weight.path, layer.bias.path
+        ('linear', '0.weight', '0.bias')
+        >>> layer.d_in, layer.d_out  # with the bias as a fourth column
+        (4, 2)
 
     Attributes:
         name: The weight's path without its last part (the whole path where that is not unique).
-        kinds: For each use of the weight in one forward pass, the name of the entry in ``lrkfac.core.layers``
-            that knows the operation.
+        kinds: For each use of the weight in one forward pass, the name of the layer kind.
         weight: The weight, or, for the kind ``"bias"``, the bias itself.
         bias: The bias where it is joint with the weight, else ``None``.
         d_in: Length of one input row ``a`` of one group, with the trailing 1 of a joint bias.
@@ -65,33 +77,48 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """The kinds, each named once; those of one's own by their names."""
-        named = [o[0].name if kind == "own" else kind for kind, o in zip(self.kinds, self.options, strict=True)]
+        """The names of the kinds, each once; custom kinds by the names that they were given."""
+        named = [o[0].name if kind == "custom" else kind for kind, o in zip(self.kinds, self.options, strict=True)]
         return " + ".join(dict.fromkeys(named))
 
     @property
     def uses(self) -> int:
-        """How often the weight is used in one forward pass."""
+        """The number of uses of the weight in one forward pass."""
         return len(self.options)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a model, as ``find_layers`` describes them. ``print`` shows them as a table.
+    """The layers of a model, as ``find_layers`` describes them: a sequence that prints as a table.
+
+    A name picks a layer: ``layers["net.0"]``.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac import find_layers
+        >>> model = lambda params, x: torch.tanh(x @ params["w"].T + params["b"]) * params["scale"].exp()
+        >>> params = {"w": torch.ones(2, 3), "b": torch.ones(2), "scale": torch.ones(())}
+        >>> print(find_layers(model, params, torch.ones(5, 3)))
+        name  kind    parameters  shape  factors   uses
+        ----  ------  ----------  -----  --------  ----
+        w     linear  w, b        2 x 3  A 4, B 2  1
+        <BLANKLINE>
+        not covered (plain gradient):
+          scale (): used by torch.Tensor.exp
 
     Attributes:
         layers: One entry for each weight that is covered, in the order of their first use.
-        uncovered: Each other parameter with the reason.
+        uncovered: Each other parameter with the reason why no layer covers it.
         parameters: All parameters, in the order of ``optree.tree_leaves(params)``.
         tree: The parameter tree with each parameter's ``Parameter`` as its leaf.
-        own: The ``LayerKind`` s that ``find_layers`` was given.
+        custom: The custom layer kinds.
     """
 
     layers: tuple[Layer, ...]
     uncovered: tuple[tuple[Parameter, str], ...]
     parameters: tuple[Parameter, ...]
     tree: Tree
-    own: tuple[Any, ...] = ()
+    custom: tuple[Any, ...] = ()
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -136,8 +163,8 @@ class Layers:
         return "\n".join(lines)
 
 
-def check_layers(given: Any) -> Layers:
-    """Refuses what is not from ``find_layers``."""
-    if not isinstance(given, Layers):
-        raise TypeError(f"layers: expected what find_layers() returned, got {type(given).__name__}")
-    return given
+def check_layers(value: Any) -> Layers:
+    """Return ``value``; raise unless ``find_layers`` made it."""
+    if not isinstance(value, Layers):
+        raise TypeError(f"layers: expected what find_layers() returned, got {type(value).__name__}")
+    return value

@@ -1,6 +1,6 @@
-"""One entry per kind of layer: its rows, its own operation, its gradient as a matrix.
+"""The layer kinds: for each its operation, its gradient as a matrix and its rows.
 
-Everything that K-FAC needs of a layer follows from its own operation ``s = op(a, W)``, linear in the matrix
+Everything that K-FAC needs of a layer follows from its operation ``s = op(a, W)``, linear in the matrix
 ``W`` ``[d_out, d_in]``, and from that operation's transpose ``G = opᵀ(a, g)``, the gradient with respect to
 ``W``. The input factor is ``A V = opᵀ(a, op(a, Vᵀ))ᵀ / n``: ``V`` takes the place of the weights, nothing is
 unfolded.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrkfac.core.layers.custom import OwnOptions
+from lrkfac.core.layers.custom import CustomOptions
 
 Options = tuple[Any, ...]
 
@@ -36,12 +36,12 @@ def _last(options: Options) -> int:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the package knows about one kind of layer.
+    """One kind of layer, by its operation and the transpose of it.
 
     Attributes:
         name: As shown in the table of layers.
-        prepare: ``(a, g, N, options) -> (a, g)``: the standard form of what the operation received and of the
-            gradients at what it returned, ``g`` with a leading axis ``k``.
+        prepare: ``(a, g, N, options) -> (a, g)``: the standard form of the operation's input and of the gradients at
+            its output, ``g`` with a leading axis ``k``.
         transpose: ``(a, g, d, options) -> [k, d]`` for one group: the gradient of ``sum(g * s)`` with respect to ``W``.
         operation: ``(a, W, options) -> s`` for one group, without bias; ``W`` is ``[k, d]`` and ``s`` has ``k``
             channels. ``None`` for kinds whose blocks are no Kronecker products.
@@ -50,7 +50,7 @@ class Kind:
         rows: ``(a, d) -> [n, d]`` where the rows need no unfolding, else ``None``.
         one_hot: Whether the rows of the weight are picked by number (``a`` holds integers): then the *output* side
             of ``W`` is one-hot and the gradients are the rows of its input side.
-        unit_wise: Whether each output has a small block of its own (scales and shifts), no product.
+        unit_wise: Whether the Fisher block is small blocks, one for each output (scales and shifts), and no product.
         picks: Whether rows consist of entries of ``a``, so that the squares of rows are the rows of the squares.
     """
 
@@ -70,12 +70,12 @@ class Kind:
 
 
 class LinearOptions(NamedTuple):
-    """How the operands of a product are arranged as rows.
+    """The permutations that arrange the operands of a product as rows.
 
     Attributes:
         input: Permutation of the input's axes that brings the contracted ones to the end; empty for none.
         contracted: Number of contracted axes.
-        output: Permutation of the output's axes that brings those of the weight to the end; empty for none.
+        output: Permutation of the output's axes that brings the weight's axes to the end; empty for none.
         kept: Number of the weight's axes in the output.
     """
 
@@ -100,12 +100,12 @@ def _prepare_linear(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Ten
 
 
 def _of_each(a: Tensor, g: Tensor) -> Tensor:
-    """The input of each example, where all share one."""
+    """Return the input once for each example, where all share one."""
     return a.expand(g.shape[1], *a.shape[1:]) if a.shape[0] == 1 else a
 
 
 def _batched(x: Tensor, n: int, leading: int = 0) -> Tensor:
-    """The batch in front, also where it was flattened together with the positions of a sequence."""
+    """Return ``x`` with the batch in front, also where it was flattened together with the positions of a sequence."""
     sizes = x.shape[leading:]
     if len(sizes) > 1 and sizes[0] != n and sizes[0] % n == 0:
         return x.unflatten(leading, (n, -1))
@@ -151,7 +151,7 @@ def _prepare_convolution(a: Tensor, g: Tensor, n: int, options: Options) -> tupl
 
 
 def _symmetric_padding(o: ConvolutionOptions) -> list[int]:
-    """The padding left to do: ``"same"`` with an even kernel pads unevenly, and was done by ``prepare``."""
+    """Return the padding of the operation; uneven padding (``"same"`` with an even kernel) was done by ``prepare``."""
     uneven = any(before != after for before, after in o.padding)
     return [0 if uneven else before for before, _ in o.padding]
 
@@ -205,7 +205,7 @@ def _prepare_embedding(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[
 
 
 def counts(numbers: Tensor, size: int, padding: int | None) -> Tensor:
-    """How often each number occurs, ``[size]`` in float32, the padding's left out."""
+    """Return how often each number occurs, ``[size]`` in float32; the padding does not count."""
     flat = numbers.reshape(-1)
     weight = torch.ones(flat.shape, dtype=torch.float32, device=flat.device)
     weight = weight if padding is None else torch.where(flat == padding, 0.0, weight)
@@ -240,19 +240,20 @@ BIAS = Kind(
     operation=lambda a, w, options: a @ w.mT,
     rows=_linear_rows,
 )
-"""A bias apart from its weight: its input is the constant 1; its options are its layer's kind and options."""
+"""A bias as a separate layer: its input is the constant 1; its options are kind and options of the weight's layer."""
 
 
 def _affine_prepare(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
-    """Input and output gradients as ``[N, positions, units]``; ``options`` is the parameter's shape, aligned
-    with the last axes of the output by broadcasting.
+    """Return input and output gradients as ``[N, positions, units]``.
+
+    ``options`` is the parameter's shape, aligned with the last axes of the output by broadcasting.
     """
     (shape,) = options
     aligned = (1,) * (g.ndim - 1 - len(shape)) + tuple(shape)
     a = a.broadcast_to(g.shape[1:])
     repeated = [axis for axis, size in enumerate(aligned) if size == 1 and axis > 0]
-    own = [axis for axis, size in enumerate(aligned) if size != 1 and axis > 0]
-    order = [0, *repeated, *own]
+    units = [axis for axis, size in enumerate(aligned) if size != 1 and axis > 0]
+    order = [0, *repeated, *units]
     a = a.permute(order).reshape(a.shape[0], math.prod([a.shape[i] for i in repeated]), -1)
     g = g.permute(0, *(i + 1 for i in order))
     return a, g.reshape(*g.shape[:2], a.shape[1], a.shape[2])
@@ -263,30 +264,30 @@ def _affine_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Tensor:
 
 
 SCALE = Kind(name="scale", prepare=_affine_prepare, transpose=_affine_transpose, unit_wise=True)
-"""``s = scale * a`` unit by unit, with or without a shift: a normalisation's, or a parameter that is multiplied."""
+"""``s = scale * a`` unit by unit, with or without a shift: of a normalisation, or a parameter that is multiplied."""
 
 
 SHIFT = Kind(name="shift", prepare=_affine_prepare, transpose=_affine_transpose, unit_wise=True)
 """``s = a + shift``: a parameter that is added or repeated for every example; its input is the constant 1."""
 
 
-# One's own --------------------------------------------------------------------------------------------
+# Custom kinds --------------------------------------------------------------------------------------------
 
 
-OWN = Kind(
-    name="own",
+CUSTOM = Kind(
+    name="custom",
     prepare=lambda a, g, n, options: (_of_each(a, g), g if options[0].weight_axis is not None else g[..., None]),
-    transpose=lambda a, g, d, options: OwnOptions(*options).transpose(a, g, d),
-    operation=lambda a, w, options: OwnOptions(*options).apply(a, w),
-    channel=lambda options: OwnOptions(*options).kind.channel,
+    transpose=lambda a, g, d, options: CustomOptions(*options).transpose(a, g, d),
+    operation=lambda a, w, options: CustomOptions(*options).apply(a, w),
+    channel=lambda options: CustomOptions(*options).kind.channel,
     picks=False,
 )
-"""What a ``LayerKind`` describes; it stands in the options, so that there is no table of them to add to."""
+"""A custom layer kind; its ``LayerKind`` stands in the options, so that no table has to grow."""
 
 
 KINDS = {
     kind.name: kind
     for kind in (
-        LINEAR, *CONVOLUTIONS.values(), *TRANSPOSED_CONVOLUTIONS.values(), EMBEDDING, BIAS, SCALE, SHIFT, OWN,
+        LINEAR, *CONVOLUTIONS.values(), *TRANSPOSED_CONVOLUTIONS.values(), EMBEDDING, BIAS, SCALE, SHIFT, CUSTOM,
     )
 }  # fmt: skip

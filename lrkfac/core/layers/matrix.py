@@ -13,7 +13,7 @@ from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.layers.description import Layer
 from lrkfac.core.layers.kinds import KINDS, Kind, Options
 from lrkfac.core.layers.statistics import Uses
-from lrkfac.core.layers.views import put, taken
+from lrkfac.core.layers.views import apply_view, scatter_view
 
 
 def split_groups(layer: Layer, tensors: Uses) -> Uses:
@@ -73,10 +73,10 @@ def layer_matrix(layer: Layer, leaves: Sequence[Any]) -> LayerMatrix:
     if isinstance(weight, LazyMatrix):
         weight = turned(layer, weight)
     else:
-        weight = taken(layer.weight.view, weight).reshape(*shape, -1)
+        weight = apply_view(layer.weight.view, weight).reshape(*shape, -1)
     if layer.bias is None:
         return LayerMatrix(weight)
-    return LayerMatrix(weight, taken(layer.bias.view, leaves[layer.bias.index]).reshape(shape))
+    return LayerMatrix(weight, apply_view(layer.bias.view, leaves[layer.bias.index]).reshape(shape))
 
 
 def layer_leaves(layer: Layer, matrix: LayerMatrix) -> dict[int, Any]:
@@ -86,9 +86,9 @@ def layer_leaves(layer: Layer, matrix: LayerMatrix) -> dict[int, Any]:
         leaves: dict[int, Any] = {layer.weight.index: turned(layer, weight)}
     else:
         flat = weight.reshape(layer.groups * layer.d_out, -1) if layer.groups > 1 else weight
-        leaves = {layer.weight.index: put(layer.weight.view, layer.weight.shape, flat)}
+        leaves = {layer.weight.index: scatter_view(layer.weight.view, layer.weight.shape, flat)}
     if layer.bias is not None and bias is not None:
-        collect(leaves, {layer.bias.index: put(layer.bias.view, layer.bias.shape, bias)})
+        collect(leaves, {layer.bias.index: scatter_view(layer.bias.view, layer.bias.shape, bias)})
     return leaves
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,22 +12,33 @@ from torch.func import functional_call
 from lrkfac.core.base.arguments import check_flag
 from lrkfac.core.base.types import Tree
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 
 def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
-    """A module as ``model(params, inputs)``, and its parameters.
+    """Return a module as a pure function ``model(params, inputs)``, and its parameters.
 
-    The function keeps the module's mode (``train`` or ``eval``) of this moment and copies of its buffers;
-    every call works on fresh copies of them, so that BatchNorm in training mode, which changes its buffers
-    in place, is pure too. Parameters share memory with the module's, which nothing here changes; those that
-    do not require a gradient are frozen: constants of the function, not among ``params``.
+    The function keeps the module's mode (``train`` or ``eval``) of this moment and copies of its buffers. Every call
+    works on fresh copies of them, so that BatchNorm in training mode, which changes its buffers in place, is pure too.
+    Parameters share memory with the module's, which nothing here changes. Those that do not require a gradient are
+    frozen: constants of the function, not among ``params``. The function copies, pickles and saves where the module
+    does.
+
+    Example:
+        >>> import torch
+        >>> model, params = from_module(torch.nn.Linear(3, 2))
+        >>> {name: tuple(p.shape) for name, p in params.items()}
+        {'weight': (2, 3), 'bias': (2,)}
+        >>> model(params, torch.ones(5, 3)).shape
+        torch.Size([5, 2])
 
     Args:
         module: Any module without active dropout.
         buffers: Whether the caller carries the buffers along.
 
     Returns:
-        ``(model, params)`` with ``params`` a dictionary from names to tensors. ``inputs`` is one argument, of which a
-        tuple is spread as positional, a dictionary as keyword arguments, and anything else is passed as it is.
+        ``(model, params)`` with ``params`` a dictionary from names to tensors. ``inputs`` is one argument: a tuple is
+        spread as positional, a dictionary as keyword arguments, and anything else is passed as it is.
 
         With ``buffers=True``: ``(model, params, buffers)``, where ``model(params, (buffers, inputs))`` returns
         ``(outputs, updated buffers)``; use it with ``evaluator(..., has_aux=True)``.
@@ -39,37 +50,52 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
     check_flag(buffers, "buffers")
-    _refuse_dropout(module)
+    _check_no_dropout(module)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    constant = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    constants = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
     if not params:
         raise ValueError(f"module: {type(module).__name__} has no parameters that require a gradient")
     shared = {id(x): x for x in (*module.parameters(), *module.buffers())}
     frozen = copy.deepcopy(module, shared)  # the module's mode and structure, without copies of tensors
-    kept = {name: b.detach().clone() for name, b in module.named_buffers()}
+    copies = {name: b.detach().clone() for name, b in module.named_buffers()}
+    model = ModuleFunction(frozen, constants, None if buffers else copies)
+    return (model, params, copies) if buffers else (model, params)
 
-    def call(params: Tree, buffers: dict[str, Tensor], inputs: Tree) -> tuple[Any, dict[str, Tensor]]:
+
+@dataclass(frozen=True, eq=False)
+class ModuleFunction:
+    """The pure function that ``from_module`` returns.
+
+    Attributes:
+        module: The module; its own parameters and buffers are not used.
+        constants: Parameters that are not trained, by name.
+        buffers: Buffers at the start of each call, by name; ``None`` where the caller passes and receives them.
+    """
+
+    module: nn.Module
+    constants: dict[str, Tensor]
+    buffers: dict[str, Tensor] | None
+
+    def __call__(self, params: Tree, inputs: Tree) -> Any:
+        """Return the module's outputs; with carried buffers, also these as the call left them."""
+        if self.buffers is not None:
+            return self._outputs(params, self.buffers, inputs)[0]
+        buffers, inputs = inputs
+        return self._outputs(params, buffers, inputs)
+
+    def _outputs(self, params: Tree, buffers: dict[str, Tensor], inputs: Tree) -> tuple[Any, dict[str, Tensor]]:
         # A module may change a buffer in place or put another tensor in its place: both end in this dictionary.
-        state = {**constant, **params, **{name: b.clone() for name, b in buffers.items()}}
+        state = {**self.constants, **params, **{name: b.clone() for name, b in buffers.items()}}
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
         if isinstance(inputs, dict):
             args, kwargs = (), inputs
-        outputs = functional_call(frozen, state, args, kwargs, strict=True)
+        outputs = functional_call(self.module, state, args, kwargs, strict=True)
         return outputs, {name: state[name] for name in buffers}
 
-    def stateless(params: Tree, inputs: Tree) -> Any:
-        return call(params, kept, inputs)[0]
 
-    def stateful(params: Tree, inputs: tuple[dict[str, Tensor], Tree]) -> tuple[Any, dict[str, Tensor]]:
-        return call(params, *inputs)
-
-    model: Callable[[Tree, Any], Any] = stateful if buffers else stateless
-    return (model, params, kept) if buffers else (model, params)
-
-
-def _refuse_dropout(module: nn.Module) -> None:
+def _check_no_dropout(module: nn.Module) -> None:
     for name, part in module.named_modules():
-        probability = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0.0)
+        probability = part.p if isinstance(part, DROPOUTS) else getattr(part, "dropout", 0.0)
         if part.training and isinstance(probability, float) and probability > 0:
             raise ValueError(
                 f"module: {name or type(module).__name__} ({type(part).__name__}) draws hidden random numbers with "

@@ -1,4 +1,4 @@
-"""The constant padding of embeddings under forward derivatives."""
+"""Forward derivatives of embeddings with padding, whose row of the weight is a constant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lrkfac.core.layers.kinds import EMBEDDING
 
 
 class ConstantPadding(TorchFunctionMode):
-    """Cuts the derivative of an embedding at its padding: torch's forward derivatives, unlike the others, do not."""
+    """Sets the derivative of an embedding at its padding to zero, as torch does in reverse but not in forward mode."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -31,7 +31,7 @@ def _padding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *arg
 
 
 def with_constant_padding(layers: Layers) -> AbstractContextManager[Any]:
-    """``ConstantPadding`` where a layer is an embedding with padding; else nothing."""
+    """Return ``ConstantPadding`` where a layer is an embedding with padding, else an empty context."""
     uses = [use for layer in layers for use in zip(layer.kinds, layer.options, strict=True)]
     padded = any(kind == EMBEDDING.name and options[1] is not None for kind, options in uses)
     return ConstantPadding() if padded else nullcontext()

@@ -1,4 +1,4 @@
-"""Probes: broadcast zeros added to the outputs of layers, and the shapes that they must have."""
+"""Probes: broadcast zeros to add to the outputs of layers, and the shapes that they must have."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.private_torch import fake_mode
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.description import Layers
-from lrkfac.core.layers.purity import RefuseRandomNumbers
+from lrkfac.core.layers.purity import without_random_numbers
 from lrkfac.core.layers.tracing import run_captured
 
 
 class OutputSpec(NamedTuple):
-    """What a probe must look like."""
+    """Shape, dtype and device of a probe."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -26,19 +27,19 @@ class OutputSpec(NamedTuple):
 def output_specs(
     model: Callable[[Tree, Tree], Any], layers: Layers, params: Tree, inputs: Tree
 ) -> dict[str, list[OutputSpec]]:
-    """Shape, dtype and device of every layer's output, by one forward pass without computation.
+    """Return shape, dtype and device of every layer's output, by one forward pass without computation.
 
-    In eager mode the pass sees fake tensors; under the compiler the true ones, whose computation is then
-    removed as dead code. What a layer returns once for all examples (positions) is repeated for each, so that
-    their gradients stay apart.
+    In eager mode the pass sees fake tensors; under the compiler the true ones, whose computation the compiler removes
+    as dead code. An output that stands for all examples (positions) is repeated for each, so that their gradients stay
+    apart.
 
     Raises:
-        ValueError: If the model cannot take what is repeated.
+        ValueError: If the model cannot take a repeated output.
     """
     if torch.compiler.is_compiling():
         result, records = run_captured(model, layers, params, inputs)
     else:
-        with fake_mode(), RefuseRandomNumbers():
+        with fake_mode(), without_random_numbers():
             result, records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)
     n = batch_size(result)
     specs = {
@@ -50,12 +51,12 @@ def output_specs(
         expected = _shapes(result)
         try:
             with fake_mode():
-                found = _shapes(
+                shapes = _shapes(
                     run_captured(model, layers, like_fake(params), like_fake(inputs), zero_probes(specs))[0]
                 )
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(_NOT_REPEATED.format(shared)) from error
-        if found != expected:
+        if shapes != expected:
             raise ValueError(_NOT_REPEATED.format(shared))
     return specs
 
@@ -72,7 +73,7 @@ def _shapes(result: Any) -> list[torch.Size]:
 
 
 def batch_size(result: Any) -> int:
-    """The length of the leading axis of a model's first output; of outputs alone, or of outputs and more.
+    """Return the length of the leading axis of a model's first output; the model may return outputs and more.
 
     Raises:
         TypeError: If the model returns something else.
@@ -85,12 +86,12 @@ def batch_size(result: Any) -> int:
 
 
 def repeated(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
-    """The shape with ``n`` examples where it has one for all of them."""
+    """Return the shape with ``n`` examples where it has one for all of them."""
     return (n, *shape[1:]) if shape and shape[0] == 1 else shape
 
 
 def zero_probes(specs: dict[str, list[OutputSpec]], sources: Container[str] | None = None) -> dict[str, list[Tensor]]:
-    """Probes that take no memory, of all sources or of some."""
+    """Return probes, which take no memory, for all sources or some."""
     return {
         source: [torch.zeros((), dtype=s.dtype, device=s.device).expand(s.shape) for s in uses]
         for source, uses in specs.items()
@@ -98,16 +99,8 @@ def zero_probes(specs: dict[str, list[OutputSpec]], sources: Container[str] | No
     }
 
 
-def fake_mode() -> Any:
-    """A mode in which tensors have shapes but no values; the model's own constants may take part."""
-    # Not at the top: the import takes as long as the rest of the package.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
 def like_fake(tree: Tree) -> Tree:
-    """Tensors without values, of the same shapes, dtypes and devices; to be called in ``fake_mode``."""
+    """Return a tree of tensors without values, of equal shapes, dtypes and devices; to be called in ``fake_mode``."""
     return optree.tree_map(
         lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, Tensor) else x, tree
     )

@@ -1,9 +1,10 @@
-"""What a pure function must not do: change tensors of its own in place, or draw hidden random numbers."""
+"""Checks that a model is a pure function: it changes no outside tensor in place and draws no hidden random numbers."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import optree
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lrkfac.core.base.private_torch import intercept, is_fake
 
 DROPOUTS = (
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
@@ -19,22 +21,20 @@ DROPOUTS = (
 )  # fmt: skip
 
 
-def refuse_hidden_effects(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
-    """Refuses a call, seen by a function mode while all parameters and inputs are fake tensors.
+def check_pure(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise unless a call is pure; parameters and inputs are fake tensors, all other tensors are the model's.
 
     Raises:
         ValueError: If the call would change a tensor that is not fake, such as a buffer, drop out or leave torch.
     """
-    from torch._subclasses.fake_tensor import FakeTensor
-
     for x in _changed(func, args, kwargs):
-        if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
+        if isinstance(x, Tensor) and not is_fake(x):
             raise ValueError(
                 f"model: {resolve_name(func)} changes a tensor of shape {tuple(x.shape)} (a buffer?) that is "
                 "neither a parameter nor an input in place; use from_module(), which passes copies of buffers, "
                 "or pass the buffers in the inputs and return them"
             )
-    if func in (Tensor.numpy, Tensor.__array__) and isinstance(args[0], FakeTensor):
+    if func in (Tensor.numpy, Tensor.__array__) and is_fake(args[0]):
         raise ValueError(f"model: {resolve_name(func)} reads the values of a tensor; use torch's operations")
     if func in DROPOUTS:
         arguments = _bound(func, args, kwargs)
@@ -44,16 +44,17 @@ def refuse_hidden_effects(func: Callable[..., Any], args: Any, kwargs: dict[str,
         raise ValueError(_hidden(resolve_name(func)))
 
 
-class RefuseRandomNumbers(TorchDispatchMode):
-    """Refuses every operation that draws from the global random generator, whatever function called it."""
+def without_random_numbers() -> AbstractContextManager[Any]:
+    """Return a context that refuses each operation on the global random generator, whatever function called it."""
+    return intercept(_check_draws_nothing)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        # Attention carries the tag for its dropout, which is looked at above.
-        drawing = torch.Tag.nondeterministic_seeded in func.tags and "attention" not in str(func)
-        if drawing and kwargs.get("generator") is None:
-            raise ValueError(_hidden(str(func)))
-        return func(*args, **kwargs)
+
+def _check_draws_nothing(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Attention carries the tag for its dropout, at which ``check_pure`` looks.
+    drawing = torch.Tag.nondeterministic_seeded in operation.tags and "attention" not in str(operation)
+    if drawing and kwargs.get("generator") is None:
+        raise ValueError(_hidden(str(operation)))
+    return operation(*args, **kwargs)
 
 
 def _hidden(name: str | None) -> str:
@@ -64,7 +65,7 @@ def _hidden(name: str | None) -> str:
 
 
 def _changed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Iterable[Any]:
-    """The tensors that a call changes, by torch's rules for names: a trailing underscore, ``out=``."""
+    """Return the tensors that a call changes, by torch's rules for names: a trailing underscore, ``out=``."""
     if func is F.batch_norm:
         arguments = _bound(func, args, kwargs)
         return [arguments["running_mean"]] if arguments["training"] else []

@@ -1,9 +1,9 @@
-"""Follows parameters through a pure function and records what passes through its layers.
+"""Capture: follow parameters through a pure function and record what passes through its layers.
 
 A ``TorchFunctionMode`` sees every call of a known operation and knows a weight, or a view of one, by identity.
-It records the operation's input and adds a *probe* to its output: a broadcast zero, the derivative with
-respect to which is the gradient at the output. So the statistics of all layers are the ``vjp`` of one pure
-function ``(parameters, probes) -> outputs``, without hooks and whatever the model does after the operation.
+It records the operation's input and adds a *probe* to its output: a broadcast zero whose derivative is the gradient at
+the output. So the statistics of all layers are the ``vjp`` of one pure function ``(parameters, probes) -> outputs``,
+without hooks and whatever the model does after the operation.
 """
 
 from __future__ import annotations
@@ -12,53 +12,55 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optree
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lrkfac.core.base.private_torch import transformation_level
 from lrkfac.core.base.types import Tree
-from lrkfac.core.layers.attention import OPENED
+from lrkfac.core.layers.attention import multi_head_attention
+from lrkfac.core.layers.calls import Call
 from lrkfac.core.layers.custom import LayerKind
-from lrkfac.core.layers.custom_calls import call_of_own
+from lrkfac.core.layers.custom_calls import custom_call
 from lrkfac.core.layers.description import Layers
-from lrkfac.core.layers.parsers import PARSERS, Call
-from lrkfac.core.layers.purity import refuse_hidden_effects
-from lrkfac.core.layers.views import View, is_view, picks_by_tensor, steps_of
+from lrkfac.core.layers.parsers import PARSERS
+from lrkfac.core.layers.purity import check_pure
+from lrkfac.core.layers.views import View, picks_by_tensor, steps_of, view_name
 
 Tracked = list[tuple[str, View, Tensor]]
-"""``(path of the parameter, view, tensor)``: what is followed."""
+"""The tensors that are followed: ``(path of the parameter, view, tensor)``."""
 
 
 class Recorded(NamedTuple):
-    """One use of a weight: what the operation received and returned (before the probe)."""
+    """The input of one use of a weight, and its output before the probe."""
 
     input: Tensor
     output: Tensor
 
 
 class Follow(TorchFunctionMode):
-    """Follows parameters through their views and shows each use to ``used``.
+    """Follows parameters through their views and passes each call to ``used``.
 
     ``tracked`` grows as views are taken. It is passed in from outside, as are the records of ``Capture``: the
     compiler follows changes of such a list or dictionary, but not of an attribute of the mode.
 
     Args:
         tracked: All parameters with their paths.
-        guarded: Whether to refuse hidden effects; only where parameters and inputs are fake tensors.
-        own: Kinds beside those that the package knows.
+        guarded: Whether to refuse impure calls; only where parameters and inputs are fake tensors.
+        custom: Custom layer kinds.
     """
 
-    def __init__(self, tracked: Tracked, guarded: bool = False, own: tuple[LayerKind, ...] = ()) -> None:
+    def __init__(self, tracked: Tracked, guarded: bool = False, custom: tuple[LayerKind, ...] = ()) -> None:
         super().__init__()
-        self.tracked, self.guarded, self.own = tracked, guarded, own
-        self.level = torch._C._functorch.maybe_current_level() if guarded else None
+        self.tracked, self.guarded, self.custom = tracked, guarded, custom
+        self.level = transformation_level() if guarded else None
 
     def inside(self) -> bool:
-        """Whether the model is within a transformation of its own."""
-        return torch._C._functorch.maybe_current_level() != self.level
+        """Return whether the call stands inside a transformation that the model applies."""
+        return transformation_level() != self.level
 
     def place(self, x: Any) -> tuple[str, View] | None:
-        """Path and view of a tensor that is followed."""
+        """Return path and view of a tensor that is followed, ``None`` for others."""
         for path, view, tensor in self.tracked:
             if tensor is x:
                 return path, view
@@ -69,31 +71,32 @@ class Follow(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.guarded and not self.inside():
-            refuse_hidden_effects(func, args, kwargs)
-        opened = OPENED.get(func)
-        if opened is not None:
+            check_pure(func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            if self.guarded:
+                func(*args, **kwargs)  # for its checks of arguments
             with self:
-                return opened(*args, **kwargs)
+                return multi_head_attention(*args, **kwargs)
         result = func(*args, **kwargs)
-        name = is_view(func)
+        name = view_name(func)
         if name is not None and not picks_by_tensor(args, kwargs):
             place = self.place(args[0]) if args else None
             if place is not None:
                 for step, part in steps_of(name, args, kwargs, result):
                     self.tracked.append((place[0], (*place[1], step), part))
             return result
-        call = call_of_own(self.own, func, self.known, args, kwargs)
+        call = custom_call(self.custom, func, self.known, args, kwargs)
         if call is None:
             parser = PARSERS.get(func)
             call = None if parser is None else parser(self.known, *args, **kwargs)
         return self.used(func, args, kwargs, call, result)
 
     def known(self, x: Any) -> bool:
-        """Whether an argument is a parameter, or a view of one."""
+        """Return whether an argument is a parameter, or a view of one."""
         return self.place(x) is not None
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
-        """Called after a function has run; returns its result, changed or not."""
+        """Return the result of a function that has run, changed or not."""
         return result
 
 
@@ -106,7 +109,7 @@ class Capture(Follow):
         records: Filled with the uses of each source, in order.
         probes: For each source, one probe per use; none at all to record only.
         guarded: See ``Follow``.
-        own: See ``Follow``.
+        custom: See ``Follow``.
     """
 
     def __init__(
@@ -116,13 +119,13 @@ class Capture(Follow):
         records: dict[str, list[Recorded]],
         probes: dict[str, list[Tensor]] | None = None,
         guarded: bool = False,
-        own: tuple[LayerKind, ...] = (),
+        custom: tuple[LayerKind, ...] = (),
     ) -> None:
-        super().__init__(tracked, guarded, own)
+        super().__init__(tracked, guarded, custom)
         self.sources, self.records, self.probes = sources, records, probes
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
-        """Records and adds a probe."""
+        """Record the use of a watched weight; return the result plus its probe."""
         place = None if call is None else self.place(call.weight)
         if call is None or place is None:
             return result
@@ -137,7 +140,7 @@ class Capture(Follow):
 
 
 def label(path: str, view: View) -> str:
-    """The name of a parameter or of a view of it, as in ``in_proj_weight.chunk(3)[0]``."""
+    """Return the name of a parameter or of a view of it, as in ``in_proj_weight.chunk(3)[0]``."""
     return path + "".join([str(step) for step in view])
 
 
@@ -149,7 +152,7 @@ def run_captured(
     probes: dict[str, list[Tensor]] | None = None,
     guarded: bool = False,
 ) -> tuple[Any, dict[str, list[Recorded]]]:
-    """The model's result, and what passed through each layer, by the source of the layer.
+    """Return the model's result, and the uses of each watched weight by its label.
 
     Raises:
         ValueError: If a weight was used more or less often than ``find_layers`` saw.
@@ -159,7 +162,7 @@ def run_captured(
     leaves = [leaf.view_as(leaf) for leaf in leaves]
     records: dict[str, list[Recorded]] = {}
     tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
-    with Capture(tracked, layers.sources, records, probes, guarded, layers.own):
+    with Capture(tracked, layers.sources, records, probes, guarded, layers.custom):
         result = model(optree.tree_unflatten(structure, leaves), inputs)
     for layer in layers:
         for site in {site for site, _ in layer.sites}:

@@ -1,4 +1,4 @@
-"""Parts and rearrangements of a parameter, followed by name and replayed as static descriptions."""
+"""Views of a parameter, parts and rearrangements, as static descriptions that can be replayed and transposed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ATTRIBUTES = ("T", "mT")
 
 
 SAME_ORDER = ("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "ravel")
-"""Methods that keep all entries in their row-major order: undone by a reshape."""
+"""Methods that keep all entries in their row-major order; a reshape is their inverse."""
 
 
 TRANSPOSITIONS = ("t", "T", "mT")
-"""Of a matrix: each undone by the same once more."""
+"""Transpositions of a matrix; each is its own inverse."""
 
 
 class Step(NamedTuple):
-    """One method (or attribute) of a tensor with fixed arguments; ``output`` picks one of several results."""
+    """A method or attribute of a tensor with fixed arguments; ``output`` picks one of several results."""
 
     name: str
     args: tuple[Any, ...] = ()
@@ -35,47 +35,50 @@ class Step(NamedTuple):
     output: int | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The step taken."""
-        found = getattr(x, self.name)
-        result = found if self.name in ATTRIBUTES else found(*self.args, **dict(self.kwargs))
+        """Return the result of the method, or the attribute."""
+        member = getattr(x, self.name)
+        result = member if self.name in ATTRIBUTES else member(*self.args, **dict(self.kwargs))
         return result if self.output is None else result[self.output]
 
     def __str__(self) -> str:
         if self.name in ATTRIBUTES:
             return f".{self.name}"
         arguments = ", ".join([*map(str, self.args), *(f"{k}={v}" for k, v in self.kwargs)])
-        called = f"[{arguments}]" if self.name == "__getitem__" else f".{self.name}({arguments})"
-        return called if self.output is None else f"{called}[{self.output}]"
+        code = f"[{arguments}]" if self.name == "__getitem__" else f".{self.name}({arguments})"
+        return code if self.output is None else f"{code}[{self.output}]"
 
 
 View = tuple[Step, ...]
-"""Steps from a parameter to the tensor that an operation uses."""
+"""The steps from a parameter to the tensor that an operation uses."""
 
 
-def taken(view: View, x: Tensor) -> Tensor:
-    """The view of ``x``."""
+def apply_view(view: View, x: Tensor) -> Tensor:
+    """Return the view of ``x``."""
     for step in view:
         x = step(x)
     return x
 
 
-def put(view: View, shape: tuple[int, ...], x: Tensor) -> Tensor:
-    """The transpose of ``taken``: ``x``, in any shape, at its place in a tensor of this shape, zeros elsewhere."""
+def scatter_view(view: View, shape: tuple[int, ...], x: Tensor) -> Tensor:
+    """Return ``x`` at its place in a tensor of zeros of this shape: the transpose of ``apply_view``.
+
+    ``x`` may have any shape with the entries of the view in row-major order.
+    """
     if all(step.name in SAME_ORDER for step in view):
         return x.reshape(shape)
     if len(shape) == 2 and all(step.name in TRANSPOSITIONS for step in view):
         return x.reshape(shape[::-1]).mT if len(view) % 2 else x.reshape(shape)
-    part, transpose = vjp(lambda whole: taken(view, whole), torch.zeros(shape, dtype=x.dtype, device=x.device))
+    part, transpose = vjp(lambda whole: apply_view(view, whole), torch.zeros(shape, dtype=x.dtype, device=x.device))
     return transpose(x.reshape(part.shape))[0]
 
 
-def is_view(func: Callable[..., Any]) -> str | None:
-    """The name of the method or attribute if ``func`` is one that only rearranges a tensor."""
+def view_name(func: Callable[..., Any]) -> str | None:
+    """Return the name of a method or attribute that only rearranges a tensor, ``None`` for other functions."""
     return _NAMES.get(func)
 
 
 def picks_by_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether entries are picked by a tensor of numbers, as in ``w[numbers]``: no static description."""
+    """Return whether a tensor of numbers picks entries, as in ``w[numbers]``, which is no static description."""
     # Not by tree_leaves, through which the compiler of torch 2.11 cannot pass slices.
     return any(_holds_tensor(x) for x in (*args[1:], *kwargs.values()))
 
@@ -85,7 +88,7 @@ def _holds_tensor(x: Any) -> bool:
 
 
 def steps_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> list[tuple[Step, Tensor]]:
-    """The steps from the tensor ``args[0]`` to each tensor that such a call returned."""
+    """Return the step from ``args[0]`` to each tensor that a call of a view returned, with that tensor."""
     rest = tuple(args[1:])
     named = tuple(sorted(kwargs.items()))
     if isinstance(result, Tensor):
@@ -93,16 +96,16 @@ def steps_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
     return [(Step(name, rest, named, i), part) for i, part in enumerate(result)]
 
 
-def _functions() -> dict[Callable[..., Any], str]:
-    found: dict[Callable[..., Any], str] = {}
+def _view_names() -> dict[Callable[..., Any], str]:
+    names: dict[Callable[..., Any], str] = {}
     for name in METHODS:
-        found[getattr(Tensor, name)] = name
+        names[getattr(Tensor, name)] = name
         if hasattr(torch, name):
-            found[getattr(torch, name)] = name
-    found[Tensor.__getitem__] = "__getitem__"
+            names[getattr(torch, name)] = name
+    names[Tensor.__getitem__] = "__getitem__"
     for name in ATTRIBUTES:
-        found[getattr(Tensor, name).__get__] = name
-    return found
+        names[getattr(Tensor, name).__get__] = name
+    return names
 
 
-_NAMES = _functions()
+_NAMES = _view_names()

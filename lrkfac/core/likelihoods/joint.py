@@ -1,4 +1,4 @@
-"""Several heads, each with a likelihood of its own; a single likelihood is the case of one head."""
+"""Joint likelihoods of several heads; a single likelihood is the case of one head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lrkfac.core.base.types import Tree
 from lrkfac.core.likelihoods.protocol import Likelihood
 
 Leaves = Sequence[Tensor]
-"""Outputs or targets of all heads, in the order of ``optree.tree_leaves``."""
+"""The outputs or targets of all heads, in the order of ``optree.tree_leaves``."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Joint:
     heads: tuple[Likelihood, ...]
     weights: tuple[float, ...]
 
-    def leaves(self, given: Tree, source: str, what: str = "") -> list[Tensor]:
-        """The tensors of a tree in the structure of the heads; ``source`` and ``what`` name it in errors.
+    def leaves(self, values: Tree, source: str, what: str = "") -> list[Tensor]:
+        """Return the tensors of a tree with the structure of the heads; ``source`` and ``what`` name it in errors.
 
         Raises:
-            TypeError: If the tree has another structure or holds something else than tensors.
+            TypeError: If the tree has another structure or a leaf that is no tensor.
         """
         if isinstance(self.tree, Likelihood):
-            if not isinstance(given, Tensor):
-                raise TypeError(f"{source}: expected {what}a tensor, got {type(given).__name__}")
-            return [given]
-        leaves: list[Any] = optree.tree_leaves(given)
-        differs = difference(self.tree, given)
+            if not isinstance(values, Tensor):
+                raise TypeError(f"{source}: expected {what}a tensor, got {type(values).__name__}")
+            return [values]
+        leaves: list[Any] = optree.tree_leaves(values)
+        differs = difference(self.tree, values)
         if differs is not None:
             raise TypeError(f"{source}: expected {what}a tree in the structure of joint(...), got {differs}")
         for leaf in leaves:
@@ -58,7 +58,7 @@ class Joint:
         return leaves
 
     def split(self, result: Any, has_aux: bool) -> tuple[list[Tensor], Any]:
-        """Outputs of a model, head by head, and what else it returned (``None`` without ``has_aux``).
+        """Return the outputs of a model, head by head, and its auxiliary result (``None`` without ``has_aux``).
 
         Raises:
             TypeError: If the outputs have another structure than the likelihood.
@@ -90,11 +90,11 @@ class Joint:
         return outputs, aux
 
     def unflatten(self, leaves: Leaves) -> Tree:
-        """The inverse of ``leaves``."""
+        """Return leaves as a tree: the inverse of ``leaves``."""
         return optree.tree_unflatten(optree.tree_structure(self.tree), list(leaves))
 
     def loss(self, outputs: Leaves, targets: Leaves) -> Tensor:
-        """``Σ weightₕ lossₕ``, ``[]``."""
+        """Return ``Σ weightₕ lossₕ``, ``[]``."""
         losses = [head.loss(f, y) for head, f, y in zip(self.heads, outputs, targets, strict=True)]
         total = _times(self.weights[0], losses[0])
         for weight, loss in zip(self.weights[1:], losses[1:], strict=True):
@@ -102,13 +102,13 @@ class Joint:
         return total
 
     def total_weight(self, outputs: Leaves, targets: Leaves) -> Tensor:
-        """``Σ wₙ`` of a single head, the number of examples for several, ``[]``."""
+        """Return ``Σ wₙ`` of a single head, the number of examples for several heads, ``[]``."""
         if len(self.heads) == 1:
             return self.heads[0].total_weight(outputs[0], targets[0])
         return torch.full((), outputs[0].shape[0], dtype=wide(outputs[0]).dtype, device=outputs[0].device)
 
     def normalization(self, outputs: Leaves, targets: Leaves) -> tuple[Tensor, list[Tensor | float]]:
-        """What sums over rows are multiplied by, ``[]``, and for each head the factor of its rows.
+        """Return the scale of sums over rows, ``[]``, and for each head the factor of its rows.
 
         The scale is ``1 / Σ wₙ`` of a single head, and 1 over the number of examples for several, whose rows make up
         for the difference. Where nothing counts they are finite all the same.
@@ -123,7 +123,7 @@ class Joint:
         return torch.full_like(inverse[0], 1 / examples), [(examples * x).sqrt() for x in inverse]
 
     def columns(self, outputs: Leaves) -> int:
-        """How many columns the square root of every example's Hessian has.
+        """Return the number of columns of the square root of every example's Hessian.
 
         One for each entry of all axes but the first: several terms of one example, such as the positions of a
         sequence, depend on the same weights, and one pass for all of them would mix them.
@@ -131,17 +131,17 @@ class Joint:
         return sum(math.prod(f.shape[1:]) for f in outputs)
 
     def column(self, outputs: Leaves, targets: Leaves, number: Tensor) -> list[Tensor]:
-        """The column of one number ``[]`` out of ``columns(outputs)``; like the outputs."""
-        found, first = [], 0
+        """Return column ``number`` (``[]``) of the square root, out of ``columns(outputs)``; like the outputs."""
+        columns, first = [], 0
         for head, f, y in zip(self.heads, outputs, targets, strict=True):
             entries = math.prod(f.shape[1:])
             unit = (torch.arange(first, first + entries, device=f.device) == number).to(f.dtype)
-            found.append(head.weighted_root(f, y, unit.reshape(1, *f.shape[1:]).expand(f.shape)))
+            columns.append(head.weighted_root(f, y, unit.reshape(1, *f.shape[1:]).expand(f.shape)))
             first += entries
-        return found
+        return columns
 
     def product(self, outputs: Leaves, targets: Leaves, tangent: Leaves) -> list[Tensor]:
-        """The (expected) Hessian of the loss in the outputs times a tangent; like the outputs."""
+        """Return the (expected) Hessian of the loss in the outputs times a tangent; like the outputs."""
         return [
             (weight / head.total_weight(f, y) * head.weighted_product(f, y, t)).to(f.dtype)
             for weight, head, f, y, t in zip(self.weights, self.heads, outputs, targets, tangent, strict=True)
@@ -149,14 +149,28 @@ class Joint:
 
 
 def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:
-    """Several heads: the loss is the sum of each head's own mean loss, the Fisher matrix the sum of theirs.
+    """Return the joint likelihood of several heads: the loss is the weighted sum of the mean losses of all heads.
 
-    The model returns a tree (dictionary, tuple, list, NamedTuple) of outputs, and targets are a tree of the same
-    structure: ``joint({"mask": bernoulli(), "class": categorical()}, weights={"mask": 1.0, "class": 0.1})``.
+    The Fisher matrix is the same sum. The model returns a tree (dictionary, tuple, list, NamedTuple) of outputs, and
+    targets are a tree of the same structure.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac import bernoulli, categorical, evaluator, find_layers
+        >>> model = lambda params, x: {"mask": x @ params["mask"], "class": x @ params["class"]}
+        >>> params, x = {"mask": torch.zeros(3, 2), "class": torch.zeros(3, 4)}, torch.ones(5, 3)
+        >>> likelihood = joint({"mask": bernoulli(), "class": categorical()}, weights={"mask": 1.0, "class": 0.1})
+        >>> evaluate = evaluator(model, likelihood, find_layers(model, params, x))
+        >>> targets = {"mask": torch.ones(5, 2), "class": torch.zeros(5, dtype=torch.int64)}
+        >>> round(evaluate(params, x, targets).loss.item(), 4)  # 2 log 2 + 0.1 log 4
+        1.5249
 
     Args:
         likelihoods: One for each head.
         weights: Of each head's loss, nonnegative numbers in the same structure; by default 1.
+
+    Returns:
+        The likelihood, for ``evaluator``; it copies and pickles where its heads do.
 
     Raises:
         ValueError: If there is no head, ``weights`` have another structure, or one is negative or not finite.

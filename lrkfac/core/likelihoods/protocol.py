@@ -1,4 +1,4 @@
-"""What a model's outputs mean, and the one rule of normalisation.
+"""The protocol of likelihoods: the distribution of targets given outputs, and the one rule of normalisation.
 
 Some axes of the outputs belong to one *term* of the likelihood (the classes of a categorical one), the others
 count terms. With the loss ``lₙ`` and the weight ``wₙ`` of each term, and ``Jₙ`` the derivative of its outputs in the
@@ -29,8 +29,19 @@ from lrkfac.core.base.dtypes import wide
 
 
 class Weights(NamedTuple):
-    """Of each term, of the shape of the outputs without the axes of one term: ``w``, with which it counts in the
-    mean, and ``h``, the factor of its Hessian.
+    """The weights of the terms of a likelihood, each of the shape of the outputs without the axes of one term.
+
+    Example:
+        >>> import torch
+        >>> from lrkfac import categorical
+        >>> outputs, targets = torch.zeros(3, 2), torch.tensor([0, 1, -1])
+        >>> weights = categorical(ignore_index=-1, class_weights=[1.0, 3.0]).weights(outputs, targets)
+        >>> weights.mean.tolist()
+        [1.0, 3.0, 0.0]
+
+    Attributes:
+        mean: ``w``, the weight of the term in the mean.
+        hessian: ``h``, the factor of its Hessian.
     """
 
     mean: Tensor
@@ -39,14 +50,25 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A distribution of targets given outputs, and the parts of it that natural gradient needs.
+    """A distribution of targets given outputs, by the functions that natural gradient needs.
 
-    For one's own likelihood give the first five; ``lrkfac.testing.check_likelihood`` says whether they fit
-    together. ``S`` is any square root ``H = S Sᵀ`` of the Hessian ``H`` of one term's negative log-likelihood in its
-    outputs (of the Fisher where they differ).
+    A custom likelihood needs the first five; ``lrkfac.testing.check_likelihood`` checks that they fit together. ``S``
+    is any square root ``H = S Sᵀ`` of the Hessian ``H`` of one term's negative log-likelihood in its outputs (of the
+    Fisher matrix where they differ). A likelihood copies and pickles where its functions do.
+
+    Example:
+        >>> import torch
+        >>> laplace = Likelihood(
+        ...     "laplace",
+        ...     negative_log_likelihood=lambda outputs, targets: (outputs - targets).abs().sum(1),
+        ...     sample=lambda outputs, noise: outputs + torch.where(noise < 0.5, -1.0, 1.0),
+        ...     square_root=lambda outputs, coefficients: coefficients,
+        ... )
+        >>> laplace.loss(torch.zeros(5, 3), torch.ones(5, 3))
+        tensor(3.)
 
     Attributes:
-        name: Shown in error messages.
+        name: The name in error messages.
         negative_log_likelihood: ``(outputs, targets) -> `` one number per term.
         sample: ``(outputs, noise) -> targets`` drawn from the model; ``noise`` is uniform on [0, 1), of the
             shape of ``outputs``. Any law will do under which the gradient has mean 0 and covariance ``H``.
@@ -56,11 +78,11 @@ class Likelihood:
         product: ``(outputs, tangent) -> H tangent``; by default from ``square_root``.
         event_axes: Axes of the outputs that belong to one term; by default all but the first.
         weights: ``(outputs, targets) -> Weights`` of the terms, not a function of the outputs' values; by default 1.
-        weighted_loss: ``(outputs, targets) -> `` one number per term, what the loss sums up; by default the
+        weighted_loss: ``(outputs, targets) -> `` one number per term, which the loss sums up; by default the
             negative log-likelihood times ``weights(...).mean``.
 
     Raises:
-        TypeError: If ``name`` is no string, or a function none.
+        TypeError: If ``name`` is no string, or one of the functions is none.
         ValueError: If ``event_axes`` are no axes, or the batch is among them.
     """
 
@@ -87,13 +109,13 @@ class Likelihood:
             raise ValueError(f"event_axes: expected a tuple of axes other than 0, the batch, got {axes!r}")
 
     def terms(self, outputs: Tensor) -> int:
-        """Number of terms, those of weight 0 included."""
+        """Return the number of terms, also counting terms of weight 0."""
         if self.event_axes is None:
             return outputs.shape[0]
         return outputs.numel() // max(math.prod([outputs.shape[axis] for axis in self.event_axes]), 1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """``Σ lₙ / Σ wₙ``, ``[]``.
+        """Return the loss ``Σ lₙ / Σ wₙ``, ``[]``.
 
         Raises:
             ValueError: If targets do not fit the outputs or are on another device, or the terms are not as many as
@@ -120,27 +142,27 @@ class Likelihood:
         return terms.sum() / weight.sum()
 
     def total_weight(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """``Σ wₙ``, ``[]``."""
+        """Return ``Σ wₙ``, ``[]``."""
         if self.weights is None:
             return torch.full((), self.terms(outputs), dtype=wide(outputs).dtype, device=outputs.device)
         return self.weights(outputs, targets).mean.sum()
 
     def weighted_score(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
-        """``√hₙ sₙ`` of every term, at targets drawn with ``noise``; of the shape and dtype of ``outputs``."""
+        """Return ``√hₙ sₙ`` of every term, at targets drawn with ``noise``; of the shape and dtype of ``outputs``."""
         drawn = self.sample(outputs, noise)
         score: Tensor = grad(lambda f: self.negative_log_likelihood(f, drawn).sum())(outputs)
         return self._weighted(score, outputs, targets, root=True)
 
     def weighted_root(self, outputs: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:
-        """``√hₙ Sₙ coefficientsₙ`` of every term, of the shape and dtype of ``outputs``."""
+        """Return ``√hₙ Sₙ coefficientsₙ`` of every term, of the shape and dtype of ``outputs``."""
         return self._weighted(self.square_root(outputs, coefficients), outputs, targets, root=True)
 
     def weighted_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
-        """``hₙ Hₙ tangentₙ`` of every term, of the shape and dtype of ``outputs``."""
+        """Return ``hₙ Hₙ tangentₙ`` of every term, of the shape and dtype of ``outputs``."""
         return self._weighted(self.hessian_product(outputs, tangent), outputs, targets, root=False)
 
     def hessian_product(self, outputs: Tensor, tangent: Tensor) -> Tensor:
-        """``H tangent``, term by term, of the shape of ``outputs``."""
+        """Return ``H tangent``, term by term, of the shape of ``outputs``."""
         if self.product is not None:
             return self.product(outputs, tangent)
         _, transpose = vjp(lambda z: self.square_root(outputs, z), torch.zeros_like(outputs))
@@ -156,5 +178,5 @@ class Likelihood:
 
 
 def sum_per_example(x: Tensor) -> Tensor:
-    """Sum over all axes but the first, ``[N]``."""
+    """Return the sum over all axes but the first, ``[N]``."""
     return x.flatten(1).sum(dim=1) if x.ndim > 1 else x

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lrkfac.core.base.layout import with_ones
+from lrkfac.core.base.rows import with_ones
 
 
 @runtime_checkable

@@ -84,9 +84,9 @@ def test_a_sum_of_terms_changes_none_of_them(coefficients, dtype):
     terms = [(c, torch.randn(2, 3).double().to(dtype if i else torch.float64)) for i, c in enumerate(coefficients)]
     copies = [x.clone() for _, x in terms]
     held = LazyMatrix(torch.empty(0, 2), torch.empty(0, 3), torch.float64, tuple(terms))
-    found, expected = held.form(), sum(c * x.double() for c, x in terms)
+    found, expected = held.unrounded(), sum(c * x.double() for c, x in terms)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
     assert all(torch.equal(x, copy) for (_, x), copy in zip(terms, copies, strict=True))
-    many = vmap(lambda s: LazyMatrix(held.left, held.right, held.dtype, ((s, terms[0][1]), *terms[1:])).form())
+    many = vmap(lambda s: LazyMatrix(held.left, held.right, held.dtype, ((s, terms[0][1]), *terms[1:])).unrounded())
     torch.testing.assert_close(many(torch.ones(2).double())[1], expected + (1 - coefficients[0]) * copies[0], rtol=1e-6,
                                atol=1e-6, check_dtype=False)  # fmt: skip

@@ -44,6 +44,25 @@ COVERED = {
     "matmul of a turned weight": (lambda p, x: torch.matmul(x, p["w"].mT) + p["b"], ["w linear w, b"]),
     "addmm": (lambda p, x: torch.addmm(p["b"], x, p["w"]), ["w linear w, b"]),
     "einsum": (lambda p, x: torch.einsum("nd,cd->nc", x, p["w"]), ["w linear"]),
+    "mm": (lambda p, x: x.mm(p["w"]), ["w linear"]),
+    "on sequences": (lambda p, x: torch.matmul(torch.stack([x, x.cos()], 1), p["w"]) + p["b"], ["w linear w, b"]),
+    "mm and add by name": (
+        lambda p, x: torch.add(input=torch.mm(input=x, mat2=p["w"]), other=p["b"]), ["w linear w, b"],
+    ),
+    "addmm by name": (lambda p, x: torch.addmm(input=p["b"], mat1=x, mat2=p["w"]), ["w linear w, b"]),
+    "heads": (lambda p, x: x @ p["w"].view(4, 2, 2).transpose(1, 2).reshape(4, 4) + p["b"], ["w linear w, b"]),
+    "conv1d": (
+        lambda p, x: F.conv1d(F.pad(x.view(5, 2, 2), (1, 1), "circular"), p["w"].view(4, 2, 2), p["b"]),
+        ["w conv1d w, b"],
+    ),
+    "conv1d, uneven and grouped": (
+        lambda p, x: F.conv1d(x.view(5, 2, 2), p["w"].view(4, 1, 4), p["b"], padding="same", groups=2),
+        ["w conv1d w, b"],
+    ),
+    "conv_transpose1d, grouped": (
+        lambda p, x: F.conv_transpose1d(x.view(5, 2, 2), p["w"].view(2, 2, 4), p["b"], 2, 1, groups=2),
+        ["w conv_transpose1d w, b"],
+    ),
     "embedding": (lambda p, x: F.embedding((x > 0).sum(1) % 4, p["w"]), ["w embedding"]),
     "layer norm": (lambda p, x: linear(p, F.layer_norm(x, (4,), p["c"])), ["c scale", "w linear w, b"]),
     "batch norm": (
@@ -67,10 +86,15 @@ COVERED = {
         lambda p, x: (lambda h: (h + p["b"]) * h.flip(1).view(5, 4))(x @ p["w"]), ["w linear", "b shift"],
     ),
     "tied": (lambda p, x: F.linear(F.embedding((x > 0).sum(1) % 4, p["w"]).tanh(), p["w"]), ["w embedding + linear"]),
+    "an equal tensor is another": (lambda p, x: F.linear(F.linear(x, P["w"]), p["w"]), ["w linear"]),
+    "recurrent": (lambda p, x: linear(p, linear(p, linear(p, x).tanh_() + x).mul_(2)).mul_(2), ["w linear w, b"]),
+    "side by side": (lambda p, x: linear(p, x) * linear(p, x.flip(1)), ["w linear w, b"]),
+    "other numbers of rows": (lambda p, x: linear(p, linear(p, torch.stack([x, x + 1], 1)).prod(1)), ["w linear w, b"]),
     "tied and not": (lambda p, x: (x @ p["w"]).tanh() @ p["w"] @ p["v"], ["w linear", "v linear"]),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("model", "expected"), COVERED.values(), ids=COVERED.keys())
 def test_covered(model, expected):
     layers = gradients_are_those_of_autograd(model, P, X)
@@ -80,7 +104,25 @@ def test_covered(model, expected):
     gradients_are_those_of_autograd(model, P, X, bias="separate")
 
 
+def test_one_tensor_at_two_places_is_two_parameters():
+    """Two weights may start as the same zeros."""
+    model = lambda p, x: F.linear(F.linear(x, p["first"]).tanh(), p["last"])  # noqa: E731
+    assert len(gradients_are_those_of_autograd(model, {"first": P["w"], "last": P["w"]}, X)) == 2
+
+
+def test_convolution_used_with_different_settings():
+    def model(p, x):
+        for settings in ({"stride": 2}, {"padding": "same"}, {"dilation": 2}):
+            x = F.conv2d(x, p["w"], p["b"], groups=2, **settings)
+        return x
+
+    params = {"w": normal(4, 2, 2, 2), "b": normal(4)}
+    (layer,) = gradients_are_those_of_autograd(model, params, normal(2, 4, 8, 9))
+    assert (layer.uses, layer.bias.path) == (3, "b") and [o[1] for o in layer.options] == [(2, 2), (1, 1), (1, 1)]
+
+
 SHARED_BIASES = {
+    "bias in one use of two": lambda p, x: F.linear(linear(p, x).relu_(), p["w"]),
     "bias and scale": lambda p, x: linear(p, x) * p["b"],
     "bias in one use of two, and scale": lambda p, x: F.linear(linear(p, x).tanh() * p["b"], p["w"]),
     "bias of two weights": lambda p, x: F.linear(linear(p, x).tanh(), p["v"], p["b"]),

@@ -10,6 +10,7 @@ from torch import nn
 
 import lrkfac
 from lrkfac import evaluator, find_layers, from_module
+from tests.travelling import each_way
 
 X, IMAGES = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4), torch.arange(6 * 48).sin().double()
 IMAGES, CLASSES = IMAGES.reshape(6, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -85,7 +86,8 @@ class Several(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
 
-    def forward(self, x, y, scale=None):
+    def forward(self, x, y=None, scale=None):
+        x, y = x if y is None else (x, y)
         h = torch.tanh(self.first(x)) + self.first(y)
         return self.last(h if scale is None else h * scale)
 
@@ -95,6 +97,7 @@ INPUTS = {
     "tuple": ((X, Y), lambda net: net(X, Y)),
     "longer tuple": ((X, Y, SCALE), lambda net: net(X, Y, SCALE)),
     "dictionary": ({"y": Y, "x": X, "scale": SCALE}, lambda net: net(X, Y, SCALE)),
+    "a list is one argument": ([X, Y], lambda net: net([X, Y])),
     "dictionary without the default": ({"y": Y, "x": X}, lambda net: net(X, Y)),
 }
 
@@ -103,15 +106,6 @@ INPUTS = {
 def test_several_arguments(inputs, call):
     layers = loss_and_gradients_are_the_modules(network(Several)[0], inputs, call)
     assert layers["first"].uses == 2 and not layers.uncovered
-
-
-def test_a_list_is_one_argument():
-    class Sum(nn.Linear):
-        def forward(self, parts):
-            return super().forward(parts[0] + parts[1])
-
-    net = network(lambda: Sum(4, 3))[0]
-    loss_and_gradients_are_the_modules(net, [X, Y], lambda net: net([X, Y]))
 
 
 def test_weights_that_are_one():
@@ -150,25 +144,32 @@ def test_buffers_come_back_as_the_module_would_change_them():
     assert buffers["1.num_batches_tracked"] == 3 and not net[1].num_batches_tracked
 
 
-def test_what_later_happens_to_the_module_changes_nothing():
-    net = network(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3)).eval()
+@pytest.mark.parametrize("training", [True, False])
+def test_what_later_happens_to_the_module_changes_nothing(training):
+    net = network(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3)).train(training)
     model, params = from_module(net)
-    expected = net(X).detach()
-    net.train()(X)
+    expected = copy.deepcopy(net)(X).detach()
+    net.train(not training)
+    assert not torch.allclose(copy.deepcopy(net)(X), expected), "the modes differ"
     net[1].running_var.mul_(4)
     net.register_forward_hook(lambda *_: X)
     close(model(params, X), expected)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_mode_is_that_of_the_moment(training):
-    net = network(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3)).train(training)
-    model, params = from_module(net)
-    expected = model(params, X)
-    net.train(not training)
-    assert torch.equal(model(params, X), expected)
-    assert not torch.allclose(copy.deepcopy(net)(X), expected), "the modes differ"
-    close(expected, copy.deepcopy(net).train(training)(X).detach())
+@each_way
+@pytest.mark.parametrize("carried", [False, True])
+def test_function_and_layers_travel(way, carried):
+    """What arrives returns equal bits and needs nothing of the module."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).double()
+    net[0].requires_grad_(False)
+    model, params, *buffers = from_module(net, buffers=carried)
+    inputs = (*buffers, X) if carried else X
+    layers = find_layers(model, params, inputs)
+    expected = model(params, inputs)
+    other, described = way((model, layers))
+    net[0].weight.data.zero_()
+    assert optree.tree_all(optree.tree_map(torch.equal, other(params, inputs), expected))
+    assert described == layers and str(described) == str(layers)
 
 
 class Recurrent(nn.Module):
@@ -204,48 +205,11 @@ def test_dropout_is_refused_by_name_and_accepted_when_off(make, message):
         close(model(params, X), net(X).detach())
 
 
-def test_dropout_with_probability_zero_is_accepted():
-    net = network(lambda: nn.Linear(4, 3), lambda: nn.Dropout(0.0), lambda: nn.Dropout(0.3).eval())
-    loss_and_gradients_are_the_modules(net, X, lambda net: net(X))
-
-
-def test_functional_dropout_is_refused_when_layers_are_found():
-    class Net(nn.Linear):
-        def forward(self, x):
-            return F.dropout(super().forward(x), 0.1, self.training)
-
-    net = network(lambda: Net(4, 3))[0]
-    with pytest.raises(ValueError, match="dropout draws hidden random numbers; call eval"):
-        find_layers(*from_module(net), X)
-    assert find_layers(*from_module(net.eval()), X)
-
-
-def test_parameters_that_differ_are_named():
-    model, params = from_module(network(lambda: nn.Linear(4, 3)))
-    with pytest.raises((RuntimeError, ValueError), match=r"0\.bias"):
-        model({"0.weight": params["0.weight"]}, X)
-    with pytest.raises((RuntimeError, ValueError), match=r"1\.weight"):
-        model({**params, "1.weight": torch.ones(3)}, X)
-    f = evaluator(model, lrkfac.categorical(), find_layers(model, params, X))
-    with pytest.raises(ValueError, match=r"params: .*missing \['0\.bias'\]"):
-        f({"0.weight": params["0.weight"]}, X, CLASSES)
-
-
 def test_parameters_need_no_gradient_and_are_not_copied():
     net = network(lambda: nn.Linear(4, 3))
     _, params = from_module(net)
     assert {name: p.data_ptr() for name, p in params.items()} == {n: p.data_ptr() for n, p in net.named_parameters()}
     assert not any(p.requires_grad for p in params.values()) and all(p.requires_grad for p in net.parameters())
-
-
-@pytest.mark.parametrize(
-    ("module", "error", "message"),
-    [(lambda p, x: x, TypeError, "module: expected an nn.Module, got function"),
-     (nn.Sequential(nn.ReLU(), nn.Flatten()), ValueError, "module: Sequential has no parameters")],
-)  # fmt: skip
-def test_refused(module, error, message):
-    with pytest.raises(error, match=message):
-        from_module(module)
 
 
 class MovingAverage(nn.Module):

@@ -85,16 +85,3 @@ def test_entries_picked_by_a_tensor_are_no_view(numbers):
     model = lambda p, i: F.linear(F.linear(i[0], p["w"][i[1] if numbers is None else numbers]), p["v"])  # noqa: E731
     layers = find_layers(model, params, (x, torch.tensor([2, 0, 1])))
     assert [(p.path, reason) for p, reason in layers.uncovered] == [("w", "used by torch.Tensor.__getitem__")]
-
-
-def test_outputs_that_depend_on_no_parameter_are_refused():
-    with pytest.raises(ValueError, match="outputs depend on no parameter"):
-        find_layers(lambda p, x: F.linear(x, p["w"]).detach(), {"w": normal(3, 3)}, normal(N, 3))
-
-
-def test_noise_of_integers_is_refused():
-    params, x = {"w": normal(3, 3)}, normal(N, 3)
-    model = lambda p, x: F.linear(x, p["w"])  # noqa: E731
-    evaluate = evaluator(model, lrkfac.categorical(), find_layers(model, params, x))
-    with pytest.raises(TypeError, match="noise: expected floating-point"):
-        evaluate(params, x, torch.zeros(N, dtype=torch.int64), noise=torch.zeros(1, N, 3, dtype=torch.int64))

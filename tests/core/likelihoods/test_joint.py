@@ -7,11 +7,9 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.func import vmap
 
-import lrkfac
-from lrkfac import bernoulli, categorical, evaluator, find_layers, from_module, gaussian, joint
+from lrkfac import bernoulli, categorical, evaluator, find_layers, joint
 from lrkfac.testing import gradients
 from tests.compiling import traced
 
@@ -145,35 +143,6 @@ def test_a_head_of_which_nothing_counts_leaves_the_statistics_of_the_others(esti
         assert g[..., :2].any() and not g[..., 2:].any() and statistics.scale.isfinite().all()
 
 
-class TwoHeads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True))
-        self.mask, self.label = nn.Linear(8, 2), nn.Linear(8, 3)
-
-    def forward(self, x):
-        hidden = self.trunk(x)
-        return {"mask": self.mask(hidden), "class": self.label(hidden)}
-
-
-@each_estimator
-def test_a_module_with_two_heads_trains(estimator):
-    torch.manual_seed(0)
-    model, params, buffers = from_module(TwoHeads(), buffers=True)
-    inputs, targets = X.float(), {"class": CLASS, "mask": MASK.float()}
-    layers = find_layers(model, params, (buffers, inputs), strict=True)
-    assert [layer.name for layer in layers] == ["trunk.0", "trunk.1", "mask", "label"]
-    f = evaluator(model, joint({"mask": HEADS[0], "class": HEADS[1]}), layers, estimator, has_aux=True)
-    tx = lrkfac.low_rank_kfac(layers, learning_rate=0.1, rank=2, kl_clip=1e-1)
-    state, losses = tx.init(params), []
-    for _ in range(10):
-        evaluation = f(params, (buffers, inputs), targets)
-        updates, state = tx.update(evaluation.grads, state, params, evaluation=evaluation)
-        params, buffers = lrkfac.apply_updates(params, updates), evaluation.aux
-        losses.append(evaluation.loss)
-    assert losses[-1] < 0.9 * losses[0] and set(evaluation.outputs) == {"mask", "class"}
-
-
 @each_estimator
 def test_ensemble_under_vmap(estimator):
     f = layers_and_evaluate(Pair, estimator)
@@ -245,20 +214,3 @@ def test_outputs_that_do_not_fit(wrap, error, message):
     f = evaluator(lambda p, x: wrap(*forward(p, x)), joint(DICTIONARY(*HEADS)), layers)
     with pytest.raises(error, match=message):
         f(PARAMS, X, DICTIONARY(MASK, CLASS))
-
-
-ARGUMENTS = [
-    (({},), ValueError, "likelihoods: expected at least one head"),
-    (({"a": "categorical"},), TypeError, "likelihoods: expected a tree of likelihoods .* got 'categorical'"),
-    (([joint([bernoulli()])],), TypeError, "likelihoods: expected a tree of likelihoods .* got Joint"),
-    (([bernoulli()], [1.0, 2.0]), ValueError, r"weights: expected a number for each .* unexpected \['1'\]"),
-    (([bernoulli()], 1.0), ValueError, "weights: expected a number for each likelihood, in their structure"),
-    *[(([gaussian()], [w]), ValueError, "weights: expected a finite number") for w in (-1, float("nan"))],
-    *[(([gaussian()], [w]), TypeError, "weights: expected (numbers|a number)") for w in ("1", True, torch.ones(()))],
-]
-
-
-@pytest.mark.parametrize(("arguments", "error", "message"), ARGUMENTS)
-def test_arguments_are_checked(arguments, error, message):
-    with pytest.raises(error, match=message):
-        joint(*arguments)

@@ -12,25 +12,23 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.func import hessian, jacrev
 
 from lrkfac import Likelihood, Weights, bernoulli, categorical, evaluator, find_layers, gaussian, joint, poisson
-from lrkfac.testing import gradients, seeds
+from lrkfac.testing import gradients
 
 CLASSES = 3
 CLASS_WEIGHTS = torch.tensor([0.3, 1.7, 0.9], dtype=torch.float64)
 
 
-def own_laplace_like(outputs, targets):
+def half_square(outputs, targets):
     return (outputs - targets).square().sum(1) / 2
 
 
-# Weights of one's own: an example counts as much as its first target says, its Hessian too.
+# An example counts as much as its first target says, its Hessian too.
 WEIGHTED = Likelihood(
     "weighted",
-    own_laplace_like,
+    half_square,
     lambda outputs, noise: outputs + torch.where(noise < 0.5, -1.0, 1.0),
     lambda outputs, coefficients: coefficients,
     weights=lambda outputs, targets: Weights(targets[:, 0].abs(), targets[:, 0].abs()),
@@ -78,7 +76,7 @@ FAMILIES = {
     "poisson": Family(poisson(), per_example(partial(F.poisson_nll_loss, reduction="none")), ANY),
     "weighted": Family(
         WEIGHTED,
-        lambda f, y: (own_laplace_like(f, y) * y[:, 0].abs()).sum() / y[:, 0].abs().sum(),
+        lambda f, y: (half_square(f, y) * y[:, 0].abs()).sum() / y[:, 0].abs().sum(),
         ((3,),),
     ),
 }  # fmt: skip
@@ -100,11 +98,14 @@ def targets_for(name, likelihood, outputs, generator):
     return targets
 
 
-@st.composite
-def cases(draw, names=tuple(FAMILIES)):
-    """Names of one to three heads, shapes of their outputs, a seed."""
-    chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3))
-    return [(name, draw(st.sampled_from(FAMILIES[name].shapes))) for name in chosen], draw(seeds)
+JOINT = {
+    "categorical + gaussian": [("categorical axis=1 ignore=-100 weights=True smoothing=0.3", (CLASSES, 2, 1)),
+                               ("gaussian variances", (2, 3))],
+    "weighted + poisson + bernoulli": [("weighted", (3,)), ("poisson", (1,)), ("bernoulli", (2, 3))],
+    "twice the same": [("categorical axis=-1 ignore=1 weights=True smoothing=0.0", (2, CLASSES))] * 2,
+}  # fmt: skip
+CASES = {**{f"{n} {shape}": [(n, shape)] for n, family in FAMILIES.items() for shape in family.shapes}, **JOINT}
+each_case = pytest.mark.parametrize("heads", CASES.values(), ids=CASES.keys())
 
 
 class Problem(NamedTuple):
@@ -206,42 +207,28 @@ def B(evaluation):
     return evaluation.statistics.scale * g.mT @ g
 
 
-@given(cases())
-def test_loss_and_gradient_are_those_of_plain_torch(case):
-    p = problem(*case)
-    for estimator, statistics in (("mc", False), ("mc", True), ("empirical", True)):
-        found = evaluate(p, estimator, statistics)
-        close(found.loss, p.loss(p.leaves(p.model(p.params, p.inputs))))
-        expected = torch.func.grad(lambda q: p.loss(p.leaves(p.model(q, p.inputs))))(p.params)
-        close(found.grads, expected)
-        close(found.loss_at(p.params), found.loss)
-        for a, b in zip(p.leaves(found.outputs), p.leaves(p.model(p.params, p.inputs)), strict=True):
-            assert torch.equal(a, b)
-
-
-@given(cases())
-def test_products_are_those_of_the_gauss_newton_matrix(case):
-    p = problem(*case)
-    found, matrix = evaluate(p, statistics=False), gauss_newton(p)
+@each_case
+def test_loss_gradient_products_and_statistics_are_those_of_plain_torch(heads):
+    """Exact statistics are Gauss-Newton blocks; of empirical ones, ``scale * sum of g aᵀ`` is the gradient."""
+    p = problem(heads, seed=1)
+    loss = lambda q: p.loss(p.leaves(p.model(q, p.inputs)))  # noqa: E731
+    grads, matrix = torch.func.grad(loss)(p.params), gauss_newton(p)
     u, v = gradients(p.params, 1), gradients(p.params, 2)
     x, y = flat(u.values()), flat(v.values())
-    close(flat(found.product(u)[name] for name in p.params), matrix @ x)
-    close(found.quadratic(u, v), x @ matrix @ y)
-
-
-@given(cases())
-def test_exact_statistics_are_those_of_the_gauss_newton_matrix(case):
-    p = problem(*case)
-    close(B(evaluate(p)), output_factor(p))
-
-
-@given(cases())
-def test_empirical_rows_make_the_gradient(case):
-    """``scale * sum of g aᵀ`` is the gradient, with whatever weights."""
-    p = problem(*case)
-    found = evaluate(p, "empirical")
-    (a,) = found.statistics.inputs["first"]
-    close(found.statistics.scale * rows(found)[0].mT @ a, found.grads["first.weight"])
+    for estimator, statistics in (("mc", False), ("mc", True), ("exact", True), ("empirical", True)):
+        found = evaluate(p, estimator, statistics)
+        close(found.loss, loss(p.params))
+        close(found.grads, grads)
+        close(found.loss_at(p.params), found.loss)
+        close(flat(found.product(u)[name] for name in p.params), matrix @ x)
+        close(found.quadratic(u, v), x @ matrix @ y)
+        for a, b in zip(p.leaves(found.outputs), p.leaves(p.model(p.params, p.inputs)), strict=True):
+            assert torch.equal(a, b)
+        if estimator == "exact":
+            close(B(found), output_factor(p))
+        if estimator == "empirical":
+            (a,) = found.statistics.inputs["first"]
+            close(found.statistics.scale * rows(found)[0].mT @ a, grads["first.weight"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

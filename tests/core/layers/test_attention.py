@@ -1,0 +1,130 @@
+"""Attention written out equals torch's, which a function mode sees as one call."""
+
+import itertools
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lrkfac
+from lrkfac import evaluator, find_layers, from_module
+from lrkfac.core.layers.attention import multi_head_attention
+from tests.compiling import traced
+
+N, T, S, HEADS = 3, 4, 5, 2
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def masked(*shape):
+    """Bools, never all of a row."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask[..., 0] = False
+    return mask
+
+
+MASKS = {
+    "none": {},
+    "bools": {"attn_mask": masked(T, S)},
+    "numbers": {"attn_mask": normal(T, S, seed=2)},
+    "for each head": {"attn_mask": normal(N * HEADS, T, S, seed=2)},
+    "keys": {"key_padding_mask": masked(N, S)},
+    "keys and numbers": {"key_padding_mask": normal(N, S, seed=3), "attn_mask": normal(T, S, seed=2)},
+    "causal": {"attn_mask": torch.ones(T, S).triu(1).bool(), "is_causal": True},
+    "causal and keys": {
+        "attn_mask": torch.ones(T, S).triu(1).bool(), "is_causal": True, "key_padding_mask": masked(N, S),
+    },
+}  # fmt: skip
+MODULES = {
+    "packed": {},
+    "no biases": {"bias": False},
+    "separate": {"kdim": 3, "vdim": 6},
+    "added keys": {"add_bias_kv": True, "add_zero_attn": True},
+    "zero keys": {"add_zero_attn": True, "kdim": 3, "vdim": 6},
+}
+WEIGHTS = {"no weights": (False, True), "mean weights": (True, True), "weights of heads": (True, False)}
+
+
+def equal_with_gradients(args, kwargs):
+    results = []
+    for function in (F.multi_head_attention_forward, multi_head_attention):
+        leaves = optree.tree_map(
+            lambda x: x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x, (args, kwargs)
+        )
+        torch.manual_seed(0)  # of dropout
+        output, weights = function(*leaves[0], **leaves[1])
+        total = (output * normal(*output.shape, seed=8)).sum()
+        total = total if weights is None else total + (weights * normal(*weights.shape, seed=9)).sum()
+        tensors = [x for x in optree.tree_leaves(leaves) if torch.is_tensor(x) and x.requires_grad]
+        results.append((output, weights, torch.autograd.grad(total, tensors, allow_unused=True)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", MODULES)
+def test_equals_torchs_with_gradients(kind, mask):
+    torch.manual_seed(0)
+    net = nn.MultiheadAttention(4, HEADS, dropout=0.5, **MODULES[kind]).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    separate = not net._qkv_same_embed_dim
+    inputs = normal(T, N, 4), normal(S, N, net.kdim, seed=4), normal(S, N, net.vdim, seed=5)
+    weights = {f"{x}_proj_weight": getattr(net, f"{x}_proj_weight") for x in "qkv"} if separate else {}
+    static = {"static_k": normal(N * HEADS, S, 2, seed=6), "static_v": normal(N * HEADS, S, 2, seed=7)}
+    statics = [{}, {"static_k": static["static_k"]}, static] if net.bias_k is None else [{}]
+    for (need, average), fixed in itertools.product(WEIGHTS.values(), statics):
+        args = (
+            *inputs, 4, HEADS, net.in_proj_weight, net.in_proj_bias, net.bias_k, net.bias_v, net.add_zero_attn, 0.5,
+            net.out_proj.weight, net.out_proj.bias, False,
+        )  # fmt: skip
+        options = {"need_weights": need, "average_attn_weights": average, "use_separate_proj_weight": separate}
+        equal_with_gradients(args, {**options, **weights, **fixed, **MASKS[mask]})
+
+
+@pytest.mark.parametrize(("need_weights", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.5)])
+def test_without_batch_and_with_dropout(need_weights, dropout):
+    net = nn.MultiheadAttention(4, HEADS).double()
+    x, mask = normal(T, 4), torch.tensor([False, True, False, False])
+    args = (
+        x, x, x, 4, HEADS, net.in_proj_weight, net.in_proj_bias, None, None, False, dropout, net.out_proj.weight,
+        net.out_proj.bias,
+    )  # fmt: skip
+    equal_with_gradients(args, {"key_padding_mask": mask, "need_weights": need_weights})
+
+
+class Net(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, HEADS, batch_first=True, **options), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_projections_are_layers():
+    model, params = from_module(Net().double())
+    layers = find_layers(model, params, normal(N, T, 4), strict=True)
+    expected = [*(f"attention.in_proj_weight.chunk(3)[{i}]" for i in range(3)), "attention.out_proj", "head"]
+    assert [layer.name for layer in layers] == expected
+
+
+def test_torchs_own_errors():
+    net = Net()
+    net.forward = lambda x: net.attention(x, x, x, attn_mask=torch.zeros(1, T))[0]
+    with pytest.raises(RuntimeError, match="2D attn_mask"):
+        find_layers(*from_module(net), normal(N, T, 4).float())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_compiled_the_same_as_eager():
+    model, params = from_module(Net().double())
+    x, y = normal(N, T, 4), torch.tensor([0, 1, 2])
+    evaluate = evaluator(model, lrkfac.categorical(), find_layers(model, params, x), "exact")
+    expected, result = evaluate(params, x, y), traced(evaluate)(params, x, y)
+    torch.testing.assert_close(result.grads, expected.grads)
+    torch.testing.assert_close(result.statistics.output_gradients, expected.statistics.output_gradients)
