@@ -12,7 +12,7 @@ from torch.func import vmap
 from lrkfac import find_layers
 from lrkfac.core.curvature.covariances import factors
 from lrkfac.core.curvature.examples import example_gradients
-from lrkfac.core.evaluation.gradients import gradients_of
+from lrkfac.core.evaluation.gradients import layer_gradients
 from lrkfac.core.layers.matrix import from_matrices, prepared, split_groups, to_matrix
 from lrkfac.core.linalg.covariances import Covariance, RowCovariance
 from lrkfac.testing import covariances, layers
@@ -216,7 +216,7 @@ def test_gradients_are_the_sums_of_g_times_rows(dtype, case):
     a, g = input_rows(layer, case.inputs, options), output_rows(layer, case.output_gradients)
     expected = torch.einsum("grk,grd->gkd", g, a)
     expected = expected[0] if layer.groups == 1 else expected
-    found = gradients_of(layer, (case.inputs.to(dtype),), (case.output_gradients.to(dtype),))
+    found = layer_gradients(layer, (case.inputs.to(dtype),), (case.output_gradients.to(dtype),))
     weight, bias = joined(layer, expected)
     assert set(found) == {layer.weight.index} | (set() if layer.bias is None else {layer.bias.index})
     close(found[layer.weight.index], weight, dtype, size=g.norm() * a.norm())
@@ -249,7 +249,7 @@ def test_gradients_of_every_network(case):
     terms, expected = reference_networks.number_of_terms(case), reference_networks.gradients(case)
     for layer in find_layers(case.model, case.params, case.inputs):
         inputs, (gradients,) = network_statistics(case, layer)
-        found = gradients_of(layer, inputs, (gradients[0] / terms,))
+        found = layer_gradients(layer, inputs, (gradients[0] / terms,))
         close(found[layer.weight.index], expected[layer.weight.path])
         if layer.bias is not None:
             close(found[layer.bias.index], expected[layer.bias.path])
