@@ -69,7 +69,7 @@ class Functional:
         def step(
             params: Any, state: Any, inputs: Tensor, targets: Tensor, noise: Tensor | None, statistics: bool
         ) -> tuple[Any, Any]:
-            evaluation = evaluate(params, inputs, targets, statistics, noise)
+            evaluation = evaluate(params, inputs, targets, statistics, noise=noise)
             updates, state = transformation.update(evaluation.grads, state, params, evaluation=evaluation)
             return lrkfac.apply_updates(params, updates), state
 

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def step(refresh: bool, params: Params, state: Any, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Any, ...]:
         """One step of one member."""
-        evaluation = evaluate(params, x, y, refresh, noise)
+        evaluation = evaluate(params, x, y, refresh, noise=noise)
         updates, state = tx.update(evaluation.grads, state, params, evaluation=evaluation)
         return evaluation.loss, lrkfac.apply_updates(params, updates), state
 

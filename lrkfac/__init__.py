@@ -13,6 +13,7 @@ from lrkfac.core.curvature.drift import factor_drift
 from lrkfac.core.curvature.schedule import round_robin_refresh
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.evaluator import evaluator
+from lrkfac.core.evaluation.merging import merge_evaluations
 from lrkfac.core.layers.custom import LayerKind
 from lrkfac.core.layers.description import Layer, Layers
 from lrkfac.core.layers.discovery import find_layers
@@ -26,7 +27,7 @@ from lrkfac.core.likelihoods.poisson import poisson
 from lrkfac.core.likelihoods.protocol import Likelihood, Weights
 from lrkfac.diagnostics import diagnose, ranks_by_trace
 from lrkfac.optim import LowRankKFAC
-from lrkfac.transforms.accumulation import accumulate, merge_evaluations
+from lrkfac.transforms.accumulation import accumulate
 from lrkfac.transforms.adam import scale_by_adam
 from lrkfac.transforms.averaging import ema_params
 from lrkfac.transforms.base import GradientTransformation, apply_updates, chain, identity

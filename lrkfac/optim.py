@@ -18,7 +18,6 @@ from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.estimators import Estimator
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.evaluator import evaluator
-from lrkfac.core.evaluation.selection import Asked
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.discovery import find_layers
 from lrkfac.core.layers.module import from_module
@@ -90,8 +89,8 @@ class LowRankKFAC(torch.optim.Optimizer):
                 schedule that returns the number that stands in ``param_groups`` just then, or a tree of schedules.
             estimator: See ``evaluator``.
             samples: See ``evaluator``.
-            thin: See ``evaluator``; by default where the transformation is one of lrkfac's. It is for ``step(inputs,
-                targets)`` alone: ``evaluate`` forms all gradients.
+            thin: See ``evaluator``; on by default where the transformation is one of lrkfac's, because no lazy gradient
+                reaches the user: ``evaluate`` materializes all gradients, ``step(inputs, targets)`` hands none out.
             statistics_every: Statistics are taken in the first of so many steps, unless a step says otherwise.
             **options: For the transformation, such as ``rank=16, damping=1e-3``.
 
@@ -132,13 +131,23 @@ class LowRankKFAC(torch.optim.Optimizer):
         """The parameters as a tree of the functions; it shares memory with the module's."""
         return {name: p.detach() for name, p in self._parameters.items()}
 
-    def evaluate(self, inputs: Tree, targets: Tree, statistics: Asked | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        inputs: Tree,
+        targets: Tree,
+        statistics: bool | None = None,
+        layers: tuple[str, ...] | None = None,
+        examples: Tensor | None = None,
+    ) -> Evaluation:
         """Evaluates a batch, sets each ``.grad`` to a copy of its gradient, and holds it for ``step()``.
 
         Args:
             inputs: Of the batch.
             targets: As the likelihood takes them.
-            statistics: See ``evaluator``; by default, in the first of each ``statistics_every`` steps.
+            statistics: Whether to take statistics; by default in the first of each ``statistics_every`` steps, and
+                wherever ``layers`` are named.
+            layers: Names of the layers of which to take statistics, all by default; see ``round_robin_refresh``.
+            examples: Numbers of the examples of which to take statistics, int64 ``[n]``, all by default.
 
         Returns:
             The evaluation; of several, ``merge_evaluations`` makes one.
@@ -147,7 +156,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             ValueError: If the module has changed, in its mode or parameters, or as the function of ``evaluator``.
             TypeError: As the function of ``evaluator``.
         """
-        evaluation = self._evaluate(inputs, targets, statistics)
+        evaluation = self._evaluate(inputs, targets, statistics, layers, examples)
         evaluation = evaluation._replace(grads=materialize(evaluation.grads))
         for name, parameter in self._parameters.items():
             # A copy: several parameters may have the same gradient, and each may be changed in place.
@@ -160,8 +169,22 @@ class LowRankKFAC(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], Evaluation]) -> Tensor: ...
     @overload
-    def step(self, closure: Tree, targets: Tree, statistics: Asked | None = None) -> Tensor: ...
-    def step(self, closure: Any = None, targets: Any = None, statistics: Asked | None = None) -> Tensor:
+    def step(
+        self,
+        closure: Tree,
+        targets: Tree,
+        statistics: bool | None = None,
+        layers: tuple[str, ...] | None = None,
+        examples: Tensor | None = None,
+    ) -> Tensor: ...
+    def step(
+        self,
+        closure: Any = None,
+        targets: Any = None,
+        statistics: bool | None = None,
+        layers: tuple[str, ...] | None = None,
+        examples: Tensor | None = None,
+    ) -> Tensor:
         """``step(inputs, targets)``, ``step(closure)``, or ``step()`` after ``evaluate``: changes the parameters.
 
         Gradients are those of the evaluation; if it is the one that ``evaluate`` returned last, ``.grad`` as it is now.
@@ -170,6 +193,8 @@ class LowRankKFAC(torch.optim.Optimizer):
             closure: A function that returns an ``Evaluation``, or the inputs of a batch.
             targets: Of the batch.
             statistics: For a batch, as in ``evaluate``.
+            layers: For a batch, as in ``evaluate``.
+            examples: For a batch, as in ``evaluate``.
 
         Returns:
             The loss before the step, ``[]``.
@@ -179,12 +204,12 @@ class LowRankKFAC(torch.optim.Optimizer):
                 there is neither batch nor closure, nor an evaluation held.
             ValueError: If a ``.grad`` is missing, or as ``evaluate`` and the transformation.
         """
-        if targets is None and statistics is not None:
+        if targets is None and (statistics, layers, examples) != (None, None, None):
             raise TypeError(
                 "step: statistics are chosen by evaluate(), or for a batch: step(inputs, targets, statistics)"
             )
         if targets is not None:
-            evaluation = self._evaluate(closure, targets, statistics)
+            evaluation = self._evaluate(closure, targets, statistics, layers, examples)
         elif closure is None:
             if self._held is None:
                 raise TypeError(
@@ -274,10 +299,20 @@ class LowRankKFAC(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("LowRankKFAC: functions cannot be pickled or copied; make another one, and load_state_dict()")
 
-    def _evaluate(self, inputs: Tree, targets: Tree, statistics: Asked | None) -> Evaluation:
+    def _evaluate(
+        self,
+        inputs: Tree,
+        targets: Tree,
+        statistics: bool | None,
+        layers: tuple[str, ...] | None,
+        examples: Tensor | None,
+    ) -> Evaluation:
         check_module(self._module, self._parameters, self._modes)
-        chosen = (self.steps - self._started) % self.statistics_every == 0 if statistics is None else statistics
-        evaluation = self._fisher(self.params, self._with_buffers(inputs), targets, statistics=chosen)
+        if statistics is None:
+            statistics = layers is not None or (self.steps - self._started) % self.statistics_every == 0
+        evaluation = self._fisher(
+            self.params, self._with_buffers(inputs), targets, statistics=statistics, layers=layers, examples=examples
+        )
         if self._buffered:
             with torch.no_grad():
                 own = dict(self._module.named_buffers())

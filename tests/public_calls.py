@@ -68,8 +68,11 @@ NOT_TARGETS = among(
     *[1, "x", None, Y.tolist(), Y.double(), Y.bool(), Y + 10, Y - 1, Y[:5], Y[:, None], Y[0], Y.to("meta")],
     *[torch.eye(2)[Y], (Y,), {"y": Y}],
 )
-NOT_STATISTICS = among(
-    *[1, 0, "x", None, 0.5, torch.tensor(True), torch.ones(2), torch.tensor([6]), torch.tensor([-1]), Y[:0], Y[:, None]]
+NOT_STATISTICS = among(1, 0, "x", None, 0.5, torch.tensor(True), ("0",), torch.tensor([0]))
+NOT_NAMES = among(1, True, "0", ["0"], ("x",), (1,), torch.tensor([0]), {"0": 1})
+NOT_EXAMPLES = among(
+    *[1, True, "x", 0.5, [0], torch.tensor(True), torch.tensor(0), torch.ones(2), torch.tensor([6])],
+    *[torch.tensor([-1]), torch.tensor([0]).int(), Y[:0], Y[:, None], ("0",)],
 )
 NOT_NOISE = among(
     *[1, "x", [0.5], torch.rand(6, 2), torch.rand(2, 6, 2), torch.zeros(1, 6, 2).long(), torch.rand(1, 6, 2) + 1],
@@ -143,7 +146,6 @@ public(
     estimator=one_of("mc", "exact", "empirical", "forward_only"),
     samples=integer(),
     has_aux=FLAG,
-    examples=integer(optional=True),
     thin=FLAG,
 )
 valid(
@@ -154,6 +156,8 @@ valid(
     inputs=NOT_INPUTS,
     targets=NOT_TARGETS,
     statistics=NOT_STATISTICS,
+    layers=NOT_NAMES,
+    examples=NOT_EXAMPLES,
     noise=NOT_NOISE,
 )
 valid(

@@ -5,7 +5,19 @@ from hypothesis import strategies as st
 
 import lrkfac
 from tests.bad_values import FLAG, FUNCTION, LIKELIHOOD, among, integer, number
-from tests.public_calls import NET, NOT_INPUTS, NOT_STATISTICS, NOT_TARGETS, VALID, X, Y, public, valid
+from tests.public_calls import (
+    NET,
+    NOT_EXAMPLES,
+    NOT_INPUTS,
+    NOT_NAMES,
+    NOT_STATISTICS,
+    NOT_TARGETS,
+    VALID,
+    X,
+    Y,
+    public,
+    valid,
+)
 
 OPTIMIZER = lrkfac.LowRankKFAC(NET, lrkfac.categorical(), X, 0.1, rank=1)
 NOT_STATE_DICTS = among(
@@ -33,17 +45,21 @@ public(
 valid(
     "LowRankKFAC.evaluate",
     OPTIMIZER.evaluate,
-    {"inputs": X, "targets": Y},
+    {"inputs": X, "targets": Y, "statistics": True},
     inputs=NOT_INPUTS,
     targets=NOT_TARGETS,
     statistics=NOT_STATISTICS.filter(lambda x: x is not None),
+    layers=NOT_NAMES,
+    examples=NOT_EXAMPLES,
 )
 valid(
     "LowRankKFAC.step",
     OPTIMIZER.step,
-    {"closure": X, "targets": Y},
+    {"closure": X, "targets": Y, "statistics": True},
     targets=NOT_TARGETS.filter(lambda x: x is not None),
     statistics=NOT_STATISTICS.filter(lambda x: x is not None),
+    layers=NOT_NAMES,
+    examples=NOT_EXAMPLES,
 )
 PART = lrkfac.LowRankKFAC(NET, lrkfac.categorical(), X, 0.1, params=NET[0].parameters(), rank=1)
 valid(

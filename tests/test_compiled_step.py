@@ -177,7 +177,7 @@ def test_a_thousand_steps_are_compiled_twice():
 
     @torch.compile(fullgraph=True, backend=counting)
     def step(params, state, x, y, statistics, noise):
-        e = evaluate(params, x, y, statistics, noise)
+        e = evaluate(params, x, y, statistics, noise=noise)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
         return lrkfac.apply_updates(params, updates), state, e.loss
 

@@ -166,7 +166,7 @@ def test_layers_in_turns_are_of_different_age():
     state, last = tx.init(MLP.params), {}
     every = lrkfac.evaluator(MLP.model, lrkfac.categorical(), LAYERS)
     for step in range(7):
-        e = every(MLP.params, MLP.inputs, MLP.targets, statistics=asked(step))
+        e = every(MLP.params, MLP.inputs, MLP.targets, layers=asked(step))
         _, state = tx.update(e.grads, state, MLP.params, evaluation=e)
         names = asked(step)
         last |= dict.fromkeys([x.name for x in LAYERS] if names is True else names or (), step)

@@ -176,7 +176,7 @@ def test_laws_without_output_gradients(name, structure):
     numbers, targets = torch.tensor([2, 0, 3]), torch.tensor([2, 0, 1, 1])
 
     def gradients_and_extra(params):
-        evaluation = evaluate(params, operation.inputs, targets, statistics=numbers)
+        evaluation = evaluate(params, operation.inputs, targets, examples=numbers)
         return evaluation.grads, {"evaluation": evaluation}
 
     check_transformation(tx, params, gradients_and_extra)

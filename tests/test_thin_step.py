@@ -182,7 +182,7 @@ def test_other_products_take_gradients_that_are_not_formed():
 def test_statistics_of_some_examples():
     params, x, y = problem(linear)
     layers = lrkfac.find_layers(linear, params, x)
-    e = lrkfac.evaluator(linear, lrkfac.categorical(), layers, thin=True)(params, x, y, statistics=torch.tensor([0, 2]))
+    e = lrkfac.evaluator(linear, lrkfac.categorical(), layers, thin=True)(params, x, y, examples=torch.tensor([0, 2]))
     whole = lrkfac.evaluator(linear, lrkfac.categorical(), layers)(params, x, y, statistics=False)
     torch.testing.assert_close(materialize(e.grads), whole.grads)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_integer
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.base.tree_checks import check_like, check_tree, difference
+from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.trees import counter, materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.core.layers.statistics import Statistics
+from lrkfac.core.evaluation.merging import weighted
 from lrkfac.transforms.base import (
     GradientTransformation,
     check_evaluation,
@@ -34,65 +33,6 @@ class AccumulateState(NamedTuple):
     total: Tree
     weight: Tensor
     steps: Tensor
-
-
-def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The evaluation of the micro-batches' union from one evaluation of each, all at the same parameters.
-
-    Loss, gradients and Fisher products are means over micro-batches, each with its ``weight``, which equals the
-    mean over all terms; rows of the statistics are put beside each other. So one update with
-    the result is that of one batch, to rounding, for every structure and estimator:
-    ``e = merge_evaluations([evaluate(params, x, y) for x, y in batches])``. Activations live for one micro-batch at
-    a time, statistics and inputs for all of them.
-
-    Outputs are joined along the batch, ``aux`` is the tuple of the micro-batches'. Micro-batches may differ in the
-    number of examples (where the batch is the leading axis in every layer), not in any other length.
-
-    Equality asks that the loss is a mean over the examples (batch normalisation in training mode mixes those of one
-    micro-batch), and, for several heads, that the heads' weights of terms have the same proportions in each.
-
-    Args:
-        evaluations: At least one; either all with statistics or all without.
-
-    Raises:
-        ValueError: If there is none, or trees, layers or lengths differ.
-        TypeError: If one is no ``Evaluation``.
-    """
-    if isinstance(evaluations, Evaluation) or not isinstance(evaluations, Sequence):
-        raise TypeError(f"evaluations: expected a sequence of Evaluations, got {type(evaluations).__name__}")
-    evaluations = tuple(evaluations)
-    if not evaluations:
-        raise ValueError("evaluations: expected at least one, got none")
-    for i, one in enumerate(evaluations):
-        if not isinstance(one, Evaluation):
-            raise TypeError(f"evaluations[{i}]: expected an Evaluation, got {type(one).__name__}")
-        check_like(evaluations[0].grads, one.grads, f"evaluations[{i}].grads")
-    weights = torch.stack([one.weight for one in evaluations])
-    shares = (weights / weights.sum()).unbind()
-
-    def mean(trees: Sequence[Tree]) -> Tree:
-        def of_leaf(*parts: Tensor) -> Tensor:
-            terms = [_weighted(share, x) for share, x in zip(shares, parts, strict=True)]
-            return torch.stack(terms).sum(dim=0).to(parts[0].dtype)
-
-        return optree.tree_map(of_leaf, *trees)
-
-    def of_each(name: str) -> Callable[..., Any]:
-        return lambda *args: mean([getattr(one, name)(*args) for one in evaluations])
-
-    aux = tuple(one.aux for one in evaluations)
-    return Evaluation(
-        loss=mean([one.loss for one in evaluations]),
-        grads=mean([materialize(one.grads) for one in evaluations]),
-        outputs=_joined([one.outputs for one in evaluations], 0, "outputs"),
-        aux=None if all(one is None for one in aux) else aux,
-        statistics=_merged([one.statistics for one in evaluations], shares),
-        product=of_each("product"),
-        quadratic=of_each("quadratic"),
-        gram=of_each("gram"),
-        loss_at=of_each("loss_at"),
-        weight=weights.sum(),
-    )
 
 
 def accumulate(inner: GradientTransformation, every: int) -> GradientTransformation:
@@ -143,7 +83,7 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
         check_like(state.total, updates, "accumulate: updates")
         updates = materialize(updates)
         weight = torch.ones_like(state.weight) if evaluation is None else evaluation.weight.to(state.weight.dtype)
-        total = optree.tree_map(lambda t, u: t + _weighted(weight, u).to(t.dtype), state.total, updates)
+        total = optree.tree_map(lambda t, u: t + weighted(weight, u).to(t.dtype), state.total, updates)
         weight, steps = state.weight + weight, state.steps + 1
         positive = weight.clamp(min=torch.finfo(weight.dtype).tiny)
         mean = optree.tree_map(lambda t, u: (t / positive).to(u.dtype), total, updates)
@@ -160,42 +100,3 @@ _REMEDY = (
     "make one batch of the micro-batches, e = merge_evaluations([...]), and one update(e.grads, state, params, "
     "evaluation=e)"
 )
-
-
-def _weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """``weight * x``, 0 where the weight is: what a batch says in which nothing counts is not finite."""
-    return torch.where(weight > 0, weight * wide(x), 0)
-
-
-def _merged(statistics: list[Statistics | None], shares: Sequence[Tensor]) -> Statistics | None:
-    found = [one for one in statistics if one is not None]
-    if not found:
-        return None
-    if len(found) < len(statistics):
-        raise ValueError("evaluations: expected statistics of all or of none, got some without")
-    for i, one in enumerate(found):
-        differs = difference(found[0][:2], one[:2])
-        if differs is not None:
-            raise ValueError(f"evaluations[{i}]: expected statistics of the same layers as the first, got {differs}")
-    counted = [
-        optree.tree_map(lambda g, share=share: torch.where(share > 0, g, 0), one.output_gradients)
-        for one, share in zip(found, shares, strict=True)
-    ]
-    return Statistics(
-        _joined([one.inputs for one in found], 0, "statistics: inputs"),
-        _joined(counted, 1, "statistics: output gradients"),
-        1 / torch.stack([1 / one.scale for one in found]).sum(),
-    )
-
-
-def _joined(trees: Sequence[Tree], axis: int, what: str) -> Tree:
-    def of_leaf(*parts: Tensor) -> Tensor:
-        rest = {(*x.shape[:axis], *x.shape[axis + 1 :]) for x in parts}
-        if len(rest) > 1:
-            raise ValueError(
-                f"evaluations: {what} have the shapes {[tuple(x.shape) for x in parts]}, which differ in more than the "
-                "number of examples; make micro-batches that are equal in all else, by padding where need be"
-            )
-        return torch.cat(parts, dim=axis)
-
-    return optree.tree_map(of_leaf, *trees)

@@ -1,4 +1,4 @@
-"""What a model returns beside its outputs, in the form that ``torch.func`` takes."""
+"""Auxiliary results of a model, split for ``torch.func``, which takes tensors alone."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import optree
 from torch import Tensor
 
 
-def without_others(aux: Any, rest: list[Any]) -> list[Tensor]:
-    """The tensors of ``aux``, which is all that torch.func takes; ``rest`` becomes what is left of it."""
+def split_tensors(aux: Any, static: list[Any]) -> list[Tensor]:
+    """Return the tensors of ``aux``; ``static`` is filled with the structure and all other leaves."""
     leaves, structure = optree.tree_flatten(aux, none_is_leaf=True)
-    others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-    rest[:] = [others, structure]
+    static[:] = [[None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], structure]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def with_others(tensors: list[Tensor], rest: list[Any]) -> Any:
-    """The inverse of ``without_others``."""
-    others, structure = rest
+def join_tensors(tensors: list[Tensor], static: list[Any]) -> Any:
+    """Invert ``split_tensors``."""
+    others, structure = static
     remaining = iter(tensors)
     return optree.tree_unflatten(structure, [next(remaining) if other is None else other[0] for other in others])

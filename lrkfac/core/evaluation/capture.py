@@ -1,58 +1,106 @@
-"""One captured forward pass through the model."""
+"""One forward pass that records the inputs of layers, and the way back to their outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import optree
 from torch import Tensor
 
+from lrkfac.core.base.types import Tree
+from lrkfac.core.evaluation.auxiliary import join_tensors, split_tensors
+from lrkfac.core.evaluation.derivatives import transposed
+from lrkfac.core.evaluation.objective import Objective
+from lrkfac.core.evaluation.specs import Specs
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.matrix import prepared
+from lrkfac.core.layers.probes import zero_probes
 from lrkfac.core.layers.statistics import Uses
+from lrkfac.core.layers.tracing import run_captured
 
-AtProbes = Mapping[str, Sequence[Tensor]]
-"""Gradients at the probes of each source."""
+ProbeGradients = Mapping[str, Sequence[Tensor]]
+"""For each source, the gradient at the probe of each of its uses."""
 
 
-Form = dict[str, tuple[Uses, Uses]]
+LayerRows = dict[str, tuple[Uses, Uses]]
 """Inputs and output gradients of each layer, in the standard form of ``lrkfac.core.layers``."""
 
 
-@dataclass(frozen=True)
+Variables = tuple[dict[int, Tensor], dict[str, list[Tensor]]]
+"""Free leaves of the parameters by their index, and the probes of each source."""
+
+
+@dataclass(frozen=True, eq=False)
 class Captured:
-    """One forward pass through the model.
+    """A forward pass with a probe at each output of some layers.
 
     Attributes:
-        layers: Whose uses were captured.
-        outputs: What came out of each head, ``[N, ...]``.
-        recorded: What each source's operations received.
-        probes: Those that were added, zero.
-        transpose: The way back, from a cotangent of ``outputs`` to gradients of parameters and at probes.
+        layers: The layers captured; their weights and biases are constants of the pass.
+        outputs: The model's outputs, ``[N, ...]`` for each head.
+        aux: The model's auxiliary result, or ``None``.
+        recorded: Inputs of each source's operations.
+        probes: The probes, zeros.
+        transpose: From a cotangent of ``outputs`` to the gradients of the free leaves and at the probes.
     """
 
     layers: Layers
     outputs: list[Tensor]
+    aux: Any
     recorded: Mapping[str, Sequence[Tensor]]
-    probes: AtProbes
-    transpose: Callable[[list[Tensor]], tuple[dict[int, Tensor], AtProbes]]
+    probes: ProbeGradients
+    transpose: Callable[[list[Tensor]], tuple[dict[int, Tensor], ProbeGradients]]
 
-    def standard_form(self, at_probes: AtProbes) -> Form:
-        """Of all layers, from gradients at the probes with a leading axis ``k``."""
-        return standard_form(self.layers, self.recorded, at_probes, self.outputs)
+    def rows(self, gradients: ProbeGradients) -> LayerRows:
+        """Return the rows of all layers, from gradients at the probes with a leading axis ``k``."""
+        examples = self.outputs[0].shape[0]
+        rows = {}
+        for layer in self.layers:
+            inputs = tuple([self.recorded[source][use] for source, use in layer.sites])
+            output_gradients = tuple([gradients[source][use] for source, use in layer.sites])
+            rows[layer.name] = prepared(layer, inputs, output_gradients, examples)
+        return rows
 
-    def standard_form_of_one(self, at_probes: AtProbes) -> Form:
-        """The same from gradients without that axis, ``k = 1``."""
-        return self.standard_form({source: [g[None] for g in uses] for source, uses in at_probes.items()})
+    def single_rows(self, gradients: ProbeGradients) -> LayerRows:
+        """Return the rows of all layers, from gradients at the probes without that axis: ``k = 1``."""
+        return self.rows({source: [g[None] for g in uses] for source, uses in gradients.items()})
 
 
-def standard_form(
-    layers: Layers, recorded: Mapping[str, Sequence[Tensor]], at_probes: AtProbes, outputs: list[Tensor]
-) -> Form:
-    """What was captured of some layers, as ``lrkfac.core.layers`` takes it; gradients with a leading axis ``k``."""
-    form = {}
-    for layer in layers:
-        inputs = tuple([recorded[source][use] for source, use in layer.sites])
-        gradients = tuple([at_probes[source][use] for source, use in layer.sites])
-        form[layer.name] = prepared(layer, inputs, gradients, outputs[0].shape[0])
-    return form
+def capture(
+    objective: Objective, layers: Layers, params: Tree, inputs: Tree, specs: Specs, free: bool = True
+) -> Captured:
+    """Run the model once, with probes at the outputs of ``layers``.
+
+    Backward passes compute gradients at the probes and those of the free leaves: parameters that belong to no captured
+    layer. A captured layer's gradient follows from its rows, so that its weight takes no part in them.
+
+    Args:
+        objective: The model and its likelihood.
+        layers: The layers to capture; may be none, and the pass is then a plain one.
+        params: Where to evaluate.
+        inputs: Of the batch.
+        specs: Shapes of these layers' outputs, at least.
+        free: Whether there are free leaves; else gradients at the probes are all.
+    """
+    leaves, structure = optree.tree_flatten(params)
+    covered = layers.covered
+    variables: Variables = (
+        {i: leaf for i, leaf in enumerate(leaves) if i not in covered} if free else {},
+        zero_probes(specs, layers.sources),
+    )
+    static: list[Any] = []
+
+    def run(variables: Variables) -> tuple[list[Tensor], tuple[list[Tensor], dict[str, list[Tensor]]]]:
+        free_leaves, probes = variables
+        merged = optree.tree_unflatten(structure, [free_leaves.get(i, leaf) for i, leaf in enumerate(leaves)])
+        if layers.layers:
+            result, records = run_captured(objective.model, layers, merged, inputs, probes)
+        else:  # without the function mode that follows weights
+            result, records = objective.model(merged, inputs), {}
+        outputs, aux = objective.split(result)
+        recorded = {source: [use.input for use in uses] for source, uses in records.items()}
+        return outputs, (split_tensors(aux, static), recorded)
+
+    outputs, transpose, (tensors, recorded) = transposed(run, variables)
+    return Captured(layers, outputs, join_tensors(tensors, static), recorded, variables[1], transpose)

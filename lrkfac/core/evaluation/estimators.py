@@ -4,49 +4,67 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from lrkfac.core.base.arguments import check_choice, check_integer
 from lrkfac.core.base.types import Tree
-from lrkfac.core.evaluation.capture import Captured, Form
+from lrkfac.core.evaluation.capture import Captured, LayerRows, ProbeGradients
 from lrkfac.core.evaluation.cotangents import exact_cotangents, sampled_cotangents
 from lrkfac.core.layers.statistics import Statistics, Uses
 from lrkfac.core.likelihoods.joint import Joint, Leaves
 
 Estimator = Literal["mc", "exact", "empirical", "forward_only"]
+"""How output gradients are chosen; see ``evaluator``."""
 
 
-def check_options(estimator: str, samples: int, examples: int | None) -> None:
-    """Refuses what ``evaluator`` cannot do."""
+def check_estimator(estimator: str, samples: int) -> None:
+    """Raise unless the estimator exists and can draw so many samples."""
     check_choice(estimator, "estimator", get_args(Estimator))
     check_integer(samples, "samples")
     if samples > 1 and estimator != "mc":
         raise ValueError(f"samples: expected 1 for the estimator {estimator!r}, which draws nothing, got {samples}")
-    if examples is not None:
-        check_integer(examples, "examples")
 
 
-def statistics_of(
-    seen: Captured,
-    of_loss: Form,
+def estimate(
+    captured: Captured,
+    rows: LayerRows,
     heads: Joint,
     targets: Leaves,
     estimator: Estimator,
     samples: int,
     noise: Tree | None,
 ) -> Statistics:
-    """What an estimator makes of a pass, and of the gradients of the terms' sum, which only ``"empirical"`` uses."""
+    """Return the statistics of a captured pass.
+
+    Args:
+        captured: The forward pass.
+        rows: Inputs of each layer, and gradients of the sum of the terms, which ``"empirical"`` alone uses.
+        heads: The likelihood.
+        targets: Of each head.
+        estimator: See ``evaluator``.
+        samples: Draws per term.
+        noise: See ``evaluator``.
+
+    Raises:
+        ValueError: If there is noise for an estimator that draws nothing, or as ``sampled_cotangents``.
+    """
     if noise is not None and estimator != "mc":
         raise ValueError(f"noise: expected none for the estimator {estimator!r}, which draws nothing")
-    scale, factors = heads.normalization(seen.outputs, targets)
+    scale, factors = heads.normalization(captured.outputs, targets)
+    gradients: dict[str, Uses]
     if estimator == "forward_only":
-        gradients: dict[str, Uses] = dict.fromkeys(of_loss, ())
+        gradients = dict.fromkeys(rows, ())
     elif estimator == "empirical":
-        gradients = {name: uses for name, (_, uses) in of_loss.items()}
+        gradients = {name: uses for name, (_, uses) in rows.items()}
     else:
-        of_heads = (heads, seen.outputs, targets, factors, lambda cotangents: seen.transpose(cotangents)[1])
-        at_probes = (
-            exact_cotangents(*of_heads) if estimator == "exact" else sampled_cotangents(*of_heads, samples, noise)
-        )
-        gradients = {name: uses for name, (_, uses) in seen.standard_form(at_probes).items()}
-    if estimator == "mc":
-        scale = scale / samples
-    return Statistics({name: inputs for name, (inputs, _) in of_loss.items()}, gradients, scale)
+
+        def to_probes(cotangent: list[Tensor]) -> ProbeGradients:
+            return captured.transpose(cotangent)[1]
+
+        if estimator == "exact":
+            at_probes = exact_cotangents(heads, captured.outputs, targets, factors, to_probes)
+        else:
+            at_probes = sampled_cotangents(heads, captured.outputs, targets, factors, to_probes, samples, noise)
+            scale = scale / samples
+        gradients = {name: uses for name, (_, uses) in captured.rows(at_probes).items()}
+    return Statistics({name: inputs for name, (inputs, _) in rows.items()}, gradients, scale)

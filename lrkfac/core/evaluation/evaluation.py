@@ -1,4 +1,4 @@
-"""What a batch says at one point in parameter space."""
+"""The evaluation of a batch at one point in parameter space."""
 
 from __future__ import annotations
 
@@ -12,22 +12,36 @@ from lrkfac.core.layers.statistics import Statistics
 
 
 class Evaluation(NamedTuple):
-    """Everything that a batch says at one point in parameter space.
+    """Loss, gradient, statistics and Fisher products of a batch at one point in parameter space.
+
+    ``evaluator`` makes the function that returns it; transformations take it as ``evaluation=``. It can be copied and
+    pickled where the model and the likelihood can.
 
     Attributes:
         loss: Mean negative log-likelihood, ``[]``.
-        grads: Its gradient, a tree like the parameters; with ``thin=True``, some leaves are ``LazyMatrix``.
+        grads: Gradient of the loss, a tree like the parameters; with ``thin=True``, some leaves are ``LazyMatrix``.
         outputs: The model's outputs, ``[N, ...]``, or a tree of them.
-        aux: What else the model returned (``has_aux=True``), else ``None``.
-        statistics: For ``precondition_by_fisher``; ``None`` where they were not asked for.
+        aux: The model's auxiliary result (``has_aux=True``), else ``None``.
+        statistics: For ``precondition_by_fisher``; ``None`` where the evaluation took none.
         product: ``product(tangent)`` is ``F tangent`` with the exact Fisher ``F`` of this batch.
         quadratic: ``quadratic(u, v)`` is ``uᵀ F v``, ``[]``.
-        gram: ``gram(tangents)``, for a tree of ``k`` tangents along a leading axis, is ``uᵢᵀ F uⱼ``, ``[k, k]``, at
-            the price of one forward pass and ``k`` forward derivatives.
+        gram: ``gram(tangents)``, for a tree of ``k`` tangents along a leading axis, is ``uᵢᵀ F uⱼ``, ``[k, k]``. It
+            costs one forward pass and ``k`` forward derivatives.
         loss_at: ``loss_at(params)`` is the loss of this batch at other parameters, ``[]``.
-        weight: With what this batch counts beside others: of a single likelihood the weights of all terms together
-            (their number, where none has a weight), of several heads the number of examples, ``[]``.
+        weight: The weight of this batch beside others, ``[]``: the total weight of all terms (their number, where none
+            has a weight); with several heads, the number of examples.
         thin: Whether leaves of ``grads`` and of the updates made of them may be ``LazyMatrix``, see ``evaluator``.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> model = lambda params, inputs: inputs @ params["w"]
+        >>> params, inputs, targets = {"w": torch.zeros(3, 2)}, torch.ones(4, 3), torch.tensor([0, 1, 1, 1])
+        >>> layers = lrkfac.find_layers(model, params, inputs)
+        >>> evaluation = lrkfac.evaluator(model, lrkfac.categorical(), layers)(params, inputs, targets)
+        >>> round(float(evaluation.loss), 4), evaluation.grads["w"].shape, int(evaluation.weight)
+        (0.6931, torch.Size([3, 2]), 4)
+        >>> evaluation.quadratic(evaluation.grads, evaluation.grads)
+        tensor(0.5625)
     """
 
     loss: Tensor

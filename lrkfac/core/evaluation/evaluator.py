@@ -1,47 +1,34 @@
-"""Loss, gradients and statistics of a batch in one pass; products with its Fisher matrix."""
+"""Loss, gradients and statistics of a batch from one forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
-from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from lrkfac.core.base.arguments import check_flag, check_model, check_values
-from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.profiling import profiled
-from lrkfac.core.base.tree_checks import check_like, check_stacked
-from lrkfac.core.base.trees import materialize, scaled
+from lrkfac.core.base.tree_checks import check_like
 from lrkfac.core.base.types import Tree
-from lrkfac.core.evaluation.auxiliary import with_others, without_others
-from lrkfac.core.evaluation.capture import Captured, Form, standard_form
-from lrkfac.core.evaluation.cotangents import divided
-from lrkfac.core.evaluation.derivatives import gradient, transposed
-from lrkfac.core.evaluation.estimators import Estimator, check_options, statistics_of
+from lrkfac.core.evaluation.backward import leaf_gradients, loss_rows
+from lrkfac.core.evaluation.capture import Captured, LayerRows, capture
+from lrkfac.core.evaluation.estimators import Estimator, check_estimator, estimate
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.core.evaluation.gradients import by_rows, gradients_of, thin_layers
-from lrkfac.core.evaluation.selection import Asked, chosen, examples_of, of_layers
-from lrkfac.core.layers.description import Layer, Layers, check_layers
-from lrkfac.core.layers.matrix import collect
-from lrkfac.core.layers.padding import with_constant_padding
-from lrkfac.core.layers.probes import OutputSpec, output_specs, zero_probes
+from lrkfac.core.evaluation.gradients import thin_layers
+from lrkfac.core.evaluation.objective import Objective
+from lrkfac.core.evaluation.products import FisherProducts
+from lrkfac.core.evaluation.selection import check_selection, select_examples, select_layers
+from lrkfac.core.evaluation.specs import SpecCache
+from lrkfac.core.layers.description import Layers, check_layers
 from lrkfac.core.layers.statistics import Statistics
-from lrkfac.core.layers.tracing import run_captured
 from lrkfac.core.likelihoods.joint import Joint, joint
 from lrkfac.core.likelihoods.protocol import Likelihood
-
-Specs = dict[str, list[OutputSpec]]
-"""What the probes of each source must look like."""
-
-
-Free = tuple[dict[int, Tensor], dict[str, list[Tensor]]]
-"""Leaves of the parameters, by number, and the probes of each source."""
 
 
 def evaluator(
@@ -51,10 +38,9 @@ def evaluator(
     estimator: Estimator = "mc",
     samples: int = 1,
     has_aux: bool = False,
-    examples: int | None = None,
     thin: bool = False,
-) -> Callable[..., Evaluation]:
-    """Makes the function that evaluates a batch: loss, gradients and what K-FAC needs.
+) -> Evaluator:
+    """Return the function that evaluates a batch: loss, gradients and statistics for K-FAC.
 
     The output gradients ``g`` that enter ``B`` are, term by term,
 
@@ -68,230 +54,177 @@ def evaluator(
 
     Args:
         model: Pure function ``model(params, inputs)``.
-        likelihood: What its outputs mean; ``joint(...)`` where they are a tree.
+        likelihood: The likelihood of its outputs; ``joint(...)`` where they are a tree.
         layers: From ``find_layers``.
         estimator: As above.
         samples: Draws per term for ``"mc"``.
         has_aux: Whether the model returns ``(outputs, aux)``.
-        examples: Statistics are taken from so many examples of the batch (or all, where it has fewer), drawn
-            without replacement from torch's default generator, by a pass of their own; loss and gradients of all.
-        thin: Whether the gradient of a linear layer's weight is held by its rows, as a ``LazyMatrix``, where these
-            hold at most half as many numbers, ``2 n (d_in + d_out) <= d_in d_out`` for ``n`` of them. They, and what
-            K-FAC makes of other matrices, are formed at a chain's end, or by ``lrkfac.materialize``: off for that.
+        thin: Whether the gradient of a linear layer's weight becomes a ``LazyMatrix`` where its rows hold at most half
+            as many numbers, ``2 n (d_in + d_out) <= d_in d_out`` for ``n`` rows. Off by default because
+            ``evaluation.grads`` reach the user, and torch's functions take no ``LazyMatrix``; ``LowRankKFAC``, which
+            hands none out, has it on. ``lrkfac.materialize`` makes tensors of them, as does the end of a chain.
 
     Returns:
-        ``evaluate(params, inputs, targets, statistics=True, noise=None) -> Evaluation``. With
-        ``statistics=False`` it costs a gradient and nothing more; where ``statistics`` are names of layers (a tuple;
-        see ``round_robin_refresh``), those of the other layers are empty and leave these as they are; where they are
-        numbers of examples, int64 ``[n]``, they are those of these examples alone (of every tensor of ``inputs`` whose
-        leading axis is as long as that of ``targets``). ``noise`` is uniform on [0, 1), of shape
-        ``[samples, *outputs.shape]`` (a tree of such where outputs are one) for these examples, for ``"mc"`` alone,
-        and not used where no statistics are taken; without it, it is drawn from torch's default generator
-        (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
+        ``evaluate(params, inputs, targets, statistics=True, layers=None, examples=None, noise=None)``, which returns
+        an ``Evaluation``; see ``Evaluator.__call__``. It can be copied and pickled where ``model`` and ``likelihood``
+        can.
 
     Raises:
-        ValueError: If an option is unknown or out of range; at evaluation, if parameters, targets or noise do
-            not fit, noise is given to an estimator that draws nothing, a tensor is on the device "meta", or the batch
-            is empty.
-        TypeError: If an argument has the wrong type; at evaluation, if outputs or targets have another structure than
-            the likelihood, or targets the wrong dtype. What the model raises passes.
+        ValueError: If an option is unknown or out of range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> model, params = lrkfac.from_module(torch.nn.Linear(3, 2))
+        >>> inputs, targets = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> layers = lrkfac.find_layers(model, params, inputs)
+        >>> evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers)
+        >>> evaluate(params, inputs, targets, statistics=False).grads["weight"].shape
+        torch.Size([2, 3])
+
+        Statistics of a random quarter of the examples:
+
+        >>> evaluation = evaluate(params, inputs, targets, examples=torch.randperm(8)[:2])
+        >>> [uses[0].shape for uses in evaluation.statistics.inputs.values()]
+        [torch.Size([2, 3])]
     """
     check_model(model)
     check_layers(layers)
     check_flag(has_aux, "has_aux")
     check_flag(thin, "thin")
-    check_options(estimator, samples, examples)
+    check_estimator(estimator, samples)
     if not isinstance(likelihood, Likelihood | Joint):
         raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")
     heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)
-    every = frozenset([layer.name for layer in layers])
-    specs: dict[Any, Specs] = {}
+    return Evaluator(Objective(model, heads, has_aux), layers, estimator, samples, thin)
 
-    def specs_for(params: Tree, inputs: Tree) -> Specs:
-        if torch.compiler.is_compiling():
-            return output_specs(model, layers, params, inputs)
-        tensors = _tensors((params, inputs))
-        signature = tuple([(tuple(x.shape), x.dtype, x.device) for x in tensors])
-        autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in sorted({x.device.type for x in tensors})
-        ]
-        key = (signature, optree.tree_structure(inputs), tuple(autocast))
-        if key not in specs:
-            specs[key] = output_specs(model, layers, params, inputs)
-        return specs[key]
 
-    def evaluate(
-        params: Tree, inputs: Tree, targets: Tree, statistics: Asked = True, noise: Tree | None = None
+@dataclass(frozen=True)
+class Evaluator:
+    """The function that evaluates a batch; ``evaluator`` checks its arguments and makes it.
+
+    Attributes:
+        objective: The model and its likelihood.
+        layers: The layers of the model.
+        estimator: See ``evaluator``.
+        samples: Draws per term for ``"mc"``.
+        thin: Whether some gradients become lazy matrices.
+        cache: Output shapes for the latest input shapes; no part of the value, and empty in copies.
+    """
+
+    objective: Objective
+    layers: Layers = field(hash=False)
+    estimator: Estimator
+    samples: int
+    thin: bool
+    cache: SpecCache = field(default_factory=SpecCache, compare=False, repr=False)
+
+    def __call__(
+        self,
+        params: Tree,
+        inputs: Tree,
+        targets: Tree,
+        statistics: bool = True,
+        layers: tuple[str, ...] | None = None,
+        examples: Tensor | None = None,
+        noise: Tree | None = None,
     ) -> Evaluation:
-        check_like(layers.tree, params, "params")
+        """Evaluate a batch.
+
+        Args:
+            params: A tree like the one that ``find_layers`` saw.
+            inputs: Of the batch.
+            targets: As the likelihood takes them.
+            statistics: Whether to take statistics; ``False`` costs a gradient and nothing more, and the arguments
+                below are not used.
+            layers: Names of the layers of which to take statistics, all by default; see ``round_robin_refresh``. Those
+                of other layers are empty and leave these as they are. An empty tuple takes none.
+            examples: Numbers of the examples of which to take statistics, int64 ``[n]``, all by default;
+                ``torch.randperm(size)[:n]`` chooses some at random. Takes a further pass, of these examples: of every
+                tensor of ``inputs`` whose leading axis is as long as that of ``targets``. Loss and gradients are
+                always those of the whole batch.
+            noise: For ``"mc"`` alone, uniform on [0, 1), ``[samples, *outputs.shape]`` (a tree of such where outputs
+                are one) for these examples. By default it comes from torch's default generator
+                (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
+
+        Raises:
+            ValueError: If parameters, targets, names, numbers or noise do not fit, an estimator that draws nothing
+                gets noise, a tensor is on the device "meta", or the batch is empty.
+            TypeError: If outputs or targets have another structure than the likelihood, or an argument the wrong type
+                or dtype. Errors of the model pass.
+        """
+        check_like(self.layers.tree, params, "params")
         check_values(params=params, inputs=inputs)
-        start = params
-        targets = heads.leaves(targets, "targets")
-        statistics, names = chosen(statistics, every)
-        whole = statistics is True and examples is None
-        first = not (torch.compiler.is_compiling() or specs)  # refuses hidden effects, at the first batch
-        known = specs_for(params, inputs) if whole or thin or (first and statistics is False) else {}
-        rest: list[Any] = []
+        heads = self.objective.heads
+        leaves = heads.leaves(targets, "targets")
+        check_selection(statistics, layers, examples, self.layers)
+        statistics = statistics and layers != ()
+        of_all = statistics and examples is None
+        with profiled("capture"):
+            loss, gradients, captured, rows = self._loss_pass(params, inputs, leaves, of_all)
+            of_layers = self._estimate(captured, rows, leaves, noise) if of_all else None
+            outputs, aux = captured.outputs, captured.aux
+            del captured, rows  # the graph of the whole batch makes room for that of some examples
+            if statistics and examples is not None:
+                of_layers = self._estimate_of_examples(params, inputs, leaves, examples, noise)
+        products = FisherProducts(self.objective, self.layers, params, inputs, leaves)
+        return Evaluation(
+            loss=loss,
+            grads=optree.tree_map(with_layout_of, gradients, params),
+            outputs=heads.unflatten(outputs),
+            aux=aux,
+            statistics=None if of_layers is None else select_layers(of_layers, layers),
+            # The compiler can return a partial function, but no bound method.
+            product=partial(FisherProducts.product, products),
+            quadratic=partial(FisherProducts.quadratic, products),
+            gram=partial(FisherProducts.gram, products),
+            loss_at=partial(FisherProducts.loss_at, products),
+            weight=heads.total_weight(outputs, leaves),
+            thin=self.thin,
+        )
 
-        def loss_of(params: Tree) -> tuple[Tensor, Any]:
-            outputs, aux = heads.split(model(params, inputs), has_aux)
-            return heads.loss(outputs, targets), (outputs, without_others(aux, rest))
+    def _loss_pass(
+        self, params: Tree, inputs: Tree, targets: list[Tensor], statistics: bool
+    ) -> tuple[Tensor, Tree, Captured, LayerRows]:
+        """Return the loss, its gradient, the forward pass, and the rows of its layers if statistics need them.
 
-        rows = thin_layers(layers, known) if thin else ()
-        if whole:
-            with profiled("capture"):
-                loss, grads, aux, seen, of_loss = by_capture(params, inputs, targets, known, layers, rows)
-                found = statistics_of(seen, of_loss, heads, targets, estimator, samples, noise)
-            outputs = seen.outputs
-        elif rows and statistics is False:
-            with profiled("capture"):
-                loss, grads, aux, outputs = held_by_rows(params, inputs, targets, known, rows)
-            found = None
-        else:
-            grads, loss, (outputs, tensors) = gradient(loss_of, params)
-            aux, found = with_others(tensors, rest), None
-            if statistics is not False:
-                if statistics is True:
-                    statistics = torch.randperm(outputs[0].shape[0], device=outputs[0].device)[:examples]
-                with profiled("capture"):
-                    found = of_examples(params, inputs, targets, statistics, noise)
-
-        grads = optree.tree_map(with_layout_of, grads, params)
-
-        def outputs_of(params: Tree) -> list[Tensor]:
-            with with_constant_padding(layers):
-                return heads.split(model(params, inputs), has_aux)[0]
-
-        def change(tangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
-            try:
-                return jvp(outputs_of, (params,), (tangent,))
-            except NotImplementedError as error:
-                raise NotImplementedError(
-                    f"model: an operation has no forward derivative, which products with the Fisher need: {error}; "
-                    "attention has one under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), its modules in eval mode "
-                    "after torch.backends.mha.set_fastpath_enabled(False)"
-                ) from error
-
-        def product(tangent: Tree) -> Tree:
-            check_like(params, tangent, "product: tangent")
-            tangent = materialize(tangent)
-            outputs, changed = change(tangent)
-            _, transpose = vjp(outputs_of, params)
-            return transpose(heads.product(outputs, targets, changed))[0]
-
-        def gram(tangents: Tree) -> Tensor:
-            def both(tangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
-                outputs, changed = change(tangent)
-                return changed, heads.product(outputs, targets, changed)
-
-            check_stacked(params, tangents, "gram: tangents")
-            changed, curved = vmap(both)(tangents)
-            of_heads = [wide(c).flatten(1) @ wide(h).flatten(1).mT for c, h in zip(changed, curved, strict=True)]
-            return torch.stack(of_heads).sum(dim=0)
-
-        def quadratic(u: Tree, v: Tree) -> Tensor:
-            check_like(params, u, "quadratic: u")
-            check_like(params, v, "quadratic: v")
-            both = (materialize(u),) if v is u else (materialize(u), materialize(v))
-            return gram(optree.tree_map(lambda *leaves: torch.stack(leaves), *both))[0, -1]
-
-        def loss_at(params: Tree) -> Tensor:
-            check_like(start, params, "loss_at: params")
-            return loss_of(params)[0]
-
-        weight, found = heads.total_weight(outputs, targets), found and of_layers(found, names)
-        first_four = loss, grads, heads.unflatten(outputs), aux
-        return Evaluation(*first_four, found, product, quadratic, gram, loss_at, weight, thin)
-
-    def runner(params: Tree, inputs: Tree, layers: Layers, rest: list[Any]) -> Callable[[Free], tuple[Any, Any]]:
-        """The model as a function of some leaves, by number, and of the probes of some layers."""
+        A pass for statistics captures all layers, any other one those whose gradients become lazy; all leaves of the
+        other layers are free.
+        """
+        first = not torch.compiler.is_compiling() and not len(self.cache)  # hidden effects show at the first batch
+        known = statistics or self.thin or first
+        specs = self.cache.specs(self.objective, self.layers, params, inputs) if known else {}
+        thin = thin_layers(self.layers, specs) if self.thin else ()
+        layers = self.layers if statistics else replace(self.layers, layers=thin)
+        captured = capture(self.objective, layers, params, inputs, specs)
+        empirical = statistics and self.estimator == "empirical"
+        backward = loss_rows(self.objective, captured, targets, empirical)
+        by_index = leaf_gradients(captured, backward, [layer.name for layer in thin])
         leaves, structure = optree.tree_flatten(params)
+        gradients = optree.tree_unflatten(structure, [by_index[i].to(leaf.dtype) for i, leaf in enumerate(leaves)])
+        rows = backward.rows
+        if not empirical:  # the rows of the loss make room for those of the estimator
+            rows = {name: (uses, ()) for name, (uses, _) in rows.items()}
+        return backward.loss, gradients, captured, rows
 
-        def run(both: Free) -> tuple[list[Tensor], tuple[list[Tensor], dict[str, list[Tensor]]]]:
-            free, probes = both
-            merged = [free.get(i, leaf) for i, leaf in enumerate(leaves)]
-            result, records = run_captured(model, layers, optree.tree_unflatten(structure, merged), inputs, probes)
-            outputs, aux = heads.split(result, has_aux)
-            inputs_of = {source: [use.input for use in uses] for source, uses in records.items()}
-            return outputs, (without_others(aux, rest), inputs_of)
+    def _estimate(self, captured: Captured, rows: LayerRows, targets: list[Tensor], noise: Tree | None) -> Statistics:
+        return estimate(captured, rows, self.objective.heads, targets, self.estimator, self.samples, noise)
 
-        return run
-
-    def captured(
-        params: Tree, inputs: Tree, known: Specs, layers: Layers, free: dict[int, Tensor], rest: list[Any]
-    ) -> tuple[Captured, list[Tensor]]:
-        probes, run = zero_probes(known, layers.sources), runner(params, inputs, layers, rest)
-        outputs, transpose, (tensors, recorded) = transposed(run, (free, probes))
-        return Captured(layers, outputs, recorded, probes, transpose), tensors
-
-    def held_by_rows(
-        params: Tree, inputs: Tree, targets: list[Tensor], known: Specs, rows: tuple[Layer, ...]
-    ) -> tuple[Tensor, Tree, Any, list[Tensor]]:
-        """Loss, gradients (of ``rows`` held so), aux and outputs, by one derivative."""
-        leaves, structure = optree.tree_flatten(params)
-        own = replace(layers, layers=rows)
-        rest: list[Any] = []
-        run = runner(params, inputs, own, rest)
-
-        def loss_of(both: Free) -> tuple[Tensor, Any]:
-            outputs, others = run(both)
-            return heads.loss(outputs, targets), (outputs, *others)
-
-        free = {i: x for i, x in enumerate(leaves) if i not in own.covered}
-        (found, at_probes), loss, (outputs, *others) = gradient(loss_of, (free, zero_probes(known, own.sources)))
-        form = standard_form(own, others[1], {k: [g[None] for g in uses] for k, uses in at_probes.items()}, outputs)
-        for layer in rows:
-            found |= by_rows(layer, *form[layer.name])
-        grads = optree.tree_unflatten(structure, [found[i].to(leaf.dtype) for i, leaf in enumerate(leaves)])
-        return loss, grads, with_others(others[0], rest), outputs
-
-    def by_capture(
-        params: Tree, inputs: Tree, targets: list[Tensor], known: Specs, layers: Layers, rows: tuple[Layer, ...]
-    ) -> tuple[Tensor, Tree, Any, Captured, Form]:
-        """Loss, gradients (of ``rows`` held so), aux; what was captured of ``layers``."""
-        leaves, structure = optree.tree_flatten(params)
-        rest: list[Any] = []
-        free = {i: x for i, x in enumerate(leaves) if i not in layers.covered}
-        seen, tensors = captured(params, inputs, known, layers, free, rest)
-        cotangent, loss = grad_and_value(lambda f: heads.loss(f, targets))(seen.outputs)
-        scale = heads.normalization(seen.outputs, targets)[0] if estimator == "empirical" else None
-        free_grads, at_probes = seen.transpose(divided(cotangent, scale))
-        # Weights take no part in the backward pass: their gradients follow from its rows, once.
-        of_loss = seen.standard_form_of_one(at_probes)
-        times = partial(scaled, scale) if scale is not None else lambda tree: tree
-        found: dict[int, Any] = dict(times(free_grads))
-        for layer in layers:
-            inputs_of, gradients = of_loss[layer.name]
-            if layer in rows:
-                found |= times(by_rows(layer, inputs_of, gradients))
-            else:
-                collect(found, gradients_of(layer, inputs_of, tuple(g[0] for g in gradients), scale))
-        del at_probes
-        if estimator != "empirical":  # the rows of the loss make room for those of the estimator
-            of_loss = {name: (inputs_of, ()) for name, (inputs_of, _) in of_loss.items()}
-        cast = [found[i].to(leaf.dtype) for i, leaf in enumerate(leaves)]
-        return loss, optree.tree_unflatten(structure, cast), with_others(tensors, rest), seen, of_loss
-
-    def of_examples(
-        params: Tree, inputs: Tree, targets: list[Tensor], numbers: Tensor, noise: Tree | None
+    def _estimate_of_examples(
+        self, params: Tree, inputs: Tree, targets: list[Tensor], examples: Tensor, noise: Tree | None
     ) -> Statistics:
+        """Return the statistics of some examples, by a pass in which no leaf is free."""
         size = targets[0].shape[0]
-        inputs, targets = examples_of(inputs, numbers, size), examples_of(targets, numbers, size)
-        seen, _ = captured(params, inputs, specs_for(params, inputs), layers, {}, [])
-        if seen.outputs[0].shape[0] != numbers.shape[0]:
+        inputs, targets = select_examples(inputs, examples, size), select_examples(targets, examples, size)
+        specs = self.cache.specs(self.objective, self.layers, params, inputs)
+        captured = capture(self.objective, self.layers, params, inputs, specs, free=False)
+        if captured.outputs[0].shape[0] != examples.shape[0]:
             raise ValueError(
-                f"statistics: expected outputs of {numbers.shape[0]} examples, got the shape "
-                f"{tuple(seen.outputs[0].shape)}; inputs and targets must have the batch as their leading axis"
+                f"examples: expected outputs of {examples.shape[0]} examples, got the shape "
+                f"{tuple(captured.outputs[0].shape)}; inputs and targets must have the batch as their leading axis"
             )
-        at_probes = seen.probes  # of which nothing but the shape matters
-        if estimator == "empirical":
-            scale, _ = heads.normalization(seen.outputs, targets)
-            _, at_probes = seen.transpose(divided(grad(lambda f: heads.loss(f, targets))(seen.outputs), scale))
-        return statistics_of(seen, seen.standard_form_of_one(at_probes), heads, targets, estimator, samples, noise)
-
-    return evaluate
-
-
-def _tensors(tree: Tree) -> list[Tensor]:
-    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+        if self.estimator == "empirical":
+            rows = loss_rows(self.objective, captured, targets, summed=True).rows
+        else:
+            rows = captured.single_rows(captured.probes)  # for the inputs; the zero gradients only give shapes
+        return self._estimate(captured, rows, targets, noise)

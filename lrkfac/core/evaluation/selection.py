@@ -1,65 +1,69 @@
-"""Which statistics an evaluation takes: of which layers, of which examples."""
+"""The layers and the examples of which an evaluation takes statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.arguments import check_flag
 from lrkfac.core.base.eager import has_values
 from lrkfac.core.base.types import Tree
+from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.statistics import Statistics
 
-Asked = bool | Tensor | Collection[str]
-"""All statistics or none, of some examples by number, or of some layers by name."""
 
-
-def chosen(statistics: Any, names: frozenset[str]) -> tuple[bool | Tensor, frozenset[str]]:
-    """What ``evaluate`` is asked for: statistics or not, or the numbers of examples; and of which of the named layers.
+def check_selection(statistics: Any, names: Any, examples: Any, layers: Layers) -> None:
+    """Raise unless ``evaluate`` can take these statistics.
 
     Raises:
-        ValueError: If it names no layer, or does not choose examples by number.
-        TypeError: If it is something else.
+        ValueError: If a name is none of a layer, or ``examples`` has another shape than ``[n]``.
+        TypeError: If an argument has another type or dtype.
     """
-    if isinstance(statistics, Tensor):
-        if statistics.ndim != 1 or statistics.dtype not in (torch.int64, torch.int32) or not statistics.numel():
-            raise ValueError(
-                "statistics: expected True, False, names of layers or the numbers of some examples, int64 of shape "
-                f"[n], got {statistics.dtype} of shape {tuple(statistics.shape)}"
-            )
-        return statistics, names
-    if isinstance(statistics, bool):
-        return statistics, names
-    if not isinstance(statistics, tuple | list | set | frozenset) or not all(isinstance(x, str) for x in statistics):
+    check_flag(statistics, "statistics")
+    if names is not None:
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"layers: expected a tuple of names of layers or None, got {names!r}")
+        known = {layer.name for layer in layers}
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise ValueError(f"layers: no layers {unknown}; expected some of {sorted(known)}")
+    if examples is None:
+        return
+    if not isinstance(examples, Tensor):
         raise TypeError(
-            "statistics: expected True, False, a tuple of names of layers or a tensor of numbers of examples, got "
-            f"{statistics!r}"
+            "examples: expected the numbers of some examples, an int64 tensor [n] such as torch.randperm(size)[:n], "
+            f"or None, got {examples!r}"
         )
-    unknown = sorted(set(statistics) - names)
-    if unknown:
-        raise ValueError(f"statistics: no layers {unknown}; expected some of {sorted(names)}")
-    return len(statistics) > 0, frozenset(statistics)
+    if examples.dtype != torch.int64:
+        raise TypeError(f"examples: expected numbers of some examples, int64, got {examples.dtype}")
+    if examples.ndim != 1 or not examples.numel():
+        raise ValueError(
+            "examples: expected the numbers of some examples, int64 of shape [n], got the shape "
+            f"{tuple(examples.shape)}"
+        )
 
 
-def of_layers(found: Statistics, names: frozenset[str]) -> Statistics:
-    """The statistics of some layers; those of the others are empty."""
-    parts = [{name: uses if name in names else () for name, uses in part.items()} for part in found[:2]]
-    return Statistics(parts[0], parts[1], found.scale)
+def select_layers(statistics: Statistics, names: tuple[str, ...] | None) -> Statistics:
+    """Return the statistics with those of all but the named layers empty; ``None`` keeps all."""
+    if names is None:
+        return statistics
+    parts = [{name: uses if name in names else () for name, uses in part.items()} for part in statistics[:2]]
+    return Statistics(parts[0], parts[1], statistics.scale)
 
 
-def examples_of(tree: Tree, numbers: Tensor, size: int) -> Tree:
-    """The examples of these numbers; what has not the batch of this size as its leading axis stays whole.
+def select_examples(tree: Tree, examples: Tensor, size: int) -> Tree:
+    """Return the entries of some examples; a leaf without a leading axis of length ``size`` stays whole.
 
     Raises:
-        ValueError: If a number is none of an example (where they are on the CPU and known).
+        ValueError: If a number is out of range (on the CPU, where values are known).
     """
-    if has_values(numbers) and not (numbers.min() >= 0 and numbers.max() < size):
-        raise ValueError(f"statistics: expected numbers of examples from 0 to {size - 1}, got {numbers.tolist()}")
+    if has_values(examples) and not (examples.min() >= 0 and examples.max() < size):
+        raise ValueError(f"examples: expected numbers of examples from 0 to {size - 1}, got {examples.tolist()}")
 
-    def taken(x: Any) -> Any:
-        return x[numbers.long()] if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else x
+    def select(x: Any) -> Any:
+        return x[examples] if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else x
 
-    return optree.tree_map(taken, tree, none_is_leaf=True)
+    return optree.tree_map(select, tree, none_is_leaf=True)

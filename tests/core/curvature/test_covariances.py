@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lrkfac import find_layers
 from lrkfac.core.curvature.covariances import kronecker_factors
-from lrkfac.core.evaluation.gradients import gradients_of
+from lrkfac.core.evaluation.gradients import layer_gradients
 from lrkfac.core.layers.matrix import LayerMatrix, layer_leaves, layer_matrix, split_groups
 from lrkfac.core.linalg.covariances import Covariance
 from lrkfac.testing import layers
@@ -171,7 +171,7 @@ def test_gradients_are_the_sums_of_g_times_rows(dtype, case):
     a, g = input_rows(layer, case.inputs, options), output_rows(layer, case.output_gradients)
     expected = torch.einsum("grk,grd->gkd", g, a)
     expected = expected[0] if layer.groups == 1 else expected
-    found = gradients_of(layer, (case.inputs.to(dtype),), (case.output_gradients.to(dtype),))
+    found = layer_gradients(layer, (case.inputs.to(dtype),), (case.output_gradients.to(dtype),))
     weight, bias = joined(layer, expected)
     assert set(found) == {layer.weight.index} | (set() if layer.bias is None else {layer.bias.index})
     close(found[layer.weight.index], weight, dtype, size=g.norm() * a.norm())

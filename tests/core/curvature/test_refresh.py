@@ -40,7 +40,7 @@ def deep(depth, width=6, n=4, dtype=torch.float64, bias="joint", positions=1):
     layers = lrkfac.find_layers(model, params, x, bias=bias)
     evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "mc")
     noise = torch.rand(1, n, 3, generator=generator, dtype=torch.float64).to(dtype)
-    return layers, params, lambda p, statistics=True: evaluate(p, x, y, statistics, noise)
+    return layers, params, lambda p, statistics=True: evaluate(p, x, y, statistics, noise=noise)
 
 
 def run(layers, params, evaluate, structure, steps=3, **extra):

@@ -28,10 +28,9 @@ def test_exact_columns_are_those_of_the_root(name, shape, seed, at_once):
     """``Σ c cᵀ`` over the columns ``c`` of one example is its Hessian, whatever number is made at once."""
     outputs = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cotangents, "COLUMNS", at_once)
-        columns = exact_cotangents(lrkfac.joint(LIKELIHOODS[name]), [outputs], [outputs[..., 0]], [1.0], same)["all"][
-            0
-        ].flatten(2)
+        patch.setattr(cotangents, "COLUMNS_AT_ONCE", at_once)
+        heads = lrkfac.joint(LIKELIHOODS[name])
+        columns = exact_cotangents(heads, [outputs], [outputs[..., 0]], [1.0], same)["all"][0].flatten(2)
     assert columns.shape == (shape[1] * shape[2], shape[0], shape[1] * shape[2])
     options = {"variance": 1.0} if name == "gaussian" else {}
     blocks = reference.output_hessian(name, outputs, **options)
@@ -53,16 +52,16 @@ def test_targets_drawn_in_parts_are_those_drawn_at_once(name, shape, seed, sampl
 
     expected = torch.stack([torch.func.grad(total)(outputs, u) for u in noise])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cotangents, "NUMBERS", at_once)
-        given = (lrkfac.joint(likelihood), [outputs], [outputs[..., 0]], [1.0], same, samples)
-        found = sampled_cotangents(*given, noise)["all"][0]
-        drawn = sampled_cotangents(*given, None)["all"][0]
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    assert drawn.shape == found.shape
+        patch.setattr(cotangents, "OUTPUTS_AT_ONCE", at_once)
+        arguments = (lrkfac.joint(likelihood), [outputs], [outputs[..., 0]], [1.0], same, samples)
+        sampled = sampled_cotangents(*arguments, noise)["all"][0]
+        drawn = sampled_cotangents(*arguments, None)["all"][0]
+    torch.testing.assert_close(sampled, expected, rtol=1e-12, atol=1e-12)
+    assert drawn.shape == sampled.shape
 
 
 def evaluated(model, params, inputs, targets, estimator):
-    """``statistics -> Evaluation``, with what is found at the first batch known."""
+    """``statistics -> Evaluation``, after the first batch."""
     layers = lrkfac.find_layers(model, params, inputs)
     f = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)
     f(params, inputs, targets, statistics=False)
@@ -78,17 +77,17 @@ def test_exact_statistics_take_no_more_than_themselves_and_a_few_columns():
     run = evaluated(lambda p, x: torch.tanh(F.linear(x, p["w"])) @ fixed.mT, params, inputs, targets, "exact")
     with LargestTensor() as largest:
         run(True)
-    few = cotangents.COLUMNS * examples * classes
+    few = cotangents.COLUMNS_AT_ONCE * examples * classes
     assert largest.numel <= max(few, classes * examples * narrow)
     with PeakMemory() as memory:
         evaluation = run(True)
-    held = sum(x.untyped_storage().nbytes() for x in optree.tree_leaves(evaluation.statistics))
-    assert memory.peak <= 1.1 * held + 6 * 4 * few
+    size = sum(x.untyped_storage().nbytes() for x in optree.tree_leaves(evaluation.statistics))
+    assert memory.peak <= 1.1 * size + 6 * 4 * few
 
 
 def test_monte_carlo_statistics_of_many_tokens_take_the_memory_of_a_gradient(monkeypatch):
     """Of 20 · 50 tokens and 200 words: where targets are drawn, the memory of the loss is free again."""
-    monkeypatch.setattr(cotangents, "NUMBERS", 200 * 50)
+    monkeypatch.setattr(cotangents, "OUTPUTS_AT_ONCE", 200 * 50)
     params = {"e": torch.randn(200, 8), "h": torch.randn(200, 8)}
     inputs, targets = torch.randint(200, (20, 50)), torch.randint(200, (20, 50))
     run = evaluated(lambda p, x: F.linear(F.embedding(x, p["e"]), p["h"]), params, inputs, targets, "mc")

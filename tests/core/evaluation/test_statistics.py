@@ -45,54 +45,12 @@ def test_statistics_of_some_examples_are_those_of_a_batch_of_them(case, estimato
     chosen = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=size, unique=True))
     numbers, noise = torch.tensor(chosen), noise_for(case, samples)[:, : len(chosen)]
     f = layers_and_evaluate(case, estimator, samples=samples)
-    found = f(case.params, case.inputs, case.targets, statistics=numbers, noise=noise if estimator == "mc" else None)
-    close(found.statistics, of_sub_batch(case, estimator, numbers, noise, samples).statistics)
+    result = f(case.params, case.inputs, case.targets, examples=numbers, noise=noise if estimator == "mc" else None)
+    close(result.statistics, of_sub_batch(case, estimator, numbers, noise, samples).statistics)
     whole = f(case.params, case.inputs, case.targets, statistics=False)
-    close(found[:3], whole[:3])
-    close(found.product(case.params), whole.product(case.params))
-    close(found.loss_at(case.params), whole.loss)
-
-
-def drawn_rows(examples, seed):
-    torch.manual_seed(seed)
-    f = layers_and_evaluate(CASE, "forward_only", examples=examples)
-    rows = f(CASE.params, CASE.inputs, CASE.targets).statistics.inputs["0"][0]
-    return [int(n) for n in (rows[:, None] == CASE.inputs).all(-1).nonzero()[:, 1]]
-
-
-@given(st.integers(1, 9), st.integers(0, 2**16))
-def test_examples_are_drawn_without_replacement(examples, seed):
-    """From torch's generator; at most as many as there are."""
-    found = drawn_rows(examples, seed)
-    assert len(found) == len(set(found)) == min(examples, len(CASE.inputs))
-    assert drawn_rows(examples, seed) == found
-
-
-def test_every_example_is_drawn_equally_often():
-    """In 700 draws of 2 of 7 examples, by members of an ensemble; the standard deviation of each count is 12."""
-    f = layers_and_evaluate(CASE, "forward_only", examples=2)
-    params = optree.tree_map(lambda p: p.expand(700, *p.shape), CASE.params)
-    run = vmap(lambda p: f(p, CASE.inputs, CASE.targets)[4], randomness="different")
-    same = (run(params).inputs["0"][0][:, :, None] == CASE.inputs).all(-1)
-    counts = same.sum((0, 1))
-    assert counts.sum() == 1400 and (counts - 200).abs().max() < 60
-
-
-@each_estimator
-def test_drawn_examples_are_those_of_a_batch_of_them(estimator):
-    case, noise = cases.CONVOLUTION[3], noise_for(cases.CONVOLUTION[3])[:, :3]
-    torch.manual_seed(3)
-    found = layers_and_evaluate(case, estimator, examples=3)(
-        case.params, case.inputs, case.targets, noise=noise if estimator == "mc" else None
-    )
-    torch.manual_seed(3)
-    numbers = torch.randperm(len(case.inputs))[:3]
-    close(found.statistics, of_sub_batch(case, estimator, numbers, noise).statistics)
-    f = layers_and_evaluate(case, estimator, examples=3)
-    assert f(case.params, case.inputs, case.targets, statistics=False).statistics is None
-    first = noise[:, :1] if estimator == "mc" else None
-    given_numbers = f(case.params, case.inputs, case.targets, statistics=torch.tensor([1]), noise=first)
-    close(given_numbers.statistics, of_sub_batch(case, estimator, [1], first).statistics)
+    close(result[:3], whole[:3])
+    close(result.product(case.params), whole.product(case.params))
+    close(result.loss_at(case.params), whole.loss)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -101,15 +59,15 @@ def test_some_examples_cost_their_share(n):
     case = cases.CONVOLUTION[0]
     forward, size = flops(lambda: case.model(case.params, case.inputs)), len(case.inputs)
 
-    def cost(estimator, **options):
-        f = layers_and_evaluate(case, estimator, **options)
-        f(case.params, case.inputs, case.targets)
-        return flops(lambda: f(case.params, case.inputs, case.targets))
+    def cost(estimator, examples=None):
+        f = layers_and_evaluate(case, estimator)
+        f(case.params, case.inputs, case.targets, examples=examples)
+        return flops(lambda: f(case.params, case.inputs, case.targets, examples=examples))
 
     gradient = cost("empirical")
-    assert size * (cost("forward_only", examples=n) - gradient) == n * forward
+    assert size * (cost("forward_only", torch.arange(n)) - gradient) == n * forward
     back = cost("mc") - gradient
-    assert size * (cost("mc", examples=n) - gradient) == n * (forward + back)
+    assert size * (cost("mc", torch.arange(n)) - gradient) == n * (forward + back)
 
 
 @each_estimator
@@ -118,29 +76,20 @@ def test_examples_of_an_ensemble(estimator):
     f, noise = layers_and_evaluate(CASE, estimator), noise_for(CASE)[:, :2]
     params = optree.tree_map(lambda p: torch.stack([p, p + 0.1]), CASE.params)
     numbers = torch.tensor([[0, 3], [5, 1]])
-    run = lambda p, i: f(p, CASE.inputs, CASE.targets, statistics=i, noise=noise if estimator == "mc" else None)[4]  # noqa: E731
-    found = vmap(run)(params, numbers)
+    run = lambda p, i: f(p, CASE.inputs, CASE.targets, examples=i, noise=noise if estimator == "mc" else None)[4]  # noqa: E731
+    result = vmap(run)(params, numbers)
     for i in range(2):
-        member, alone = (optree.tree_map(lambda x, i=i: x[i], tree) for tree in (found, params))
+        member, alone = (optree.tree_map(lambda x, i=i: x[i], tree) for tree in (result, params))
         close(member, run(alone, numbers[i]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["mc", "empirical"])
 def test_examples_compiled(estimator):
-    noise, numbers, f = (
-        noise_for(CASE)[:, :3],
-        torch.tensor([4, 0, 2]),
-        layers_and_evaluate(CASE, estimator, examples=3),
-    )
-
-    def run(p, i):
-        evaluation = f(p, CASE.inputs, CASE.targets, statistics=i, noise=noise if estimator == "mc" else None)
-        return evaluation[:5], f(p, CASE.inputs, CASE.targets).statistics.inputs["0"][0]
-
-    found, rows = traced(run)(CASE.params, numbers)
-    close(found, run(CASE.params, numbers)[0])
-    assert (rows[:, None] == CASE.inputs).all(-1).sum() == 3
+    f, noise = layers_and_evaluate(CASE, estimator), noise_for(CASE)[:, :3] if estimator == "mc" else None
+    run = lambda p, i: f(p, CASE.inputs, CASE.targets, examples=i, noise=noise)[:5]  # noqa: E731
+    numbers = torch.tensor([4, 0, 2])
+    close(traced(run)(CASE.params, numbers), run(CASE.params, numbers))
 
 
 def test_inputs_that_are_shared_by_all_examples_stay_whole():
@@ -149,9 +98,9 @@ def test_inputs_that_are_shared_by_all_examples_stay_whole():
     model = lambda p, i: F.linear(i["x"] * i["scale"], p["w"])  # noqa: E731
     inputs, targets, numbers = {"x": x, "scale": scale}, torch.randint(3, (7,)), torch.tensor([6, 2])
     f = evaluator(model, lrkfac.categorical(), find_layers(model, {"w": w}, inputs), "exact")
-    found = f({"w": w}, inputs, targets, statistics=numbers)
+    result = f({"w": w}, inputs, targets, examples=numbers)
     alone = f({"w": w}, {"x": x[numbers], "scale": scale}, targets[numbers])
-    close(found.statistics, alone.statistics)
+    close(result.statistics, alone.statistics)
 
 
 def test_inputs_without_the_batch_in_front_are_refused():
@@ -159,41 +108,51 @@ def test_inputs_without_the_batch_in_front_are_refused():
     params, inputs, targets = {"w": torch.randn(3, 5)}, torch.randn(4, 7, 5), torch.randint(3, (7,))
     f = evaluator(model, lrkfac.categorical(), find_layers(model, params, inputs))
     with pytest.raises(ValueError, match=r"expected outputs of 2 examples, got the shape \(7, 3\)"):
-        f(params, inputs, targets, statistics=torch.tensor([0, 1]))
+        f(params, inputs, targets, examples=torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize(
-    "statistics, error, message",
+    "selection, error, message",
     [
-        (torch.ones(7, dtype=torch.bool), ValueError, "numbers of some examples, .* got torch.bool of shape"),
-        (torch.tensor(True), ValueError, r"got torch.bool of shape \(\)"),
-        (torch.tensor([], dtype=torch.int64), ValueError, r"got torch.int64 of shape \(0,\)"),
-        (torch.tensor([[0, 1]]), ValueError, r"of shape \(1, 2\)"),
-        (torch.tensor([0.0]), ValueError, "got torch.float32"),
-        (torch.tensor([7]), ValueError, "statistics: expected numbers of examples from 0 to 6"),
-        (
-            [0, 1],
-            TypeError,
-            r"statistics: expected True, False, a tuple of names of layers or a tensor .* got \[0, 1\]",
-        ),
-        (1, TypeError, "statistics: expected True, False, a tuple of names of layers or a tensor .* got 1"),
+        ({"examples": torch.ones(7, dtype=torch.bool)}, TypeError, "numbers of some examples, int64, got torch.bool"),
+        ({"examples": torch.tensor([0.0])}, TypeError, "int64, got torch.float32"),
+        ({"examples": [0, 1]}, TypeError, r"an int64 tensor \[n\] such as torch.randperm.* got \[0, 1\]"),
+        ({"examples": torch.tensor([], dtype=torch.int64)}, ValueError, r"got the shape \(0,\)"),
+        ({"examples": torch.tensor([[0, 1]])}, ValueError, r"got the shape \(1, 2\)"),
+        ({"examples": torch.tensor([7])}, ValueError, r"expected numbers of examples from 0 to 6, got \[7\]"),
+        ({"examples": torch.tensor([0, -1])}, ValueError, "expected numbers of examples from 0 to 6"),
+        ({"statistics": 1}, TypeError, "statistics: expected True or False, got 1"),
+        ({"statistics": torch.tensor([0])}, TypeError, "statistics: expected True or False, got Tensor"),
+        ({"layers": ["0"]}, TypeError, r"layers: expected a tuple of names of layers or None, got \['0'\]"),
+        ({"layers": ("0", "x")}, ValueError, r"layers: no layers \['x'\]; expected some of"),
     ],
 )
-def test_other_choices_of_statistics_are_refused(statistics, error, message):
+def test_other_selections_are_refused(selection, error, message):
     with pytest.raises(error, match=message):
-        layers_and_evaluate(CASE)(CASE.params, CASE.inputs, CASE.targets, statistics=statistics)
+        layers_and_evaluate(CASE)(CASE.params, CASE.inputs, CASE.targets, **selection)
+
+
+def test_named_layers_of_some_examples():
+    """Both selections at once; those of other layers are empty; an empty tuple, or ``statistics=False``, takes none."""
+    f, numbers = layers_and_evaluate(CASE, "exact"), torch.tensor([3, 1])
+    run = lambda **selection: f(CASE.params, CASE.inputs, CASE.targets, examples=numbers, **selection).statistics  # noqa: E731
+    some, every = run(layers=("2",)), run()
+    for part, expected in zip(some[:2], every[:2], strict=True):
+        assert part == {**dict.fromkeys(part, ()), "2": part["2"]}
+        close(part["2"], expected["2"])
+    assert run(layers=()) is None and run(statistics=False, layers=("2",)) is None
 
 
 def test_noise_has_the_shape_of_the_examples():
     with pytest.raises(ValueError, match=r"noise: expected uniform numbers of shape \(1, 2, 3\), got \(1, 7, 3\)"):
         layers_and_evaluate(CASE)(
-            CASE.params, CASE.inputs, CASE.targets, statistics=torch.tensor([0, 1]), noise=noise_for(CASE)
+            CASE.params, CASE.inputs, CASE.targets, examples=torch.tensor([0, 1]), noise=noise_for(CASE)
         )
 
 
 @each_case
 def test_forward_only_holds_no_output_gradients(case):
     f = evaluator(case.model, likelihood(case), described(case), "forward_only")
-    found = f(case.params, case.inputs, case.targets).statistics
-    assert found.output_gradients == dict.fromkeys(case.layers, ())
-    close(found.inputs, layers_and_evaluate(case, "exact")(case.params, case.inputs, case.targets).statistics.inputs)
+    result = f(case.params, case.inputs, case.targets).statistics
+    assert result.output_gradients == dict.fromkeys(case.layers, ())
+    close(result.inputs, layers_and_evaluate(case, "exact")(case.params, case.inputs, case.targets).statistics.inputs)

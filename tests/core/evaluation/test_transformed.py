@@ -32,8 +32,8 @@ def test_ensemble_under_vmap(estimator):
         optree.tree_map(lambda p: torch.stack([p, p + 0.1]), P),
         results(f, CASE, noise_for(CASE) if estimator == "mc" else None),
     )
-    found = vmap(run)(params)
-    member, alone = (optree.tree_map(lambda x: x[1], tree) for tree in (found, params))
+    result = vmap(run)(params)
+    member, alone = (optree.tree_map(lambda x: x[1], tree) for tree in (result, params))
     optree.tree_map(close, member, run(alone))
     same = optree.tree_map(lambda p: torch.stack([p, p]), P)
     drawn = optree.tree_leaves(vmap(results(f, CASE, None), randomness="different")(same)[-1])

@@ -116,7 +116,7 @@ def test_statistics_of_some_examples(estimator):
     f, numbers = layers_and_evaluate(Pair, estimator), torch.tensor([4, 0, 1])
     noise = Pair(torch.rand(1, 3, 2), torch.rand(1, 3, 3))
     noise = noise if estimator == "mc" else None
-    found = f(PARAMS, X, Pair(MASK, CLASS), statistics=numbers, noise=noise)
+    found = f(PARAMS, X, Pair(MASK, CLASS), examples=numbers, noise=noise)
     close(found.statistics, f(PARAMS, X[numbers], Pair(MASK[numbers], CLASS[numbers]), noise=noise).statistics)
 
 

@@ -161,7 +161,7 @@ def problem(heads, seed, batch=4):
 def evaluate(p, estimator="exact", statistics=True, noise=None, samples=1):
     layers = find_layers(p.model, p.params, p.inputs)
     f = evaluator(p.model, p.likelihood, layers, estimator, samples)
-    return f(p.params, p.inputs, p.targets, statistics, noise)
+    return f(p.params, p.inputs, p.targets, statistics, noise=noise)
 
 
 def flat(tree):

@@ -1,0 +1,171 @@
+"""Evaluations of micro-batches as one of their union."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.tree_checks import check_like, difference
+from lrkfac.core.base.trees import materialize
+from lrkfac.core.base.types import Tree
+from lrkfac.core.evaluation.evaluation import Evaluation
+from lrkfac.core.layers.statistics import Statistics
+
+
+def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Return the evaluation of a batch from those of its micro-batches, all at the same parameters.
+
+    Loss, gradients and Fisher products are means over the micro-batches, weighted with ``Evaluation.weight``: the means
+    over all terms. Rows of the statistics are concatenated. So one update with the result equals that of one batch to
+    rounding, for every structure and estimator. Activations live for one micro-batch at a time; statistics and inputs
+    live for all of them.
+
+    Outputs are concatenated along the batch, ``aux`` is the tuple of the micro-batches'. Micro-batches may differ in
+    the number of examples (where the batch is the leading axis in every layer), not in any other length.
+
+    Equality needs a loss that is a mean over the examples (batch normalisation in training mode mixes those of one
+    micro-batch). With several heads, the heads' weights of terms must have the same proportions in each micro-batch.
+
+    Args:
+        evaluations: At least one; either all with statistics or all without.
+
+    Returns:
+        The evaluation of the union; all its gradients are tensors.
+
+    Raises:
+        ValueError: If there is none, or trees, layers or lengths differ.
+        TypeError: If one is no ``Evaluation``.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> model, params = lrkfac.from_module(torch.nn.Linear(3, 2))
+        >>> inputs, targets = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> evaluate = lrkfac.evaluator(model, lrkfac.categorical(), lrkfac.find_layers(model, params, inputs))
+        >>> batches = zip(inputs.split(4), targets.split(4))
+        >>> merged = lrkfac.merge_evaluations([evaluate(params, x, y) for x, y in batches])
+        >>> torch.allclose(merged.loss, evaluate(params, inputs, targets).loss)
+        True
+    """
+    if isinstance(evaluations, Evaluation) or not isinstance(evaluations, Sequence):
+        raise TypeError(f"evaluations: expected a sequence of Evaluations, got {type(evaluations).__name__}")
+    evaluations = tuple(evaluations)
+    if not evaluations:
+        raise ValueError("evaluations: expected at least one, got none")
+    for i, part in enumerate(evaluations):
+        if not isinstance(part, Evaluation):
+            raise TypeError(f"evaluations[{i}]: expected an Evaluation, got {type(part).__name__}")
+        check_like(evaluations[0].grads, part.grads, f"evaluations[{i}].grads")
+    weights = torch.stack([part.weight for part in evaluations])
+    shares = (weights / weights.sum()).unbind()
+    aux = tuple(part.aux for part in evaluations)
+    # Without the trees, which merged functions do not need and would keep in memory.
+    functions = [part._replace(grads=None, outputs=None, aux=None, statistics=None) for part in evaluations]
+    products = MergedProducts(tuple(functions), shares)
+    return Evaluation(
+        loss=mean(shares, [part.loss for part in evaluations]),
+        grads=mean(shares, [materialize(part.grads) for part in evaluations]),
+        outputs=concatenated([part.outputs for part in evaluations], 0, "outputs"),
+        aux=None if all(part is None for part in aux) else aux,
+        statistics=merged_statistics([part.statistics for part in evaluations], shares),
+        product=partial(MergedProducts.product, products),
+        quadratic=partial(MergedProducts.quadratic, products),
+        gram=partial(MergedProducts.gram, products),
+        loss_at=partial(MergedProducts.loss_at, products),
+        weight=weights.sum(),
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MergedProducts:
+    """The functions of a merged evaluation: weighted means of those of its parts.
+
+    Attributes:
+        parts: The evaluations of the micro-batches, of which only functions are used.
+        shares: The weight of each, ``[]``; they add up to 1.
+    """
+
+    parts: tuple[Evaluation, ...]
+    shares: tuple[Tensor, ...]
+
+    def product(self, tangent: Tree) -> Tree:
+        """Return ``F tangent``."""
+        return mean(self.shares, [part.product(tangent) for part in self.parts])
+
+    def quadratic(self, u: Tree, v: Tree) -> Tensor:
+        """Return ``uᵀ F v``, ``[]``."""
+        return mean(self.shares, [part.quadratic(u, v) for part in self.parts])
+
+    def gram(self, tangents: Tree) -> Tensor:
+        """Return ``uᵢᵀ F uⱼ``, ``[k, k]``."""
+        return mean(self.shares, [part.gram(tangents) for part in self.parts])
+
+    def loss_at(self, params: Tree) -> Tensor:
+        """Return the loss at other parameters, ``[]``."""
+        return mean(self.shares, [part.loss_at(params) for part in self.parts])
+
+
+def weighted(weight: Tensor, x: Tensor) -> Tensor:
+    """Return ``weight * x``, and 0 where the weight is 0: a batch in which nothing counts has no finite numbers."""
+    return torch.where(weight > 0, weight * wide(x), 0)
+
+
+def mean(shares: Sequence[Tensor], trees: Sequence[Tree]) -> Any:
+    """Return the sum of trees, each times its share, in the dtypes of the first."""
+
+    def leaf_mean(*parts: Tensor) -> Tensor:
+        terms = [weighted(share, x) for share, x in zip(shares, parts, strict=True)]
+        return torch.stack(terms).sum(dim=0).to(parts[0].dtype)
+
+    return optree.tree_map(leaf_mean, *trees)
+
+
+def merged_statistics(parts: Sequence[Statistics | None], shares: Sequence[Tensor]) -> Statistics | None:
+    """Return the statistics of all parts as one; ``None`` where none has any.
+
+    Raises:
+        ValueError: If some have none, or layers or lengths differ.
+    """
+    statistics = [part for part in parts if part is not None]
+    if not statistics:
+        return None
+    if len(statistics) < len(parts):
+        raise ValueError("evaluations: expected statistics of all or of none, got some without")
+    for i, part in enumerate(statistics):
+        differs = difference(statistics[0][:2], part[:2])
+        if differs is not None:
+            raise ValueError(f"evaluations[{i}]: expected statistics of the same layers as the first, got {differs}")
+    gradients = [
+        optree.tree_map(lambda g, share=share: torch.where(share > 0, g, 0), part.output_gradients)
+        for part, share in zip(statistics, shares, strict=True)
+    ]
+    return Statistics(
+        concatenated([part.inputs for part in statistics], 0, "statistics: inputs"),
+        concatenated(gradients, 1, "statistics: output gradients"),
+        1 / torch.stack([1 / part.scale for part in statistics]).sum(),
+    )
+
+
+def concatenated(trees: Sequence[Tree], axis: int, what: str) -> Any:
+    """Concatenate trees leaf by leaf along the axis of the examples; ``what`` names them in errors.
+
+    Raises:
+        ValueError: If leaves differ in the length of another axis.
+    """
+
+    def leaf_concatenated(*parts: Tensor) -> Tensor:
+        others = {(*x.shape[:axis], *x.shape[axis + 1 :]) for x in parts}
+        if len(others) > 1:
+            raise ValueError(
+                f"evaluations: {what} have the shapes {[tuple(x.shape) for x in parts]}, which differ in more than the "
+                "number of examples; make micro-batches that are equal in all else, by padding where need be"
+            )
+        return torch.cat(parts, dim=axis)
+
+    return optree.tree_map(leaf_concatenated, *trees)

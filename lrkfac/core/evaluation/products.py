@@ -1,0 +1,94 @@
+"""Products with the exact Fisher matrix of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.tree_checks import check_like, check_stacked
+from lrkfac.core.base.trees import materialize
+from lrkfac.core.base.types import Tree
+from lrkfac.core.evaluation.objective import Objective
+from lrkfac.core.layers.description import Layers
+from lrkfac.core.layers.padding import with_constant_padding
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FisherProducts:
+    """The exact Fisher matrix ``F = Jᵀ H J`` of a batch as a linear map, and the batch's loss elsewhere.
+
+    ``J`` is the derivative of the outputs in the parameters, ``H`` the Hessian of the loss in the outputs.
+
+    Attributes:
+        objective: The model and its likelihood.
+        layers: The layers of the model.
+        params: Where the batch was evaluated.
+        inputs: Of the batch.
+        targets: Of each head.
+    """
+
+    objective: Objective
+    layers: Layers
+    params: Tree
+    inputs: Tree
+    targets: list[Tensor]
+
+    def product(self, tangent: Tree) -> Tree:
+        """Return ``F tangent``, a tree like the parameters.
+
+        Raises:
+            ValueError: If the tree does not fit the parameters.
+            NotImplementedError: If an operation of the model has no forward derivative.
+        """
+        check_like(self.params, tangent, "product: tangent")
+        outputs, change = self._change(materialize(tangent))
+        _, transpose = vjp(self._outputs, self.params)
+        return transpose(self.objective.heads.product(outputs, self.targets, change))[0]
+
+    def gram(self, tangents: Tree) -> Tensor:
+        """Return ``uᵢᵀ F uⱼ``, ``[k, k]``, for ``k`` tangents stacked along a leading axis; raises as ``product``."""
+        check_stacked(self.params, tangents, "gram: tangents")
+        changes, curved = vmap(self._curved_change)(tangents)
+        of_heads = [wide(c).flatten(1) @ wide(h).flatten(1).mT for c, h in zip(changes, curved, strict=True)]
+        return torch.stack(of_heads).sum(dim=0)
+
+    def quadratic(self, u: Tree, v: Tree) -> Tensor:
+        """Return ``uᵀ F v``, ``[]``; raises as ``product``."""
+        check_like(self.params, u, "quadratic: u")
+        check_like(self.params, v, "quadratic: v")
+        both = (materialize(u),) if v is u else (materialize(u), materialize(v))
+        return self.gram(optree.tree_map(lambda *leaves: torch.stack(leaves), *both))[0, -1]
+
+    def loss_at(self, params: Tree) -> Tensor:
+        """Return the loss of the batch at other parameters, ``[]``.
+
+        Raises:
+            ValueError: If the tree does not fit the parameters.
+        """
+        check_like(self.params, params, "loss_at: params")
+        return self.objective.heads.loss(self.objective.outputs(params, self.inputs), self.targets)
+
+    def _outputs(self, params: Tree) -> list[Tensor]:
+        with with_constant_padding(self.layers):
+            return self.objective.outputs(params, self.inputs)
+
+    def _change(self, tangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the outputs and ``J tangent``."""
+        try:
+            return jvp(self._outputs, (self.params,), (tangent,))
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"model: an operation has no forward derivative, which products with the Fisher need: {error}; "
+                "attention has one under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), its modules in eval mode "
+                "after torch.backends.mha.set_fastpath_enabled(False)"
+            ) from error
+
+    def _curved_change(self, tangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
+        """Return ``J tangent`` and ``H J tangent``."""
+        outputs, change = self._change(tangent)
+        return change, self.objective.heads.product(outputs, self.targets, change)
