@@ -28,7 +28,7 @@ CHAINS: dict[str, Callable[[Any], lrkfac.GradientTransformation]] = {
     "low_rank_kfac within apply_if_finite": lambda layers: lrkfac.apply_if_finite(
         lrkfac.low_rank_kfac(layers, 0.3, rank=3, decay=0.8, kl_clip=1e-2), 10
     ),
-    "adaptive_low_rank_kfac": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3, max_kl=1.0),
+    "adaptive_low_rank_kfac": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3, kl_clip=1.0),
 }
 CLASS = "LowRankKFAC"
 FAULTS = {

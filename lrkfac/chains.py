@@ -83,7 +83,7 @@ def adaptive_low_rank_kfac(
     decay: float | Tensor = 0.8,
     weight_decay: PerParameter = 0.0,
     dtype: torch.dtype | None = None,
-    max_kl: float | Tensor | None = None,
+    kl_clip: float | Tensor | None = None,
     gradient_decay: float = 0.6,
 ) -> GradientTransformation:
     """Natural gradient with low-rank factors and nothing to tune: no learning rate, momentum or damping.
@@ -101,7 +101,7 @@ def adaptive_low_rank_kfac(
         decay: Decay of the factors' running averages.
         weight_decay: ``η`` of the penalty ``½ η ‖θ‖²``, which enters the model.
         dtype: Of the factors, see ``precondition_by_fisher``.
-        max_kl: Bound on how far one step moves the model; none by default. 1 keeps a run through batches that are
+        kl_clip: Bound on how far one step moves the model; none by default. 1 keeps a run through batches that are
             wrong by orders of magnitude, see ``scale_by_quadratic_model``.
         gradient_decay: Decay of the sum of gradients, in [0, 1); 0 preconditions the batch's own gradient, as in
             Martens & Grosse 2015.
@@ -114,7 +114,7 @@ def adaptive_low_rank_kfac(
     both = ranked(layers, rank, lambda r: kronecker(low_rank(r, weight=2.0), low_rank_plus_diagonal(r, weight=0.5)))
     precondition = precondition_by_fisher(layers, both, decay=decay, dtype=dtype, balanced=True)
     return chain(
-        scale_by_quadratic_model(precondition, damping, weight_decay, max_kl=max_kl, gradient_decay=gradient_decay),
+        scale_by_quadratic_model(precondition, damping, weight_decay, kl_clip=kl_clip, gradient_decay=gradient_decay),
         ema_params(),
     )
 

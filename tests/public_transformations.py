@@ -38,7 +38,7 @@ PRECONDITION = lrkfac.precondition_by_fisher(LAYERS, rank=1)
 RATE, POSITIVE = number(0, schedule=True, trees=True), number(0, includes_low=False)
 SHARE, NONNEGATIVE = number(0, 1), number(0)
 SHARES, DECAYS = number(0, 1, trees=True), number(0, trees=True)
-MAX_KL = number(0, includes_low=False, optional=True)
+KL_CLIP = number(0, includes_low=False, optional=True)
 STRUCTURE = among(
     *[
         1,
@@ -149,9 +149,7 @@ public(
     preconditioner=TRANSFORMATION,
     damping=POSITIVE,
     weight_decay=DECAYS,
-    learning_rate=number(0, optional=True),
-    momentum=number(0, 1, optional=True),
-    max_kl=MAX_KL,
+    kl_clip=KL_CLIP,
     gradient_decay=SHARE,
 )
 valid(
@@ -181,7 +179,7 @@ public(
     decay=SHARE,
     weight_decay=DECAYS,
     **OF_DTYPE,
-    max_kl=MAX_KL,
+    kl_clip=KL_CLIP,
     gradient_decay=SHARE,
 )
 valid(

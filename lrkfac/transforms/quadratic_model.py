@@ -1,7 +1,8 @@
-"""Step size, momentum and damping from the quadratic model of the loss."""
+"""Step size, momentum and damping from the quadratic model of the loss (Martens & Grosse 2015, arXiv 1503.05671)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import optree
@@ -24,32 +25,32 @@ from lrkfac.transforms.base import (
     check_transformation,
     preconditions,
 )
-from lrkfac.transforms.quadratic import least, within
+from lrkfac.transforms.quadratic_minimum import Minimum, least, shortened
 
 ADAPTATION = 0.95
-"""By how much the dampings may change per step (19/20 in Martens & Grosse 2015)."""
+"""Factor by which a damping may change per step: ``ω₁ = (19/20)^T₁`` of section 6.5, per step."""
 RAISED = 4.0
-"""By how much a rejected step raises the damping."""
+"""Factor by which an undone step raises the damping."""
 GOOD, POOR = 0.75, 0.25
-"""Reduction ratios above and below which the damping falls and rises."""
+"""Reduction ratios above and below which the damping falls and rises (section 6.5)."""
 SMALLEST, LARGEST = 1e-10, 1e8
-"""Bounds of both dampings."""
+"""Bounds of both dampings: within them, no product with a float32 curvature underflows or overflows."""
 
 
 class QuadraticModelState(NamedTuple):
-    """What is carried from step to step; tensors ``[]`` but for the first three.
+    """State of ``scale_by_quadratic_model``; tensors ``[]`` but for the first three.
 
     Attributes:
-        preconditioner: The state of the preconditioner.
-        last: The last update, all parameters in one row, ``[P]``.
-        total: The decaying sum of the gradients, ``[P]``.
+        preconditioner: State of the preconditioner.
+        last: Last update, all parameters in one row, ``[P]``.
+        total: Decaying sum of the gradients, ``[P]``.
         damping: ``λ`` of the quadratic model.
         factor_damping: ``γ`` of the preconditioner, the product of the two factors' dampings.
         since: Steps since the last statistics; int64.
         learning_rate: ``α`` of the last step.
         momentum: ``μ`` of the last step.
-        predicted: The change of the loss that the model predicted for it, at most 0.
-        reduction_ratio: The change that came about, over the predicted one.
+        predicted: Change of the loss that the model predicted for the last step, at most 0.
+        reduction_ratio: Change of the loss that came about, over the predicted one.
         rejected: Number of steps that were undone; int64.
     """
 
@@ -70,63 +71,87 @@ def scale_by_quadratic_model(
     preconditioner: GradientTransformation,
     damping: float | Tensor = 0.1,
     weight_decay: PerParameter = 0.0,
-    learning_rate: float | Tensor | None = None,
-    momentum: float | Tensor | None = None,
-    max_kl: float | Tensor | None = None,
+    kl_clip: float | Tensor | None = None,
     gradient_decay: float | Tensor = 0.0,
 ) -> GradientTransformation:
-    """``α Δ + μ δ₀``, chosen to minimise the quadratic model of this batch's loss.
+    """Return updates ``α Δ + μ δ₀`` that minimise the quadratic model of the batch's loss.
 
-    ``Δ`` is the preconditioned descent direction, ``δ₀`` the last update, and the model is
+    ``Δ`` is the preconditioned descent direction, ``δ₀`` the last update. The model is
     ``M(δ) = ∇hᵀδ + ½ δᵀ(F + (λ + η) I)δ`` with the exact Fisher matrix ``F`` of the batch, weight decay ``η`` and
     ``h = loss + ½ η ‖θ‖²`` (Martens & Grosse 2015, arXiv 1503.05671, sections 6.4 to 6.6 and 7). In each step,
 
     * a forward derivative along each direction gives the 2 × 2 system for ``α`` and ``μ``;
-    * the loss of the batch at the new parameters shows how good the model is: where it fell by more than 3/4 of what
-      was predicted, the damping ``λ`` falls, by less than 1/4, it rises (Levenberg and Marquardt);
+    * the batch's loss at the new parameters judges the model: where it fell by more than 3/4 of the prediction, the
+      damping ``λ`` falls; by less than 1/4, it rises (Levenberg and Marquardt);
     * a step after which that loss is higher, or not finite, is undone, and the damping rises. A batch whose loss or
       gradient is not finite changes nothing.
 
-    Where ``evaluation`` has statistics, the preconditioner is tried with three dampings ``γ`` of its factors: its last
-    one, a smaller and a larger; the one with the smallest ``M`` is kept. The result is an update, to be added to the
+    Where ``evaluation`` has statistics, the preconditioner runs with three dampings ``γ`` of its factors: its last
+    one, a smaller and a larger. The one with the smallest ``M`` is kept. The result is an update, to be added to the
     parameters as it is.
 
     Args:
-        preconditioner: Such as ``precondition_by_fisher(layers)``, or a chain with one. It is handed the damping
+        preconditioner: Such as ``precondition_by_fisher(layers)``, or a chain with one. It receives the damping
             ``γ`` as the extra ``factor_damping``; its own is not used.
-        damping: Where both dampings start, positive, in the unit of ``F``. They find their place within some
-            tens of steps.
+        damping: Start of both dampings, positive, in the unit of ``F``. They find their place within some tens of
+            steps.
         weight_decay: ``η``, in the unit of ``F``, within the model; or a tree of them, see ``add_decayed_weights``.
-        learning_rate: Fixes ``α``.
-        momentum: Fixes ``μ``.
-        max_kl: Bound on ``δᵀ F δ``, the squared length of a step in the Fisher metric of the batch, and on that of
-            ``α Δ`` in the preconditioner's, twice what the step changes the model by in nats per example. A longer
-            step, or one with ``|μ| > 1``, is shortened. By default none is: a batch unlike all others, such as of
-            another scale by mistake, is then believed at once.
-        gradient_decay: Decay of the sum ``Σ_k gradient_decay^k ∇h_{t-k}`` that is preconditioned, in [0, 1); by default
-            the batch's own gradient is.
+        kl_clip: Bound on ``δᵀ F δ``, the squared length of a step in the Fisher metric of the batch, and on that of
+            ``α Δ`` in the preconditioner's metric; see ``clip_by_kl``. A longer step, or one with ``|μ| > 1``, is
+            shortened. ``None`` for no bound: a batch unlike all others, such as one of another scale, then counts in
+            full.
+        gradient_decay: Decay of the sum ``Σ_k gradient_decay^k ∇h_{t-k}`` that is preconditioned, in [0, 1); 0
+            preconditions the batch's own gradient.
+
+    Returns:
+        The transformation; its state is a ``QuadraticModelState``.
 
     Raises:
         ValueError: If a number is out of range; in ``init``, if nothing in ``preconditioner`` preconditions; in
             ``update``, if ``params`` is missing or the trees do not fit.
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
         NotImplementedError: In ``update``, if the model uses an operation without forward derivative; names it.
+
+    Example:
+        >>> import lrkfac
+        >>> params, x = {"w": torch.zeros(3)}, torch.eye(3)
+        >>> model = lambda params, x: (x @ params["w"][:, None])
+        >>> layers = lrkfac.find_layers(model, params, x)
+        >>> evaluation = lrkfac.evaluator(model, lrkfac.gaussian(), layers)(params, x, torch.ones(3, 1))
+        >>> tx = scale_by_quadratic_model(lrkfac.precondition_by_fisher(layers), damping=1e-6)
+        >>> updates, state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
+        >>> updates["w"].round(decimals=3)
+        tensor([1., 1., 1.])
     """
     check_transformation(preconditioner, "preconditioner")
     check_number(damping, "damping", 0, includes_low=False)
     check_numbers(weight_decay, "weight_decay", 0)
-    if learning_rate is not None:
-        check_number(learning_rate, "learning_rate", 0)
-    if momentum is not None:
-        check_number(momentum, "momentum", 0, 1)
-    if max_kl is not None:
-        check_number(max_kl, "max_kl", 0, includes_low=False)
+    if kl_clip is not None:
+        check_number(kl_clip, "kl_clip", 0, includes_low=False)
     check_number(gradient_decay, "gradient_decay", 0, 1)
-    decays = isinstance(weight_decay, Tensor) or weight_decay != 0
+    tx = ScaleByQuadraticModel(preconditioner, damping, weight_decay, kl_clip, gradient_decay)
+    return GradientTransformation(tx.init, tx.update)
 
-    def init(params: Tree) -> QuadraticModelState:
+
+@dataclass(frozen=True, eq=False)
+class ScaleByQuadraticModel:
+    """Hyperparameters of ``scale_by_quadratic_model``, and its two functions."""
+
+    preconditioner: GradientTransformation
+    damping: float | Tensor
+    weight_decay: PerParameter
+    kl_clip: float | Tensor | None
+    gradient_decay: float | Tensor
+
+    @property
+    def decays(self) -> bool:
+        """Whether a weight decay may differ from 0."""
+        return isinstance(self.weight_decay, Tensor) or self.weight_decay != 0
+
+    def init(self, params: Tree) -> QuadraticModelState:
+        """Return the state before the first step."""
         check_tree(params, "params")
-        inner = preconditioner.init(params)
+        inner = self.preconditioner.init(params)
         if not preconditions(inner):
             raise ValueError(
                 "preconditioner: nothing in it preconditions; pass precondition_by_fisher(layers) or a chain with it"
@@ -135,14 +160,16 @@ def scale_by_quadratic_model(
         # compiled once more.
         inner = optree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), inner)
         last = torch.zeros_like(as_row(params))
-        start = last.new_zeros(()) + damping
+        start = last.new_zeros(()) + self.damping
         since = torch.zeros_like(start, dtype=torch.int64)
-        rate, speed, predicted, ratio = (torch.zeros_like(start) for _ in range(4))
+        rate, momentum, predicted, ratio = (torch.zeros_like(start) for _ in range(4))
+        dampings = start, start.clone()
         return QuadraticModelState(
-            inner, last, last.clone(), start, start.clone(), since, rate, speed, predicted, ratio, since.clone()
+            inner, last, last.clone(), *dampings, since, rate, momentum, predicted, ratio, since.clone()
         )
 
     def update(
+        self,
         updates: Tree,
         state: QuadraticModelState,
         params: Tree = None,
@@ -150,61 +177,97 @@ def scale_by_quadratic_model(
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, QuadraticModelState]:
+        """Return the step and the next state; see ``GradientTransformation``."""
         evaluation = check_evaluation(evaluation, "scale_by_quadratic_model")._replace(thin=False)
         check_state(state, QuadraticModelState)
         check_tree(check_params(params, "scale_by_quadratic_model"), "params")
         check_like(params, updates, "updates beside params")
         updates = materialize(updates)
-        decay = of_leaves(weight_decay, params, "weight_decay")
-        grads = add_scaled(updates, decay, params) if decays else updates
-        slope = as_row(grads)
+        decay = of_leaves(self.weight_decay, params, "weight_decay")
+        slope = as_row(add_scaled(updates, decay, params) if self.decays else updates)
         if slope.shape != state.last.shape:
             raise ValueError(
                 f"state: expected one of {len(slope)} parameters, got one of {len(state.last)}; pass what init() or "
                 "the last update() of this transformation returned"
             )
         sound = evaluation.loss.isfinite() & slope.isfinite().all()
-        since = state.since + 1
-        total = add_scaled(slope, gradient_decay, state.total)
-        summed = from_row(total, params)
-
-        def precondition(candidate: Tensor) -> tuple[Tensor, Any]:
-            found, inner = preconditioner.update(
-                summed, state.preconditioner, params, evaluation=evaluation, factor_damping=candidate, **extra
-            )
-            return -as_row(found), inner
-
-        if evaluation.statistics is None:
-            candidates = state.factor_damping[None]
-            direction, inner = precondition(state.factor_damping)
-            rows = torch.stack([direction, state.last])
-        else:
+        total = add_scaled(slope, self.gradient_decay, state.total)
+        if evaluation.statistics is not None:
             evaluation = evaluation._replace(statistics=zero_unless(sound, evaluation.statistics))
-            change = ADAPTATION ** since.to(state.damping.dtype)
-            around = torch.stack([1 / change, torch.ones_like(change), change])
-            candidates = (state.factor_damping * around).clamp(SMALLEST, LARGEST)
-            directions, inner = vmap(precondition)(candidates)
-            rows = torch.cat([directions, state.last[None]])
-
-        gram = evaluation.gram(vmap(lambda row: from_row(row, params))(rows)).to(rows.dtype)
-        if is_number(decay):
-            curvature = gram + (state.damping + decay) * (rows @ rows.mT)
-        else:
-            each = optree.tree_map(lambda p, one: torch.zeros_like(p) + one, params, decay)
-            curvature = gram + ((state.damping + as_row(each)) * rows) @ rows.mT
-        slopes = rows @ slope
-        minimum = least(curvature, slopes, learning_rate, momentum)
-        if max_kl is not None:
-            minimum = within(max_kl, minimum, gram, curvature, slopes, rows[:-1] @ total)
+        candidates, rows, inner = self._directions(total, state, params, evaluation, extra)
+        minimum = self._minimum(rows, slope, total, state.damping, decay, params, evaluation)
         best = minimum.value.argmin(keepdim=True)
-        rate, speed, predicted, kept = (_pick(x, best) for x in (*minimum, candidates))
+        rate, momentum, predicted, factor_damping = (_pick(x, best) for x in (*minimum, candidates))
         if evaluation.statistics is not None:
             inner = optree.tree_map(lambda x: _pick(x, best), inner)
-        step = rate * _pick(rows[:-1], best) + speed * rows[-1]
+        row = rate * _pick(rows[:-1], best) + momentum * rows[-1]
+        step = from_row(row, params)
+        accepted, ratio, damping = self._judged(step, predicted, state.damping, decay, params, evaluation)
+        since = torch.zeros_like(state.since) if evaluation.statistics is not None else state.since + 1
+        row, rejected = torch.where(accepted, row, 0), state.rejected + ~accepted
+        numbers = rate, momentum, predicted, ratio, rejected
+        new = QuadraticModelState(inner, row, total, damping, factor_damping, since, *numbers)
+        return optree.tree_map(lambda x: torch.where(accepted, x, 0), step), selected(sound, new, state)
 
-        moved = apply_updates(params, from_row(step, params))
+    def _directions(
+        self, total: Tensor, state: QuadraticModelState, params: Tree, evaluation: Evaluation, extra: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Return candidates for the factors' damping ``[k]``, their directions and the last update as rows
+        ``[k + 1, P]``, and the preconditioner's states, stacked where there are statistics.
+        """
+        gradient = from_row(total, params)
+
+        def precondition(factor_damping: Tensor) -> tuple[Tensor, Any]:
+            natural, inner = self.preconditioner.update(
+                gradient, state.preconditioner, params, evaluation=evaluation, factor_damping=factor_damping, **extra
+            )
+            return -as_row(natural), inner
+
+        if evaluation.statistics is None:
+            direction, inner = precondition(state.factor_damping)
+            return state.factor_damping[None], torch.stack([direction, state.last]), inner
+        change = ADAPTATION ** (state.since + 1).to(state.damping.dtype)
+        around = torch.stack([1 / change, torch.ones_like(change), change])
+        candidates = (state.factor_damping * around).clamp(SMALLEST, LARGEST)
+        directions, inner = vmap(precondition)(candidates)
+        return candidates, torch.cat([directions, state.last[None]]), inner
+
+    def _minimum(
+        self,
+        rows: Tensor,
+        slope: Tensor,
+        total: Tensor,
+        damping: Tensor,
+        decay: PerParameter,
+        params: Tree,
+        evaluation: Evaluation,
+    ) -> Minimum:
+        """Return the model's minimum for each direction, shortened where ``kl_clip`` binds."""
+        gram = evaluation.gram(vmap(lambda row: from_row(row, params))(rows)).to(rows.dtype)
+        if is_number(decay):
+            curvature = gram + (damping + decay) * (rows @ rows.mT)
+        else:
+            each = optree.tree_map(lambda p, one: torch.zeros_like(p) + one, params, decay)
+            curvature = gram + ((damping + as_row(each)) * rows) @ rows.mT
+        slopes = rows @ slope
+        minimum = least(curvature, slopes)
+        if self.kl_clip is None:
+            return minimum
+        return shortened(self.kl_clip, minimum, gram, curvature, slopes, rows[:-1] @ total)
+
+    def _judged(
+        self,
+        step: Tree,
+        predicted: Tensor,
+        damping: Tensor,
+        decay: PerParameter,
+        params: Tree,
+        evaluation: Evaluation,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return whether the batch's loss accepts the step, the reduction ratio, and the next damping (section 6.5)."""
+        moved = apply_updates(params, step)
         before, after = evaluation.loss, evaluation.loss_at(moved)
-        if decays:
+        if self.decays:
             before, after = before + _penalty(decay, params), after + _penalty(decay, moved)
         rounding = 16 * torch.finfo(after.dtype).eps * before.abs()
         accepted = after - before <= rounding  # false where one of them is not finite
@@ -212,30 +275,14 @@ def scale_by_quadratic_model(
         one = torch.ones_like(ratio)
         factor = torch.where(ratio > GOOD, ADAPTATION * one, torch.where(ratio < POOR, one / ADAPTATION, one))
         factor = torch.where(accepted, factor, RAISED * one)
-        step = torch.where(accepted, step, 0)
-        new = QuadraticModelState(
-            inner,
-            step,
-            total,
-            (state.damping * factor).clamp(SMALLEST, LARGEST),
-            kept,
-            torch.zeros_like(since) if evaluation.statistics is not None else since,
-            rate,
-            speed,
-            predicted,
-            ratio,
-            state.rejected + ~accepted,
-        )
-        return from_row(step, params), selected(sound, new, state)
-
-    return GradientTransformation(init, update)
+        return accepted, ratio, (damping * factor).clamp(SMALLEST, LARGEST)
 
 
 def _penalty(decay: PerParameter, params: Tree) -> Tensor:
-    """``½ η ‖θ‖²``."""
+    """Return ``½ η ‖θ‖²``."""
     return 0.5 * decay * vdot(params, params) if is_number(decay) else 0.5 * vdot(params, params, decay)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """``x[index]`` for an index ``[1]``, without asking for its value."""
+    """Return ``x[index]`` for an index ``[1]``, without asking for its value."""
     return x.index_select(0, index)[0]

@@ -16,7 +16,7 @@ def test_bad_input():
     pre = precondition_by_fisher(layers)
     with pytest.raises(TypeError, match="preconditioner: expected a GradientTransformation"):
         scale_by_quadratic_model(layers)
-    for name, value in {"damping": 0.0, "weight_decay": -1.0, "learning_rate": -0.1, "momentum": 1.0}.items():
+    for name, value in {"damping": 0.0, "weight_decay": -1.0, "kl_clip": 0.0, "gradient_decay": 1.0}.items():
         with pytest.raises(ValueError, match=name):
             scale_by_quadratic_model(pre, **{name: value})
     for nothing in (lrkfac.identity(), lrkfac.chain(lrkfac.scale(1.0), lrkfac.trace(0.9))):
@@ -43,8 +43,3 @@ def test_an_operation_without_forward_derivative_is_named():
     e = f(params, x, torch.zeros(5, 5))
     with pytest.raises(NotImplementedError, match=r"no forward derivative.*_cdist_forward"):
         tx.update(e.grads, tx.init(params), params, evaluation=e)
-
-
-def test_a_likelihood_without_a_product_is_refused():
-    with pytest.raises(TypeError, match="square_root"):
-        lrkfac.Likelihood("mine", lambda o, t: o, lambda o, u: o)
