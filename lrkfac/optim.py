@@ -8,7 +8,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import required
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.core.base.arguments import check_function, check_integer, check_number
@@ -112,11 +111,12 @@ class LowRankKFAC(torch.optim.Optimizer):
     ) -> None:
         groups = None if params is None else list_params(params)
         defaults = group_defaults(transformation, lr, options)
+        known = list(defaults)
         if lr is None and any(isinstance(group, dict) and "lr" in group for group in groups or ()):
-            defaults["lr"] = required
-        if "lr" not in defaults and transformation in (low_rank_kfac, kfac):
+            known = ["lr", *defaults]
+        if "lr" not in known and transformation in (low_rank_kfac, kfac):
             raise TypeError("lr: missing; pass a number, or transformation=adaptive_low_rank_kfac, which needs none")
-        if "lr" in defaults and transformation is adaptive_low_rank_kfac:
+        if "lr" in known and transformation is adaptive_low_rank_kfac:
             raise TypeError("lr: adaptive_low_rank_kfac finds its own step sizes and takes none, nor does a group")
         check_integer(statistics_every, "statistics_every")
         check_function(transformation, "transformation", "a function that makes a GradientTransformation, such as kfac")
@@ -128,7 +128,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         self._module = module
         self._make_evaluator = partial(ModuleEvaluator, module, likelihood, inputs, evaluator_options)
         fixed = {name: value for name, value in options.items() if name not in defaults}
-        self._make_chain = ChainFactory(self, partial(transformation, **fixed), defaults)
+        self._make_chain = ChainFactory(self, partial(transformation, **fixed), known)
         everything = [p for name, p in module.named_parameters() if name in trainable]
         super().__init__(everything if groups is None else groups, defaults)
         self._describe()
@@ -244,7 +244,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         is_built = hasattr(self, "chain_state")
         super().add_param_group(with_defaults(param_group, self.defaults if self.param_groups else {}))
         try:
-            check_group(self.param_groups[-1], self._module, self.defaults)
+            check_group(self.param_groups[-1], self._module, self._make_chain.known)
             if is_built:
                 self._describe()
         except Exception:
@@ -262,8 +262,6 @@ class LowRankKFAC(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it, and no group of ours may set it
-        if isinstance(self.defaults.get("lr"), type(required)):
-            self.defaults["lr"] = required  # torch tells it by identity, which a copy has lost
 
     def _evaluation_for_step(self, closure: Any, targets: Any, statistics: Asked | None) -> Evaluation:
         if targets is None and statistics is not None:

@@ -9,7 +9,6 @@ from itertools import chain
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.optim.optimizer import required
 
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.types import PerParameter
@@ -69,7 +68,7 @@ class ChainFactory:
         self, optimizer: HasGroups, make: Callable[..., GradientTransformation], known: Collection[str]
     ) -> None:
         self.optimizer, self.make = optimizer, make
-        self.has_rate, self.names = "lr" in known, [name for name in PER_GROUP if name in known]
+        self.known, self.names = tuple(known), [name for name in PER_GROUP if name in known]
         self.used: list[list[Any]] = []
 
     def __call__(self, layers: Layers, parameters: Mapping[str, Tensor]) -> GradientTransformation:
@@ -81,7 +80,7 @@ class ChainFactory:
         names = {id(p): name for name, p in parameters.items()}
         values = self._values()
         rates = [GroupRate(self.optimizer, i) for i in range(len(self.optimizer.param_groups))]
-        positional = [self._per_parameter(rates, names)] if self.has_rate else []
+        positional = [self._per_parameter(rates, names)] if "lr" in self.known else []
         options = {name: self._per_parameter(of, names) for name, of in zip(self.names, values, strict=True)}
         transformation = self.make(layers, *positional, **options)
         if not isinstance(transformation, GradientTransformation):
@@ -152,7 +151,7 @@ def with_defaults(group: Any, defaults: Mapping[str, Any]) -> Group:
         )
     if "params" not in group:
         raise ValueError(f"param_group: expected params in it, got {list(group)}")
-    copies = {name: x.clone() if isinstance(x, Tensor) else x for name, x in defaults.items() if x is not required}
+    copies = {name: x.clone() if isinstance(x, Tensor) else x for name, x in defaults.items()}
     return {**copies, **group}
 
 
@@ -162,7 +161,7 @@ def check_group(group: Group, module: nn.Module, known: Collection[str]) -> None
     Args:
         group: As ``torch.optim`` stores it.
         module: Whose parameters they are.
-        known: Names of the options that a group may set.
+        known: Names of the options that a group may set; each is in the group or has a default.
 
     Raises:
         ValueError: If a parameter is not the module's, or requires no gradient; if something else is set, or ``lr`` is
@@ -184,6 +183,9 @@ def check_group(group: Group, module: nn.Module, known: Collection[str]) -> None
             f"params: a group sets {others}, and only {list(known)} may differ between groups; what concerns the "
             "curvature is for all parameters: give it to the optimizer, or make a custom chain with partition()"
         )
+    missing = [name for name in known if name not in group]
+    if missing:
+        raise ValueError(f"params: a group sets no {missing}, and the optimizer was made without; set it in each group")
     if "lr" in known:
         check_number(group["lr"], "lr", 0)
 
