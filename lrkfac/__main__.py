@@ -1,4 +1,4 @@
-"""``python -m lrkfac``: versions, devices, and whether the inverses are right on them, in about two seconds."""
+"""``python -m lrkfac``: show versions and devices, and check the inverses on them, in about two seconds."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lrkfac.core.linalg.operators import Dense, Kronecker, LowRankPlusDiagonal, 
 from lrkfac.version import __version__
 
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-11}
-"""For the largest entry of ``M M⁻¹ - I``; the condition numbers are about 1e2."""
+"""Bound of the largest entry of ``M M⁻¹ - I``; the condition numbers are about 1e2."""
 
 
 def devices() -> list[torch.device]:
-    """The CPU, and the accelerator of this machine, if there is one."""
-    found = [torch.device("cpu")]
+    """Return the CPU, and the accelerator of this machine if it has one."""
+    available = [torch.device("cpu")]
     if torch.accelerator.is_available() and (other := torch.accelerator.current_accelerator()) is not None:
-        found.append(other)
-    return found
+        available.append(other)
+    return available
 
 
 def errors(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """The largest entry of ``M M⁻¹ - I`` of each kind of inverse."""
+    """Return the largest entry of ``M M⁻¹ - I`` for each kind of inverse."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -36,23 +36,23 @@ def errors(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     def low_rank(d: int, r: int) -> LowRankPlusDiagonal:
         return LowRankPlusDiagonal(normal(d, r) / d**0.5, 10 + normal(r).abs(), 0.5 + normal(d).abs())
 
-    one, rows = low_rank(96, 8), normal(64, 32)
+    single, rows = low_rank(96, 8), normal(64, 32)
     pair = Kronecker(low_rank(8, 3), low_rank(12, 4))
     operators: dict[str, tuple[Operator, Operator]] = {
-        "Woodbury": (one, inverse(one)),
-        "Sherman-Morrison": (one, sherman_morrison(one)),
+        "Woodbury": (single, inverse(single)),
+        "Sherman-Morrison": (single, sherman_morrison(single)),
         "Cholesky": (dense := Dense(rows.mT @ rows / 64 + torch.eye(32, device=device, dtype=dtype)), inverse(dense)),
         "Kronecker": (pair, inverse(pair, 0.0)),
     }
-    found = {}
+    largest = {}
     for name, (operator, inverted) in operators.items():
         product = to_dense(operator).double().cpu() @ to_dense(inverted).double().cpu()
-        found[name] = float((product - torch.eye(len(product), dtype=torch.float64)).abs().max())
-    return found
+        largest[name] = float((product - torch.eye(len(product), dtype=torch.float64)).abs().max())
+    return largest
 
 
 def main() -> int:
-    """Prints what it finds; 1 if an inverse is wrong."""
+    """Print versions, devices and errors, and return 1 if an inverse is wrong, else 0."""
     start = time.perf_counter()
     print(f"lrkfac {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}")
     wrong = 0
@@ -66,8 +66,8 @@ def main() -> int:
                 right = error <= tolerance
                 wrong += not right
                 print(f"  {kind:<18}{str(dtype)[6:]:<9}|M M^-1 - I| = {error:.1e}  {'right' if right else 'WRONG'}")
-    told = f"{wrong} inverses are wrong" if wrong else "all inverses are right"
-    print(f"{told}, {time.perf_counter() - start:.1f} s")
+    summary = f"{wrong} inverses are wrong" if wrong else "all inverses are right"
+    print(f"{summary}, {time.perf_counter() - start:.1f} s")
     return int(wrong > 0)
 
 

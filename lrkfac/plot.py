@@ -1,4 +1,4 @@
-"""Pictures of what ``diagnose`` finds, by matplotlib, the extra ``plot``.
+"""Pictures of diagnoses by matplotlib (extra ``plot``).
 
 Each function returns a ``matplotlib.figure.Figure``, to be saved: ``spectra(diagnosis).savefig("spectra.png")``.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 from lrkfac.diagnostics import Diagnosis
 
 FEW = 10
-"""Number of layers up to which each has a colour and a name of its own; more are coloured by depth."""
+"""Largest number of layers that have a colour and a name each; more are coloured by depth."""
 FLOOR = 1e-7
-"""Share of the largest eigenvalue below which one is rounding, and not drawn."""
+"""Eigenvalues below this share of the largest are rounding, and not drawn."""
 OF_CHAIN = {
     "damping": "damping $\\lambda$ of the model",
     "factor_damping": "damping $\\gamma$ of the factors",
@@ -31,23 +31,59 @@ OF_STEPS = {
 
 
 def spectra(diagnosis: Diagnosis) -> Any:
-    """The eigenvalues that each layer's factors hold, against their number; both axes logarithmic.
+    """Draw the eigenvalues of each layer's factors against their number, both axes logarithmic.
 
-    Those below 1e-7 of the largest are not drawn.
+    Eigenvalues below 1e-7 of the largest are not drawn.
+
+    Args:
+        diagnosis: From ``diagnose``.
+
+    Returns:
+        A ``matplotlib.figure.Figure`` with a panel for each kind of factor.
 
     Raises:
         ImportError: Without matplotlib.
         TypeError: If it is no ``Diagnosis``.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> model, params = lrkfac.from_module(torch.nn.Linear(6, 3))
+        >>> inputs, targets = torch.randn(20, 6), torch.randint(3, (20,))
+        >>> layers = lrkfac.find_layers(model, params, inputs)
+        >>> tx = lrkfac.low_rank_kfac(layers, 0.1, rank=2)
+        >>> evaluation = lrkfac.evaluator(model, lrkfac.categorical(), layers)(params, inputs, targets)
+        >>> _, state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
+        >>> figure = lrkfac.plot.spectra(lrkfac.diagnose(state, layers))
+        >>> [axis.get_title() for axis in figure.axes]
+        ['input factors A', 'output-gradient factors B']
     """
     return _by_factor(diagnosis, "eigenvalue", lambda values, total: values, logarithmic=True)
 
 
 def captured(diagnosis: Diagnosis) -> Any:
-    """The share of the trace that the first ``r`` eigenpairs of each layer's factors hold, against ``r``.
+    """Draw the share of the trace that the first ``r`` eigenpairs of each layer's factors capture, against ``r``.
+
+    Args:
+        diagnosis: From ``diagnose``.
+
+    Returns:
+        A ``matplotlib.figure.Figure`` with a panel for each kind of factor.
 
     Raises:
         ImportError: Without matplotlib.
         TypeError: If it is no ``Diagnosis``.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> model, params = lrkfac.from_module(torch.nn.Linear(8, 4))
+        >>> inputs, targets = torch.randn(20, 8), torch.randint(4, (20,))
+        >>> layers = lrkfac.find_layers(model, params, inputs)
+        >>> tx = lrkfac.low_rank_kfac(layers, 0.1, rank=2)
+        >>> evaluation = lrkfac.evaluator(model, lrkfac.categorical(), layers)(params, inputs, targets)
+        >>> _, state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
+        >>> figure = lrkfac.plot.captured(lrkfac.diagnose(state, layers))
+        >>> figure.axes[0].get_ylabel()
+        'captured trace [%]'
     """
 
     def shares(values: Tensor, total: Tensor) -> Tensor:
@@ -57,32 +93,49 @@ def captured(diagnosis: Diagnosis) -> Any:
 
 
 def history(diagnoses: Sequence[Diagnosis], steps: Sequence[int] | None = None) -> Any:
-    """Dampings, step sizes and captured trace over the steps of a run.
+    """Draw dampings, step sizes and captured trace over the steps of a run.
 
-    Dampings and step sizes are those of the chain where it tells them; else the dampings of the factors and the lengths
-    of the updates, each as median and range over layers.
+    Dampings and step sizes are the chain's where its state has them. Otherwise they are the dampings of the factors and
+    the lengths of the updates, each as median and range over layers.
 
     Args:
-        diagnoses: One for each of some steps.
-        steps: Their numbers; by default 0, 1, …
+        diagnoses: From ``diagnose``, one for each of some steps.
+        steps: Numbers of these steps; by default 0, 1, …
+
+    Returns:
+        A ``matplotlib.figure.Figure`` with three panels.
 
     Raises:
         ImportError: Without matplotlib.
         ValueError: If there is none, or the lengths differ.
         TypeError: If one is no ``Diagnosis``.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> model, params = lrkfac.from_module(torch.nn.Linear(5, 2))
+        >>> inputs, targets = torch.randn(30, 5), torch.randint(2, (30,))
+        >>> layers = lrkfac.find_layers(model, params, inputs)
+        >>> tx = lrkfac.low_rank_kfac(layers, 0.1, rank=2)
+        >>> evaluation = lrkfac.evaluator(model, lrkfac.categorical(), layers)(params, inputs, targets)
+        >>> _, state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
+        >>> figure = lrkfac.plot.history([lrkfac.diagnose(state, layers)] * 3, steps=[0, 10, 20])
+        >>> [axis.get_ylabel() for axis in figure.axes]
+        ['damping', 'step size', 'captured trace [%]']
     """
-    for one in diagnoses:
-        _check(one)
-    at = list(range(len(diagnoses)) if steps is None else steps)
-    if not diagnoses or len(at) != len(diagnoses):
-        raise ValueError(f"diagnoses: expected at least one, and as many as steps, got {len(diagnoses)} and {len(at)}")
+    for diagnosis in diagnoses:
+        _check(diagnosis)
+    numbers = list(range(len(diagnoses)) if steps is None else steps)
+    if not diagnoses or len(numbers) != len(diagnoses):
+        raise ValueError(
+            f"diagnoses: expected at least one, and as many as steps, got {len(diagnoses)} and {len(numbers)}"
+        )
     figure = _figure(9.5, 2.9)
     damping, size, share = figure.subplots(1, 3)
-    if not _curves(damping, at, diagnoses, OF_CHAIN):
-        _ranges(damping, at, diagnoses, "damping")
-    if not _curves(size, at, diagnoses, OF_STEPS):
-        _ranges(size, at, diagnoses, "update_norm")
-    _ranges(share, at, diagnoses, "captured", scale=100)
+    if not _curves(damping, numbers, diagnoses, OF_CHAIN):
+        _ranges(damping, numbers, diagnoses, "damping")
+    if not _curves(size, numbers, diagnoses, OF_STEPS):
+        _ranges(size, numbers, diagnoses, "update_norm")
+    _ranges(share, numbers, diagnoses, "captured", scale=100)
     labels = {damping: "damping", size: "step size", share: "captured trace [%]"}
     for axis, label in labels.items():
         axis.set(xlabel="step", ylabel=label)
@@ -95,19 +148,19 @@ def history(diagnoses: Sequence[Diagnosis], steps: Sequence[int] | None = None) 
 
 
 def _by_factor(diagnosis: Diagnosis, label: str, of: Callable[[Tensor, Tensor], Tensor], logarithmic: bool) -> Any:
-    """A panel for each factor, or for blocks, with a curve for each layer."""
+    """Draw a panel for each kind of factor, or for blocks, with a curve for each layer."""
     _check(diagnosis)
     figure = _figure(9.5, 3.8)
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    held = diagnosis.layers.values()
-    parts = [part for part in ("A", "B", "F") if any(part in layer.eigenvalues for layer in held)]
+    layers = diagnosis.layers.values()
+    parts = [part for part in ("A", "B", "F") if any(part in layer.eigenvalues for layer in layers)]
     titles = {"A": "input factors A", "B": "output-gradient factors B", "F": "blocks F"}
     names = [name or "all layers" for name in diagnosis.layers]
     colours = _colours(len(names))
     axes = figure.subplots(1, len(parts), squeeze=False, sharey=False)[0]
     for axis, part in zip(axes, parts, strict=True):
-        for name, colour, layer in zip(names, colours, held, strict=True):
+        for name, colour, layer in zip(names, colours, layers, strict=True):
             if part in layer.eigenvalues:
                 values = layer.eigenvalues[part].detach().cpu()
                 y = of(values, values.sum() + layer.rest[part].detach().cpu())
@@ -123,8 +176,8 @@ def _by_factor(diagnosis: Diagnosis, label: str, of: Callable[[Tensor, Tensor], 
             axis.set_ylim(0, 103)
         _tidy(axis)
     if len(names) <= FEW:
-        found = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(found.values(), found.keys(), loc="outside right upper", frameon=False, title="layer", fontsize=8)
+        lines = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, title="layer", fontsize=8)
     else:
         _depth_bar(figure, axes, names)
     return figure
@@ -141,28 +194,29 @@ def _depth_bar(figure: Any, axes: Any, names: list[str]) -> None:
 
 
 def _curves(axis: Any, steps: list[int], diagnoses: Sequence[Diagnosis], names: dict[str, str]) -> bool:
-    """Whether the chain tells one of these."""
+    """Draw those of some numbers that every chain state has, and return whether there was one."""
     drawn = False
     for name, label in names.items():
-        if all(name in one.chain for one in diagnoses):
-            axis.plot(steps, [abs(float(one.chain[name])) or float("nan") for one in diagnoses], label=label, lw=1.4)
+        if all(name in diagnosis.chain for diagnosis in diagnoses):
+            values = [abs(float(diagnosis.chain[name])) or float("nan") for diagnosis in diagnoses]
+            axis.plot(steps, values, label=label, lw=1.4)
             drawn = True
     return drawn
 
 
-def _ranges(axis: Any, steps: list[int], diagnoses: Sequence[Diagnosis], what: str, scale: float = 1) -> None:
-    """For each part the median over layers of a number, and its range."""
+def _ranges(axis: Any, steps: list[int], diagnoses: Sequence[Diagnosis], quantity: str, scale: float = 1) -> None:
+    """Draw median and range over layers of a quantity, for each kind of factor."""
     for part, colour in {"A": "tab:blue", "B": "tab:orange", "F": "tab:green"}.items():
-        found = [
-            [scale * float(x.numbers[part][what]) for x in one.layers.values() if what in x.numbers.get(part, {})]
-            for one in diagnoses
+        values = [
+            [scale * float(x.numbers[part][quantity]) for x in d.layers.values() if quantity in x.numbers.get(part, {})]
+            for d in diagnoses
         ]
-        if all(found):
-            middle = [sorted(values)[len(values) // 2] for values in found]
-            label = {"A": "A", "B": "B", "F": "update norm" if what == "update_norm" else "blocks"}[part]
-            several = "and range over layers" if len(found[0]) > 1 else ""
-            axis.plot(steps, middle, color=colour, lw=1.4, label=f"{label}: median {several}" if several else label)
-            axis.fill_between(steps, list(map(min, found)), list(map(max, found)), color=colour, alpha=0.15, lw=0)
+        if all(values):
+            medians = [sorted(of_layers)[len(of_layers) // 2] for of_layers in values]
+            label = {"A": "A", "B": "B", "F": "update norm" if quantity == "update_norm" else "blocks"}[part]
+            several = "and range over layers" if len(values[0]) > 1 else ""
+            axis.plot(steps, medians, color=colour, lw=1.4, label=f"{label}: median {several}" if several else label)
+            axis.fill_between(steps, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, lw=0)
 
 
 def _colours(number: int) -> list[Any]:

@@ -277,7 +277,7 @@ def test_autocast_is_for_the_model_alone():
         with torch.autocast("cpu", torch.bfloat16):
             assert optimizer.evaluate(x, y).outputs.dtype == torch.bfloat16
             params, kept = optree.tree_map(torch.clone, optimizer.params), optimizer.chain_state
-            held = optimizer._held
+            held = optimizer._pending
             optimizer.step()
         updates, _ = optimizer.transformation.update(held.grads, kept, params, evaluation=held)
         same(optimizer.params, lrkfac.apply_updates(params, updates))

@@ -117,7 +117,6 @@ REFUSED = {
     "another mode": (_in_eval_mode, ValueError, "module: '1' is in eval mode"),
     "another layer": (_with_another_layer, ValueError, r"module: \['3\.weight', '3\.bias'\] have been replaced"),
     "frozen later": (_frozen_later, ValueError, r"module: \['0\.weight'\] have been replaced or frozen"),
-    "a copy": (lambda o, x, y: copy.deepcopy(o), TypeError, "cannot be pickled"),
 }
 
 

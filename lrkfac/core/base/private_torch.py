@@ -95,10 +95,3 @@ def operation_counts() -> dict[Any, Callable[..., int]]:
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target in place, in few kernels."""
     torch._foreach_copy_(list(targets), list(sources))
-
-
-def required_option() -> Any:
-    """Return what marks an option without default in ``torch.optim.Optimizer``, which refuses groups that lack it."""
-    from torch.optim.optimizer import required
-
-    return required

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import pickle
 
 import pytest
 import torch
@@ -169,11 +168,3 @@ def test_copy_all():
     pointers = [x.data_ptr() for x in targets]
     private_torch.copy_all(targets, [torch.ones(2), torch.full((3,), 2.0)])
     assert [x.tolist() for x in targets] == [[1, 1], [2, 2, 2]] and [x.data_ptr() for x in targets] == pointers
-
-
-@of_private("required_option")
-def test_required_option():
-    mark = private_torch.required_option()
-    assert pickle.loads(pickle.dumps(mark)) is not None
-    with pytest.raises(ValueError, match="required optimization parameter lr"):
-        torch.optim.Optimizer([torch.ones(1)], {"lr": mark})

@@ -1,0 +1,123 @@
+"""Evaluations of a module by its present parameters and buffers, for an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrkfac.core.base.private_torch import copy_all
+from lrkfac.core.base.types import Tree
+from lrkfac.core.evaluation.evaluation import Evaluation
+from lrkfac.core.evaluation.evaluator import evaluator
+from lrkfac.core.layers.description import Layers
+from lrkfac.core.layers.discovery import find_layers
+from lrkfac.core.layers.module import from_module
+from lrkfac.core.likelihoods.joint import Joint
+from lrkfac.core.likelihoods.protocol import Likelihood
+
+
+@dataclass(frozen=True, eq=False)
+class WithConstants:
+    """A model of all parameters as a function of some; the others are constants, which share the module's memory."""
+
+    model: Callable[[Tree, Any], Any]
+    constants: dict[str, Tensor]
+
+    def __call__(self, params: Tree, inputs: Any) -> Any:
+        return self.model({**self.constants, **params}, inputs)
+
+
+class ModuleEvaluator:
+    """Evaluates batches at the module's parameters, and updates its buffers as a forward pass does.
+
+    Args:
+        module: In the mode in which it is trained.
+        likelihood: Meaning of the module's outputs.
+        inputs: A batch, to find the layers.
+        options: Of ``evaluator``.
+        parameters: Trained parameters of the module, by name.
+    """
+
+    layers: Layers
+
+    def __init__(
+        self,
+        module: nn.Module,
+        likelihood: Likelihood | Joint,
+        inputs: Tree,
+        options: Mapping[str, Any],
+        parameters: Mapping[str, nn.Parameter],
+    ) -> None:
+        self.module, self.parameters = module, dict(parameters)
+        self.likelihood, self.options = likelihood, dict(options)
+        self.has_buffers = next(module.buffers(), None) is not None
+        self.modes = [(name, part, part.training) for name, part in module.named_modules()]
+        model = self._model()
+        self.layers = find_layers(model, self.params, self._with_buffers(inputs))
+        self._function: Callable[..., Evaluation] | None = self._evaluator_of(model)
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The trained parameters by name; they share memory with the module's."""
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    def __call__(self, inputs: Tree, targets: Tree, **requests: Any) -> Evaluation:
+        """Return the evaluation of a batch; ``requests`` are the other arguments of the function of ``evaluator``.
+
+        Raises:
+            ValueError: If the module has changed, in its mode or parameters, or as the function of ``evaluator``.
+            TypeError: As the function of ``evaluator``.
+        """
+        self._check_unchanged()
+        if self._function is None:  # in a copy, whose function must be of its own module
+            self._function = self._evaluator_of(self._model())
+        evaluation = self._function(self.params, self._with_buffers(inputs), targets, **requests)
+        if self.has_buffers:
+            with torch.no_grad():
+                buffers = dict(self.module.named_buffers())
+                copy_all(list(buffers.values()), [evaluation.aux[name] for name in buffers])
+        return evaluation
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return each parameter's ``.grad``, or raise ``ValueError`` if one has none."""
+        absent = [name for name, p in self.parameters.items() if p.grad is None]
+        if absent:
+            raise ValueError(
+                f"step: {absent} have no .grad any more; call zero_grad() before evaluate(), or not at all"
+            )
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_function": None}
+
+    def _model(self) -> Callable[..., Any]:
+        """Return the module as a function of its trained parameters."""
+        model, params, *_ = from_module(self.module, buffers=self.has_buffers)
+        constants = {name: x for name, x in params.items() if name not in self.parameters}
+        return WithConstants(model, constants) if constants else model
+
+    def _evaluator_of(self, model: Callable[..., Any]) -> Callable[..., Evaluation]:
+        return evaluator(model, self.likelihood, self.layers, has_aux=self.has_buffers, **self.options)
+
+    def _with_buffers(self, inputs: Tree) -> Tree:
+        return (dict(self.module.named_buffers()), inputs) if self.has_buffers else inputs
+
+    def _check_unchanged(self) -> None:
+        """Raise ``ValueError`` if a part is in another mode, or a parameter has been replaced or frozen."""
+        for name, part, training in self.modes:
+            if part.training != training:
+                was, now = ("train", "eval") if training else ("eval", "train")
+                raise ValueError(
+                    f"module: {name or type(part).__name__!r} is in {now} mode, and was in {was} mode when the "
+                    f"optimizer was made; call {was}() on it, or make the optimizer again"
+                )
+        present = dict(self.module.named_parameters())
+        gone = [name for name, p in self.parameters.items() if present.get(name) is not p or not p.requires_grad]
+        if gone:
+            raise ValueError(
+                f"module: {gone} have been replaced or frozen since the optimizer was made; make the optimizer again"
+            )
