@@ -1,7 +1,8 @@
-"""Several micro-batches as one batch."""
+"""Gradient accumulation over micro-batches."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import optree
@@ -11,7 +12,7 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_integer
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.tree_checks import check_like, check_tree
-from lrkfac.core.base.trees import counter, materialize
+from lrkfac.core.base.trees import counter, materialize, selected
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.merging import weighted
@@ -21,12 +22,18 @@ from lrkfac.transforms.base import (
     check_state,
     check_transformation,
     preconditions,
+    transformation,
 )
 
 
 class AccumulateState(NamedTuple):
-    """``inner``: the state of the transformation; ``total``: the weighted sum of the updates since its last step, in at
-    least float32, and ``weight`` that of their weights, ``[]``; ``steps``: their number, int64 ``[]``.
+    """State of ``accumulate``.
+
+    Attributes:
+        inner: State of the inner transformation.
+        total: Weighted sum of the updates since its last step, in at least float32.
+        weight: Sum of their weights, ``[]``.
+        steps: Number of them, int64 ``[]``.
     """
 
     inner: Any
@@ -36,38 +43,59 @@ class AccumulateState(NamedTuple):
 
 
 def accumulate(inner: GradientTransformation, every: int) -> GradientTransformation:
-    """``inner`` once in ``every`` steps, with the mean of the updates since then; zero updates in between.
+    """Apply ``inner`` once in ``every`` steps to the mean of the updates since then; return zeros in between.
 
-    For transformations of gradients alone, such as Adam. What needs ``evaluation``, as K-FAC does, takes one update
-    with ``merge_evaluations`` of the micro-batches instead: its statistics have shapes that no state can hold in
-    advance.
+    For transformations of gradients alone, such as Adam. K-FAC, which needs ``evaluation``, takes one update with
+    ``merge_evaluations`` of the micro-batches instead: its statistics have shapes that no state can hold in advance.
 
-    Where ``evaluation`` is given, each micro-batch counts with its ``weight``, so that the mean is over all their
-    terms; else all count equally. It is not handed on.
+    Where ``evaluation`` is passed, each micro-batch counts with its ``weight``, so that the mean is over all their
+    terms; else all count equally. ``inner`` does not get it.
 
     Args:
         inner: The transformation, such as a whole chain. It is computed in every step and used in the last.
         every: Number of micro-batches, at least 1.
 
+    Returns:
+        A transformation with an ``AccumulateState``.
+
     Raises:
         ValueError: If ``every`` is below 1; in ``init``, if ``inner`` preconditions; in ``update``, if the tree or the
             state do not fit, or ``evaluation`` has statistics.
         TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> tx = accumulate(lrkfac.scale(-1.0), every=2)
+        >>> first, state = tx.update(torch.tensor([1.0]), tx.init(torch.zeros(1)))
+        >>> second, state = tx.update(torch.tensor([3.0]), state)
+        >>> first, second
+        (tensor([0.]), tensor([-2.]))
     """
     check_transformation(inner, "inner")
     check_integer(every, "every")
+    return transformation(Accumulate(inner, every))
 
-    def init(params: Tree) -> AccumulateState:
+
+@dataclass(frozen=True, eq=False)
+class Accumulate:
+    """See ``accumulate``."""
+
+    inner: GradientTransformation
+    every: int
+
+    def init(self, params: Tree) -> AccumulateState:
+        """Return the inner state and an empty sum."""
         check_tree(params, "params")
         total = optree.tree_map(lambda p: torch.zeros_like(wide(p)), params)
         leaves = optree.tree_leaves(total)
         weight = torch.zeros((), dtype=leaves[0].dtype, device=leaves[0].device) if leaves else torch.zeros(())
-        started = inner.init(params)
+        started = self.inner.init(params)
         if preconditions(started):
             raise ValueError(f"inner: it preconditions, and needs the statistics of all micro-batches; {_REMEDY}")
         return AccumulateState(started, total, weight, counter(params))
 
     def update(
+        self,
         updates: Tree,
         state: AccumulateState,
         params: Tree = None,
@@ -75,6 +103,7 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, AccumulateState]:
+        """Add the updates to the sum; apply the inner transformation where it is its turn."""
         check_state(state, AccumulateState)
         if evaluation is not None and check_evaluation(evaluation, "accumulate").statistics is not None:
             raise ValueError(
@@ -87,13 +116,11 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
         weight, steps = state.weight + weight, state.steps + 1
         positive = weight.clamp(min=torch.finfo(weight.dtype).tiny)
         mean = optree.tree_map(lambda t, u: (t / positive).to(u.dtype), total, updates)
-        changed, new = inner.update(mean, state.inner, params, **extra)
-        last = steps >= every
-        kept = optree.tree_map(lambda x, y: x if x is y else torch.where(last, x, y), new, state.inner)
+        changed, new = self.inner.update(mean, state.inner, params, **extra)
+        last = steps >= self.every
         total, weight, steps = optree.tree_map(lambda x: torch.where(last, 0, x), (total, weight, steps))
-        return optree.tree_map(lambda u: torch.where(last, u, 0), changed), AccumulateState(kept, total, weight, steps)
-
-    return GradientTransformation(init, update)
+        inner = selected(last, new, state.inner)
+        return optree.tree_map(lambda u: torch.where(last, u, 0), changed), AccumulateState(inner, total, weight, steps)
 
 
 _REMEDY = (

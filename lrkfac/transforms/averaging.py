@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import optree
@@ -12,7 +13,7 @@ from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.trees import counter
 from lrkfac.core.base.types import Tree
-from lrkfac.transforms.base import GradientTransformation, apply_updates, check_params, check_state
+from lrkfac.transforms.base import GradientTransformation, apply_updates, check_params, check_state, transformation
 
 
 class EmaParamsState(NamedTuple):
@@ -23,33 +24,56 @@ class EmaParamsState(NamedTuple):
 
 
 def ema_params(decay: float = 0.99) -> GradientTransformation:
-    """Averages the parameters as they are after each update; updates pass unchanged. The last link of a chain.
+    """Average the parameters as they are after each update; updates pass unchanged.
 
     After step ``t`` the average is ``ξ average + (1 - ξ) parameters`` with ``ξ = min(1 - 1/t, decay)``: the mean of
-    all parameters at first, then a running average (Martens & Grosse 2015, arXiv 1503.05671, section 13). It
-    stands in the state: ``state[-1].average`` in a chain that ends with it.
+    all parameters at first, then a running average (Martens & Grosse 2015, arXiv 1503.05671, section 13). It is the
+    last link of a chain, in whose state it stands as ``state[-1].average``.
 
     Args:
-        decay: In [0, 1).
+        decay: Largest weight of the last average, in [0, 1).
+
+    Returns:
+        A transformation with an ``EmaParamsState``.
 
     Raises:
         ValueError: If ``decay`` lies outside [0, 1); in ``update``, if ``params`` is missing or the trees do not fit.
         TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> tx, params = ema_params(), torch.zeros(1)
+        >>> state = tx.init(params)
+        >>> for _ in range(3):
+        ...     updates, state = tx.update(torch.ones(1), state, params)
+        ...     params = params + updates
+        >>> params, state.average
+        (tensor([3.]), tensor([2.]))
     """
     check_number(decay, "decay", 0, 1)
+    return transformation(EmaParams(decay))
 
-    def init(params: Tree) -> EmaParamsState:
+
+@dataclass(frozen=True, eq=False)
+class EmaParams:
+    """See ``ema_params``."""
+
+    decay: float
+
+    def init(self, params: Tree) -> EmaParamsState:
+        """Return a copy of the parameters as the average."""
         check_tree(params, "params")
         return EmaParamsState(optree.tree_map(torch.clone, params), counter(params))
 
-    def update(updates: Tree, state: EmaParamsState, params: Tree = None, **extra: Any) -> tuple[Tree, EmaParamsState]:
+    def update(
+        self, updates: Tree, state: EmaParamsState, params: Tree = None, **extra: Any
+    ) -> tuple[Tree, EmaParamsState]:
+        """Average the parameters to which these updates lead."""
         check_state(state, EmaParamsState)
         check_like(state.average, updates, "updates")
         check_like(state.average, check_params(params, "ema_params"), "params")
         moved = apply_updates(params, updates)
         steps = state.steps + 1
-        rest = torch.clamp(1 / steps, min=1 - decay)
+        rest = torch.clamp(1 / steps, min=1 - self.decay)
         average = optree.tree_map(lambda a, p: (a + rest * (p - a)).to(a.dtype), state.average, moved)
         return updates, EmaParamsState(average, steps)
-
-    return GradientTransformation(init, update)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import optree
@@ -14,7 +15,7 @@ from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.trees import counter, materialize, scaled, vdot
 from lrkfac.core.base.types import PerParameter, Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.transforms.base import GradientTransformation, check_evaluation, check_state, stateless
+from lrkfac.transforms.base import GradientTransformation, Stateless, check_evaluation, check_state, transformation
 
 
 class ClipByKLState(NamedTuple):
@@ -24,64 +25,127 @@ class ClipByKLState(NamedTuple):
 
 
 def clip(max_delta: float | Tensor) -> GradientTransformation:
-    """Each entry of the updates, at least ``-max_delta`` and at most ``max_delta``.
+    """Limit each entry of the updates to ``[-max_delta, max_delta]``.
+
+    Args:
+        max_delta: A positive number, or a tensor ``[]``.
+
+    Returns:
+        A transformation without state.
 
     Raises:
         ValueError: If ``max_delta`` is not a positive finite number.
         TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> tx = clip(1.0)
+        >>> tx.update(torch.tensor([-3.0, 0.5]), tx.init(torch.zeros(2)))[0]
+        tensor([-1.0000,  0.5000])
     """
     check_number(max_delta, "max_delta", 0, includes_low=False)
-
-    def change(updates: Tree, params: Tree, **extra: Any) -> Tree:
-        return optree.tree_map(lambda u: u.clamp(-max_delta, max_delta).to(u.dtype), materialize(updates))
-
-    return stateless(change)
+    return transformation(Clip(max_delta))
 
 
 def clip_by_global_norm(max_norm: float) -> GradientTransformation:
-    """Scales the updates such that the Euclidean norm over all leaves is at most ``max_norm``.
+    """Scale the updates such that the Euclidean norm over all leaves is at most ``max_norm``.
+
+    Args:
+        max_norm: A positive number.
+
+    Returns:
+        A transformation without state.
 
     Raises:
         ValueError: If ``max_norm`` is not a positive finite number.
         TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> tx = clip_by_global_norm(1.0)
+        >>> tx.update(torch.tensor([3.0, 4.0]), tx.init(torch.zeros(2)))[0]
+        tensor([0.6000, 0.8000])
     """
     check_number(max_norm, "max_norm", 0, includes_low=False)
-
-    def change(updates: Tree, params: Tree, **extra: Any) -> Tree:
-        norm = vdot(updates, updates).sqrt()
-        return scaled(_at_most_one(max_norm, norm), updates)
-
-    return stateless(change)
+    return transformation(ClipByGlobalNorm(max_norm))
 
 
-def clip_by_kl(max_kl: float, learning_rate: PerParameter = 1.0) -> GradientTransformation:
-    """Scales natural gradients ``u`` such that the step ``learning_rate * u`` changes the model little.
+def clip_by_kl(kl_clip: float, learning_rate: PerParameter = 1.0) -> GradientTransformation:
+    """Scale natural gradients ``u`` such that the step ``learning_rate * u`` changes the model little.
 
     For ``u = F⁻¹ ∇L`` the squared length of the step in the Fisher metric is ``learning_rate² uᵀF u =
-    learning_rate² uᵀ∇L``, twice the Kullback–Leibler divergence to second order. The factor is
-    ``min(1, √(max_kl / (learning_rate² uᵀ∇L)))`` (Ba, Grosse & Martens 2017, section 5).
+    learning_rate² uᵀ∇L``, twice the Kullback–Leibler divergence to second order. ``kl_clip`` is a bound on it,
+    wherever the package has an argument of this name. The factor is
+    ``min(1, √(kl_clip / (learning_rate² uᵀ∇L)))`` (Ba, Grosse & Martens 2017, section 5).
 
     Stands right after ``precondition_by_fisher``. Parameters that no layer covers count with ``u = ∇L``. While the
-    clip binds, the length of a step depends on ``max_kl`` alone and the learning rate cancels.
+    clip binds, the length of a step depends on ``kl_clip`` alone and the learning rate cancels.
 
     Args:
-        max_kl: Bound on the squared length.
-        learning_rate: What the chain multiplies by later on: a number, a tensor ``[]`` or a schedule; or a tree of
-            them, as in ``scale_by_learning_rate``: then ``uᵀ∇L`` is a sum over the parameters, each with its own rate.
+        kl_clip: Bound on the squared length, in nats.
+        learning_rate: Factor by which the chain multiplies later on: a number, a tensor ``[]`` or a schedule; or a
+            tree of them, as in ``scale_by_learning_rate``: then ``uᵀ∇L`` is a sum over the parameters, each with its
+            rate.
+
+    Returns:
+        A transformation with a ``ClipByKLState``.
 
     Raises:
-        ValueError: If ``max_kl`` is not a positive finite number, ``learning_rate`` a negative one; in ``update``, if
+        ValueError: If ``kl_clip`` is not a positive finite number, ``learning_rate`` a negative one; in ``update``, if
             it is a tree that does not fit.
         TypeError: In ``update``, if ``evaluation`` is missing.
-    """
-    check_number(max_kl, "max_kl", 0, includes_low=False)
-    check_numbers(learning_rate, "learning_rate", 0, schedules=True)
 
-    def init(params: Tree) -> ClipByKLState:
+    Example:
+        >>> import torch, lrkfac
+        >>> params, x = {"w": torch.zeros(1, 2)}, torch.eye(2)
+        >>> model = lambda params, x: x @ params["w"].T
+        >>> layers = lrkfac.find_layers(model, params, x)
+        >>> evaluation = lrkfac.evaluator(model, lrkfac.gaussian(), layers)(params, x, torch.ones(2, 1))
+        >>> tx = clip_by_kl(0.02, learning_rate=0.1)
+        >>> updates, _ = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
+        >>> torch.equal(updates["w"], evaluation.grads["w"])
+        True
+    """
+    check_number(kl_clip, "kl_clip", 0, includes_low=False)
+    check_numbers(learning_rate, "learning_rate", 0, schedules=True)
+    return transformation(ClipByKL(kl_clip, learning_rate))
+
+
+@dataclass(frozen=True, eq=False)
+class Clip(Stateless):
+    """See ``clip``."""
+
+    max_delta: float | Tensor
+
+    def change(self, updates: Tree, params: Tree, **extra: Any) -> Tree:
+        limit = self.max_delta
+        return optree.tree_map(lambda u: u.clamp(-limit, limit).to(u.dtype), materialize(updates))
+
+
+@dataclass(frozen=True, eq=False)
+class ClipByGlobalNorm(Stateless):
+    """See ``clip_by_global_norm``."""
+
+    max_norm: float
+
+    def change(self, updates: Tree, params: Tree, **extra: Any) -> Tree:
+        return scaled(_at_most_one(self.max_norm, vdot(updates, updates).sqrt()), updates)
+
+
+@dataclass(frozen=True, eq=False)
+class ClipByKL:
+    """See ``clip_by_kl``."""
+
+    kl_clip: float
+    learning_rate: PerParameter
+
+    def init(self, params: Tree) -> ClipByKLState:
+        """Return step 0."""
         check_tree(params, "params")
         return ClipByKLState(counter(params))
 
     def update(
+        self,
         updates: Tree,
         state: ClipByKLState,
         params: Tree = None,
@@ -89,19 +153,18 @@ def clip_by_kl(max_kl: float, learning_rate: PerParameter = 1.0) -> GradientTran
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, ClipByKLState]:
+        """Scale the updates by the evaluation's gradients and the rate of this step."""
         check_state(state, ClipByKLState)
-        check_like(check_evaluation(evaluation, "clip_by_kl").grads, updates, "updates")
-        assert evaluation is not None
-        rate = of_leaves(at_step(learning_rate, state.steps), updates, "learning_rate")
+        gradients = check_evaluation(evaluation, "clip_by_kl").grads
+        check_like(gradients, updates, "updates")
+        rate = of_leaves(at_step(self.learning_rate, state.steps), updates, "learning_rate")
         if is_number(rate):
-            squared_length = rate**2 * vdot(updates, evaluation.grads)
+            squared_length = rate**2 * vdot(updates, gradients)
         else:
-            squared_length = vdot(updates, evaluation.grads, optree.tree_map(lambda one: one**2, rate))
-        return scaled(_at_most_one(max_kl, squared_length).sqrt(), updates), ClipByKLState(state.steps + 1)
-
-    return GradientTransformation(init, update)
+            squared_length = vdot(updates, gradients, optree.tree_map(lambda one: one**2, rate))
+        return scaled(_at_most_one(self.kl_clip, squared_length).sqrt(), updates), ClipByKLState(state.steps + 1)
 
 
 def _at_most_one(bound: float, size: Tensor) -> Tensor:
-    """``min(1, bound / size)``, 1 where ``size`` is 0 or, by rounding, negative."""
+    """Return ``min(1, bound / size)``, 1 where ``size`` is 0 or, by rounding, negative."""
     return bound / torch.clamp(size, min=bound)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import optree
@@ -19,6 +20,7 @@ from lrkfac.transforms.base import (
     check_params,
     check_state,
     check_transformation,
+    transformation,
 )
 
 
@@ -35,48 +37,38 @@ class PartitionState(NamedTuple):
 
 
 def masked(inner: GradientTransformation, mask: Tree | Callable[[Tree], Tree]) -> GradientTransformation:
-    """``inner`` where the mask is ``True``; elsewhere updates pass unchanged. What ``inner`` sees: ``partition``.
+    """Apply ``inner`` where the mask is ``True``; elsewhere updates pass unchanged.
+
+    ``inner`` sees the parameters as the transformations of ``partition`` do.
 
     Args:
         inner: The transformation.
         mask: A tree of ``bool`` like the parameters, or one that ends earlier: ``{"encoder": True, "head": False}``;
             or a function that makes it from a tree like the parameters.
 
+    Returns:
+        A transformation with a ``MaskedState``.
+
     Raises:
         ValueError: In ``init`` and ``update``, if the mask does not fit the parameters, or the state is another's.
         TypeError: If ``inner`` is no ``GradientTransformation``; in ``init`` and ``update``, if a leaf of the mask is
             no ``bool``.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> tx = masked(lrkfac.scale(-1.0), {"encoder": True, "head": False})
+        >>> updates = {"encoder": torch.ones(1), "head": torch.ones(1)}
+        >>> tx.update(updates, tx.init(updates))[0]
+        {'encoder': tensor([-1.]), 'head': tensor([1.])}
     """
     check_transformation(inner, "inner")
-
-    def own(tree: Tree) -> list[bool]:
-        chosen = _spread("mask", mask, tree)
-        for i, one in enumerate(chosen):
-            if not isinstance(one, bool):
-                raise TypeError(
-                    f"mask: expected True or False for {paths(tree)[i]!r}, got {one!r}; it is fixed, not a tensor"
-                )
-        return chosen
-
-    def init(params: Tree) -> MaskedState:
-        check_tree(params, "params")
-        return MaskedState(inner.init(_only(own(params), params)))
-
-    def update(updates: Tree, state: MaskedState, params: Tree = None, **extra: Any) -> tuple[Tree, MaskedState]:
-        check_tree(updates, "updates")
-        check_state(state, MaskedState)
-        chosen = own(updates)
-        changed, new = _restricted(inner, chosen, updates, state.inner, params, extra)
-        leaves = zip(chosen, changed, optree.tree_leaves(updates), strict=True)
-        return _like(updates, [x if one else u for one, x, u in leaves]), MaskedState(new)
-
-    return GradientTransformation(init, update)
+    return transformation(Masked(inner, mask))
 
 
 def partition(
     transformations: Mapping[Any, GradientTransformation], labels: Tree | Callable[[Tree], Tree]
 ) -> GradientTransformation:
-    """For each parameter the transformation of its label.
+    """Apply to each parameter the transformation of its label.
 
     K-FAC where a layer covers the parameter and Adam for the rest is ``partition({"kfac": low_rank_kfac(layers, 0.1),
     "adam": chain(scale_by_adam(), scale(-1e-3))}, optree.tree_map(lambda p: "kfac" if p.index in layers.covered else
@@ -94,47 +86,98 @@ def partition(
         labels: A tree of labels like the parameters, or one that ends earlier: ``{"encoder": "kfac", "head":
             "adam"}``; or a function that makes it from a tree like the parameters. Strings or numbers.
 
+    Returns:
+        A transformation with a ``PartitionState``.
+
     Raises:
         ValueError: In ``init`` and ``update``, if the labels do not fit the parameters, one has no transformation, or
             the state is another's.
         TypeError: If something is no ``GradientTransformation``.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> tx = partition({"up": lrkfac.scale(1.0), "down": lrkfac.scale(-1.0)}, {"encoder": "up", "head": "down"})
+        >>> updates = {"encoder": torch.ones(1), "head": torch.ones(1)}
+        >>> tx.update(updates, tx.init(updates))[0]
+        {'encoder': tensor([1.]), 'head': tensor([-1.])}
     """
     if not isinstance(transformations, Mapping):
         raise TypeError(f"transformations: expected a mapping from labels, got {type(transformations).__name__}")
-    transformations = dict(transformations)
-    for label, transformation in transformations.items():
-        check_transformation(transformation, f"transformations[{label!r}]")
+    for label, one in transformations.items():
+        check_transformation(one, f"transformations[{label!r}]")
+    return transformation(Partition(dict(transformations), labels))
 
-    def of_leaves(tree: Tree) -> list[Any]:
-        found = _spread("labels", labels, tree)
-        for i, label in enumerate(found):
-            if label not in transformations:
-                raise ValueError(
-                    f"labels: expected one of {list(transformations)} for {paths(tree)[i]!r}, got {label!r}; give a "
-                    "transformation for it, such as identity()"
-                )
-        return found
 
-    def init(params: Tree) -> PartitionState:
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """See ``masked``."""
+
+    inner: GradientTransformation
+    mask: Tree | Callable[[Tree], Tree]
+
+    def init(self, params: Tree) -> MaskedState:
+        """Return the inner state for the chosen parameters."""
         check_tree(params, "params")
-        found = of_leaves(params)
+        return MaskedState(self.inner.init(_only(self._chosen(params), params)))
+
+    def update(self, updates: Tree, state: MaskedState, params: Tree = None, **extra: Any) -> tuple[Tree, MaskedState]:
+        """Apply the inner transformation to the chosen parameters; pass the other updates."""
+        check_tree(updates, "updates")
+        check_state(state, MaskedState)
+        chosen = self._chosen(updates)
+        changed, new = _restricted(self.inner, chosen, updates, state.inner, params, extra)
+        leaves = zip(chosen, changed, optree.tree_leaves(updates), strict=True)
+        return _like(updates, [x if one else u for one, x, u in leaves]), MaskedState(new)
+
+    def _chosen(self, tree: Tree) -> list[bool]:
+        chosen = _spread("mask", self.mask, tree)
+        for i, one in enumerate(chosen):
+            if not isinstance(one, bool):
+                raise TypeError(
+                    f"mask: expected True or False for {paths(tree)[i]!r}, got {one!r}; it is fixed, not a tensor"
+                )
+        return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """See ``partition``."""
+
+    transformations: dict[Any, GradientTransformation]
+    labels: Tree | Callable[[Tree], Tree]
+
+    def init(self, params: Tree) -> PartitionState:
+        """Return each transformation's state for its parameters."""
+        check_tree(params, "params")
+        labels = self._labels(params)
         return PartitionState(
-            {label: tx.init(_only([x == label for x in found], params)) for label, tx in transformations.items()}
+            {label: tx.init(_only([x == label for x in labels], params)) for label, tx in self.transformations.items()}
         )
 
-    def update(updates: Tree, state: PartitionState, params: Tree = None, **extra: Any) -> tuple[Tree, PartitionState]:
+    def update(
+        self, updates: Tree, state: PartitionState, params: Tree = None, **extra: Any
+    ) -> tuple[Tree, PartitionState]:
+        """Apply each transformation to its parameters."""
         check_tree(updates, "updates")
-        if not isinstance(state, PartitionState) or state.inner.keys() != transformations.keys():
+        if not isinstance(state, PartitionState) or state.inner.keys() != self.transformations.keys():
             got = f"one of {list(state.inner)}" if isinstance(state, PartitionState) else type(state).__name__
-            raise ValueError(_OTHER_STATE.format(expected=f"PartitionState of {list(transformations)}", got=got))
-        found, leaves, states = of_leaves(updates), optree.tree_leaves(updates), {}
-        for label, tx in transformations.items():
-            chosen = [x == label for x in found]
+            raise ValueError(_OTHER_STATE.format(expected=f"PartitionState of {list(self.transformations)}", got=got))
+        labels, leaves, states = self._labels(updates), optree.tree_leaves(updates), {}
+        for label, tx in self.transformations.items():
+            chosen = [x == label for x in labels]
             changed, states[label] = _restricted(tx, chosen, updates, state.inner[label], params, extra)
             leaves = [x if one else old for one, x, old in zip(chosen, changed, leaves, strict=True)]
         return _like(updates, leaves), PartitionState(states)
 
-    return GradientTransformation(init, update)
+    def _labels(self, tree: Tree) -> list[Any]:
+        labels = _spread("labels", self.labels, tree)
+        for i, label in enumerate(labels):
+            if label not in self.transformations:
+                raise ValueError(
+                    f"labels: expected one of {list(self.transformations)} for {paths(tree)[i]!r}, got {label!r}; give "
+                    "a transformation for it, such as identity()"
+                )
+        return labels
 
 
 _OTHER_STATE = (
@@ -143,39 +186,39 @@ _OTHER_STATE = (
 
 
 def _restricted(
-    inner: GradientTransformation, own: list[bool], updates: Tree, state: Any, params: Tree, extra: dict[str, Any]
+    inner: GradientTransformation, chosen: list[bool], updates: Tree, state: Any, params: Tree, extra: dict[str, Any]
 ) -> tuple[list[Tensor], Any]:
-    """What ``inner`` makes of its own parameters; leaves of the others are there, and mean nothing."""
+    """Return the inner updates, of which only the chosen leaves count, and the inner state."""
     if params is not None:
         check_like(params, updates, "updates beside params")
-    known = None if params is None else _only(own, params)
+    known = None if params is None else _only(chosen, params)
     evaluation = extra.get("evaluation")
     if evaluation is not None:
-        extra = {**extra, "evaluation": _of_own(own, check_evaluation(evaluation, "masked"), params)}
-    changed, new = inner.update(_only(own, updates), state, known, **extra)
+        extra = {**extra, "evaluation": _of_chosen(chosen, check_evaluation(evaluation, "masked"), params)}
+    changed, new = inner.update(_only(chosen, updates), state, known, **extra)
     return optree.tree_leaves(changed), new
 
 
-def _of_own(own: list[bool], evaluation: Evaluation, params: Tree) -> Evaluation:
-    """The evaluation of the loss as a function of some parameters."""
+def _of_chosen(chosen: list[bool], evaluation: Evaluation, params: Tree) -> Evaluation:
+    """Return the evaluation of the loss as a function of the chosen parameters."""
 
     def loss_at(moved: Tree) -> Tensor:
         fixed = optree.tree_leaves(check_params(params, "masked, partition: loss_at"))
-        leaves = zip(own, optree.tree_leaves(moved), fixed, strict=True)
+        leaves = zip(chosen, optree.tree_leaves(moved), fixed, strict=True)
         return evaluation.loss_at(_like(moved, [x if one else p for one, x, p in leaves]))
 
     return evaluation._replace(
-        grads=_only(own, evaluation.grads),
-        product=lambda tangent: _only(own, evaluation.product(_only(own, tangent))),
-        quadratic=lambda u, v: evaluation.quadratic(_only(own, u), _only(own, v)),
-        gram=lambda tangents: evaluation.gram(_only(own, tangents)),
+        grads=_only(chosen, evaluation.grads),
+        product=lambda tangent: _only(chosen, evaluation.product(_only(chosen, tangent))),
+        quadratic=lambda u, v: evaluation.quadratic(_only(chosen, u), _only(chosen, v)),
+        gram=lambda tangents: evaluation.gram(_only(chosen, tangents)),
         loss_at=loss_at,
     )
 
 
-def _only(own: list[bool], tree: Tree) -> Tree:
-    """The tree with zeros for the leaves of others."""
-    leaves = zip(own, optree.tree_leaves(tree), strict=True)
+def _only(chosen: list[bool], tree: Tree) -> Tree:
+    """Return the tree with zeros for the leaves that are not chosen."""
+    leaves = zip(chosen, optree.tree_leaves(tree), strict=True)
     return _like(tree, [x if one else zeros_like(x) for one, x in leaves])
 
 
@@ -184,5 +227,5 @@ def _like(tree: Tree, leaves: list[Any]) -> Tree:
 
 
 def _spread(name: str, given: Any, tree: Tree) -> list[Any]:
-    """One value for each leaf of the tree, from a tree of values that may end earlier, or a function that makes it."""
+    """Return one value for each leaf of the tree, from a tree of values that may end earlier, or a function of it."""
     return optree.tree_leaves(spread(given(tree) if callable(given) else given, tree, name))

@@ -2,47 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lrkfac.core.base.arguments import check_flag
 from lrkfac.core.base.per_parameter import check_numbers, of_leaves
 from lrkfac.core.base.tree_checks import check_like, check_tree
-from lrkfac.core.base.trees import add_scaled, lazy_like, materialize, zeros_like
+from lrkfac.core.base.trees import add_scaled, copied_or_lazy, materialize, zeros_like
 from lrkfac.core.base.types import PerParameter, Tree
-from lrkfac.transforms.base import GradientTransformation, check_state
+from lrkfac.transforms.base import GradientTransformation, check_state, transformation
 
 
 class TraceState(NamedTuple):
-    """``trace``: a tree like the parameters."""
+    """``trace``: decaying sum of the updates, a tree like the parameters."""
 
     trace: Tree
 
 
 def trace(decay: PerParameter, nesterov: bool = False) -> GradientTransformation:
-    """``t ← u + decay t``; returns ``t``, or ``u + decay t`` with the new ``t`` (Nesterov).
+    """Return momentum: ``t ← u + decay t``, and ``u + decay t`` with the new ``t`` for Nesterov's.
 
     Args:
         decay: Momentum in [0, 1): a number, or a tree of numbers like the parameters, or one that ends earlier.
         nesterov: Whether to look one step ahead.
 
+    Returns:
+        A transformation with a ``TraceState``. Its updates never share memory with the state.
+
     Raises:
         ValueError: If ``decay`` lies outside [0, 1); in ``init``, if it is a tree that does not fit the parameters; in
             ``update``, if the tree is not that of ``init``.
         TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> tx = trace(0.5)
+        >>> state = tx.init(torch.zeros(2))
+        >>> for _ in range(3):
+        ...     updates, state = tx.update(torch.ones(2), state)
+        >>> updates
+        tensor([1.7500, 1.7500])
     """
     check_numbers(decay, "decay", 0, 1)
     check_flag(nesterov, "nesterov")
+    return transformation(Trace(decay, nesterov))
 
-    def init(params: Tree) -> TraceState:
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """See ``trace``."""
+
+    decay: PerParameter
+    nesterov: bool
+
+    def init(self, params: Tree) -> TraceState:
+        """Return a sum of zero."""
         check_tree(params, "params")
-        of_leaves(decay, params, "decay")
+        of_leaves(self.decay, params, "decay")
         return TraceState(zeros_like(params))
 
-    def update(updates: Tree, state: TraceState, params: Tree = None, **extra: Any) -> tuple[Tree, TraceState]:
+    def update(self, updates: Tree, state: TraceState, params: Tree = None, **extra: Any) -> tuple[Tree, TraceState]:
+        """Add the updates to the decayed sum."""
         check_state(state, TraceState)
         check_like(state.trace, updates, "trace: updates")
-        decays = of_leaves(decay, updates, "decay")
+        decays = of_leaves(self.decay, updates, "decay")
         new = materialize(add_scaled(updates, decays, state.trace))
-        return (add_scaled(updates, decays, new) if nesterov else lazy_like(updates, new)), TraceState(new)
-
-    return GradientTransformation(init, update)
+        ahead = add_scaled(updates, decays, new) if self.nesterov else copied_or_lazy(updates, new)
+        return ahead, TraceState(new)

@@ -1,25 +1,29 @@
-"""Steps that go wrong are left out."""
+"""Skip non-finite steps."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import optree
-import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_integer
-from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.tree_checks import check_tree
-from lrkfac.core.base.trees import counter, selected, zero_unless
+from lrkfac.core.base.trees import all_finite, counter, selected, zero_unless
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.transforms.base import GradientTransformation, check_evaluation, check_state, check_transformation
+from lrkfac.transforms.base import (
+    GradientTransformation,
+    check_evaluation,
+    check_state,
+    check_transformation,
+    transformation,
+)
 
 
 class ApplyIfFiniteState(NamedTuple):
-    """``inner``: the state of the transformation; ``consecutive``: the number of steps left out since the last good
-    one, and ``total``: in all, int64 ``[]``.
+    """``inner``: state of the inner transformation; ``consecutive``: number of steps skipped since the last good one,
+    and ``total``: in all, int64 ``[]``.
     """
 
     inner: Any
@@ -28,29 +32,50 @@ class ApplyIfFiniteState(NamedTuple):
 
 
 def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) -> GradientTransformation:
-    """``inner`` where all is finite; else updates of zero, and the state of ``inner`` as it was.
+    """Skip non-finite steps: return updates of zero then, and the state of ``inner`` as it was.
 
-    What must be finite is what goes in (updates, and of ``evaluation`` the loss and the statistics) and what comes
-    out (updates). After ``max_consecutive_errors`` steps in a row that were left out, it gives up: the next one that
-    is not finite goes to ``inner`` as it is, so that its result shows (or ``precondition_by_fisher`` refuses it), until
-    a finite one comes. Momentum and weight decay rest in a step that is left out if they stand within ``inner``.
+    Finite must be what goes in (updates, and of ``evaluation`` the loss and the statistics) and what comes out
+    (updates). After ``max_consecutive_errors`` skipped steps in a row, the next one that is not finite goes to
+    ``inner`` as it is, so that its result shows (or ``precondition_by_fisher`` refuses it), until a finite one comes.
+    Momentum and weight decay rest in a skipped step if they stand within ``inner``.
 
     Args:
         inner: The transformation, such as a whole chain.
         max_consecutive_errors: At least 1.
 
+    Returns:
+        A transformation with an ``ApplyIfFiniteState``.
+
     Raises:
         ValueError: If ``max_consecutive_errors`` is below 1; in ``update``, if the state is another's.
         TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch, lrkfac
+        >>> tx = apply_if_finite(lrkfac.scale(-1.0), max_consecutive_errors=3)
+        >>> updates, state = tx.update(torch.tensor([float("nan")]), tx.init(torch.zeros(1)))
+        >>> updates, state.total
+        (tensor([0.]), tensor(1))
     """
     check_transformation(inner, "inner")
     check_integer(max_consecutive_errors, "max_consecutive_errors")
+    return transformation(ApplyIfFinite(inner, max_consecutive_errors))
 
-    def init(params: Tree) -> ApplyIfFiniteState:
+
+@dataclass(frozen=True, eq=False)
+class ApplyIfFinite:
+    """See ``apply_if_finite``."""
+
+    inner: GradientTransformation
+    max_consecutive_errors: int
+
+    def init(self, params: Tree) -> ApplyIfFiniteState:
+        """Return the inner state, and no skipped steps."""
         check_tree(params, "params")
-        return ApplyIfFiniteState(inner.init(params), counter(params), counter(params))
+        return ApplyIfFiniteState(self.inner.init(params), counter(params), counter(params))
 
     def update(
+        self,
         updates: Tree,
         state: ApplyIfFiniteState,
         params: Tree = None,
@@ -58,32 +83,23 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
         evaluation: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[Tree, ApplyIfFiniteState]:
+        """Return the inner updates and state, or zeros and the last state."""
         check_tree(updates, "updates")
         check_state(state, ApplyIfFiniteState)
         if evaluation is not None:
             check_evaluation(evaluation, "apply_if_finite")
-        said = None if evaluation is None else (evaluation.loss, evaluation.statistics)
-        sound = _all_finite((updates, said))
-        gives_up = state.consecutive >= max_consecutive_errors
+        measured = None if evaluation is None else (evaluation.loss, evaluation.statistics)
+        sound = all_finite((updates, measured))
+        gives_up = state.consecutive >= self.max_consecutive_errors
         # A decomposition of what is not finite raises, even where its result is then not used.
         passed = sound | gives_up
         if evaluation is not None:
             of_step = (evaluation.loss, evaluation.grads, evaluation.statistics)
             loss, grads, statistics = zero_unless(passed, of_step)
             extra["evaluation"] = evaluation._replace(loss=loss, grads=grads, statistics=statistics)
-        changed, new = inner.update(zero_unless(passed, updates), state.inner, params, **extra)
-        sound = sound & _all_finite(changed)
+        changed, new = self.inner.update(zero_unless(passed, updates), state.inner, params, **extra)
+        sound = sound & all_finite(changed)
         passed = sound | gives_up
-        kept = selected(passed, new, state.inner)
-        failed = (~sound).to(torch.int64)
-        counted = (failed * (state.consecutive + 1), state.total + failed)
-        return zero_unless(passed, changed), ApplyIfFiniteState(kept, *counted)
-
-    return GradientTransformation(init, update)
-
-
-def _all_finite(tree: Tree) -> Tensor:
-    parts = optree.tree_map(lambda x: [x.left, x.right, *x.terms] if isinstance(x, LazyMatrix) else x, tree)
-    tensors = [x for x in optree.tree_leaves(parts) if isinstance(x, Tensor)]
-    leaves = [x.isfinite().all() for x in tensors]
-    return torch.stack(leaves).all() if leaves else torch.ones((), dtype=torch.bool)
+        failed = (~sound).to(state.total.dtype)
+        counts = (failed * (state.consecutive + 1), state.total + failed)
+        return zero_unless(passed, changed), ApplyIfFiniteState(selected(passed, new, state.inner), *counts)

@@ -93,8 +93,9 @@ class LazyMatrix:
         return total
 
     def dense(self) -> Tensor:
-        """Return the entries in the dtype of the matrix."""
-        return self.unrounded().to(self.dtype)
+        """Return the entries in the dtype of the matrix, in memory of their own."""
+        entries = self.unrounded()
+        return (entries.clone() if any(entries is x for _, x in self.terms) else entries).to(self.dtype)
 
     def vdot(self, other: LazyMatrix | Tensor) -> Tensor:
         """Return the sum of products of the entries, ``[]``; for two gradients by inner products of their rows."""

@@ -95,9 +95,18 @@ def materialize(x: Tree) -> Tree:
     return optree.tree_map(_materialized, x)
 
 
-def lazy_like(x: Tree, y: Tree) -> Tree:
-    """Return ``y`` with lazy matrices where ``x`` has them."""
-    return optree.tree_map(lambda a, b: LazyMatrix.of(b) if isinstance(a, LazyMatrix) else b, x, y)
+def copied_or_lazy(x: Tree, y: Tree) -> Tree:
+    """Return ``y`` in leaves that may be changed without a change of ``y``: lazy matrices where ``x`` has them, else
+    copies.
+    """
+    return optree.tree_map(lambda a, b: LazyMatrix.of(b) if isinstance(a, LazyMatrix) else b.clone(), x, y)
+
+
+def all_finite(x: Tree) -> Tensor:
+    """Return whether all entries are finite, ``[]``; of lazy matrices, all that they are made of."""
+    parts = optree.tree_map(lambda a: (a.left, a.right, a.terms) if isinstance(a, LazyMatrix) else a, x)
+    leaves = [leaf.isfinite().all() for leaf in optree.tree_leaves(parts) if isinstance(leaf, Tensor)]
+    return torch.stack(leaves).all() if leaves else torch.ones((), dtype=torch.bool)
 
 
 def _materialized(leaf: Any) -> Any:

@@ -9,7 +9,7 @@ from torch.func import vmap
 from lrkfac import apply_updates, materialize
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.lazy import LazyMatrix
-from lrkfac.core.base.trees import add_scaled, lazy_like, scaled, vdot, zeros_like
+from lrkfac.core.base.trees import add_scaled, copied_or_lazy, scaled, vdot, zeros_like
 
 numbers = st.floats(-3, 3) | st.floats(-3, 3).map(lambda x: torch.tensor(x, dtype=torch.float64))
 sizes = st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 4))
@@ -49,7 +49,7 @@ def test_trees_of_them(pair, scale):
     close(zeros_like(x), torch.zeros_like(dense_x))
     close(apply_updates(dense_x, y), dense_x + dense_y)
     close(x.t(), dense_x.mT)
-    held = lazy_like(x, dense_y)
+    held = copied_or_lazy(x, dense_y)
     assert isinstance(held, LazyMatrix) == isinstance(x, LazyMatrix)
     close(scaled(2.0, held), 2 * dense_y)
 
