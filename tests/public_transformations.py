@@ -68,7 +68,7 @@ public("ema_params", decay=SHARE)
 public("add_decayed_weights", {"weight_decay": 0.1}, weight_decay=DECAYS)
 public("clip", {"max_delta": 1.0}, max_delta=POSITIVE)
 public("clip_by_global_norm", {"max_norm": 1.0}, max_norm=POSITIVE)
-public("clip_by_kl", {"max_kl": 1.0}, max_kl=POSITIVE, learning_rate=RATE)
+public("clip_by_kl", {"kl_clip": 1.0}, kl_clip=POSITIVE, learning_rate=RATE)
 public("masked", {"inner": lrkfac.trace(0.9), "mask": True}, inner=TRANSFORMATION, mask=st.nothing())
 public(
     "partition",

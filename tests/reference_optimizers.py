@@ -55,18 +55,18 @@ def clipped_by_global_norm(updates: Params, max_norm: float) -> Params:
     return {name: factor * u for name, u in updates.items()}
 
 
-def kl_clip_factor(updates: Params, gradients: Params, learning_rate: float, max_kl: float) -> float:
-    """min(1, √(max_kl / (lr² Σ u·g))), where u = F⁻¹ g makes lr² Σ u·g twice the divergence of the step.
+def kl_clip_factor(updates: Params, gradients: Params, learning_rate: float, kl_clip: float) -> float:
+    """min(1, √(kl_clip / (lr² Σ u·g))), where u = F⁻¹ g makes lr² Σ u·g twice the divergence of the step.
 
     1 where Σ u·g is not positive.
     """
     inner = sum(float((u * gradients[name]).sum()) for name, u in updates.items())
-    return min(1.0, math.sqrt(max_kl / (learning_rate**2 * inner))) if inner > 0 else 1.0
+    return min(1.0, math.sqrt(kl_clip / (learning_rate**2 * inner))) if inner > 0 else 1.0
 
 
-def clipped_by_kl(updates: Params, gradients: Params, learning_rate: float, max_kl: float) -> Params:
-    """u * min(1, √(max_kl / (lr² Σ u·g))), the sum over all entries of all parameters."""
-    factor = kl_clip_factor(updates, gradients, learning_rate, max_kl)
+def clipped_by_kl(updates: Params, gradients: Params, learning_rate: float, kl_clip: float) -> Params:
+    """u * min(1, √(kl_clip / (lr² Σ u·g))), the sum over all entries of all parameters."""
+    factor = kl_clip_factor(updates, gradients, learning_rate, kl_clip)
     return {name: factor * u for name, u in updates.items()}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import optree
@@ -12,12 +14,17 @@ from torch import Tensor
 from lrkfac.core.base.tree_checks import check_tree
 from lrkfac.core.base.trees import counter
 from lrkfac.core.base.types import Tree
-from lrkfac.transforms.base import GradientTransformation, check_state
+from lrkfac.transforms.base import GradientTransformation, check_state, transformation
+from lrkfac.transforms.rebinding import Placeholder, holders, rebound
 
 
 class HyperparametersState(NamedTuple):
-    """``hyperparameters``: by name, tensors ``[]`` in at least float32; ``inner``: the state of the transformation;
-    ``steps``: the number of updates so far, int64 ``[]``.
+    """State of ``inject_hyperparams``.
+
+    Attributes:
+        hyperparameters: By name, tensors ``[]`` in at least float32.
+        inner: State of the transformation.
+        steps: Number of updates so far, int64 ``[]``.
     """
 
     hyperparameters: dict[str, Tensor]
@@ -28,92 +35,154 @@ class HyperparametersState(NamedTuple):
 def inject_hyperparams(
     factory: Callable[..., GradientTransformation],
 ) -> Callable[..., GradientTransformation]:
-    """The factory of a transformation whose hyperparameters stand in its state.
+    """Return a factory whose transformations keep their hyperparameters in the state.
 
-    ``inject_hyperparams(low_rank_kfac)(layers, learning_rate=schedule, damping=1e-2, rank=16)``: what is given by
-    keyword and is a number, a tensor ``[]`` or a schedule becomes a hyperparameter; what is given by position, and
-    what is neither, is passed on as it is. So any argument that may be a tensor can follow a schedule, be changed
-    between two steps,
+    ``inject_hyperparams(low_rank_kfac)(layers, learning_rate=schedule, damping=1e-2, rank=16)``: a keyword argument
+    that is a number, a tensor ``[]`` or a schedule becomes a hyperparameter. Positional arguments, and others, are
+    fixed. So any argument that may be a tensor can follow a schedule, be changed between two steps,
 
         ``state._replace(hyperparameters={**state.hyperparameters, "damping": torch.tensor(1e-3)})``,
 
     or differ in each model of an ensemble, without a new transformation or compilation. One with a schedule is set
-    anew in each step, whatever it was. ``rank``, which fixes the shapes of the state, cannot change: an integer is
-    passed on. Damping and decay take effect at the next statistics. What a transformation reads in ``init`` alone,
-    such as the damping where ``scale_by_quadratic_model`` starts, is not read again. Outside ``torch.compile`` each
-    step makes the transformation again, about 0.4 ms for each layer of ``low_rank_kfac``.
+    anew in each step. ``rank``, which fixes the shapes of the state, cannot change: an integer is fixed. Damping and
+    decay take effect at the next statistics. A value that a transformation reads in ``init`` alone, such as the
+    damping where ``scale_by_quadratic_model`` starts, is not read again.
+
+    The factory is called once; each step puts the values in the place of those that it was called with. It is called
+    in each step only where its transformation cannot be looked into, because it computes with a hyperparameter or
+    consists of functions that are not methods of a dataclass, and inside ``torch.compile``.
 
     Args:
-        factory: Such as ``low_rank_kfac`` or ``scale_by_adam``, or one's own function that returns a chain.
+        factory: Such as ``low_rank_kfac`` or ``scale_by_adam``, or a custom function that returns a chain.
 
     Returns:
-        The function that takes the factory's arguments. It raises what the factory does for these, and
+        A function of the factory's arguments that returns a transformation with a ``HyperparametersState``. It raises
+        the factory's errors for them, and the following.
 
     Raises:
         ValueError: If ``rank`` is to change; in ``update``, if the state or the names in it are another's.
         TypeError: If ``factory`` does not make a ``GradientTransformation``, if a function is no schedule, or there is
             no hyperparameter.
+
+    Example:
+        >>> import lrkfac
+        >>> tx = inject_hyperparams(lrkfac.scale)(factor=2.0)
+        >>> state = tx.init(torch.zeros(1))
+        >>> state = state._replace(hyperparameters={"factor": torch.tensor(3.0)})
+        >>> tx.update(torch.ones(1), state)[0]
+        tensor([3.])
     """
     if isinstance(factory, GradientTransformation) or not callable(factory):
         raise TypeError(
             f"factory: expected a function that makes a GradientTransformation, such as low_rank_kfac, got "
             f"{type(factory).__name__}; leave the call to the result: inject_hyperparams(trace)(decay=0.9)"
         )
+    return _Injector(factory)
 
-    def make(*args: Any, **options: Any) -> GradientTransformation:
-        given = {name: value for name, value in options.items() if name != "rank" and _may_change(value)}
-        fixed = {name: value for name, value in options.items() if name not in given}
+
+@dataclass(frozen=True)
+class _Injector:
+    """The function that ``inject_hyperparams`` returns."""
+
+    factory: Callable[..., GradientTransformation]
+
+    def __call__(self, *args: Any, **options: Any) -> GradientTransformation:
+        variable = {name: value for name, value in options.items() if name != "rank" and _may_change(value)}
+        fixed = {name: value for name, value in options.items() if name not in variable}
         if isinstance(fixed.get("rank"), Tensor) or callable(fixed.get("rank")):
             raise ValueError(
                 "rank: expected a fixed integer, got a tensor or a schedule; it fixes the shapes of the state, so it "
                 "cannot change"
             )
-        if not given:
+        if not variable:
             raise TypeError(
                 "inject_hyperparams: expected a number, a tensor [] or a schedule by keyword, such as "
                 f"learning_rate=0.1, got {list(options) or 'none'}"
             )
-
-        def transformation(hyperparameters: dict[str, Any]) -> GradientTransformation:
-            found = factory(*args, **fixed, **hyperparameters)
-            if not isinstance(found, GradientTransformation):
-                raise TypeError(
-                    f"factory: expected one of a GradientTransformation, got {type(found).__name__} from it"
-                )
-            return found
-
-        def values(steps: Tensor, dtype: torch.dtype, held: dict[str, Tensor]) -> dict[str, Tensor]:
-            found = {name: one(steps) if callable(one) else held.get(name, one) for name, one in given.items()}
-            return {name: _tensor(name, value, dtype, steps.device) for name, value in found.items()}
-
+        injected = InjectHyperparams(self.factory, args, fixed, variable)
         start = torch.zeros((), dtype=torch.int64)
-        first = {name: _first(name, one, start) for name, one in given.items()}
-        transformation(first)
-        transformation(values(start, torch.float64, {}))
+        injected.made({name: _first(name, value, start) for name, value in variable.items()})
+        injected.made(injected.values(start, torch.float64, {}))
+        return transformation(injected)
 
-        def init(params: Tree) -> HyperparametersState:
-            check_tree(params, "params")
-            steps = counter(params)
-            found = values(steps, _dtype(params), {})
-            return HyperparametersState(found, transformation(found).init(params), steps)
 
-        def update(
-            updates: Tree, state: HyperparametersState, params: Tree = None, **extra: Any
-        ) -> tuple[Tree, HyperparametersState]:
-            check_tree(updates, "updates")
-            check_state(state, HyperparametersState)
-            if state.hyperparameters.keys() != given.keys():
-                raise ValueError(
-                    f"hyperparameters: expected {sorted(given)}, got {sorted(state.hyperparameters)}; others are fixed "
-                    "where the transformation is made, rank always"
-                )
-            found = values(state.steps, _dtype(updates), state.hyperparameters)
-            changed, inner = transformation(found).update(updates, state.inner, params, **extra)
-            return changed, HyperparametersState(found, inner, state.steps + 1)
+class _Template(NamedTuple):
+    """A transformation made with placeholders; see ``rebinding``."""
 
-        return GradientTransformation(init, update)
+    transformation: GradientTransformation
+    placeholders: dict[str, Placeholder]
+    holding: set[int] | None
 
-    return make
+
+@dataclass(frozen=True, eq=False)
+class InjectHyperparams:
+    """See ``inject_hyperparams``.
+
+    Attributes:
+        factory: Makes the transformation.
+        args: Its positional arguments.
+        fixed: Its keyword arguments that stay the same.
+        variable: Its keyword arguments that are hyperparameters, as they were passed.
+    """
+
+    factory: Callable[..., GradientTransformation]
+    args: tuple[Any, ...]
+    fixed: dict[str, Any]
+    variable: dict[str, Any]
+
+    def init(self, params: Tree) -> HyperparametersState:
+        """Return the first values and the state of the transformation with them."""
+        check_tree(params, "params")
+        steps = counter(params)
+        values = self.values(steps, _dtype(params), {})
+        return HyperparametersState(values, self._with(values).init(params), steps)
+
+    def update(
+        self, updates: Tree, state: HyperparametersState, params: Tree = None, **extra: Any
+    ) -> tuple[Tree, HyperparametersState]:
+        """Update with the values of this step."""
+        check_tree(updates, "updates")
+        check_state(state, HyperparametersState)
+        if state.hyperparameters.keys() != self.variable.keys():
+            raise ValueError(
+                f"hyperparameters: expected {sorted(self.variable)}, got {sorted(state.hyperparameters)}; others are "
+                "fixed where the transformation is made, rank always"
+            )
+        values = self.values(state.steps, _dtype(updates), state.hyperparameters)
+        changed, inner = self._with(values).update(updates, state.inner, params, **extra)
+        return changed, HyperparametersState(values, inner, state.steps + 1)
+
+    def values(self, steps: Tensor, dtype: torch.dtype, current: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return all hyperparameters at a step: schedules anew, others as in the state."""
+        values = {name: x(steps) if callable(x) else current.get(name, x) for name, x in self.variable.items()}
+        return {name: _tensor(name, value, dtype, steps.device) for name, value in values.items()}
+
+    def made(self, hyperparameters: dict[str, Any]) -> GradientTransformation:
+        """Return the factory's transformation."""
+        made = self.factory(*self.args, **self.fixed, **hyperparameters)
+        if not isinstance(made, GradientTransformation):
+            raise TypeError(f"factory: expected one of a GradientTransformation, got {type(made).__name__} from it")
+        return made
+
+    def _with(self, values: dict[str, Tensor]) -> GradientTransformation:
+        """Return the transformation with these values."""
+        if torch.compiler.is_compiling():
+            return self.made(values)
+        template, placeholders, holding = self._template
+        if holding is None:
+            return self.made(values)
+        return rebound(template, {id(placeholders[name]): value for name, value in values.items()}, holding)
+
+    @cached_property
+    def _template(self) -> _Template:
+        start = torch.zeros((), dtype=torch.int64)
+        values = self.values(start, torch.float64, {})
+        placeholders = {name: Placeholder.like(value) for name, value in values.items()}
+        made = self.made(placeholders)
+        return _Template(made, placeholders, holders(made, {id(x): x for x in placeholders.values()}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_template"}
 
 
 def _may_change(value: Any) -> bool:
@@ -122,12 +191,12 @@ def _may_change(value: Any) -> bool:
     return callable(value) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def _first(name: str, given: Any, start: Tensor) -> float | Tensor:
-    """A hyperparameter at step 0, as it is given."""
-    if not callable(given):
-        return given
+def _first(name: str, value: Any, start: Tensor) -> float | Tensor:
+    """Return a hyperparameter at step 0."""
+    if not callable(value):
+        return value
     try:
-        value = given(start)
+        value = value(start)
     except Exception as error:
         raise TypeError(_NO_SCHEDULE.format(name=name, got=f"{type(error).__name__}: {error}")) from error
     if callable(value) or not _may_change(value):
@@ -136,8 +205,8 @@ def _first(name: str, given: Any, start: Tensor) -> float | Tensor:
 
 
 _NO_SCHEDULE = (
-    "{name}: expected a schedule, a function of the step that returns a number or a tensor [], got {got}; give by "
-    "position what is passed on as it is"
+    "{name}: expected a schedule, a function of the step that returns a number or a tensor [], got {got}; pass "
+    "fixed arguments by position"
 )
 
 

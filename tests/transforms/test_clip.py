@@ -60,24 +60,24 @@ def test_global_norm_equals_the_reference(max_norm, seed):
 
 
 @given(bounds, st.floats(0.01, 10), seeds)
-def test_kl_equals_the_reference(max_kl, rate, seed):
+def test_kl_equals_the_reference(kl_clip, rate, seed):
     """Also where ``u · g`` is negative, as it is for one seed in two."""
     grads, updates = nested(seed=seed), nested(seed=seed + 1)
-    (found,) = replayed(clip_by_kl(max_kl, rate), [updates], evaluation=evaluated(grads))
-    close(found, reference.clipped_by_kl(flat(updates), flat(grads), rate, max_kl))
+    (found,) = replayed(clip_by_kl(kl_clip, rate), [updates], evaluation=evaluated(grads))
+    close(found, reference.clipped_by_kl(flat(updates), flat(grads), rate, kl_clip))
 
 
 @given(bounds, st.floats(0.01, 10), seeds)
-def test_kl_bounds_the_length_of_the_step_in_the_fisher_metric(max_kl, rate, seed):
+def test_kl_bounds_the_length_of_the_step_in_the_fisher_metric(kl_clip, rate, seed):
     updates, evaluate = nested(seed=seed), optree.tree_map(torch.exp, nested(seed=seed + 1))
     grads = optree.tree_map(torch.mul, evaluate, updates)
-    (found,) = replayed(clip_by_kl(max_kl, rate), [updates], evaluation=evaluated(grads))
+    (found,) = replayed(clip_by_kl(kl_clip, rate), [updates], evaluation=evaluated(grads))
 
     def squared_length(u):
         products = optree.tree_map(lambda f, x: (f * (rate * x).square()).sum(), evaluate, u)
         return sum(optree.tree_leaves(products)).item()
 
-    assert squared_length(found) == pytest.approx(min(max_kl, squared_length(updates)))
+    assert squared_length(found) == pytest.approx(min(kl_clip, squared_length(updates)))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_bounds_are_checked(bound):
         clip(bound)
     with pytest.raises(ValueError, match=r"max_norm: expected a finite number in \(0"):
         clip_by_global_norm(bound)
-    with pytest.raises(ValueError, match=r"max_kl: expected a finite number in \(0"):
+    with pytest.raises(ValueError, match=r"kl_clip: expected a finite number in \(0"):
         clip_by_kl(bound)
 
 

@@ -62,12 +62,12 @@ def test_the_clip_bounds_the_length_of_the_step_that_is_taken(rates):
     e, bound = evaluate(MLP.params), 1e-5
     plain = lrkfac.precondition_by_fisher(layers)
     natural, _ = plain.update(e.grads, plain.init(MLP.params), MLP.params, evaluation=e)
-    for max_kl in (bound, 1e9):
-        tx = lrkfac.clip_by_kl(max_kl, rates)
+    for kl_clip in (bound, 1e9):
+        tx = lrkfac.clip_by_kl(kl_clip, rates)
         clipped, _ = tx.update(natural, tx.init(MLP.params), MLP.params, evaluation=e)
         length = sum(RATES[n] ** 2 * (natural[n] * e.grads[n]).sum() for n in RATES)
         assert (length > bound) and length < 1e9
-        factor = min(1.0, float((max_kl / length).sqrt()))
+        factor = min(1.0, float((kl_clip / length).sqrt()))
         torch.testing.assert_close(clipped, {n: factor * u for n, u in natural.items()}, rtol=1e-12, atol=0)
 
 

@@ -1,0 +1,136 @@
+"""Transformations and what they are made of copy, pickle and are saved; updates never share memory with the state."""
+
+import copy
+import io
+import pickle
+
+import optree
+import pytest
+import torch
+
+import lrkfac
+from lrkfac.structures import dense, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal, unit_wise
+from tests import cases
+from tests.transforms.test_base import close
+from tests.transforms.test_precondition import layers_and_evaluate
+
+CASE = cases.LINEAR[0]
+LAYERS, EVALUATE = layers_and_evaluate(CASE)
+MASK = {name: i % 2 == 0 for i, name in enumerate(CASE.params)}
+SCHEDULE = lrkfac.schedules.join_schedules(
+    [lrkfac.schedules.exponential_decay(0.1, 2, 0.5), lrkfac.schedules.constant_schedule(0.01)], [3]
+)
+STRUCTURES = {
+    "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
+    "dense, corrected": kronecker(dense(), dense(), corrected=True),
+    "per unit": unit_wise(),
+    "per layer": layer_wise(),
+    "whole": full(),
+}
+TRANSFORMATIONS = {
+    "identity": lrkfac.identity(),
+    "scale": lrkfac.scale(0.1),
+    "scale_by_learning_rate": lrkfac.scale_by_learning_rate(0.1),
+    "scale_by_learning_rate, scheduled": lrkfac.scale_by_learning_rate(SCHEDULE),
+    "clip": lrkfac.clip(1e-3),
+    "clip_by_global_norm": lrkfac.clip_by_global_norm(1e-3),
+    "clip_by_kl": lrkfac.clip_by_kl(1e-3, SCHEDULE),
+    "add_decayed_weights": lrkfac.add_decayed_weights(0.1),
+    "trace": lrkfac.trace(0.9),
+    "trace, nesterov": lrkfac.trace(0.9, nesterov=True),
+    "scale_by_adam": lrkfac.scale_by_adam(),
+    "ema_params": lrkfac.ema_params(),
+    "masked": lrkfac.masked(lrkfac.trace(0.9), MASK),
+    "partition": lrkfac.partition({True: lrkfac.trace(0.9), False: lrkfac.scale_by_adam()}, MASK),
+    "apply_if_finite": lrkfac.apply_if_finite(lrkfac.trace(0.9), 3),
+    "accumulate": lrkfac.accumulate(lrkfac.trace(0.9), 2),
+    "inject_hyperparams": lrkfac.inject_hyperparams(lrkfac.low_rank_kfac)(LAYERS, learning_rate=SCHEDULE, damping=0.1),
+    "kfac": lrkfac.kfac(LAYERS, 0.1),
+    "low_rank_kfac": lrkfac.low_rank_kfac(LAYERS, SCHEDULE, rank=2, weight_decay=0.1),
+    "adaptive_low_rank_kfac": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=2),
+    **{name: lrkfac.precondition_by_fisher(LAYERS, structure) for name, structure in STRUCTURES.items()},
+}
+each = pytest.mark.parametrize("tx", TRANSFORMATIONS.values(), ids=list(TRANSFORMATIONS))
+
+
+def steps(tx, number=3):
+    """Return the updates and states of some steps, the second without statistics."""
+    params, state, results = CASE.params, tx.init(CASE.params), []
+    for i in range(number):
+        e = EVALUATE(params, statistics=i != 1)
+        e = e._replace(statistics=None) if tx is TRANSFORMATIONS["accumulate"] or "Accumulate" in repr(tx) else e
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        results.append((updates, state))
+        params = lrkfac.apply_updates(params, updates)
+    return results
+
+
+def saved(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@each
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved], ids=["copy", "pickle", "save"]
+)
+def test_a_copy_does_the_same_bit_for_bit(tx, way):
+    close(steps(way(tx)), steps(tx), rtol=0, atol=0)
+
+
+@each
+def test_updates_changed_in_place_leave_the_state_unchanged(tx):
+    for updates, state in steps(tx):
+        before = optree.tree_map(torch.clone, state)
+        for leaf in optree.tree_leaves(lrkfac.materialize(updates)):
+            leaf.mul_(7.0).add_(1.0)
+        close(state, before, rtol=0, atol=0)
+
+
+def test_lazy_updates_of_momentum_materialize_into_memory_of_their_own():
+    tx, rows = lrkfac.trace(0.9), (torch.randn(3, 4), torch.randn(3, 5))
+    updates = {"w": lrkfac.LazyMatrix(*rows, torch.float32)}
+    lazy, state = tx.update(updates, tx.init({"w": torch.zeros(4, 5)}))
+    before = state.trace["w"].clone()
+    lrkfac.materialize(lazy)["w"].zero_()
+    assert isinstance(lazy["w"], lrkfac.LazyMatrix) and torch.equal(state.trace["w"], before)
+
+
+@pytest.mark.parametrize("make", [lrkfac.low_rank_kfac, lrkfac.kfac])
+def test_hyperparameters_in_the_state_reach_the_transformation_without_a_call_of_its_factory(make):
+    """The same numbers as of a transformation made with them; the factory runs when it is injected, and never again."""
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(options)
+        return make(*args, **options)
+
+    values = {"learning_rate": 0.2, "damping": 0.3, "decay": 0.5, "momentum": 0.7, "weight_decay": 0.1, "kl_clip": 0.01}
+    tx = lrkfac.inject_hyperparams(counted)(LAYERS, **{name: 0.9 * value for name, value in values.items()})
+    state, e = tx.init(CASE.params), EVALUATE(CASE.params)
+    made = len(calls)
+    state = state._replace(hyperparameters={name: torch.tensor(x, dtype=torch.float64) for name, x in values.items()})
+    plain = make(LAYERS, **values)
+    expected, expected_state = plain.update(e.grads, plain.init(CASE.params), CASE.params, evaluation=e)
+    for _ in range(2):
+        updates, state = tx.update(e.grads, state, CASE.params, evaluation=e)
+        close(updates, expected, rtol=1e-12)
+        expected, expected_state = plain.update(e.grads, expected_state, CASE.params, evaluation=e)
+    assert len(calls) == made
+
+
+def test_a_factory_that_computes_with_a_hyperparameter_is_called_again():
+    """Neither a derived value nor a closure can be reached from outside."""
+
+    def halved(rate):
+        return lrkfac.chain(lrkfac.scale(rate / 2), lrkfac.scale(1.0 * rate))
+
+    def closed(rate):
+        return lrkfac.GradientTransformation(lambda params: (), lambda u, s, params=None, **extra: (u * rate, s))
+
+    for factory, expected in ((halved, 8.0), (closed, 4.0)):
+        tx = lrkfac.inject_hyperparams(factory)(rate=1.0)
+        state = tx.init(torch.zeros(1))._replace(hyperparameters={"rate": torch.tensor(4.0)})
+        assert tx.update(torch.ones(1), state)[0] == expected
