@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
@@ -74,23 +75,32 @@ LIBRARIES: dict[str, tuple[str, Callable[[Work], Callable[[bool], Any]]]] = {
 
 
 def steps_of_libraries(work: Work) -> tuple[dict[str, Callable[[bool], Any]], dict[str, str]]:
-    """Steps by label, refreshed once; and why others cannot run."""
-    found, missing = {}, {}
+    """Return steps by label, after one refresh, and by label why others cannot run."""
+    steps, missing = {}, {}
     for label, (package, make) in LIBRARIES.items():
         if find_spec(package) is None:
             missing[label] = "not installed"
             continue
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                step = make(work)
-                step(True)
-                step(False)
+            step = _quiet(make)(work)
+            step(True)
+            step(False)
         except Exception as error:  # whatever a library makes of a network that it does not support
             missing[label] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         else:
-            found[label] = step
-    return found, missing
+            steps[label] = step
+    return steps, missing
+
+
+def _quiet(make: Callable[[Work], Callable[[bool], Any]]) -> Callable[[Work], Callable[[bool], Any]]:
+    """Silence a library: torch warns of the hooks that it registers, and tests make errors of warnings."""
+
+    def quiet(function: Callable[[Any], Any], argument: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(argument)
+
+    return lambda work: partial(quiet, quiet(make, work))
 
 
 def _copied(work: Work) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -12,6 +12,7 @@ from benchmarks import convolutions, depth, memory, memory_steps, quality, refre
 from benchmarks.common import held_bytes
 from benchmarks.depth import dispatched, per_layer
 from benchmarks.floors import Cost, Rates, cost
+from benchmarks.libraries import LIBRARIES
 from benchmarks.networks import Work, gpt, perceptron
 from benchmarks.ratios import Functional
 from benchmarks.resnet18 import ResNet18
@@ -40,7 +41,10 @@ def check_ratios(one, sizes):
         if "mean ratio" in row:
             between = sorted((row["ratio"], row["refresh ratio"]))
             assert between[0] <= row["mean ratio"] <= between[1]
-            assert 0 < row["floor"] < row["refresh floor"] and row["mean floor"] <= row["refresh floor"]
+            # What a library reads is not known, so that its steps have no floor.
+            assert (row["floor"] is None) == (row["step"] in LIBRARIES)
+            if row["floor"] is not None:
+                assert 0 < row["floor"] < row["refresh floor"] and row["mean floor"] <= row["refresh floor"]
     assert {name for name, row in by_name(one).items() if "mean ratio" in row} >= sizes
 
 
@@ -48,6 +52,7 @@ def by_name(one):
     return {row["step"]: row for row in one["rows"]}
 
 
+@pytest.mark.slow
 def test_the_table_of_steps(command):
     options = ("--widths", "12", "16", "--ranks", "2", "3", "--repeats", "2", "--batch-size", "4", "--variants")
     content, out = command(step, *options, "--dense-up-to", "12")
@@ -58,6 +63,7 @@ def test_the_table_of_steps(command):
     assert content["environment"]["operations per second"] > 1e8
 
 
+@pytest.mark.slow
 def test_the_table_of_compiled_steps(command, monkeypatch):
     compiled = []
 
@@ -71,6 +77,7 @@ def test_the_table_of_compiled_steps(command, monkeypatch):
     assert len(compiled) == 6 and all(options["fullgraph"] for options in compiled)
 
 
+@pytest.mark.slow
 def test_the_tables_of_networks(command, monkeypatch, tmp_path):
     def tiny(batch_size, device):
         images = torch.randn(batch_size, 3, 8, 8)
@@ -94,6 +101,7 @@ def test_gpt_is_causal():
     assert torch.equal(work.inputs[:, 1:], work.targets[:, :-1])
 
 
+@pytest.mark.slow
 def test_the_table_of_refreshes(command):
     content, _ = command(refresh, "--widths", "16", "24", "32", "--rank", "2", "--repeats", "2", "--batch-size", "8",
                          "--dense-up-to", "24", "--eigen-up-to", "16")  # fmt: skip
@@ -102,6 +110,7 @@ def test_the_table_of_refreshes(command):
     assert all(floor > 0 for one in content["widths"] for floor in one["floors"].values())
 
 
+@pytest.mark.slow
 def test_the_operations_of_a_refresh_do_not_depend_on_depth(command):
     content, out = command(
         depth, "--depths", "2", "6", "--width", "8", "--rank", "2", "--repeats", "2", "--batch-size", "4"
@@ -112,6 +121,7 @@ def test_the_operations_of_a_refresh_do_not_depend_on_depth(command):
     assert per_layer([1, 2, 3], [5.0, 7.0, 9.0]) == pytest.approx(2)
 
 
+@pytest.mark.slow
 def test_the_table_of_quality(command):
     content, _ = command(quality, "--steps", "3", "--refreshes", "2", "--ranks", "1", "32", "--damping", "0.1")
     rows = {(row["rank"], row["name"]): row for row in content["measured"][0]["rows"]}
@@ -131,6 +141,7 @@ def test_a_layer_holds_at_most_the_promised_numbers(width, rank):
     assert 2 * rank * width < found["numbers"] <= found["promise"]
 
 
+@pytest.mark.slow
 def test_the_tables_of_memory(command, monkeypatch):
     here = lambda method, width, limit=0, **options: {  # noqa: E731
         "method": method, "width": width, **memory_steps.child(method, width, limit=0, **options)
@@ -147,6 +158,7 @@ def test_the_tables_of_memory(command, monkeypatch):
     assert "numbers, at most" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_what_needs_too_much_memory_does_not_complete():
     options = {"batch_size": 2, "rank": 2, "device": "cpu", "threads": 1}
     assert memory_steps.in_child(memory_steps.IN_PLACE, 6144, limit=2**28, **options) is None
@@ -185,7 +197,7 @@ def test_operations_are_counted_within_ranges():
         return x - 1
 
     count = dispatched(work)
-    assert (count.total, dict(count.within)) == (5, {"lrkfac.refresh": 2, "lrkfac.linalg.inverse": 1})
+    assert (count.total, dict(count.within)) == (5, {"lrkfac.refresh": 2, "lrkfac.inverse": 1})
 
 
 def test_steps_start_from_the_same_parameters_and_change_nothing():

@@ -57,6 +57,7 @@ def test_every_method_takes_three_steps_on_every_problem(name, method):
     assert run.state_bytes > 0 and run.seconds == sorted(run.seconds)
 
 
+@pytest.mark.slow
 @each_problem
 def test_starts_and_batches_depend_on_the_seed_alone(name):
     problem, _ = setup(name)
@@ -98,7 +99,7 @@ def test_both_kinds_of_trainers_compute_the_same_steps():
 def test_compiled_steps_are_the_same(monkeypatch):
     """Traced as a whole; what the C++ compiler makes of it is for the tests of the steps themselves."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    problem, start = setup("digits_classifier")
+    problem, start = setup("regression")
     for method, settings in (("low_rank_kfac", {}), ("adam", {"learning_rate": 0.01})):
         losses = []
         for compiled in (False, True):
@@ -169,6 +170,7 @@ def test_a_loss_that_rounds_to_its_lower_bound_is_drawn(tmp_path):
     assert list(left.lines[0].get_ydata()) == [4.0, 1e-6, 0.0] and left.get_yscale() == "log"
 
 
+@pytest.mark.slow
 def test_the_command_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
     common = ["--problem", "regression", "--steps", "6", "--points", "2", "--output", str(tmp_path), "--rank", "1", "4"]
     path = tmp_path / "time_to_loss-regression-batch128-steps6-cpu.json"

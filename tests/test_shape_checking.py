@@ -12,7 +12,6 @@ from torch.func import grad, vmap
 
 from lrkfac.core.linalg.eigen import orthonormal
 from lrkfac.linalg import Diagonal
-from tests.marks import requires_compiler
 from tests.shape_checking import check_shapes
 
 CORE = """
@@ -114,8 +113,8 @@ def test_works_under_vmap_and_grad(toy):
         vmap(user.add)(torch.rand(5, 3), torch.rand(5, 1))
 
 
-# Tracing needs no C++ compiler; only the last back end does.
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=requires_compiler)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_the_compiler_traces_through(toy, backend):
     user, _ = toy
 

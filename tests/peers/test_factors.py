@@ -176,7 +176,7 @@ def test_factors_equal_those_of_asdl(net_name, estimator, theirs):
         warnings.simplefilter("ignore")
         maker.forward_and_backward()
     for layer in layers:
-        kron = net[int(layer.name)].evaluate.kron
+        kron = net[int(layer.name)].fisher.kron
         a, b = factors[layer.name]
         a = a[:-1, :-1] if layer.bias is not None else a
         product = torch.kron(kron.B, kron.A)
@@ -219,6 +219,6 @@ def test_unit_wise_blocks_equal_those_of_asdl(name, estimator, theirs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         maker.forward_and_backward()
-    expected = net[1].evaluate.unit.data
+    expected = net[1].fisher.unit.data
     found = state.factors["1"].block.matrix
     assert found.shape == expected.shape and (found - expected).norm() <= 1e-6 * expected.norm()
