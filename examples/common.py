@@ -1,4 +1,4 @@
-"""What the examples that compare methods train, by which methods, and the training loop."""
+"""Problems, methods and the training loop of the examples that compare methods."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch import Tensor
 import lrkfac
 
 TRAINING_EXAMPLES = 1500
-"""The first so many of the 1797 digits are trained on."""
+"""Number of the 1797 digits that are trained on, from the first."""
 
 POINTS = 100
 """Number of points of a curve: evaluations of the whole training set, outside the clock."""
 
 
 NOTHING_TO_CHOOSE = (1.0, (1.0,))
-"""The learning rate of a method that finds its own, and the grid."""
+"""Learning rate and grid of a method without a learning rate."""
 
 
 class Style(NamedTuple):
-    """How a method is named and drawn."""
+    """Label and line of a method."""
 
     label: str
     colour: str
@@ -36,7 +36,7 @@ class Style(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """One measured number: its axis label with unit, and how it is printed and drawn.
+    """A measured number: its axis label with unit, its format, its axis.
 
     ``floor`` is a lower bound that the axis shows, ``None`` without one; ``ticks`` are the axis's.
     """
@@ -67,7 +67,7 @@ class Method:
         learning_rate: The best of them, used by default.
         style: How its curve is drawn.
         curvature: Whether it needs statistics of the layers.
-        problem: What it trains, where that is a problem of its own, such as fewer parameters for the same data.
+        problem: A problem for this method alone, such as fewer parameters for the same data.
     """
 
     make: Callable[[lrkfac.Layers, float], lrkfac.GradientTransformation]
@@ -86,13 +86,13 @@ class Problem:
         name: Names the files.
         title: Heads table and picture.
         model: ``model(params, inputs) -> outputs``.
-        likelihood: What the outputs mean.
+        likelihood: Meaning of the outputs.
         init: ``seed -> params``.
         inputs: Training inputs, the batch axis first.
         targets: Training targets.
         measure: ``params -> `` the value of each metric.
-        metrics: What is measured; the training loss is the first.
-        examples: What one of the inputs is, in the plural.
+        metrics: Measured numbers; the training loss is the first.
+        examples: Name of the inputs, in the plural.
     """
 
     name: str
@@ -131,13 +131,13 @@ class Run:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 8 x 8 digits: pixels in [0, 1] ``[1797, 64]``, labels ``[1797]``."""
+    """Return scikit-learn's 8 x 8 digits: pixels in [0, 1] ``[1797, 64]``, labels ``[1797]``."""
     data = load_digits()
     return torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
 
 
 def methods(learning_rates: Mapping[str, tuple[float, tuple[float, ...]]], **kfac: float) -> dict[str, Method]:
-    """The seven methods.
+    """Return the seven methods.
 
     Args:
         learning_rates: For each name that has one the learning rate to use, and the grid it was chosen from.
@@ -171,11 +171,11 @@ def methods(learning_rates: Mapping[str, tuple[float, tuple[float, ...]]], **kfa
         "rank-16": (low_rank(16), Style("low-rank K-FAC, rank 16", "#D55E00", width=2.2)),
         "adaptive": (adaptive, Style("the same, nothing tuned", "#CC79A7", width=2.2)),
     }
-    found = {}
+    table = {}
     for name, (make, style) in {**first_order, **second_order}.items():
         chosen, grid = learning_rates.get(name, NOTHING_TO_CHOOSE)
-        found[name] = Method(make, grid, chosen, style, curvature=name in second_order)
-    return found
+        table[name] = Method(make, grid, chosen, style, curvature=name in second_order)
+    return table
 
 
 def train(
@@ -186,7 +186,7 @@ def train(
     options: Options,
     report: Callable[[Point], None],
 ) -> Run:
-    """Trains from the start that ``seed`` gives; equal seeds give equal batches for every method."""
+    """Train from the initial parameters of ``seed``; equal seeds give equal batches for every method."""
     problem = method.problem or problem
     params = problem.init(seed)
     layers = lrkfac.find_layers(problem.model, params, problem.inputs[:1])
@@ -209,7 +209,7 @@ def train(
         batch = torch.randint(len(problem.inputs), (options.batch_size,), generator=batches)
         refresh = method.curvature and step % options.refresh == 0
         uniform = torch.rand(1, options.batch_size, *outputs_shape, generator=noise) if refresh else None
-        evaluation = evaluate(params, problem.inputs[batch], problem.targets[batch], refresh, uniform)
+        evaluation = evaluate(params, problem.inputs[batch], problem.targets[batch], refresh, noise=uniform)
         updates, state = transformation.update(evaluation.grads, state, params, evaluation=evaluation)
         params = lrkfac.apply_updates(params, updates)
         seconds += time.perf_counter() - start

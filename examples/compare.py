@@ -16,7 +16,7 @@ from examples.report import draw, grid_table, median_loss, positive, progress_ba
 
 
 class Result(NamedTuple):
-    """What a comparison leaves: each method's runs at its best learning rate, and where output goes."""
+    """Each method's runs at its best learning rate, and where output goes."""
 
     runs: dict[str, list[Run]]
     folder: Path
@@ -30,18 +30,18 @@ def compare(
     defaults: Options,
     arguments: Sequence[str] | None = None,
 ) -> Result:
-    """Runs the example with the options of the command line, or with these given."""
-    given = _parser(problem.name, methods, description, defaults).parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    options = Options(given.steps, given.batch_size, given.refresh)
-    methods = {name: methods[name] for name in methods if name in given.methods}
-    seeds = range(given.seed, given.seed + given.seeds)
+    """Run the example with the options of the command line, or with ``arguments``."""
+    settings = _parser(problem.name, methods, description, defaults).parse_args(arguments)
+    torch.set_num_threads(settings.threads)
+    options = Options(settings.steps, settings.batch_size, settings.refresh)
+    methods = {name: methods[name] for name in methods if name in settings.methods}
+    seeds = range(settings.seed, settings.seed + settings.seeds)
     console = Console()
 
     runs: dict[tuple[str, float], list[Run]] = {}
     with progress_bar(console) as progress:
         for name, method in methods.items():
-            rates = method.learning_rates if given.grid else (method.learning_rate,)
+            rates = method.learning_rates if settings.grid else (method.learning_rate,)
             tasks = [(rate, seed) for rate in rates for seed in seeds]
             bar = progress.add_task(method.style.label, total=options.steps * len(tasks), loss="")
             for done, (rate, seed) in enumerate(tasks):
@@ -49,7 +49,7 @@ def compare(
                 runs.setdefault((name, rate), []).append(train(problem, method, rate, seed, options, report))
             progress.update(bar, completed=options.steps * len(tasks), refresh=True)
 
-    if given.grid:
+    if settings.grid:
         console.print(grid_table(problem, methods, runs))
     best: dict[str, list[Run]] = {}
     for (name, _), of_seeds in runs.items():
@@ -57,8 +57,8 @@ def compare(
             best[name] = of_seeds
     console.print(results_table(problem, methods, best))
 
-    given.output.mkdir(parents=True, exist_ok=True)
-    picture, table = (given.output / f"{problem.name}.{suffix}" for suffix in ("png", "csv"))
+    settings.output.mkdir(parents=True, exist_ok=True)
+    picture, table = (settings.output / f"{problem.name}.{suffix}" for suffix in ("png", "csv"))
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"median of seeds {seeds[0]} to {seeds[-1]}"
     draw(
         picture,
@@ -67,9 +67,9 @@ def compare(
         methods,
         best,
     )
-    write_csv(table, problem, best, given.seed)
+    write_csv(table, problem, best, settings.seed)
     console.print(f"wrote {picture} and {table}", highlight=False, soft_wrap=True)
-    return Result(best, given.output, console)
+    return Result(best, settings.output, console)
 
 
 def _reporter(progress: Progress, bar: TaskID, done: int, problem: Problem) -> Callable[[Point], None]:

@@ -56,7 +56,7 @@ def autoencoder(params: Params, pixels: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     pixels = digits()[0][:TRAINING_EXAMPLES]
     likelihood = lrkfac.bernoulli()
 

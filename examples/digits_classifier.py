@@ -39,7 +39,7 @@ def network(seed: int) -> nn.Module:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     model, _ = lrkfac.from_module(network(seed=0))
     pixels, labels = digits()
     train_pixels, test_pixels = pixels.split([TRAINING_EXAMPLES, len(pixels) - TRAINING_EXAMPLES])

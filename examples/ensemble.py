@@ -39,7 +39,7 @@ Params = list[dict[str, Tensor]]
 
 
 def init(generator: torch.Generator) -> Params:
-    """Weights of a variance of 1 / d_in, and biases spread over the inputs' range."""
+    """Return weights of variance 1 / d_in, and biases spread over the inputs' range."""
     layers = []
     for d_in, d_out in itertools.pairwise(WIDTHS):
         weight = torch.randn(d_out, d_in, generator=generator) / d_in**0.5
@@ -48,7 +48,7 @@ def init(generator: torch.Generator) -> Params:
 
 
 def network(params: Params, x: Tensor) -> Tensor:
-    """Means ``[N, 1]`` at inputs ``[N, 1]``."""
+    """Return means ``[N, 1]`` at inputs ``[N, 1]``."""
     for layer in params[:-1]:
         x = torch.tanh(F.linear(x, layer["weight"], layer["bias"]))
     return F.linear(x, params[-1]["weight"], params[-1]["bias"])
@@ -59,22 +59,22 @@ def truth(x: Tensor) -> Tensor:
 
 
 def data(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs on [-2, 2] with a gap in the middle, and noisy targets, both ``[EXAMPLES, 1]``."""
+    """Return inputs on [-2, 2] with a gap in the middle, and noisy targets, both ``[EXAMPLES, 1]``."""
     x = 0.6 + 1.4 * torch.rand(EXAMPLES, 1, generator=generator)
     x[: EXAMPLES // 2] *= -1
     return x, truth(x) + NOISE * torch.randn(EXAMPLES, 1, generator=generator)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the example."""
-    given = _parser().parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    console, generator = Console(), torch.Generator().manual_seed(given.seed)
+    """Run the example."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    console, generator = Console(), torch.Generator().manual_seed(options.seed)
     x, y = data(generator)
 
-    # Every leaf gets an axis of members in front; each member has resampled data of its own (Breiman's bagging).
-    params = optree.tree_map(lambda *leaves: torch.stack(leaves), *(init(generator) for _ in range(given.members)))
-    of_member = torch.randint(EXAMPLES, (given.members, EXAMPLES), generator=generator)
+    # Every leaf gets an axis of members in front; each member resamples its data (Breiman's bagging).
+    params = optree.tree_map(lambda *leaves: torch.stack(leaves), *(init(generator) for _ in range(options.members)))
+    of_member = torch.randint(EXAMPLES, (options.members, EXAMPLES), generator=generator)
     inputs, targets = x[of_member], y[of_member]
 
     layers = lrkfac.find_layers(network, optree.tree_map(lambda leaf: leaf[0], params), x)
@@ -82,17 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tx = lrkfac.low_rank_kfac(layers, LEARNING_RATE, rank=8, damping=DAMPING, kl_clip=KL_CLIP)
 
     def step(refresh: bool, params: Params, state: Any, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Any, ...]:
-        """One step of one member."""
+        """Take one step of one member."""
         evaluation = evaluate(params, x, y, refresh, noise=noise)
         updates, state = tx.update(evaluation.grads, state, params, evaluation=evaluation)
         return evaluation.loss, lrkfac.apply_updates(params, updates), state
 
     state, losses, start = vmap(tx.init)(params), [], time.perf_counter()
     with progress_bar(console) as progress:
-        bar = progress.add_task(f"{given.members} members", total=given.steps, loss="")
-        for i in range(given.steps):
-            batch = torch.randint(EXAMPLES, (given.members, BATCH, 1), generator=generator)
-            noise = torch.rand(given.members, 1, BATCH, 1, generator=generator)  # to draw targets, for the statistics
+        bar = progress.add_task(f"{options.members} members", total=options.steps, loss="")
+        for i in range(options.steps):
+            batch = torch.randint(EXAMPLES, (options.members, BATCH, 1), generator=generator)
+            noise = torch.rand(options.members, 1, BATCH, 1, generator=generator)  # to draw targets, for the statistics
             of_batch = inputs.gather(1, batch), targets.gather(1, batch)
             loss, params, state = vmap(step, in_dims=(None, 0, 0, 0, 0, 0))(
                 i % REFRESH == 0, params, state, *of_batch, noise
@@ -104,20 +104,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     alone = _seconds_of_a_step(step, params, state, *of_batch, noise)
     grid = torch.linspace(-2.5, 2.5, 301)[:, None]
     predictions = vmap(network, in_dims=(0, None))(params, grid)[..., 0]
-    _show(console, vmap(network, in_dims=(0, None))(params, x), y, 1000 * seconds / given.steps, 1000 * alone)
-    given.output.mkdir(parents=True, exist_ok=True)
-    picture = given.output / "ensemble.png"
+    _show(console, vmap(network, in_dims=(0, None))(params, x), y, 1000 * seconds / options.steps, 1000 * alone)
+    options.output.mkdir(parents=True, exist_ok=True)
+    picture = options.output / "ensemble.png"
     _draw(picture, x, y, grid[:, 0], predictions, torch.stack(losses))
     console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
 
 
 def _seconds_of_a_step(step: Any, params: Params, state: Any, *rest: Tensor) -> float:
-    """Of the first member by itself, the mean over a refresh and the steps between."""
-    own = optree.tree_map(lambda leaf: leaf[0], (params, state, *rest))
-    step(True, *own)
+    """Return the time of a step of the first member alone, the mean over a refresh and the steps between."""
+    member = optree.tree_map(lambda leaf: leaf[0], (params, state, *rest))
+    step(True, *member)
     start = time.perf_counter()
     for i in range(4 * REFRESH):
-        step(i % REFRESH == 0, *own)
+        step(i % REFRESH == 0, *member)
     return (time.perf_counter() - start) / (4 * REFRESH)
 
 

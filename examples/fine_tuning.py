@@ -1,7 +1,7 @@
 """A network that knows the digits 0 to 4 learns 5 to 9 from few examples, its weights frozen.
 
-Trained is either the last layer alone, or low-rank adapters beside all layers (LoRA, Hu et al. 2021, arXiv 2106.09685).
-A parameter that requires no gradient is a constant of the function: only what is trained has curvature and state.
+It trains either the last layer alone, or low-rank adapters beside all layers (LoRA, Hu et al. 2021, arXiv 2106.09685).
+A parameter that requires no gradient is a constant of the function: only trained parameters have curvature and state.
 
 python -m examples.fine_tuning
 """
@@ -50,7 +50,7 @@ class Adapted(nn.Module):
 
 
 def pretrained(pixels: Tensor, labels: Tensor) -> nn.Sequential:
-    """Three linear layers, trained on these digits with nothing to tune, and frozen."""
+    """Return three linear layers, trained on these digits with nothing to tune, and frozen."""
     torch.manual_seed(0)
     d, hidden, wide, classes = WIDTHS
     net = nn.Sequential(nn.Linear(d, hidden), nn.Tanh(), nn.Linear(hidden, wide), nn.Tanh(), nn.Linear(wide, classes))
@@ -77,7 +77,7 @@ def with_adapters(net: nn.Sequential, seed: int) -> nn.Module:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the example."""
+    """Run the example."""
     pixels, labels = digits()
     train, test = torch.arange(len(labels)).split([TRAINING_EXAMPLES, len(labels) - TRAINING_EXAMPLES])
     known = train[labels[train] < KNOWN]
@@ -111,20 +111,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of_head, of_adapters = problem(with_trained_head), problem(with_adapters)
     for what, one in {"last layer": of_head, f"adapters of rank {ADAPTER_RANK}": of_adapters}.items():
         print(f"{what}: {sum(p.numel() for p in one.init(0).values()):,} numbers are trained")
-    found = methods(LEARNING_RATES, damping=DAMPING, kl_clip=KL_CLIP)
+    tuned = methods(LEARNING_RATES, damping=DAMPING, kl_clip=KL_CLIP)
 
-    def drawn(name: str, of: Problem, label: str, colour: str, dashes: Any = "-") -> Method:
-        rate = HEAD_RATES[name] if of is of_head else found[name].learning_rate
-        return replace(found[name], problem=of, learning_rate=rate, style=Style(label, colour, dashes))
+    def method(name: str, of: Problem, label: str, colour: str, dashes: Any = "-") -> Method:
+        rate = HEAD_RATES[name] if of is of_head else tuned[name].learning_rate
+        return replace(tuned[name], problem=of, learning_rate=rate, style=Style(label, colour, dashes))
 
     compare(
         of_adapters,
         {
-            "head-adam": drawn("adam", of_head, "last layer, Adam", "#666666", (0, (5, 1.5, 1, 1.5))),
-            "head-rank-16": drawn("rank-16", of_head, "last layer, K-FAC", "#000000"),
-            "adapters-adam": drawn("adam", of_adapters, "adapters, Adam", "#E69F00", (0, (5, 1.5, 1, 1.5))),
-            "adapters-rank-16": drawn("rank-16", of_adapters, "adapters, K-FAC", "#D55E00"),
-            "adapters-adaptive": drawn("adaptive", of_adapters, "adapters, untuned", "#CC79A7"),
+            "head-adam": method("adam", of_head, "last layer, Adam", "#666666", (0, (5, 1.5, 1, 1.5))),
+            "head-rank-16": method("rank-16", of_head, "last layer, K-FAC", "#000000"),
+            "adapters-adam": method("adam", of_adapters, "adapters, Adam", "#E69F00", (0, (5, 1.5, 1, 1.5))),
+            "adapters-rank-16": method("rank-16", of_adapters, "adapters, K-FAC", "#D55E00"),
+            "adapters-adaptive": method("adaptive", of_adapters, "adapters, untuned", "#CC79A7"),
         },
         (__doc__ or "").splitlines()[0],
         Options(steps=100, batch_size=64, refresh=5),

@@ -16,7 +16,7 @@ from examples.compare import compare
 from examples.text import Params, init_transformer, text_codes, text_windows, transformer
 
 CONTEXT, WIDTH, BLOCKS = 32, 64, 2
-EVALUATED = 50  # the loss is that of every so-manieth window
+EVALUATED = 50  # the loss is the mean over one in so many windows
 
 LEARNING_RATES = {
     "adam": (2e-3, (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)),
@@ -28,7 +28,7 @@ METHODS = ("adam", "rank-16", "adaptive")
 
 
 def continuation(params: Params, prompt: str, length: int, seed: int) -> str:
-    """What the model writes after the prompt, a character at a time, drawn from its distribution."""
+    """Return a text that the model writes after the prompt, a character at a time, drawn from its distribution."""
     generator = torch.Generator().manual_seed(seed)
     _, characters = text_codes()
     codes = [characters.index(character) for character in prompt]
@@ -39,7 +39,7 @@ def continuation(params: Params, prompt: str, length: int, seed: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the example."""
+    """Run the example."""
     inputs, targets, vocabulary = text_windows(CONTEXT)
     likelihood = lrkfac.categorical()
 

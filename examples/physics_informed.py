@@ -1,8 +1,8 @@
 """A physics-informed network solves Poisson's equation, trained three ways.
 
-The network carries its own derivatives forward: u, ∂u/∂x, ∂u/∂y and Δu are rows that go through the same weights
-together (Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603), so that each weight is one linear layer with four rows for
-each point, and K-FAC sees all of them.
+The network carries its derivatives forward: u, ∂u/∂x, ∂u/∂y and Δu are rows that go through the same weights together
+(Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603). So each weight is one linear layer with four rows for each point,
+and K-FAC sees all of them.
 
 python -m examples.physics_informed
 """
@@ -88,7 +88,7 @@ def exact(points: Tensor) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the example."""
+    """Run the example."""
     points = torch.rand(POINTS, 2, generator=torch.Generator().manual_seed(0))
     right_hand_side = 5 * math.pi**2 * exact(points)
     line = torch.linspace(0, 1, SIDE)
@@ -124,17 +124,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments,
     )
     picture = result.folder / "physics_informed_solutions.png"
-    found = {chosen[n].style.label: solution_and_laplacian(r[0].params, grid)[0] for n, r in result.runs.items()}
-    _draw(picture, exact(grid), found)
+    solutions = {chosen[n].style.label: solution_and_laplacian(r[0].params, grid)[0] for n, r in result.runs.items()}
+    _draw(picture, exact(grid), solutions)
     result.console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
 
 
-def _draw(path: Path, expected: Tensor, found: dict[str, Tensor]) -> None:
-    """The solution, and each method's error on a scale of its own."""
+def _draw(path: Path, expected: Tensor, solutions: dict[str, Tensor]) -> None:
+    """Draw the solution, and each method's error on a separate scale."""
     with matplotlib.rc_context({"font.size": 10, "axes.titlesize": 10}):
-        figure = Figure(figsize=(2.9 * (1 + len(found)), 3.6), dpi=150, layout="constrained")
-        axes = figure.subplots(1, 1 + len(found), sharex=True, sharey=True)
-        for axis, (title, field) in zip(axes, {"solution u": expected, **found}.items(), strict=True):
+        figure = Figure(figsize=(2.9 * (1 + len(solutions)), 3.6), dpi=150, layout="constrained")
+        axes = figure.subplots(1, 1 + len(solutions), sharex=True, sharey=True)
+        for axis, (title, field) in zip(axes, {"solution u": expected, **solutions}.items(), strict=True):
             shown = (field if field is expected else field - expected).reshape(SIDE, SIDE).T
             limit = shown.abs().max().item()
             image = axis.imshow(

@@ -83,7 +83,7 @@ def gratings(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TEXT_CHARACTERS = 400_000
-"""The first so many characters of the text; every Python that is supported ships more."""
+"""Number of characters used, from the first; every supported Python ships more."""
 HEADS = 4
 
 Params = dict[str, Tensor]
 
 
 def text_codes(characters: int = TEXT_CHARACTERS) -> tuple[Tensor, str]:
-    """Python's own reference (``pydoc_data.topics``) as numbers, and the characters that they stand for.
+    """Return Python's reference (``pydoc_data.topics``) as numbers, and the characters that they stand for.
 
     Characters outside ASCII are one, ``"?"`` by another number.
     """
@@ -28,7 +28,7 @@ def text_codes(characters: int = TEXT_CHARACTERS) -> tuple[Tensor, str]:
 
 
 def text_windows(length: int, characters: int = TEXT_CHARACTERS) -> tuple[Tensor, Tensor, int]:
-    """The text in windows ``[windows, length]``: characters, those that follow, and how many there are."""
+    """Return the text in windows ``[windows, length]``: characters, those that follow, and how many there are."""
     codes, kinds = text_codes(characters)
     windows = (len(codes) - 1) // length
     used = windows * length
@@ -36,7 +36,7 @@ def text_windows(length: int, characters: int = TEXT_CHARACTERS) -> tuple[Tensor
 
 
 def transformer(params: Params, tokens: Tensor) -> Tensor:
-    """Logits of the next characters ``[N, T, V]``: normalisation first, as in GPT-2; sizes are those of ``params``."""
+    """Return logits of the next characters ``[N, T, V]``: normalisation first, as in GPT-2."""
     length, width = tokens.shape[1], params["embedding"].shape[1]
     x = F.embedding(tokens, params["embedding"]) + params["position"][:length]
     ahead = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)

@@ -31,7 +31,7 @@ MAX_NORM = 1.0  # of the gradient
 
 
 class Epoch(NamedTuple):
-    """What an epoch left."""
+    """Results of an epoch."""
 
     loss: float
     accuracy: float
@@ -40,7 +40,7 @@ class Epoch(NamedTuple):
 
 
 class Training:
-    """A network with optimizer and scheduler, and what a checkpoint holds of them."""
+    """A network with optimizer and scheduler, and their checkpoints."""
 
     def __init__(self, epochs: int, seed: int) -> None:
         pixels, labels = digits()
@@ -63,7 +63,7 @@ class Training:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs)
 
     def epoch(self, progress: Progress, bar: TaskID) -> Epoch:
-        """Goes once through the training set."""
+        """Go once through the training set."""
         total, norms = 0.0, []
         rate = self.optimizer.param_groups[0]["lr"]
         batches = torch.randperm(TRAINING_EXAMPLES).split(BATCH)
@@ -79,7 +79,7 @@ class Training:
         return Epoch(total / TRAINING_EXAMPLES, 100 * correct.float().mean().item(), rate, sum(norms) / len(norms))
 
     def tree(self) -> dict[str, object]:
-        """Everything beside the optimizer's state: tensors and numbers."""
+        """Return everything beside the optimizer's state: tensors and numbers."""
         return {
             "params": self.optimizer.params,
             "random": torch.get_rng_state(),
@@ -100,33 +100,33 @@ class Training:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the example: all epochs, then the second half once more from a checkpoint."""
-    given = _parser().parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    console, half = Console(), given.epochs // 2
-    given.output.mkdir(parents=True, exist_ok=True)
-    checkpoint = given.output / "training_loop.safetensors"
+    """Run the example: all epochs, then the second half once more from a checkpoint."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    console, half = Console(), options.epochs // 2
+    options.output.mkdir(parents=True, exist_ok=True)
+    checkpoint = options.output / "training_loop.safetensors"
     steps = -(-TRAINING_EXAMPLES // BATCH)
 
-    training, epochs = Training(given.epochs, given.seed), []
+    training, epochs = Training(options.epochs, options.seed), []
     with progress_bar(console) as progress:
-        bar = progress.add_task("training", total=given.epochs * steps, loss="")
-        for epoch in range(given.epochs):
+        bar = progress.add_task("training", total=options.epochs * steps, loss="")
+        for epoch in range(options.epochs):
             if epoch == half:
                 training.save(checkpoint)
             epochs.append(training.epoch(progress, bar))
 
-        resumed = Training(given.epochs, given.seed + 1)
+        resumed = Training(options.epochs, options.seed + 1)
         resumed.load(checkpoint)
-        bar = progress.add_task("resumed from the middle", total=(given.epochs - half) * steps, loss="")
-        for _ in range(half, given.epochs):
+        bar = progress.add_task("resumed from the middle", total=(options.epochs - half) * steps, loss="")
+        for _ in range(half, options.epochs):
             resumed.epoch(progress, bar)
 
     _show(console, epochs)
     pairs = zip(training.net.parameters(), resumed.net.parameters(), strict=True)
     equal = all(torch.equal(a, b) for a, b in pairs)
     console.print(f"parameters of the resumed run: {'equal bit for bit' if equal else 'DIFFERENT'}", highlight=False)
-    picture = given.output / "training_loop.png"
+    picture = options.output / "training_loop.png"
     _draw(picture, epochs)
     console.print(f"wrote {picture} and {checkpoint}", highlight=False, soft_wrap=True)
 

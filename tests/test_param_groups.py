@@ -31,11 +31,11 @@ def groups_of(net):
 
 
 def trees(net):
-    found = {}
+    by_name = {}
     for name, default in DEFAULTS.items():
         parts = zip(split(net), VALUES, strict=True)
-        found[name] = {n: values.get(name, default) for names, values in parts for n in names}
-    return found
+        by_name[name] = {n: values.get(name, default) for names, values in parts for n in names}
+    return by_name
 
 
 def made(net, x, **options):
@@ -53,11 +53,11 @@ def stepped(optimizer, data):
 @pytest.mark.parametrize("make", [plain, normalised])
 def test_equals_the_functional_loop_with_trees_bit_for_bit(make, transformation, thin):
     net, data = make(torch.float64), batches(6)
-    given = trees(net)
+    values = trees(net)
     torch.manual_seed(1)
     expected = functional(
         *(copy.deepcopy(net), data, transformation),
-        rates=[given.pop("lr")] * len(data), thin=thin, **KFAC, **given,
+        rates=[values.pop("lr")] * len(data), thin=thin, **KFAC, **values,
     )  # fmt: skip
     torch.manual_seed(1)
     stepped(made(net, data[0][0], transformation=transformation, thin=thin, **KFAC), data)
@@ -102,14 +102,14 @@ def test_momentum_and_weight_decay_are_read_in_each_step():
     seen = []
     for i, (x, y) in enumerate(data):
         optimizer.param_groups[0]["weight_decay"] = 0.1 * i
-        held, params = optimizer.chain_state, {n: p.clone() for n, p in optimizer.params.items()}
+        before, params = optimizer.chain_state, {n: p.clone() for n, p in optimizer.params.items()}
         evaluation = optimizer.evaluate(x, y)
         optimizer.step()
         group = optimizer.param_groups[0]
         now = {name: group[name] for name in ("momentum", "weight_decay")}
         tx = lrkfac.low_rank_kfac(optimizer.layers, group["lr"], **{**OPTIONS, **now})
         # The state of a number, not of a schedule, has no counter.
-        updates, _ = tx.update(evaluation.grads, (*held[:-1], ()), params, evaluation=evaluation)
+        updates, _ = tx.update(evaluation.grads, (*before[:-1], ()), params, evaluation=evaluation)
         same(optimizer.params, lrkfac.apply_updates(params, updates))
         seen.append(now["momentum"])
         scheduler.step()
@@ -146,12 +146,12 @@ def test_a_group_that_is_added():
     optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], 0.2, statistics_every=4, **OPTIONS)
     stepped(optimizer, data[:2])
     before = optimizer.chain_state
-    given = {"params": net[:2].requires_grad_(True).parameters(), "lr": 0.05}
-    optimizer.add_param_group(given)
-    assert set(given) == {"params", "lr"}
+    group = {"params": net[:2].requires_grad_(True).parameters(), "lr": 0.05}
+    optimizer.add_param_group(group)
+    assert set(group) == {"params", "lr"}
     assert [layer.name for layer in optimizer.layers] == ["0", "2", "4"]
     for name in ("2", "4"):
-        assert optimizer.chain_state[0].factors[name] is before[0].factors[name]
+        assert optimizer.chain_state[0][0][name] is before[0][0][name]
     same({n: x for n, x in optimizer.chain_state[2].trace.items() if not n.startswith("0")}, before[2].trace)
 
     model, params = lrkfac.from_module(copy.deepcopy(net))
@@ -174,9 +174,9 @@ def test_a_weight_that_gets_a_bias_is_another_layer():
     net[2].bias.requires_grad_(False)
     optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], 0.2, **OPTIONS)
     optimizer.step(*data[0])
-    before = optimizer.chain_state[0].factors
+    before = optimizer.chain_state[0][0]
     optimizer.add_param_group({"params": net[2].bias.requires_grad_(True)})
-    after = optimizer.chain_state[0].factors
+    after = optimizer.chain_state[0][0]
     assert [after[name] is before[name] for name in ("0", "2", "4")] == [True, False, True]
     optimizer.step(*data[1])
 
@@ -190,12 +190,13 @@ def test_state_dict_resumes_bit_for_bit():
     half, file = stepped(made(start, data[0][0], **KFAC), data[:4]), io.BytesIO()
     torch.save({"module": start.state_dict(), "optimizer": half.state_dict(), "seed": torch.get_rng_state()}, file)
     file.seek(0)
-    found, other = torch.load(file, weights_only=True), normalised(torch.float64)
+    saved, other = torch.load(file, weights_only=True), normalised(torch.float64)
     resumed = made(other, data[0][0], **KFAC, lr=0.7, momentum=0.1, weight_decay=0.7)
-    other.load_state_dict(found["module"])
-    resumed.load_state_dict(found["optimizer"])
+    other.load_state_dict(saved["module"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert resumed.steps == 4
     assert [g["momentum"] for g in resumed.param_groups] == [g["momentum"] for g in half.param_groups]
-    torch.set_rng_state(found["seed"])
+    torch.set_rng_state(saved["seed"])
     stepped(resumed, data[4:])
     same(trained(other), trained(net))
 
@@ -217,26 +218,14 @@ def test_nothing_to_tune_has_weight_decay_by_groups_alone():
 
 STRANGER = nn.Parameter(torch.ones(2))
 REFUSED = {
-    "curvature": (
-        lambda net: [{"params": net[0].parameters(), "damping": 0.1}],
-        ValueError,
-        r"\['damping'\].*curvature",
-    ),
+    "curvature": (lambda net: [{"params": net[0].parameters(), "damping": 0.1}], ValueError, "damping.*curvature"),
     "an unknown option": (lambda net: [{"params": net[0].parameters(), "momentun": 0.1}], ValueError, "momentun"),
     "a stranger": (lambda net: [STRANGER], ValueError, r"params: expected parameters of the module.*\[0\]"),
     "frozen": (lambda net: net[2].parameters(), ValueError, r"params: \['2\.weight', '2\.bias'\] require no gradient"),
     "twice": (lambda net: [{"params": [net[0].weight]}] * 2, ValueError, "more than one parameter group"),
     "lr": (lambda net: [{"params": net[0].parameters(), "lr": -1.0}], ValueError, "lr: expected a finite number"),
-    "momentum": (
-        lambda net: [{"params": net[0].parameters(), "momentum": 1.0}],
-        ValueError,
-        "momentum( at '0.bias')?: expected",
-    ),
-    "decay": (
-        lambda net: [{"params": net[0].parameters(), "weight_decay": "x"}],
-        TypeError,
-        "weight_decay( at '0.bias')?: expected",
-    ),
+    "momentum": (lambda net: [{"params": net[0].parameters(), "momentum": 1.0}], ValueError, "momentum.*: expected"),
+    "decay": (lambda net: [{"params": net[0].parameters(), "weight_decay": "x"}], TypeError, "decay.*: expected"),
     "an empty group": (lambda net: [{"params": iter(())}], ValueError, "params: expected parameters in each group"),
     "nothing": (lambda net: [], ValueError, "params: expected at least one"),
     "a tensor": (lambda net: net[0].weight, TypeError, "params: expected parameters, or dictionaries"),
@@ -253,12 +242,12 @@ def test_refused(groups, error, match):
     optimizer = LowRankKFAC(net, lrkfac.categorical(), x, 0.1, params=net[4].parameters(), **OPTIONS)
     optimizer.step(x, y)
     layers, state = optimizer.layers, optimizer.chain_state
-    given = groups(net)
-    if isinstance(given, list) and given:
+    more = groups(net)
+    if isinstance(more, list) and more:
         with pytest.raises(error, match=match):
-            for group in given:
+            for group in more:
                 optimizer.add_param_group(group if isinstance(group, dict) else {"params": group})
-        if len(given) == 1:
+        if len(more) == 1:
             assert len(optimizer.param_groups) == 1
             assert optimizer.layers is layers and optimizer.chain_state is state
     optimizer.step(x, y)
