@@ -99,7 +99,7 @@ def test_both_kinds_of_trainers_compute_the_same_steps():
 def test_compiled_steps_are_the_same(monkeypatch):
     """Traced as a whole; what the C++ compiler makes of it is for the tests of the steps themselves."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    problem, start = setup("regression")
+    problem, start = setup("digits_classifier")
     for method, settings in (("low_rank_kfac", {}), ("adam", {"learning_rate": 0.01})):
         losses = []
         for compiled in (False, True):
