@@ -1,8 +1,5 @@
 """Evaluations of a batch: loss, gradients and factors are the reference's for every network."""
 
-import copy
-import io
-import pickle
 from operator import attrgetter
 
 import optree
@@ -177,26 +174,18 @@ def test_randomness_is_an_argument_or_torchs_seed():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-REFUSED = {
-    "noise": ({"noise": torch.rand(7, 3), "statistics": True}, ValueError, r"shape \(1, 7, 3\), got \(7, 3\)"),
-    "empty batch": ({"inputs": X[:0], "targets": Y[:0]}, ValueError, "the batch is empty"),
-    "targets' dtype": ({"targets": Y.double()}, TypeError, "categorical: expected targets that are class numbers"),
-    "targets' shape": ({"targets": Y[:3]}, ValueError, r"targets of shape \(7,\), got \(3,\)"),
-    "no targets": ({"targets": [1, 2]}, TypeError, "targets: expected a tensor, got list"),
-    "missing": ({"params": {k: P[k] for k in list(P)[1:]}}, ValueError, r"missing \['0.weight'\]"),
-    "unexpected": ({"params": {**P, "3.bias": torch.ones(3)}}, ValueError, r"unexpected \['3.bias'\]"),
-    "other tree": ({"params": list(P.values())}, ValueError, "params: the tree differs"),
-    "other shape": ({"params": {**P, "2.bias": torch.ones(3)}}, ValueError, r"'2.bias' of shape \(4,\), got"),
-    "no tensor": ({"params": {**P, "2.bias": 1.0}}, ValueError, "'2.bias' of shape .* got float"),
-}
-
-
 @with_and_without
-@pytest.mark.parametrize(("wrong", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused_by_name(wrong, error, message, statistics):
+def test_refused_by_name(statistics):
+    """Bad values of every other kind: ``tests/test_public_calls.py``."""
     f = layers_and_evaluate(CASE)
-    with pytest.raises(error, match=message):
-        f(**{"params": P, "inputs": X, "targets": Y, "statistics": statistics, **wrong})
+    with pytest.raises(ValueError, match="the batch is empty"):
+        f(P, X[:0], Y[:0], statistics)
+    with pytest.raises(
+        ValueError, match=r"params: the tree differs .* missing \['0.weight'\], unexpected \['3.bias'\]"
+    ):
+        f({**{k: P[k] for k in list(P)[1:]}, "3.bias": torch.ones(3)}, X, Y, statistics)
+    with pytest.raises(ValueError, match="samples: expected 1 for the estimator 'exact', which draws nothing, got 2"):
+        layers_and_evaluate(CASE, "exact", samples=2)
 
 
 @with_and_without
@@ -208,21 +197,9 @@ def test_a_model_that_returns_something_else(wrap, statistics):
         f(P, X, Y, statistics=statistics)
 
 
-OPTIONS = [({"estimator": "type-2"}, "estimator: expected one of .*'type-2'")]
-OPTIONS += [({"samples": n}, f"samples: expected an integer >= 1, got {n}") for n in (0, 1.5, True)]
-
-
-@pytest.mark.parametrize(("options", "message"), OPTIONS)
-def test_options_are_checked(options, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        evaluator(CASE.model, lrkfac.categorical(), described(CASE), **options)
-    with pytest.raises(TypeError, match="likelihood: expected a Likelihood"):
-        evaluator(CASE.model, "categorical", described(CASE))
-
-
 @each_estimator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@each(*cases.LINEAR[:3], cases.CONVOLUTION[3])
+@each(CASE, cases.CONVOLUTION[3])
 def test_other_dtypes(case, dtype, estimator):
     """Gradients in the parameters' dtype, the loss in at least float32, all near those in float64."""
     low, noise, tolerance = in_dtype(case, dtype), noise_for(case), {torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]
@@ -270,65 +247,3 @@ def test_autocast_keeps_the_dtype_of_gradients():
     assert {g.dtype for g in optree.tree_leaves(result.grads)} == {torch.float32}
     after = f(single.params, single.inputs, Y)
     optree.tree_map(close, after[:5], evaluate(single, "exact")[:5])
-
-
-def linear(params, inputs):
-    return inputs @ params["w"].mT
-
-
-def squared_error(outputs, targets):
-    return (outputs - targets).square().sum(-1) / 2
-
-
-def shifted(outputs, noise):
-    return outputs + 12**0.5 * (noise - 0.5)
-
-
-def root(outputs, coefficients):
-    return coefficients
-
-
-NORMAL = lrkfac.Likelihood("normal", squared_error, shifted, root)
-
-
-def torch_saved(x):
-    torch.save(x, file := io.BytesIO())
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), torch_saved])
-def test_copies_evaluate_the_same(copied):
-    """Evaluators, with one head or several, and the evaluations that they make, merged ones included."""
-    params, inputs, noise = {"w": torch.randn(2, 3)}, torch.randn(4, 3), torch.rand(1, 4, 2)
-    layers = find_layers(linear, params, inputs)
-    for heads in (NORMAL, lrkfac.joint(NORMAL, 2.0)):
-        f = evaluator(linear, heads, layers, thin=True)
-        original = f(params, inputs, inputs[:, :2], noise=noise)
-        again = copied(f)
-        assert again == f and hash(again) == hash(f) and not len(again.cache)
-        for e in (again(params, inputs, inputs[:, :2], noise=noise), copied(original)):
-            optree.tree_map(lambda a, b: close(a, b, 0, 0), e[:5], original[:5])
-            assert torch.equal(e.product(params)["w"], original.product(params)["w"])
-        merged = lrkfac.merge_evaluations([original, original])
-        assert torch.equal(copied(merged).quadratic(params, params), merged.quadratic(params, params))
-
-
-def test_shapes_are_kept_for_the_latest_inputs_alone():
-    params, calls = {"w": torch.randn(2, 3)}, []
-
-    def model(params, inputs):
-        calls.append(inputs.shape[0])
-        return linear(params, inputs)
-
-    f = evaluator(model, lrkfac.gaussian(), find_layers(model, params, torch.ones(2, 3)))
-    run = lambda n: (calls.clear(), f(params, torch.ones(n, 3), torch.ones(n, 2)))  # noqa: E731
-    for n in range(1, 41):
-        run(n)
-    assert len(f.cache) == f.cache.size == 16
-    run(25)
-    assert len(calls) == 1, "known, and now the latest"
-    run(24)
-    assert len(calls) == 2, "forgotten"
-    run(25)
-    assert len(calls) == 1

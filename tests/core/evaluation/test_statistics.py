@@ -112,23 +112,16 @@ def test_inputs_without_the_batch_in_front_are_refused():
 
 
 @pytest.mark.parametrize(
-    "selection, error, message",
+    "selection, message",
     [
-        ({"examples": torch.ones(7, dtype=torch.bool)}, TypeError, "numbers of some examples, int64, got torch.bool"),
-        ({"examples": torch.tensor([0.0])}, TypeError, "int64, got torch.float32"),
-        ({"examples": [0, 1]}, TypeError, r"an int64 tensor \[n\] such as torch.randperm.* got \[0, 1\]"),
-        ({"examples": torch.tensor([], dtype=torch.int64)}, ValueError, r"got the shape \(0,\)"),
-        ({"examples": torch.tensor([[0, 1]])}, ValueError, r"got the shape \(1, 2\)"),
-        ({"examples": torch.tensor([7])}, ValueError, r"expected numbers of examples from 0 to 6, got \[7\]"),
-        ({"examples": torch.tensor([0, -1])}, ValueError, "expected numbers of examples from 0 to 6"),
-        ({"statistics": 1}, TypeError, "statistics: expected True or False, got 1"),
-        ({"statistics": torch.tensor([0])}, TypeError, "statistics: expected True or False, got Tensor"),
-        ({"layers": ["0"]}, TypeError, r"layers: expected a tuple of names of layers or None, got \['0'\]"),
-        ({"layers": ("0", "x")}, ValueError, r"layers: no layers \['x'\]; expected some of"),
+        ({"examples": [0, 1]}, r"examples: .* an int64 tensor \[n\] such as torch.randperm.* got \[0, 1\]"),
+        ({"examples": torch.tensor([0, 7])}, r"examples: expected numbers of examples from 0 to 6, got \[0, 7\]"),
+        ({"layers": ["0"]}, r"layers: expected a tuple of names of layers or None, got \['0'\]"),
+        ({"layers": ("0", "x")}, r"layers: no layers \['x'\]; expected some of"),
     ],
 )
-def test_other_selections_are_refused(selection, error, message):
-    with pytest.raises(error, match=message):
+def test_other_selections_are_refused(selection, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         layers_and_evaluate(CASE)(CASE.params, CASE.inputs, CASE.targets, **selection)
 
 
@@ -141,13 +134,6 @@ def test_named_layers_of_some_examples():
         assert part == {**dict.fromkeys(part, ()), "2": part["2"]}
         close(part["2"], expected["2"])
     assert run(layers=()) is None and run(statistics=False, layers=("2",)) is None
-
-
-def test_noise_has_the_shape_of_the_examples():
-    with pytest.raises(ValueError, match=r"noise: expected uniform numbers of shape \(1, 2, 3\), got \(1, 7, 3\)"):
-        layers_and_evaluate(CASE)(
-            CASE.params, CASE.inputs, CASE.targets, examples=torch.tensor([0, 1]), noise=noise_for(CASE)
-        )
 
 
 @each_case

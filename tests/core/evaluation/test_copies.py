@@ -1,0 +1,74 @@
+"""Evaluators and evaluations travel; what an evaluator remembers is bounded and stays behind."""
+
+import copy
+import io
+import pickle
+
+import optree
+import pytest
+import torch
+
+import lrkfac
+from lrkfac import evaluator, find_layers
+
+
+def linear(params, inputs):
+    return inputs @ params["w"].mT
+
+
+def squared_error(outputs, targets):
+    return (outputs - targets).square().sum(-1) / 2
+
+
+def shifted(outputs, noise):
+    return outputs + 12**0.5 * (noise - 0.5)
+
+
+def root(outputs, coefficients):
+    return coefficients
+
+
+NORMAL = lrkfac.Likelihood("normal", squared_error, shifted, root)
+
+
+def torch_saved(x):
+    torch.save(x, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), torch_saved])
+def test_copies_evaluate_the_same(copied):
+    """Evaluators, with one head or several, and the evaluations that they make, merged ones included."""
+    params, inputs, noise = {"w": torch.randn(2, 3)}, torch.randn(4, 3), torch.rand(1, 4, 2)
+    layers = find_layers(linear, params, inputs)
+    for heads in (NORMAL, lrkfac.joint(NORMAL, 2.0)):
+        f = evaluator(linear, heads, layers, thin=True)
+        original = f(params, inputs, inputs[:, :2], noise=noise)
+        again = copied(f)
+        assert again == f and hash(again) == hash(f) and not len(again.cache)
+        for e in (again(params, inputs, inputs[:, :2], noise=noise), copied(original)):
+            optree.tree_map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), e[:5], original[:5])
+            assert torch.equal(e.product(params)["w"], original.product(params)["w"])
+        merged = lrkfac.merge_evaluations([original, original])
+        assert torch.equal(copied(merged).quadratic(params, params), merged.quadratic(params, params))
+
+
+def test_shapes_are_kept_for_the_latest_inputs_alone():
+    params, calls = {"w": torch.randn(2, 3)}, []
+
+    def model(params, inputs):
+        calls.append(inputs.shape[0])
+        return linear(params, inputs)
+
+    f = evaluator(model, lrkfac.gaussian(), find_layers(model, params, torch.ones(2, 3)))
+    run = lambda n: (calls.clear(), f(params, torch.ones(n, 3), torch.ones(n, 2)))  # noqa: E731
+    for n in range(1, 41):
+        run(n)
+    assert len(f.cache) == f.cache.size == 16
+    run(25)
+    assert len(calls) == 1, "known, and now the latest"
+    run(24)
+    assert len(calls) == 2, "forgotten"
+    run(25)
+    assert len(calls) == 1
