@@ -42,12 +42,9 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
     Example:
         >>> import torch
         >>> tx = scale_by_adam()
-        >>> tx.update(torch.tensor([-3.0, 0.1]), tx.init(torch.zeros(2)))[0]
+        >>> tx.update(torch.tensor([-3.0, 0.1]), tx.init(torch.zeros(2)))[0].round(decimals=3)
         tensor([-1.,  1.])
     """
-    check_number(b1, "b1", 0, 1)
-    check_number(b2, "b2", 0, 1)
-    check_number(eps, "eps", 0)
     return transformation(ScaleByAdam(b1, b2, eps))
 
 
@@ -58,6 +55,11 @@ class ScaleByAdam:
     b1: float
     b2: float
     eps: float
+
+    def __post_init__(self) -> None:
+        check_number(self.b1, "b1", 0, 1)
+        check_number(self.b2, "b2", 0, 1)
+        check_number(self.eps, "eps", 0)
 
     def init(self, params: Tree) -> AdamState:
         """Return averages of zero."""

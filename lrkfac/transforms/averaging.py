@@ -50,7 +50,6 @@ def ema_params(decay: float = 0.99) -> GradientTransformation:
         >>> params, state.average
         (tensor([3.]), tensor([2.]))
     """
-    check_number(decay, "decay", 0, 1)
     return transformation(EmaParams(decay))
 
 
@@ -59,6 +58,9 @@ class EmaParams:
     """See ``ema_params``."""
 
     decay: float
+
+    def __post_init__(self) -> None:
+        check_number(self.decay, "decay", 0, 1)
 
     def init(self, params: Tree) -> EmaParamsState:
         """Return a copy of the parameters as the average."""

@@ -43,7 +43,6 @@ def clip(max_delta: float | Tensor) -> GradientTransformation:
         >>> tx.update(torch.tensor([-3.0, 0.5]), tx.init(torch.zeros(2)))[0]
         tensor([-1.0000,  0.5000])
     """
-    check_number(max_delta, "max_delta", 0, includes_low=False)
     return transformation(Clip(max_delta))
 
 
@@ -66,7 +65,6 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
         >>> tx.update(torch.tensor([3.0, 4.0]), tx.init(torch.zeros(2)))[0]
         tensor([0.6000, 0.8000])
     """
-    check_number(max_norm, "max_norm", 0, includes_low=False)
     return transformation(ClipByGlobalNorm(max_norm))
 
 
@@ -106,8 +104,6 @@ def clip_by_kl(kl_clip: float, learning_rate: PerParameter = 1.0) -> GradientTra
         >>> torch.equal(updates["w"], evaluation.grads["w"])
         True
     """
-    check_number(kl_clip, "kl_clip", 0, includes_low=False)
-    check_numbers(learning_rate, "learning_rate", 0, schedules=True)
     return transformation(ClipByKL(kl_clip, learning_rate))
 
 
@@ -116,6 +112,9 @@ class Clip(Stateless):
     """See ``clip``."""
 
     max_delta: float | Tensor
+
+    def __post_init__(self) -> None:
+        check_number(self.max_delta, "max_delta", 0, includes_low=False)
 
     def change(self, updates: Tree, params: Tree, **extra: Any) -> Tree:
         limit = self.max_delta
@@ -128,6 +127,9 @@ class ClipByGlobalNorm(Stateless):
 
     max_norm: float
 
+    def __post_init__(self) -> None:
+        check_number(self.max_norm, "max_norm", 0, includes_low=False)
+
     def change(self, updates: Tree, params: Tree, **extra: Any) -> Tree:
         return scaled(_at_most_one(self.max_norm, vdot(updates, updates).sqrt()), updates)
 
@@ -138,6 +140,10 @@ class ClipByKL:
 
     kl_clip: float
     learning_rate: PerParameter
+
+    def __post_init__(self) -> None:
+        check_number(self.kl_clip, "kl_clip", 0, includes_low=False)
+        check_numbers(self.learning_rate, "learning_rate", 0, schedules=True)
 
     def init(self, params: Tree) -> ClipByKLState:
         """Return step 0."""

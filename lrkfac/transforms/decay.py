@@ -38,7 +38,6 @@ def add_decayed_weights(weight_decay: PerParameter) -> GradientTransformation:
         >>> tx.update(torch.zeros(2), tx.init(params), params)[0]
         tensor([0.1000, 0.1000])
     """
-    check_numbers(weight_decay, "weight_decay", 0)
     return transformation(AddDecayedWeights(weight_decay))
 
 
@@ -47,6 +46,9 @@ class AddDecayedWeights(Stateless):
     """See ``add_decayed_weights``."""
 
     weight_decay: PerParameter
+
+    def __post_init__(self) -> None:
+        check_numbers(self.weight_decay, "weight_decay", 0)
 
     def change(self, updates: Tree, params: Tree, **extra: Any) -> Tree:
         check_like(updates, check_params(params, "add_decayed_weights"), "add_decayed_weights: params beside updates")

@@ -48,9 +48,10 @@ def inject_hyperparams(
     decay take effect at the next statistics. A value that a transformation reads in ``init`` alone, such as the
     damping where ``scale_by_quadratic_model`` starts, is not read again.
 
-    The factory is called once; each step puts the values in the place of those that it was called with. It is called
-    in each step only where its transformation cannot be looked into, because it computes with a hyperparameter or
-    consists of functions that are not methods of a dataclass, and inside ``torch.compile``.
+    The factory is called when it is injected; each step then puts the values in the place of the first ones. It is
+    called in each step only inside ``torch.compile``, and where no value can be replaced: because the factory computes
+    with a hyperparameter, or hides it in a closure or in an object that is no dataclass. Values that are out of range
+    raise the factory's errors in ``update``, too, where a look at them costs nothing (on a CPU, not compiled).
 
     Args:
         factory: Such as ``low_rank_kfac`` or ``scale_by_adam``, or a custom function that returns a chain.

@@ -43,8 +43,6 @@ def trace(decay: PerParameter, nesterov: bool = False) -> GradientTransformation
         >>> updates
         tensor([1.7500, 1.7500])
     """
-    check_numbers(decay, "decay", 0, 1)
-    check_flag(nesterov, "nesterov")
     return transformation(Trace(decay, nesterov))
 
 
@@ -54,6 +52,10 @@ class Trace:
 
     decay: PerParameter
     nesterov: bool
+
+    def __post_init__(self) -> None:
+        check_numbers(self.decay, "decay", 0, 1)
+        check_flag(self.nesterov, "nesterov")
 
     def init(self, params: Tree) -> TraceState:
         """Return a sum of zero."""

@@ -130,8 +130,6 @@ def precondition_by_fisher(
         torch.Size([3, 3])
     """
     check_layers(layers)
-    check_number(damping, "damping", 0, includes_low=False)
-    check_number(decay, "decay", 0, 1)
     check_flag(differentiable, "differentiable")
     check_flag(balanced, "balanced")
     if fallback is not None:
@@ -177,6 +175,10 @@ class _Preconditioner:
     dtype: torch.dtype | None
     differentiable: bool
     balanced: bool
+
+    def __post_init__(self) -> None:
+        check_number(self.damping, "damping", 0, includes_low=False)
+        check_number(self.decay, "decay", 0, 1)
 
     def init(self, params: Tree) -> PreconditionState:
         """Return the state before the first statistics, with which gradients pass unchanged."""

@@ -124,11 +124,6 @@ def scale_by_quadratic_model(
         tensor([1., 1., 1.])
     """
     check_transformation(preconditioner, "preconditioner")
-    check_number(damping, "damping", 0, includes_low=False)
-    check_numbers(weight_decay, "weight_decay", 0)
-    if kl_clip is not None:
-        check_number(kl_clip, "kl_clip", 0, includes_low=False)
-    check_number(gradient_decay, "gradient_decay", 0, 1)
     tx = ScaleByQuadraticModel(preconditioner, damping, weight_decay, kl_clip, gradient_decay)
     return GradientTransformation(tx.init, tx.update)
 
@@ -142,6 +137,13 @@ class ScaleByQuadraticModel:
     weight_decay: PerParameter
     kl_clip: float | Tensor | None
     gradient_decay: float | Tensor
+
+    def __post_init__(self) -> None:
+        check_number(self.damping, "damping", 0, includes_low=False)
+        check_numbers(self.weight_decay, "weight_decay", 0)
+        if self.kl_clip is not None:
+            check_number(self.kl_clip, "kl_clip", 0, includes_low=False)
+        check_number(self.gradient_decay, "gradient_decay", 0, 1)
 
     @property
     def decays(self) -> bool:

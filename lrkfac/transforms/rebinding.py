@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import types
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import optree
 from torch import Tensor
 
 from lrkfac.transforms.base import GradientTransformation
@@ -22,14 +23,12 @@ class Placeholder(Tensor):
     later value would reach.
     """
 
-    computed: bool
+    computed = False
 
     @classmethod
     def like(cls, value: Tensor) -> Placeholder:
         """Return a placeholder with the value of a tensor."""
-        placeholder = value.detach().clone().as_subclass(cls)
-        placeholder.computed = False
-        return placeholder
+        return value.detach().clone().as_subclass(cls)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,7 +36,7 @@ class Placeholder(Tensor):
         if name == "__get__":  # of a property such as Tensor.ndim
             name = getattr(getattr(func, "__self__", None), "__name__", "")
         if name not in READ:
-            for x in args:
+            for x in optree.tree_leaves((args, kwargs)):
                 if isinstance(x, Placeholder):
                     x.computed = True
         return super().__torch_function__(func, types, args, kwargs or {})
@@ -60,7 +59,7 @@ def holders(transformation: GradientTransformation, placeholders: dict[int, Plac
     """
     holding: set[int] = set()
     try:
-        _search(transformation, placeholders, holding)
+        _search(transformation, placeholders, holding, {})
     except OpaqueError:
         return None
     reached = all(i in holding for i in placeholders)
@@ -86,33 +85,54 @@ def rebound(x: Any, values: dict[int, Any], holding: set[int]) -> Any:
         return replace(x, **{f.name: rebound(getattr(x, f.name), values, holding) for f in fields(x)})
     if isinstance(x, dict):
         return {key: rebound(value, values, holding) for key, value in x.items()}
-    return type(x)(rebound(one, values, holding) for one in x)
+    parts = [rebound(part, values, holding) for part in x]
+    return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
 
 
-def _search(x: Any, placeholders: dict[int, Placeholder], holding: set[int]) -> bool:
+def _search(x: Any, placeholders: dict[int, Placeholder], holding: set[int], seen: dict[int, bool]) -> bool:
     """Add the identities of all objects within ``x`` that hold a placeholder; return whether it does."""
     if id(x) in placeholders:
         holding.add(id(x))
         return True
-    parts: list[Any]
-    if isinstance(x, Tensor):
-        return False
-    if isinstance(x, GradientTransformation):
-        link = getattr(x.init, "__self__", None)
-        if not is_dataclass(link) or getattr(x.update, "__self__", None) is not link:
-            raise OpaqueError
-        parts = [link]
-    elif is_dataclass(x) and not isinstance(x, type):
-        parts = [getattr(x, f.name) for f in fields(x)]
-    elif isinstance(x, dict):
-        parts = list(x.values())
-    elif isinstance(x, list | tuple):
-        parts = list(x) if type(x) in (list, tuple) else []
-    else:
-        if isinstance(x, partial) or (isinstance(x, types.FunctionType) and x.__closure__):
-            raise OpaqueError
-        return False
-    holds = any([_search(part, placeholders, holding) for part in parts])  # all of them, one after another
+    if id(x) in seen or isinstance(x, Tensor):
+        return seen.get(id(x), False)
+    seen[id(x)] = False  # while its parts are searched, which may refer to it
+    parts, replaceable = _parts(x)
+    # All parts, not only those up to the first that holds one.
+    holds = any([_search(part, placeholders, holding, seen) for part in parts])
+    if holds and not replaceable:
+        raise OpaqueError
     if holds:
         holding.add(id(x))
+        seen[id(x)] = True
     return holds
+
+
+def _parts(x: Any) -> tuple[list[Any], bool]:
+    """Return the objects that an object consists of, and whether ``rebound`` can put others in their place."""
+    if isinstance(x, GradientTransformation):
+        link = getattr(x.init, "__self__", None)
+        bound = x.init == getattr(link, "init", None) and x.update == getattr(link, "update", None)
+        return ([link], True) if is_dataclass(link) and bound else (list(x), False)
+    if isinstance(x, type | ModuleType):
+        return [], False
+    if is_dataclass(x):
+        return [getattr(x, f.name) for f in fields(x)], all(f.init for f in fields(x))
+    if isinstance(x, dict):
+        return list(x.values()), type(x) is dict
+    if isinstance(x, list | tuple):
+        return list(x), type(x) in (list, tuple) or hasattr(x, "_fields")
+    if isinstance(x, FunctionType):
+        cells = [cell.cell_contents for cell in x.__closure__ or () if cell != _EMPTY]
+        return [*cells, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()], False
+    if isinstance(x, MethodType):
+        return [x.__self__, x.__func__], False
+    if isinstance(x, partial):
+        return [x.func, *x.args, *x.keywords.values()], False
+    if isinstance(x, set | frozenset):
+        return list(x), False
+    return list(getattr(x, "__dict__", {}).values()), False
+
+
+_EMPTY = CellType()
+"""A closure's variable before its first value."""

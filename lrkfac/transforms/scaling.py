@@ -43,7 +43,6 @@ def scale(factor: float | Tensor) -> GradientTransformation:
         >>> tx.update(torch.ones(2), tx.init(torch.zeros(2)))[0]
         tensor([-0.5000, -0.5000])
     """
-    check_number(factor, "factor", -math.inf)
     return transformation(Scale(factor))
 
 
@@ -68,7 +67,6 @@ def scale_by_learning_rate(learning_rate: PerParameter) -> GradientTransformatio
         >>> tx.update(gradients, tx.init(gradients))[0]["head"]
         tensor([-0.1000])
     """
-    check_numbers(learning_rate, "learning_rate", 0, schedules=True)
     if any(callable(one) for one in optree.tree_leaves(learning_rate)):
         return transformation(ScaleBySchedule(learning_rate))
     return transformation(ScaleByLearningRate(learning_rate))
@@ -80,6 +78,9 @@ class Scale(Stateless):
 
     factor: float | Tensor
 
+    def __post_init__(self) -> None:
+        check_number(self.factor, "factor", -math.inf)
+
     def change(self, updates: Tree, params: Tree, **extra: Any) -> Tree:
         return scaled(self.factor, updates)
 
@@ -89,6 +90,9 @@ class ScaleByLearningRate(Stateless):
     """See ``scale_by_learning_rate``; all rates are numbers."""
 
     learning_rate: PerParameter
+
+    def __post_init__(self) -> None:
+        check_numbers(self.learning_rate, "learning_rate", 0)
 
     def change(self, updates: Tree, params: Tree, **extra: Any) -> Tree:
         return _descend(self.learning_rate, updates)
@@ -102,6 +106,9 @@ class ScaleBySchedule:
     """See ``scale_by_learning_rate``; some rates are schedules."""
 
     learning_rate: PerParameter
+
+    def __post_init__(self) -> None:
+        check_numbers(self.learning_rate, "learning_rate", 0, schedules=True)
 
     def init(self, params: Tree) -> ScheduleState:
         """Return step 0."""

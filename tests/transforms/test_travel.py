@@ -1,8 +1,12 @@
 """Transformations and what they are made of copy, pickle and are saved; updates never share memory with the state."""
 
 import copy
+import dataclasses
+import functools
 import io
 import pickle
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import optree
 import pytest
@@ -107,7 +111,7 @@ def test_hyperparameters_in_the_state_reach_the_transformation_without_a_call_of
         calls.append(options)
         return make(*args, **options)
 
-    values = {"learning_rate": 0.2, "damping": 0.3, "decay": 0.5, "momentum": 0.7, "weight_decay": 0.1, "kl_clip": 0.01}
+    values = OF_KFAC
     tx = lrkfac.inject_hyperparams(counted)(LAYERS, **{name: 0.9 * value for name, value in values.items()})
     state, e = tx.init(CASE.params), EVALUATE(CASE.params)
     made = len(calls)
@@ -121,16 +125,73 @@ def test_hyperparameters_in_the_state_reach_the_transformation_without_a_call_of
     assert len(calls) == made
 
 
-def test_a_factory_that_computes_with_a_hyperparameter_is_called_again():
-    """Neither a derived value nor a closure can be reached from outside."""
+class Pair(NamedTuple):
+    factor: Any
+    other: float = 1.0
 
-    def halved(rate):
-        return lrkfac.chain(lrkfac.scale(rate / 2), lrkfac.scale(1.0 * rate))
 
-    def closed(rate):
-        return lrkfac.GradientTransformation(lambda params: (), lambda u, s, params=None, **extra: (u * rate, s))
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Multiplies by a factor that stands in some object."""
 
-    for factory, expected in ((halved, 8.0), (closed, 4.0)):
-        tx = lrkfac.inject_hyperparams(factory)(rate=1.0)
-        state = tx.init(torch.zeros(1))._replace(hyperparameters={"rate": torch.tensor(4.0)})
-        assert tx.update(torch.ones(1), state)[0] == expected
+    holder: Any
+
+    def init(self, params):
+        return ()
+
+    def update(self, updates, state, params=None, **extra):
+        return updates * self.holder.factor, state
+
+
+def product(holder):
+    return lrkfac.GradientTransformation((link := Product(holder)).init, link.update)
+
+
+def closed(rate):
+    return lrkfac.GradientTransformation(lambda params: (), lambda u, s, params=None, **extra: (u * rate, s))
+
+
+@pytest.mark.parametrize(
+    "second, square",
+    [
+        (lambda rate: lrkfac.scale(rate / 2), 8.0),
+        (lambda rate: lrkfac.scale(torch.stack([torch.as_tensor(rate)] * 2).sum()), 32.0),
+        (lambda rate: lrkfac.scale(torch.neg(input=torch.as_tensor(rate))), -16.0),
+        (lambda rate: lrkfac.scale(float(rate)), 16.0),
+        (closed, 16.0),
+        (lambda rate: product(Pair(rate)), 16.0),
+        (lambda rate: product(SimpleNamespace(factor=rate)), 16.0),
+        (lambda rate: lrkfac.scale_by_learning_rate(lambda step: rate), -16.0),
+        (lambda rate: lrkfac.scale_by_learning_rate(functools.partial(lambda rate, step: rate, rate)), -16.0),
+    ],
+)
+def test_a_new_value_reaches_all_that_a_factory_makes_of_it(second, square):
+    """Also a derived value, a closure, or an object that cannot be looked into: there the factory is called again."""
+    tx = lrkfac.inject_hyperparams(lambda rate: lrkfac.chain(lrkfac.scale(rate), second(rate)))(rate=1.0)
+    state = tx.init(torch.zeros(1))._replace(hyperparameters={"rate": torch.tensor(4.0)})
+    assert tx.update(torch.ones(1), state)[0] == square
+
+
+OF_KFAC = {"learning_rate": 0.2, "damping": 0.3, "decay": 0.5, "momentum": 0.7, "weight_decay": 0.1, "kl_clip": 0.01}
+
+
+@pytest.mark.parametrize(
+    "make, values",
+    [
+        (functools.partial(lrkfac.low_rank_kfac, LAYERS), OF_KFAC),
+        (functools.partial(lrkfac.adaptive_low_rank_kfac, LAYERS), {"weight_decay": 0.1, "kl_clip": 1.0}),
+        (lrkfac.scale_by_adam, {"b1": 0.9, "b2": 0.99, "eps": 1e-8}),
+        (lrkfac.ema_params, {"decay": 0.9}),
+        (lrkfac.clip, {"max_delta": 1.0}),
+        (lrkfac.clip_by_global_norm, {"max_norm": 1.0}),
+    ],
+    ids=["low_rank_kfac", "adaptive", "adam", "average", "clip", "norm"],
+)
+def test_a_new_value_is_checked_like_the_first(make, values):
+    e = EVALUATE(CASE.params)
+    tx = lrkfac.inject_hyperparams(make)(**values)
+    state = tx.init(CASE.params)
+    for name in values:
+        bad = state._replace(hyperparameters={**state.hyperparameters, name: torch.tensor(-1.0)})
+        with pytest.raises(ValueError, match=r"expected a finite number in .* got -1"):
+            tx.update(e.grads, bad, CASE.params, evaluation=e)
