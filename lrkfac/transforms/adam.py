@@ -42,7 +42,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
     Example:
         >>> import torch
         >>> tx = scale_by_adam()
-        >>> tx.update(torch.tensor([-3.0, 0.1]), tx.init(torch.zeros(2)))[0]
+        >>> tx.update(torch.tensor([-3.0, 0.1]), tx.init(torch.zeros(2)))[0].round()
         tensor([-1.,  1.])
     """
     check_number(b1, "b1", 0, 1)
