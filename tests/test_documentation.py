@@ -1,8 +1,12 @@
-"""The code of README and documentation runs as it stands; the README's two commands are those that CI and the examples
-know; every public name has its place, and every message that is explained exists.
+"""The code of README, documentation and docstrings runs as it stands; every public name has its place, a full docstring
+and an example; every message that is explained exists.
 """
 
 import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
 import re
 from functools import cache, partial
 from pathlib import Path
@@ -10,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lrkfac
 from tests.public import public_names
 
 ROOT = Path(__file__).parent.parent
@@ -28,10 +33,10 @@ def test_code_blocks_run_one_after_another(page, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     names: dict[str, object] = {"__name__": page.stem}
     text = page.read_text()
-    for found in CODE.finditer(text):
+    for block in CODE.finditer(text):
         # Empty lines in front, so that the numbers of lines in a traceback are those of the page.
-        lines = text.count("\n", 0, found.start(1))
-        exec(compile("\n" * lines + found.group(1), str(page), "exec"), names)
+        lines = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * lines + block.group(1), str(page), "exec"), names)
 
 
 def test_there_is_code_on_the_pages_that_show_how():
@@ -63,22 +68,58 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_every_example_is_on_the_first_page():
-    found = {path.stem for path in (ROOT / "examples").glob("*.py") if "def main(" in path.read_text()}
+    examples = {path.stem for path in (ROOT / "examples").glob("*.py") if "def main(" in path.read_text()}
     listed = re.findall(r"`python -m examples\.(\w+)`", (ROOT / "docs" / "index.md").read_text())
-    assert set(listed) == found
+    assert set(listed) == examples
+
+
+MODULES = [name for _, name, _ in pkgutil.walk_packages(lrkfac.__path__, "lrkfac.") if not name.endswith("__main__")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_of_docstrings_run(module):
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    said = []
+    for example in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(module)):
+        torch.manual_seed(0)
+        runner.run(example, out=said.append)
+    assert not runner.summarize(verbose=False).failed, "".join(said)
+
+
+def sections(thing):
+    return set(re.findall(r"^ *(Args|Attributes|Returns|Example):$", inspect.getdoc(thing) or "", re.MULTILINE))
+
+
+@pytest.mark.parametrize(("name", "thing"), public_names(), ids=[name for name, _ in public_names()])
+def test_every_public_name_has_a_full_docstring_with_an_example(name, thing):
+    text = inspect.getdoc(thing) or ""
+    first = text.split("\n\n")[0]
+    assert first.endswith((".", ":")), "no first sentence"
+    assert not re.match(r"(What|Those|That of|Whether|Refuses|Returns)\b", first), "it begins with no imperative"
+    assert ">>> " in text and "Example" in sections(thing), "no example"
+    if inspect.isclass(thing):
+        assert sections(thing) & {"Args", "Attributes"} or not getattr(thing, "__annotations__", {}), "no Args"
+        return
+    signature = inspect.signature(thing)
+    if signature.parameters:
+        assert "Args" in sections(thing), "no Args"
+        documented = set(re.findall(r"^ +\*{0,2}(\w+): ", text.split("Args:")[1], re.MULTILINE))
+        assert set(signature.parameters) <= documented, "arguments without a word"
+    if signature.return_annotation not in (None, "None"):
+        assert "Returns" in sections(thing), "no Returns"
 
 
 @cache
 def messages():
     """The strings of the package, what is filled in replaced by an ellipsis."""
-    found = []
+    strings = []
     for path in (ROOT / "lrkfac").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+                strings.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(re.sub(r"\{[^{}]*\}", "…", node.value))
-    return [message.replace("'…'", "…") for message in found]
+                strings.append(re.sub(r"\{[^{}]*\}", "…", node.value))
+    return [message.replace("'…'", "…") for message in strings]
 
 
 def explained():

@@ -34,31 +34,12 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-class ResNet18(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.inplanes = width
-        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.layer1, self.layer2 = self.stage(width, 1), self.stage(2 * width, 2)
-        self.layer3, self.layer4 = self.stage(4 * width, 2), self.stage(8 * width, 2)
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(8 * width, CLASSES)
-
-    def stage(self, planes, stride):
-        downsample = None
-        if stride != 1 or self.inplanes != planes:
-            downsample = nn.Sequential(nn.Conv2d(self.inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
-        first = BasicBlock(self.inplanes, planes, stride, downsample)
-        self.inplanes = planes
-        return nn.Sequential(first, BasicBlock(planes, planes))
-
-    def forward(self, x):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+def residual():
+    """The stem and two stages of a ResNet."""
+    stem = [nn.Conv2d(3, 2, 7, 2, 3, bias=False), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    shorter = nn.Sequential(nn.Conv2d(2, 4, 1, 2, bias=False), nn.BatchNorm2d(4))
+    blocks = [BasicBlock(2, 2), BasicBlock(2, 4, 2, shorter), BasicBlock(4, 4)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(4, CLASSES))
 
 
 class Siamese(nn.Module):
@@ -87,7 +68,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Keys and values of other sizes: three projections of their own."""
+    """Keys and values of other sizes: three separate projections."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +80,7 @@ class CrossAttention(nn.Module):
 
 
 class Cell(nn.Module):
-    """A loop over a cell's own weights, as ``nn.RNNCell`` has them."""
+    """A loop over the weights of a cell, as in ``nn.RNNCell``."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +94,7 @@ class Cell(nn.Module):
 
 
 def encoder():
-    """As it is by default, with dropout, switched off by ``eval()``: where torch has a fast path of its own."""
+    """As it is by default, with dropout, switched off by ``eval()``: where torch has a fast path."""
     layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, norm_first=True)
     body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     return nn.Sequential(body, nn.Linear(4, CLASSES)).eval()
@@ -127,22 +108,13 @@ def frozen():
     return net
 
 
-def torchvision_resnet():
-    try:
-        from torchvision.models import resnet18
-    except Exception as error:  # built for another torch, it raises what it likes
-        pytest.skip(f"torchvision cannot be imported: {error}")
-    return resnet18(num_classes=CLASSES).eval()
-
-
 def normal(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
 MODULES = {
-    "ResNet-18": (lambda: ResNet18(2), lambda: normal(4, 3, 32, 32)),
-    "ResNet-18, eval": (lambda: ResNet18(2).eval(), lambda: normal(4, 3, 32, 32)),
-    "ResNet-18 of torchvision": (torchvision_resnet, lambda: normal(2, 3, 32, 32)),
+    "residual": (residual, lambda: normal(4, 3, 32, 32)),
+    "residual, eval": (lambda: residual().eval(), lambda: normal(4, 3, 32, 32)),
     "siamese": (Siamese, lambda: (normal(6, 5), normal(6, 5))),
     "scaled_dot_product_attention": (Attention, lambda: normal(4, 3, 4)),
     "cross attention": (CrossAttention, lambda: {"q": normal(4, 2, 4), "k": normal(4, 3, 3), "v": normal(4, 3, 5)}),

@@ -20,6 +20,9 @@ def to_dense(operator: Operator) -> Float[Tensor, "d d"]:
     Args:
         operator: One of ``lrkfac.linalg``.
 
+    Returns:
+        The matrix; for ``Dense`` the tensor itself.
+
     Raises:
         TypeError: If ``operator`` is not one of the package's operators, or its entries are no floating-point tensors.
         ValueError: If their shapes or devices do not fit together.

@@ -47,7 +47,10 @@ class Operator(Protocol):
 
 
 class Diagonal(NamedTuple):
-    """``diag(diagonal)``, with ``diagonal`` ``[d]``.
+    """A diagonal matrix.
+
+    Attributes:
+        diagonal: Its entries, ``[d]``.
 
     Example:
         >>> import torch
@@ -85,7 +88,10 @@ class Diagonal(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """A symmetric matrix in full, ``[d, d]``.
+    """A symmetric matrix in full.
+
+    Attributes:
+        matrix: Its entries, ``[d, d]``.
 
     Example:
         >>> import torch
@@ -124,10 +130,12 @@ class Dense(NamedTuple):
 
 
 class LowRankPlusDiagonal(NamedTuple):
-    """``V diag(values) Vᵀ + diag(diagonal)``.
+    """A low-rank matrix plus a diagonal one, ``V diag(values) Vᵀ + diag(diagonal)``; closed under inversion.
 
-    ``vectors`` ``[d, r]`` need not be orthonormal and ``values`` ``[r]`` may be negative, so that the
-    class is closed under inversion; ``diagonal`` is ``[d]``.
+    Attributes:
+        vectors: ``V``, ``[d, r]``; need not be orthonormal.
+        values: ``[r]``; may be negative.
+        diagonal: ``[d]``.
 
     Example:
         >>> import torch
@@ -181,7 +189,11 @@ class LowRankPlusDiagonal(NamedTuple):
 
 
 class Kronecker(NamedTuple):
-    """``output ⊗ input``: acts on ``vec(G)``, row-major, as ``output G input``.
+    """A Kronecker product ``output ⊗ input``: acts on ``vec(G)``, row-major, as ``output G input``.
+
+    Attributes:
+        output: Operator of dimension ``d_out``.
+        input: Operator of dimension ``d_in``.
 
     Example:
         >>> import torch
