@@ -123,6 +123,12 @@ NOT_COVERED = {
     "input of its own layer": (
         lambda p, x: linear(p, x) + F.linear(p["v"], p["v"])[0], {"v": V}, {"v": "functional.linear"},
     ),
+    "a multiple by addmm": (
+        lambda p, x: torch.addmm(x, linear(p, x), p["v"], alpha=2.0), {"v": V}, {"v": "used by torch.addmm"},
+    ),
+    "a multiple by add": (
+        lambda p, x: torch.add(linear(p, x), p["v"][0], alpha=2.0), {"v": V[:1]}, {"v": "used by torch.add"},
+    ),
     "a clone": (
         lambda p, x: linear(p, F.linear(x, p["v"].clone())), {"v": V}, {"v": "used by torch.Tensor.clone"},
     ),
