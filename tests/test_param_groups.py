@@ -3,6 +3,7 @@
 import copy
 import io
 
+import optree
 import pytest
 import torch
 from torch import nn
@@ -178,6 +179,8 @@ def test_a_weight_that_gets_a_bias_is_another_layer():
     optimizer.add_param_group({"params": net[2].bias.requires_grad_(True)})
     after = optimizer.chain_state[0][0]
     assert [after[name] is before[name] for name in ("0", "2", "4")] == [True, False, True]
+    fresh = optimizer.transformation.init(optimizer.params)[0][0]["2"]
+    assert all(torch.equal(x, y) for x, y in zip(*map(optree.tree_leaves, (after["2"], fresh)), strict=True))
     optimizer.step(*data[1])
 
 

@@ -99,7 +99,7 @@ def test_each_step_minimises_the_explicit_model(case, weight_decay):
         close(new.reduction_ratio, ratio, rtol=1e-6)
         factor = ADAPTATION if ratio > 0.75 else 1 / ADAPTATION if ratio < 0.25 else 1.0
         close(new.damping, old.damping * factor)
-        assert new.rejected == 0
+        assert new.rejected == 0 and new.since == (0 if e.statistics else old.since + 1)
 
 
 def evaluate_preconditioner(case, state, e, grads, params, damping):

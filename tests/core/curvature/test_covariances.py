@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lrkfac
 from lrkfac import find_layers
 from lrkfac.core.curvature.covariances import kronecker_factors
 from lrkfac.core.evaluation.gradients import layer_gradients
@@ -180,3 +181,22 @@ def test_gradients_are_the_sums_of_g_times_rows(dtype, case):
     assert weight.shape == layer.weight.shape and (bias is None) == (layer.bias is None)
     leaves = [weight] if bias is None else [bias, weight]
     assert torch.equal(layer_matrix(layer, leaves).joined(), expected)
+
+
+def test_a_tied_weight_is_the_product_of_its_partial_traces():
+    """``(Σ tr(Aₖ) Bₖ) ⊗ (Σ tr(Bₖ) Aₖ) / Σ tr(Aₖ) tr(Bₖ)`` over its two kinds of use."""
+    params, numbers = {"w": torch.randn(5, 3).double()}, torch.randint(5, (6, 4))
+    model = lambda p, x: F.embedding(x, p["w"]).tanh().mean(1) @ p["w"].T  # noqa: E731
+    layers = find_layers(model, params, numbers)
+    layer = layers["w"]
+    e = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact")(params, numbers, numbers[:, 0])
+    inputs, gradients, scale = (e.statistics[0]["w"], e.statistics[1]["w"], e.statistics.scale)
+    apart = []
+    for i, kind in enumerate(layer.kinds):
+        use = replace(layer, kinds=(kind,), options=(layer.options[i],), sites=(layer.sites[i],))
+        factors = kronecker_factors(use, (inputs[i],), (gradients[i],), scale)
+        apart.append((factors.output.dense(), factors.input.dense()))
+    both = kronecker_factors(layer, inputs, gradients, scale)
+    total = sum(b.trace() * a.trace() for b, a in apart)
+    expected = torch.kron(sum(a.trace() * b for b, a in apart), sum(b.trace() * a for b, a in apart)) / total
+    close(torch.kron(both.output.dense(), both.input.dense()), expected)

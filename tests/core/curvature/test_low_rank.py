@@ -179,3 +179,16 @@ def test_small_factors_are_held_densely(make):
     assert isinstance(make(8).fitted(10), DenseStructure)
     assert make(8).fitted(11) == make(8)
     assert isinstance(make(8).fitted(1), DenseStructure)
+
+
+def test_the_original_fit_takes_eigenpairs_of_what_is_off_the_diagonal():
+    """Those of ``B - diag(B)`` that are positive, and no others."""
+    rows = torch.randn(9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.arange(1, 8)
+    matrix = rows.mT @ rows / 9
+    structure = low_rank_plus_diagonal(2, fit="off_diagonal", iterations=300)
+    state = structure.update(structure.init(7, matrix), RowCovariance(rows, torch.tensor(1 / 9).double()), 0.0)
+    values, vectors = torch.linalg.eigh(matrix - torch.diag(matrix.diagonal()))
+    expected = (vectors[:, -2:] * values[-2:]) @ vectors[:, -2:].mT
+    held = state.vectors / torch.linalg.vector_norm(state.vectors, dim=0)
+    torch.testing.assert_close(state.values.sort().values, values[-2:], rtol=1e-6, atol=1e-9)
+    assert (held.mT @ expected @ held).diagonal().sum() > 0.9 * values[-2:].sum()

@@ -188,3 +188,22 @@ def test_ranges_are_profiled():
         run(layers, params, evaluate, STRUCTURES["low rank"], steps=1)
     names = {event.key for event in seen.key_averages()}
     assert {"lrkfac.capture", "lrkfac.refresh", "lrkfac.inverse", "lrkfac.apply"} <= names
+
+
+def test_convolutions_of_other_settings_are_not_stacked():
+    """Equal shapes of inputs and outputs, but other rows: each block is as of a refresh by itself."""
+    generator = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(2, 2, 3, generator=generator, dtype=torch.float64) for name in ("near", "far")}
+    model = lambda p, x: F.conv1d(F.conv1d(x, p["near"], padding=1).tanh(), p["far"], padding=2, dilation=2).mean(2)  # noqa: E731
+    x, y = torch.randn(5, 2, 9, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1])
+    layers = lrkfac.find_layers(model, params, x)
+    e = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact")(params, x, y)
+    tx = precondition_by_fisher(layers, STRUCTURES["dense"])
+    _, state = tx.update(e.grads, tx.init(params), params, evaluation=e)
+    for name, options in (("near", {"padding": 1}), ("far", {"padding": 2, "dilation": 2})):
+        (a,) = e.statistics.inputs[name]
+        rows = F.unfold(
+            a[:, :, None], (1, 3), padding=(0, options["padding"]), dilation=(1, options.get("dilation", 1))
+        )
+        rows = rows.movedim(1, -1).reshape(-1, 6)
+        close(state.factors[name].input.matrix, rows.mT @ rows / len(rows))

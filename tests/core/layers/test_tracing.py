@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, vjp
+from torch.func import functional_call, grad, vjp
 
-from lrkfac import find_layers
+from lrkfac import evaluator, find_layers, gaussian
 from lrkfac.core.layers.probes import output_specs, zero_probes
 from lrkfac.core.layers.tracing import Recorded, run_captured
 from tests import cases, reference_networks
@@ -97,3 +97,14 @@ def test_dtype_and_outputs_are_kept(dtype):
     )
     assert torch.equal(outputs, net(ROWS.to(dtype))) and outputs.dtype == dtype
     assert {x.dtype for x in optree.tree_leaves((received, gradients))} == {dtype}
+
+
+def test_each_use_of_a_shared_weight_has_a_gradient_of_its_own():
+    params, x = {"w": normal(3, 3, seed=1), "b": normal(3, seed=2)}, normal(4, 2, 3, seed=3)
+    layers = find_layers(recurrent, params, x)
+    e = evaluator(recurrent, gaussian(), layers, "exact")(params, x, normal(4, 3, seed=4))
+    expected = grad(lambda p: 0.5 * (recurrent(p, x) - normal(4, 3, seed=4)).square().sum() / 4)(params)
+    first, second = e.statistics.output_gradients["w"]
+    assert first.shape == second.shape and not torch.equal(first, second)
+    for name in params:
+        close(e.grads[name], expected[name])
