@@ -1,9 +1,9 @@
 """Whether the tests notice faults: each of a list is put into a copy of the package, and tests are run.
 
-``python .ci/faults/faults.py --root DIR [--only ID ...] [--json OUT]`` needs nothing but the standard library, and an environment
-in which ``python -m pytest`` runs the tests of ``DIR``. The list is ``faults.toml`` beside this file. A fault is found
-by its text, wherever in the package that stands, and its tests by their names, so that both may move; a fault whose
-text is gone, or stands there twice, counts as not found, not as caught.
+``python .ci/faults/faults.py --root DIR [--only ID ...] [--json OUT]`` needs nothing but the standard library, and an
+environment in which ``python -m pytest`` runs the tests of ``DIR``. The list is ``faults.toml`` beside this file. A
+fault is found by its text, wherever in the package that stands, and its tests by their names, so that both may move; a
+fault whose text is gone, or stands there twice, counts as not found, not as caught.
 
 For each fault the tests that are named with it come first, then their folders, then all; tests that are marked ``slow``
 are left out everywhere. It is caught as soon as one fails. Before any fault, the named tests must pass without one.
