@@ -26,11 +26,11 @@ from lrkfac.transforms.scaling import scale_by_learning_rate
 INPUT_RESIDUAL_WEIGHT = 2.0
 """Weight of the trace that the input factor's eigenpairs miss, in the adaptive chain.
 
-Among the missed directions, those next to the kept ones matter most, and their eigenvalues lie above the mean. Measured
-on the digits autoencoder; on four other problems of ``benchmarks`` it is better than 1, too, or makes no difference.
+Among the missed directions, the ones next to the kept matter most, and their eigenvalues lie above the mean. Chosen on
+the digits autoencoder; on four other problems of ``benchmarks`` it beats 1 or makes no difference.
 """
 OUTPUT_DIAGONAL_WEIGHT = 0.5
-"""Weight of the diagonal that the output factor's eigenpairs miss, in the adaptive chain; measured as above."""
+"""Weight of the diagonal that the output factor's eigenpairs miss, in the adaptive chain; chosen likewise."""
 
 
 def low_rank_kfac(

@@ -1,5 +1,8 @@
 """Structures: how a layer's block of the Fisher matrix is represented, averaged over time and inverted.
 
+Factor structures (``dense``, ``diagonal``, ``low_rank``, ``low_rank_plus_diagonal``) stand inside ``kronecker``; with
+``unit_wise``, ``layer_wise`` and ``full``, and ``diagonal`` alone, it is a structure of a whole block.
+
 ``FactorStructure`` is the base class of custom factors.
 """
 

@@ -1,4 +1,4 @@
-"""Transformations with other values of their hyperparameters, without a call of the function that makes them."""
+"""Replace the hyperparameters of a transformation, so that no step has to call the function that makes it."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ class LazyMatrix:
         if self.left.shape[0] or not terms:
             total, fresh = self.left.mT @ self.right, True
         else:  # on top of a term that must be multiplied first, since its coefficient is a tensor
-            number = next((i for i, (c, _) in enumerate(terms) if isinstance(c, Tensor)), 0)
-            scale, total = terms.pop(number)
+            index = next((i for i, (c, _) in enumerate(terms) if isinstance(c, Tensor)), 0)
+            scale, total = terms.pop(index)
             fresh = isinstance(scale, Tensor) or scale != 1.0
             total = scale * total if fresh else total
         for scale, x in terms:

@@ -10,14 +10,10 @@ from torch import Tensor
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import BlockState, mean_eigenvalue_of
 
-FROM, TO = 3.0, 3.5
-"""Decades between the largest and the smallest block, from which on damping begins to follow their sizes, and up to
-which it comes to follow them wholly.
-"""
-
-
-LEAST = -6.0
-"""The decade below the largest block at which sizes are cut off: a block that dies has less and less."""
+FIRST_DECADES, FULL_DECADES = 3.0, 3.5
+"""Spread of block sizes, in decades, at which damping begins to follow them, and at which it follows them fully."""
+LOWEST_DECADE = -6.0
+"""Sizes are cut off so many decades below the largest: those of a block that dies fall without end."""
 
 
 def balanced_dampings(
@@ -26,14 +22,14 @@ def balanced_dampings(
     """Return ``λ (s / max s)^p`` for each block, by name; ``s`` is the mean eigenvalue of its average.
 
     ``p`` rises from 0 to 1 while ``max s / min s`` does from 1000 to 3200. No block has less than a
-    millionth of ``λ``. One whose average is zero, of which nothing is known, has ``λ`` and does not count.
+    millionth of ``λ``. A block whose average is zero or not finite has ``λ``
+    and does not count.
     """
     each = [mean_eigenvalue_of(block, states[block.name].average) for block in blocks]
     sizes = torch.stack([one.to(each[0].dtype) for one in each])
     known = (sizes > 0) & sizes.isfinite()
     logs = torch.where(known, sizes, 1.0).log10()
     largest = torch.where(known, logs, -torch.inf).amax()
-    below = torch.where(known, logs - largest, 0.0).clamp(min=LEAST)
-    power = ((-below.amin() - FROM) / (TO - FROM)).clamp(0, 1)
-    decades = zip(blocks, below.unbind(), strict=True)
-    return {block.name: damping * 10 ** (power * decade) for block, decade in decades}
+    below = torch.where(known, logs - largest, 0.0).clamp(min=LOWEST_DECADE)
+    power = ((-below.amin() - FIRST_DECADES) / (FULL_DECADES - FIRST_DECADES)).clamp(0, 1)
+    return {block.name: damping * 10 ** (power * decade) for block, decade in zip(blocks, below.unbind(), strict=True)}

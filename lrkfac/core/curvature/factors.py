@@ -148,5 +148,5 @@ def kept_weight(steps: Tensor, like: Tensor, decay: float | Tensor) -> Tensor:
 
 
 def no_steps(like: Tensor) -> Tensor:
-    """Return the number of batches at the start: int64, ``[]``."""
+    """Return a counter of batches at 0: int64, ``[]``."""
     return torch.zeros((), dtype=torch.int64, device=like.device)

@@ -26,9 +26,9 @@ class LowRankState(NamedTuple):
         return spectrum_of(self.values, (d - r) * self.residual)
 
     def damped(self, inverse: LowRankPlusDiagonal, damping: Tensor, eigenvalues: Tensor) -> Damped:
-        (d, r), around = self.vectors.shape, 1 / inverse.diagonal[0]  # the residual by its weight, and the damping
+        (d, r), damped_residual = self.vectors.shape, 1 / inverse.diagonal[0]  # weight * residual + damping
         groups = [(eigenvalues, eigenvalues + damping, 1)]
-        return damped_of(groups + ([(self.residual[None], around[None], d - r)] if r < d else []))
+        return damped_of(groups + ([(self.residual[None], damped_residual[None], d - r)] if r < d else []))
 
     def inner(self, other: LowRankState) -> Tensor:
         return self.operator().inner(other.operator())
@@ -58,14 +58,16 @@ class LowRankPlusDiagonalState(NamedTuple):
     def damped(self, inverse: LowRankPlusDiagonal, damping: Tensor, eigenvalues: Tensor) -> Damped:
         # With M = V Λ Vᵀ + D, and E in place of D in what was inverted, tr(M (V Λ Vᵀ + E)⁻¹) = Σ D/E + Σ (1 - D/E) h,
         # where h is the diagonal of U (I + UᵀU)⁻¹ Uᵀ and U = E^{-1/2} V Λ^{1/2}: sums without cancellation.
-        around = 1 / inverse.diagonal
-        scaled = around.rsqrt()[:, None] * self.vectors * self.values.clamp(min=0).sqrt()
+        damped_diagonal = 1 / inverse.diagonal
+        scaled = damped_diagonal.rsqrt()[:, None] * self.vectors * self.values.clamp(min=0).sqrt()
         mu, rotation = torch.linalg.eigh(scaled.mT @ scaled)
         explained_share = (scaled @ rotation).square() @ (1 / (1 + mu.clamp(min=0)))
-        known = self.diagonal / around
+        ratio = self.diagonal / damped_diagonal
         pairs = self.values.clamp(min=0).sqrt() * self.vectors
-        largest = torch.linalg.eigvalsh(pairs.mT @ pairs).amax() + around.amax()  # at most twice the largest eigenvalue
-        return Damped((known + (1 - known) * explained_share).sum(), largest, around.amin())
+        largest = (
+            torch.linalg.eigvalsh(pairs.mT @ pairs).amax() + damped_diagonal.amax()
+        )  # at most twice the largest eigenvalue
+        return Damped((ratio + (1 - ratio) * explained_share).sum(), largest, damped_diagonal.amin())
 
     def inner(self, other: LowRankPlusDiagonalState) -> Tensor:
         return self.operator().inner(other.operator())

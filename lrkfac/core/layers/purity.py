@@ -22,10 +22,11 @@ DROPOUTS = (
 
 
 def check_pure(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise unless a call is pure; parameters and inputs are fake tensors, all other tensors are the model's.
+    """Raise before a torch call of the model that is not pure; parameters and inputs are fake tensors, no others are.
 
     Raises:
-        ValueError: If the call would change a tensor that is not fake, such as a buffer, drop out or leave torch.
+        ValueError: If the call would change a tensor that is not fake, such as a buffer, apply dropout, or read values
+            as NumPy.
     """
     for x in _changed(func, args, kwargs):
         if isinstance(x, Tensor) and not is_fake(x):
@@ -39,9 +40,9 @@ def check_pure(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> N
     if func in DROPOUTS:
         arguments = _bound(func, args, kwargs)
         if arguments["training"] and arguments.get("p", arguments.get("dropout_p", 0.0)) > 0:
-            raise ValueError(_hidden(resolve_name(func)))
+            raise ValueError(_hidden_numbers_message(resolve_name(func)))
     if func is F.scaled_dot_product_attention and kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0:
-        raise ValueError(_hidden(resolve_name(func)))
+        raise ValueError(_hidden_numbers_message(resolve_name(func)))
 
 
 def without_random_numbers() -> AbstractContextManager[Any]:
@@ -53,11 +54,11 @@ def _check_draws_nothing(operation: Any, args: tuple[Any, ...], kwargs: dict[str
     # Attention carries the tag for its dropout, at which ``check_pure`` looks.
     drawing = torch.Tag.nondeterministic_seeded in operation.tags and "attention" not in str(operation)
     if drawing and kwargs.get("generator") is None:
-        raise ValueError(_hidden(str(operation)))
+        raise ValueError(_hidden_numbers_message(str(operation)))
     return operation(*args, **kwargs)
 
 
-def _hidden(name: str | None) -> str:
+def _hidden_numbers_message(name: str | None) -> str:
     return (
         f"model: {name} draws hidden random numbers; call eval() on the module, set the probability to 0, or pass "
         "what is drawn (a mask, noise) in the inputs"
