@@ -69,7 +69,7 @@ def low_rank_kfac(
         ValueError: If an argument is out of range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> params, x, y = {"w": torch.zeros(3, 4)}, torch.randn(8, 4), torch.randint(3, (8,))
         >>> model = lambda params, x: x @ params["w"].T
@@ -121,7 +121,7 @@ def kfac(
         ValueError: If an argument is out of range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> params, x = {"w": torch.zeros(3, 4)}, torch.randn(8, 4)
         >>> layers = lrkfac.find_layers(lambda params, x: x @ params["w"].T, params, x)
@@ -171,7 +171,7 @@ def adaptive_low_rank_kfac(
         ValueError: If an argument is out of range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> params, x, y = {"w": torch.zeros(1, 4)}, torch.randn(8, 4), torch.randn(8, 1)
         >>> model = lambda params, x: x @ params["w"].T

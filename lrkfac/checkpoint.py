@@ -46,7 +46,7 @@ def save(path: str | os.PathLike[str], params: Tree, state: Tree, layers: Layers
         ValueError: If ``path`` is a folder, or a tensor is on the device "meta".
         TypeError: If a leaf is neither tensor, number nor string, ``layers`` no layers, or ``path`` no path; names it.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, lrkfac
         >>> params = {"weight": torch.ones(2)}
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str], params: Tree, state: Tree, layers: Layers
             differ in names, classes, shapes or dtypes; says in what.
         TypeError: As ``save``.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, lrkfac
         >>> params, tx = {"weight": torch.ones(2)}, lrkfac.trace(0.9)
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -130,7 +130,7 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
         TypeError: If an argument has the wrong type, or a custom structure has a state without the
             methods ``spectrum`` and ``inner``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> params, x, y = torch.eye(3), torch.ones(4, 3), torch.tensor([0, 1, 2, 0])
         >>> model = lambda p, x: x @ p.T
@@ -264,7 +264,7 @@ def ranks_by_trace(state: Any, layers: Layers, share: float = 0.95) -> dict[str,
         ValueError: If ``share`` is out of range, if there were no statistics yet, or as ``diagnose``.
         TypeError: If an argument has the wrong type, or as ``diagnose``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> params, x, y = torch.eye(3), torch.ones(4, 3), torch.tensor([0, 1, 2, 0])
         >>> model = lambda p, x: x @ p.T

@@ -80,7 +80,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         ValueError: If a number is out of range, or as ``from_module``, ``find_layers`` and ``evaluator``.
         TypeError: If an argument has the wrong type or is missing.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
         >>> inputs, targets = torch.randn(16, 3), torch.randint(2, (16,))

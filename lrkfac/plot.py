@@ -45,7 +45,7 @@ def spectra(diagnosis: Diagnosis) -> Any:
         ImportError: Without matplotlib.
         TypeError: If it is no ``Diagnosis``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> model, params = lrkfac.from_module(torch.nn.Linear(6, 3))
         >>> inputs, targets = torch.randn(20, 6), torch.randint(3, (20,))
@@ -73,7 +73,7 @@ def captured(diagnosis: Diagnosis) -> Any:
         ImportError: Without matplotlib.
         TypeError: If it is no ``Diagnosis``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> model, params = lrkfac.from_module(torch.nn.Linear(8, 4))
         >>> inputs, targets = torch.randn(20, 8), torch.randint(4, (20,))
@@ -110,7 +110,7 @@ def history(diagnoses: Sequence[Diagnosis], steps: Sequence[int] | None = None) 
         ValueError: If there is none, or the lengths differ.
         TypeError: If one is no ``Diagnosis``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> model, params = lrkfac.from_module(torch.nn.Linear(5, 2))
         >>> inputs, targets = torch.randn(30, 5), torch.randint(2, (30,))

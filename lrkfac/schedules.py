@@ -40,7 +40,7 @@ def constant_schedule(value: float) -> Schedule:
         ValueError: If ``value`` is not finite.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> constant_schedule(0.1)(torch.tensor(7))
         0.1
     """
@@ -73,7 +73,7 @@ def exponential_decay(
         ValueError: If an argument is out of range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> exponential_decay(1.0, transition_steps=10, decay_rate=0.5)(torch.tensor(20)).item()
         0.25
     """
@@ -106,7 +106,7 @@ def warmup_cosine_decay_schedule(
         ValueError: If a value is not finite, or the steps are out of order.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> schedule = warmup_cosine_decay_schedule(0.0, 0.1, warmup_steps=10, decay_steps=100)
         >>> [round(schedule(torch.tensor(step)).item(), 3) for step in (0, 5, 10, 55, 100)]
         [0.0, 0.05, 0.1, 0.05, 0.0]
@@ -135,7 +135,7 @@ def piecewise_constant_schedule(init_value: float, boundaries_and_scales: Mappin
         ValueError: If a value is not finite, or a boundary is negative.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> piecewise_constant_schedule(1.0, {100: 0.5})(torch.tensor(100)).item()
         0.5
     """
@@ -163,7 +163,7 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
         ValueError: If there is not one boundary between each two schedules, or they are not positive and rising.
         TypeError: If a schedule is not callable.
 
-    Example:
+    Examples:
         >>> join_schedules([constant_schedule(1.0), constant_schedule(2.0)], [5])(torch.tensor(5)).item()
         2.0
     """

@@ -34,7 +34,7 @@ def state_dict(tree: Tree) -> dict[str, Any]:
     Raises:
         TypeError: If a leaf is something else; names it.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> state = lrkfac.trace(0.9).init({"weight": torch.zeros(2)})
         >>> lrkfac.checkpoint.state_dict(state)
@@ -57,7 +57,7 @@ def from_state_dict(like: Tree, state_dict: Mapping[str, Any]) -> Tree:
         ValueError: If a leaf is missing, unexpected, or has another shape or dtype, or no values; names it.
         TypeError: If ``state_dict`` is no mapping, or a leaf no tensor or number.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> fresh = lrkfac.trace(0.9).init({"weight": torch.zeros(2)})
         >>> lrkfac.checkpoint.from_state_dict(fresh, {"trace.weight": torch.tensor([1.0, 2.0])})

@@ -63,7 +63,7 @@ def architectures(draw: st.DrawFn, max_depth: int = 4, dtype: torch.dtype | None
     Their layers are linear layers in any spelling, convolutions, embeddings (also tied), normalisations, scales and
     shifts, with activations (also in place), residual connections and weights that are used several times.
 
-    Example:
+    Examples:
         >>> from hypothesis import given
         >>> @given(architectures(max_depth=0))
         ... def test(case):

@@ -27,7 +27,7 @@ def check_inverse(operator: Operator, damping: float | Tensor) -> None:
     The inverse has the same class, is symmetric and positive definite, and equals the dense inverse. ``matvec`` and
     ``to_dense`` agree, and inverting twice returns the start. Tolerances grow with the condition number.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.linalg import Dense
         >>> check_inverse(Dense(torch.eye(3)), damping=0.1)
@@ -77,7 +77,7 @@ def check_structure(
     semi-definite and of the scale of the batches. ``inverse`` is positive definite and the inverse of the average plus
     damping. ``vmap`` over two factors equals one after the other.
 
-    Example:
+    Examples:
         >>> from lrkfac.structures import low_rank
         >>> check_structure(low_rank(2))
 
@@ -140,7 +140,7 @@ def check_transformation(
     Equal calls give equal results, in a chain the same as alone, and under ``vmap`` over two models the same as for
     each of them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac import trace
         >>> check_transformation(trace(0.9), {"w": torch.ones(3, 2)})

@@ -22,7 +22,7 @@ def check_layer_kind(kind: LayerKind, *args: Any, **kwargs: Any) -> None:
     * each example's output depends on this example alone;
     * the input does not depend on the weight.
 
-    Example:
+    Examples:
         >>> import torch
         >>> kind = LayerKind("linear", lambda x, w: x @ w.mT, lambda x, w: x @ w.mT)
         >>> check_layer_kind(kind, torch.ones(5, 3).double(), torch.eye(2, 3).double())

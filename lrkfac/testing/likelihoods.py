@@ -28,7 +28,7 @@ def check_likelihood(
     * ``sample`` depends on nothing but its arguments, and over draws the gradient of the negative log-likelihood
       has mean 0 and second moment ``S Sᵀ``, each within six standard errors.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac import poisson
         >>> check_likelihood(poisson(), torch.zeros(2, 3).double(), torch.ones(2, 3).double(), samples=1000)

@@ -38,7 +38,7 @@ def covariances(
 ) -> RowCovariance:
     """Draw second moments of ``n`` rows, also with fewer rows than columns, dead columns, or nothing but zeros.
 
-    Example:
+    Examples:
         >>> from hypothesis import given
         >>> @given(covariances(max_dimension=4))
         ... def test(covariance):
@@ -164,7 +164,7 @@ def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> LayerCase:
 def gradients(like: Tree, seed: int = 0) -> Tree:
     """Return a tree of normal numbers with the shapes, dtypes and devices of another.
 
-    Example:
+    Examples:
         >>> import torch
         >>> gradients({"w": torch.ones(2, 3)})["w"].shape
         torch.Size([2, 3])

@@ -63,7 +63,7 @@ def accumulate(inner: GradientTransformation, every: int) -> GradientTransformat
             state do not fit, or ``evaluation`` has statistics.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> tx = accumulate(lrkfac.scale(-1.0), every=2)
         >>> first, state = tx.update(torch.tensor([1.0]), tx.init(torch.zeros(1)))

@@ -39,7 +39,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
         ValueError: If an argument is out of range; in ``update``, if the tree is not that of ``init``.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tx = scale_by_adam()
         >>> tx.update(torch.tensor([-3.0, 0.1]), tx.init(torch.zeros(2)))[0].round(decimals=3)

@@ -40,7 +40,7 @@ def ema_params(decay: float = 0.99) -> GradientTransformation:
         ValueError: If ``decay`` lies outside [0, 1); in ``update``, if ``params`` is missing or the trees do not fit.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tx, params = ema_params(), torch.zeros(1)
         >>> state = tx.init(params)

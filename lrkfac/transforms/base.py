@@ -30,7 +30,7 @@ class GradientTransformation(NamedTuple):
         init: Returns the state before the first step.
         update: Returns new updates and the next state.
 
-    Example:
+    Examples:
         >>> import torch
         >>> def update(updates, state, params=None, **extra):
         ...     return updates.sign(), state
@@ -99,7 +99,7 @@ def identity() -> GradientTransformation:
     Returns:
         A transformation without state.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tx = identity()
         >>> tx.update(torch.ones(2), tx.init(torch.zeros(2)))
@@ -121,7 +121,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         TypeError: If an argument is no ``GradientTransformation``.
         ValueError: In ``update``, if the state is not one of this chain.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> tx = chain(lrkfac.trace(0.9), lrkfac.scale(-0.1))
         >>> updates, state = tx.update(torch.ones(2), tx.init(torch.zeros(2)))
@@ -173,7 +173,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         ValueError: If the two trees differ in structure, shapes or devices; names the leaf.
         TypeError: If a leaf of ``params`` is no floating-point tensor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([1.0, -1.0])})
         {'w': tensor([2., 0.])}

@@ -37,7 +37,7 @@ def clip(max_delta: float | Tensor) -> GradientTransformation:
         ValueError: If ``max_delta`` is not a positive finite number.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tx = clip(1.0)
         >>> tx.update(torch.tensor([-3.0, 0.5]), tx.init(torch.zeros(2)))[0]
@@ -59,7 +59,7 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
         ValueError: If ``max_norm`` is not a positive finite number.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tx = clip_by_global_norm(1.0)
         >>> tx.update(torch.tensor([3.0, 4.0]), tx.init(torch.zeros(2)))[0]
@@ -93,7 +93,7 @@ def clip_by_kl(kl_clip: float, learning_rate: PerParameter = 1.0) -> GradientTra
             it is a tree that does not fit.
         TypeError: In ``update``, if ``evaluation`` is missing.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> params, x = {"w": torch.zeros(1, 2)}, torch.eye(2)
         >>> model = lambda params, x: x @ params["w"].T

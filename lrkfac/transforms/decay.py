@@ -32,7 +32,7 @@ def add_decayed_weights(weight_decay: PerParameter) -> GradientTransformation:
             ``params`` is missing or differs from the updates.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tx, params = add_decayed_weights(0.1), torch.ones(2)
         >>> tx.update(torch.zeros(2), tx.init(params), params)[0]

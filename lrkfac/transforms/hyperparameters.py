@@ -65,7 +65,7 @@ def inject_hyperparams(
         TypeError: If ``factory`` does not make a ``GradientTransformation``, if a function is no schedule, or there is
             no hyperparameter.
 
-    Example:
+    Examples:
         >>> import lrkfac
         >>> tx = inject_hyperparams(lrkfac.scale)(factor=2.0)
         >>> state = tx.init(torch.zeros(1))

@@ -54,7 +54,7 @@ def masked(inner: GradientTransformation, mask: Tree | Callable[[Tree], Tree]) -
         TypeError: If ``inner`` is no ``GradientTransformation``; in ``init`` and ``update``, if a leaf of the mask is
             no ``bool``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> tx = masked(lrkfac.scale(-1.0), {"encoder": True, "head": False})
         >>> updates = {"encoder": torch.ones(1), "head": torch.ones(1)}
@@ -94,7 +94,7 @@ def partition(
             the state is another's.
         TypeError: If something is no ``GradientTransformation``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> tx = partition({"up": lrkfac.scale(1.0), "down": lrkfac.scale(-1.0)}, {"encoder": "up", "head": "down"})
         >>> updates = {"encoder": torch.ones(1), "head": torch.ones(1)}

@@ -34,7 +34,7 @@ def trace(decay: PerParameter, nesterov: bool = False) -> GradientTransformation
             ``update``, if the tree is not that of ``init``.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tx = trace(0.5)
         >>> state = tx.init(torch.zeros(2))

@@ -118,7 +118,7 @@ def precondition_by_fisher(
             ``update``, if the tree, the state or the statistics are not those of ``layers``.
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> params, x, y = torch.eye(3), torch.randn(8, 3), torch.randint(3, (8,))
         >>> model = lambda p, x: x @ p.T

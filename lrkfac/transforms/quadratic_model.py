@@ -112,7 +112,7 @@ def scale_by_quadratic_model(
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
         NotImplementedError: In ``update``, if the model uses an operation without forward derivative; names it.
 
-    Example:
+    Examples:
         >>> import lrkfac
         >>> params, x = {"w": torch.zeros(3)}, torch.eye(3)
         >>> model = lambda params, x: (x @ params["w"][:, None])

@@ -50,7 +50,7 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
         ValueError: If ``max_consecutive_errors`` is below 1; in ``update``, if the state is another's.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> tx = apply_if_finite(lrkfac.scale(-1.0), max_consecutive_errors=3)
         >>> updates, state = tx.update(torch.tensor([float("nan")]), tx.init(torch.zeros(1)))

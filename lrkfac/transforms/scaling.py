@@ -37,7 +37,7 @@ def scale(factor: float | Tensor) -> GradientTransformation:
         ValueError: If ``factor`` is a non-finite number.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tx = scale(-0.5)
         >>> tx.update(torch.ones(2), tx.init(torch.zeros(2)))[0]
@@ -60,7 +60,7 @@ def scale_by_learning_rate(learning_rate: PerParameter) -> GradientTransformatio
         ValueError: If it is a negative or non-finite number; in ``init``, if it is a tree that does not fit.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tx = scale_by_learning_rate({"encoder": 0.0, "head": 0.1})
         >>> gradients = {"encoder": torch.ones(1), "head": torch.ones(1)}

@@ -19,7 +19,7 @@ class LazyMatrix:
     ``lrkfac.materialize(tree)``, or the end of a chain, computes the sum, in the one product that the gradient needs
     anyway and one pass over memory for each further term.
 
-    Example:
+    Examples:
         >>> import torch
         >>> g, a = torch.ones(5, 2), torch.ones(5, 3)
         >>> gradient = LazyMatrix(g, a, torch.float32)

@@ -75,7 +75,7 @@ def zero_unless(condition: Tensor, x: Tree) -> Tree:
 def materialize(x: Tree) -> Tree:
     """Return the tree with each ``LazyMatrix`` computed, so that all leaves are tensors.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac import LazyMatrix
         >>> gradient = LazyMatrix(torch.ones(5, 2), torch.ones(5, 3), torch.float32)

@@ -109,7 +109,7 @@ def explain(
         ValueError: If both ``rank`` and ``budget`` are given, not even rank 1 fits, or as ``precondition_by_fisher``.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> layers = lrkfac.find_layers(lambda p, x: x @ p, torch.ones(20, 30), torch.ones(4, 20))
         >>> explanation = lrkfac.explain(layers, rank=2)

@@ -32,7 +32,7 @@ def factor_drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
         ValueError: If the layers differ, or the structures that represent them.
         TypeError: If an argument is no mapping of states.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> params, x, y = torch.eye(3), torch.ones(4, 3), torch.tensor([0, 1, 2, 0])
         >>> model = lambda p, x: x @ p.T

@@ -109,7 +109,7 @@ def unit_wise() -> ExactStructure:
     Returns:
         A structure for ``precondition_by_fisher``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.structures import unit_wise
         >>> tuple(unit_wise().init(2, 5, torch.zeros(())).block.matrix.shape)  # d_in, d_out
@@ -124,7 +124,7 @@ def layer_wise() -> ExactStructure:
     Returns:
         A structure for ``precondition_by_fisher``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.structures import layer_wise
         >>> tuple(layer_wise().init(2, 5, torch.zeros(())).block.matrix.shape)  # d_in, d_out
@@ -139,7 +139,7 @@ def full() -> ExactStructure:
     Returns:
         A structure for ``precondition_by_fisher``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> layers = lrkfac.find_layers(lambda p, x: x @ p, torch.ones(2, 3), torch.ones(4, 2))
         >>> print(lrkfac.explain(layers, lrkfac.structures.full()).layers[""].structure)

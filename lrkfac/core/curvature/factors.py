@@ -116,7 +116,7 @@ def dense() -> DenseStructure:
     Returns:
         A factor structure for ``kronecker``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.structures import dense
         >>> tuple(dense().init(3, torch.zeros(())).matrix.shape)
@@ -131,7 +131,7 @@ def diagonal() -> DiagonalStructure:
     Returns:
         A factor structure for ``kronecker``, and a structure for ``precondition_by_fisher``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.structures import diagonal
         >>> tuple(diagonal().init(3, torch.zeros(())).diagonal.shape)

@@ -205,7 +205,7 @@ def low_rank(
         ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` is negative, or an option is unknown.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.structures import low_rank
         >>> tuple(low_rank(2).init(10, torch.zeros(())).vectors.shape)
@@ -247,7 +247,7 @@ def low_rank_plus_diagonal(
         ValueError: If ``rank`` or ``iterations`` is below 1, ``weight`` is negative, or an option is unknown.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.structures import low_rank_plus_diagonal
         >>> tuple(low_rank_plus_diagonal(2).init(10, torch.zeros(())).diagonal.shape)

@@ -61,7 +61,7 @@ class FactorStructure(ABC):
             not, several are mapped over by ``vmap``.
         stands_alone: Whether it may hold the whole block of a layer outside of ``kronecker``.
 
-    Example:
+    Examples:
         >>> import lrkfac
         >>> isinstance(lrkfac.structures.dense(), lrkfac.structures.FactorStructure)
         True

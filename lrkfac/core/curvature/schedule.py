@@ -30,7 +30,7 @@ def round_robin_refresh(layers: Layers, every: int) -> RoundRobin:
         ValueError: If ``every`` is below 1; when called, if the step is below 0.
         TypeError: If ``every``, or a step, is no integer, or ``layers`` is not from ``find_layers``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> model, params = lrkfac.from_module(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)))
         >>> layers = lrkfac.find_layers(model, params, torch.randn(8, 3))

@@ -42,7 +42,7 @@ def kronecker(
             ``corrected`` is no truth value.
         ValueError: If ``treatment`` is unknown.
 
-    Example:
+    Examples:
         >>> from lrkfac.structures import dense, kronecker, low_rank
         >>> kronecker(low_rank(8), dense()).description()
         'A rank 8, B dense'

@@ -32,7 +32,7 @@ class Evaluation(NamedTuple):
             has a weight); with several heads, the number of examples.
         thin: Whether leaves of ``grads`` and of the updates made of them may be ``LazyMatrix``, see ``evaluator``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> model = lambda params, inputs: inputs @ params["w"]
         >>> params, inputs, targets = {"w": torch.zeros(3, 2)}, torch.ones(4, 3), torch.tensor([0, 1, 1, 1])

@@ -73,7 +73,7 @@ def evaluator(
         ValueError: If an option is unknown or out of range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> model, params = lrkfac.from_module(torch.nn.Linear(3, 2))
         >>> inputs, targets = torch.randn(8, 3), torch.randint(2, (8,))

@@ -43,7 +43,7 @@ def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
         ValueError: If there is none, or trees, layers or lengths differ.
         TypeError: If one is no ``Evaluation``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> model, params = lrkfac.from_module(torch.nn.Linear(3, 2))
         >>> inputs, targets = torch.randn(8, 3), torch.randint(2, (8,))

@@ -33,7 +33,7 @@ class LayerKind:
     ``F.bilinear``, it calls that, and need not be changed. A kind copies and pickles where its functions do, and kinds
     with equal attributes are equal.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac import find_layers
         >>> product = LayerKind("product of two inputs", lambda x, y, w: (x * y) @ w.mT, lambda a, w: a @ w.mT,

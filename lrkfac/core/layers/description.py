@@ -40,7 +40,7 @@ class Parameter:
 class Layer:
     """One weight of a model with the operations that use it, as static data.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac import find_layers, from_module
         >>> model, params = from_module(torch.nn.Sequential(torch.nn.Linear(3, 2)))
@@ -93,7 +93,7 @@ class Layers:
 
     A name picks a layer: ``layers["net.0"]``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac import find_layers
         >>> model = lambda params, x: torch.tanh(x @ params["w"].T + params["b"]) * params["scale"].exp()

@@ -35,7 +35,7 @@ def find_layers(
     A parameter is covered where every use of it is the weight (or the bias) of an operation that the
     package knows; each other parameter is listed with the operation that used it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac import from_module
         >>> model, params = from_module(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()))

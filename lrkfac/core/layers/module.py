@@ -24,7 +24,7 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
     frozen: constants of the function, not among ``params``. The function copies, pickles and saves where the module
     does.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model, params = from_module(torch.nn.Linear(3, 2))
         >>> {name: tuple(p.shape) for name, p in params.items()}

@@ -24,7 +24,7 @@ class Statistics(NamedTuple):
             use at all (``"forward_only"``) stands for ``B = I``.
         scale: Factor of the sum, ``[]``.
 
-    Example:
+    Examples:
         >>> import torch, lrkfac
         >>> model, params = lrkfac.from_module(torch.nn.Linear(3, 2))
         >>> inputs, targets = torch.randn(8, 3), torch.randint(2, (8,))

@@ -16,7 +16,7 @@ def bernoulli() -> Likelihood:
 
     Outputs and targets are ``[N, ...]``, and all axes but the first are summed over. ``H = diag(p (1 - p))``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> outputs, targets = torch.zeros(2, 3), torch.ones(2, 3)
         >>> round(bernoulli().loss(outputs, targets).item(), 4)  # 3 log 2

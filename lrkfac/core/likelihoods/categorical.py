@@ -34,7 +34,7 @@ def categorical(
     An ignored target says nothing about the outputs: its rows ``g`` are zero. Its rows ``a`` enter the input factor
     ``A`` like all others, since ``A`` is the mean over whatever the layer received.
 
-    Example:
+    Examples:
         >>> import torch
         >>> outputs, targets = torch.zeros(3, 4), torch.tensor([0, 2, -100])
         >>> loss = categorical(ignore_index=-100).loss(outputs, targets)  # log 4

@@ -18,7 +18,7 @@ def gaussian(variance: float | Tensor = 1.0) -> Likelihood:
     Outputs and targets are ``[N, ...]``, and all axes but the first are summed over. The loss is
     ``Σ (s - y)² / (2 variance)`` without the normalising constant; ``H = diag(1 / variance)``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> outputs, targets = torch.zeros(2, 3), torch.ones(2, 3)
         >>> gaussian().loss(outputs, targets)  # 3 times 1/2

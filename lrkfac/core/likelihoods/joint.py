@@ -154,7 +154,7 @@ def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:
     The Fisher matrix is the same sum. The model returns a tree (dictionary, tuple, list, NamedTuple) of outputs, and
     targets are a tree of the same structure.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac import bernoulli, categorical, evaluator, find_layers
         >>> model = lambda params, x: {"mask": x @ params["mask"], "class": x @ params["class"]}

@@ -21,7 +21,7 @@ def poisson() -> Likelihood:
     depend on nothing else. Targets need not be whole numbers: for means of counts, or counts in another unit, this is
     the quasi-likelihood.
 
-    Example:
+    Examples:
         >>> import torch
         >>> outputs, targets = torch.zeros(2, 3), torch.ones(2, 3)
         >>> poisson().loss(outputs, targets)  # 3 times exp(0) - 1 * 0

@@ -31,7 +31,7 @@ from lrkfac.core.base.dtypes import wide
 class Weights(NamedTuple):
     """The weights of the terms of a likelihood, each of the shape of the outputs without the axes of one term.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac import categorical
         >>> outputs, targets = torch.zeros(3, 2), torch.tensor([0, 1, -1])
@@ -56,7 +56,7 @@ class Likelihood:
     is any square root ``H = S Sᵀ`` of the Hessian ``H`` of one term's negative log-likelihood in its outputs (of the
     Fisher matrix where they differ). A likelihood copies and pickles where its functions do.
 
-    Example:
+    Examples:
         >>> import torch
         >>> laplace = Likelihood(
         ...     "laplace",

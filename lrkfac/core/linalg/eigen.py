@@ -39,7 +39,7 @@ def power_iteration(
         ValueError: If ``rank`` or ``max_iterations`` is below 1 or ``start`` has too few rows or columns.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.linalg import power_iteration
         >>> M = torch.diag(torch.tensor([1.0, 5.0, 2.0]))
@@ -92,7 +92,7 @@ def subspace_iteration(
         ValueError: If ``rank`` or ``iterations`` is below 1 or ``start`` has too few rows or columns.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.linalg import subspace_iteration
         >>> M = torch.diag(torch.tensor([1.0, 5.0, 2.0]))

@@ -30,7 +30,7 @@ def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:
             together.
         TypeError: If ``operator`` is not one of the package's operators.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.linalg import Diagonal, inverse
         >>> inverse(Diagonal(torch.tensor([1.0, 3.0])), damping=1.0).diagonal
@@ -102,7 +102,7 @@ def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
         ValueError: If the entries of ``operator`` do not fit together.
         TypeError: If it is no ``LowRankPlusDiagonal`` of floating-point tensors.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.linalg import LowRankPlusDiagonal, woodbury
         >>> vectors = torch.tensor([[1.0], [1.0]])
@@ -148,7 +148,7 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
         ValueError: If the entries of ``operator`` do not fit together.
         TypeError: If it is no ``LowRankPlusDiagonal`` of floating-point tensors.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.linalg import LowRankPlusDiagonal, sherman_morrison
         >>> vectors = torch.tensor([[1.0], [1.0]])

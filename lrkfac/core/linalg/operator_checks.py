@@ -27,7 +27,7 @@ def to_dense(operator: Operator) -> Float[Tensor, "d d"]:
         TypeError: If ``operator`` is not one of the package's operators, or its entries are no floating-point tensors.
         ValueError: If their shapes or devices do not fit together.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.linalg import Diagonal, to_dense
         >>> to_dense(Diagonal(torch.tensor([1.0, 2.0])))

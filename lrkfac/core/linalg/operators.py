@@ -52,7 +52,7 @@ class Diagonal(NamedTuple):
     Attributes:
         diagonal: Its entries, ``[d]``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.linalg import Diagonal
         >>> Diagonal(torch.tensor([1.0, 2.0])).matvec(torch.ones(2))
@@ -93,7 +93,7 @@ class Dense(NamedTuple):
     Attributes:
         matrix: Its entries, ``[d, d]``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.linalg import Dense
         >>> Dense(torch.eye(2)).trace()
@@ -137,7 +137,7 @@ class LowRankPlusDiagonal(NamedTuple):
         values: ``[r]``; may be negative.
         diagonal: ``[d]``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.linalg import LowRankPlusDiagonal
         >>> M = LowRankPlusDiagonal(torch.ones(3, 1), torch.tensor([2.0]), torch.ones(3))
@@ -195,7 +195,7 @@ class Kronecker(NamedTuple):
         output: Operator of dimension ``d_out``.
         input: Operator of dimension ``d_in``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lrkfac.linalg import Diagonal, Kronecker
         >>> Kronecker(Diagonal(torch.tensor([1.0, 2.0])), Diagonal(torch.ones(3))).to_dense().diagonal()
