@@ -9,14 +9,7 @@ import torch
 from torch.func import vmap
 
 from tests.compiling import traced
-from tests.core.evaluation.test_evaluator import (
-    CASE,
-    P,
-    close,
-    each_estimator,
-    layers_and_evaluate,
-    noise_for,
-)
+from tests.core.evaluation.test_evaluator import CASE, P, close, each_estimator, layers_and_evaluate, noise_for
 from tests.marks import requires_compiler
 
 

@@ -125,10 +125,7 @@ ACCEPTED = {
     "detached activation": (lambda p, x: last(p, linear(p, x).detach().tanh()), {}),
     "detached in one use of two": (lambda p, x: last(p, linear(p, x).tanh()) * linear(p, x).detach(), {}),
     "detached input": (lambda p, x: last(p, linear(p, linear(p, x).tanh().detach())), {}),
-    "straight-through estimator": (
-        lambda p, x: (lambda h: last(p, h + (h.sign() - h).detach()))(linear(p, x)),
-        {},
-    ),
+    "straight-through estimator": (lambda p, x: (lambda h: last(p, h + (h.sign() - h).detach()))(linear(p, x)), {}),
     "constants under no_grad": (
         lambda p, x: last(p, linear(p, x)) + torch.no_grad()(lambda h: x.mean() + h.shape[0])(linear(p, x)),
         {},
