@@ -11,7 +11,6 @@ from lrkfac import materialize, precondition_by_fisher
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.curvature import precondition as natural
 from lrkfac.structures import dense, kronecker, low_rank
-from tests.compiling import traced
 from tests.core.curvature.test_refresh import STRUCTURES, Operations, close
 
 STRUCTURES = STRUCTURES | {
@@ -143,22 +142,3 @@ def test_under_vmap_and_derivatives(thin):
     total = lambda scale: sum(u.sum() for u in optree.tree_leaves(of(parts, scale)))  # noqa: E731
     one = torch.ones((), dtype=torch.float64)
     close(grad(total)(one), total(one))
-
-
-@pytest.mark.slow
-def test_compiled_equals_eager():
-    """The update alone; of a whole step, tests/test_compiled_step.py."""
-    torch.compiler.reset()
-    tx, state, e = started(*deep(2))
-    names = [name for name, one in e.grads.items() if isinstance(one.get("w"), LazyMatrix)]
-    rows = {name: (e.grads[name]["w"].left, e.grads[name]["w"].right.contiguous()) for name in names}
-
-    def of(rows, grads):
-        held = {name: {**grads[name], "w": LazyMatrix(*pair, pair[0].dtype)} for name, pair in rows.items()}
-        return materialize(tx.update({**grads, **held}, state, evaluation=e)[0])
-
-    grads = materialize(e.grads)
-    compiled = traced(of)
-    close(compiled(rows, grads), of(rows, grads))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        compiled(optree.tree_map(lambda x: 2 * x, rows), grads)
