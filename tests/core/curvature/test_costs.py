@@ -16,7 +16,6 @@ from tests import cases
 from tests.transforms.test_precondition import cast, layers_and_evaluate
 
 MLP, SHIFT, STRIDE, GROUPS = cases.LINEAR[0], cases.LINEAR[6], cases.CONVOLUTION[0], cases.CONVOLUTION[3]
-CASES = pytest.mark.parametrize("case", [MLP, SHIFT, STRIDE, GROUPS], ids=lambda case: case.name)
 STRUCTURES = {
     "low rank": {"rank": 2},
     "auto": {"rank": "auto"},
@@ -27,37 +26,32 @@ STRUCTURES = {
     "layer": {"structure": lrkfac.structures.layer_wise()},
     "full": {"structure": lrkfac.structures.full()},
 }
-each_structure = pytest.mark.parametrize("options", STRUCTURES.values(), ids=STRUCTURES.keys())
 
 
 def size(tree):
     return sum(x.numel() * x.element_size() for x in optree.tree_leaves(tree))
 
 
-@CASES
-@each_structure
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bytes_are_those_of_the_state(case, options, dtype):
-    """Of each layer and in all, at the start and after a step."""
-    case = cast(case, dtype)
-    layers, evaluate = layers_and_evaluate(case)
-    tx, found = precondition_by_fisher(layers, **options), explain(layers, dtype=dtype, **options)
-    start, e = tx.init(case.params), evaluate(case.params)
-    for state in (start, tx.update(e.grads, start, case.params, evaluation=e)[1]):
-        assert found.total.bytes == size(state)
-        of_layers = {name: size(block) for name, block in state.blocks.items()}
-        assert {name: cost.bytes for name, cost in found.layers.items()} == of_layers
+SMALL = [(MLP, options) for options in STRUCTURES.values()] + [(SHIFT, STRUCTURES["auto"])]
+SMALL += [(STRIDE, STRUCTURES["mixed"]), (GROUPS, STRUCTURES["low rank"]), (GROUPS, STRUCTURES["corrected"])]
 
 
-@CASES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_dtype_is_that_of_the_parameters(case, dtype):
-    case = cast(case, dtype)
-    layers = lrkfac.find_layers(case.model, case.params, case.inputs)
-    assert {p.dtype for p in layers.parameters} == {dtype}
-    assert explain(layers, rank=2).total.bytes == size(precondition_by_fisher(layers, rank=2).init(case.params))
-    budget = explain(layers, rank=2).total.bytes
-    assert explain(layers, budget=budget).total.bytes <= budget
+@pytest.mark.parametrize("case, options", SMALL)
+def test_bytes_are_those_of_the_state(case, options):
+    """Of each layer and in all, at the start and after a step; the dtype is that of the parameters."""
+    for dtype in (torch.float64, torch.bfloat16):
+        case = cast(case, dtype)
+        layers, evaluate = layers_and_evaluate(case)
+        tx, explanation = precondition_by_fisher(layers, **options), explain(layers, **options)
+        states = [tx.init(case.params)]
+        if dtype == torch.float64:
+            assert str(explain(layers, dtype=dtype, **options)) == str(explanation)
+            e = evaluate(case.params)
+            states.append(tx.update(e.grads, states[0], case.params, evaluation=e)[1])
+        for state in states:
+            assert explanation.total.bytes == size(state)
+            of_layers = {name: size(block) for name, block in state.blocks.items()}
+            assert {name: cost.bytes for name, cost in explanation.layers.items()} == of_layers
 
 
 def counted(f):
@@ -74,11 +68,7 @@ def by_shapes(formula):
 
 LINEAR = [(MLP, STRUCTURES[name], 0) for name in ("low rank", "auto", "by name", "mixed", "corrected")]
 # torch counts the backward pass of a grouped convolution once for each group.
-OTHERS = [
-    (STRIDE, {"rank": 2}, 0.1),
-    (GROUPS, {"rank": 1}, 0.5),
-    (MLP, {"structure": lrkfac.structures.unit_wise()}, 0.1),
-]
+OTHERS = [(STRIDE, {"rank": 2}, 0.1), (GROUPS, {"rank": 1}, 0.5), (MLP, STRUCTURES["unit"], 0.1)]
 
 
 @pytest.mark.parametrize("case, options, tolerance", LINEAR + OTHERS)
@@ -95,22 +85,15 @@ def test_operations_are_those_that_torch_counts_in_a_step(case, options, toleran
     assert abs(whole - plain - expected) <= tolerance * expected
 
 
-@settings(max_examples=10)
-@given(st.integers(1, 40), st.integers(1, 40), st.booleans(), st.integers(1, 5))
-def test_operations_by_hand(d_in, d_out, joint, r):
-    """Dense factors: Cholesky and inverse, ``rowsᵀ rows``, two products. Low rank: all by ``r``."""
+@pytest.mark.parametrize("d_in, d_out, joint", [(1, 1, False), (3, 20, True), (30, 17, False), (17, 17, True)])
+def test_operations_by_hand(d_in, d_out, joint):
+    """Dense factors: Cholesky and inverse, ``rowsᵀ rows``, two products."""
     params = {"w": torch.ones(d_out, d_in), **({"b": torch.ones(d_out)} if joint else {})}
     layers = lrkfac.find_layers(lambda p, x: F.linear(x, p["w"], p.get("b")), params, torch.ones(2, d_in))
     a, b = d_in + joint, d_out
     (cost,) = explain(layers, kronecker(dense(), dense())).layers.values()
     assert abs(cost.refresh - a**3 - b**3) <= 4
-    assert cost.refresh_per_row == 2 * a * a + 2 * b * b
-    assert cost.apply == 2 * b * b * a + 2 * b * a * a
-    if min(a, b) > r + 2:
-        (cost,) = explain(layers, rank=r).layers.values()
-        assert cost.apply == 8 * r * b * d_in + 4 * r * r * b + joint * 6 * r * b
-        assert cost.refresh_per_row <= 8 * (r + 4) * (a + b) + 4 * a
-        assert cost.bytes <= 4 * ((2 * r + 1) * (a + b) + a + 2 * b + 4 * r + 3) + 16
+    assert cost.refresh_per_row == 2 * a * a + 2 * b * b and cost.apply == 2 * b * b * a + 2 * b * a * a
 
 
 WIDE = {"w": torch.ones(50, 40), "v": torch.ones(30, 50), "u": torch.ones(3, 30), "s": torch.ones(50)}
@@ -121,6 +104,7 @@ def of(rank):
     return ranks._bytes(WIDE_LAYERS, None, rank, torch.float32, {})
 
 
+@settings(max_examples=10)
 @given(st.integers(3000, 200_000))
 def test_a_budget_is_kept_and_used(budget):
     """No common rank above the least would fit, nor one more for any layer that has the least."""
@@ -155,12 +139,10 @@ def test_auto_where_nothing_takes_a_rank():
     x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
     layers = lrkfac.find_layers(model, params, x)
     e = lrkfac.evaluator(model, lrkfac.categorical(), layers)(params, x, y)
-    found = []
-    for tx in (precondition_by_fisher(layers), precondition_by_fisher(layers, rank="auto")):
-        found.append(tx.update(e.grads, tx.init(params), params, evaluation=e)[0])
-    assert all(torch.equal(found[0][k], found[1][k]) for k in params)
-    for make in (lrkfac.low_rank_kfac(layers, 0.1, rank="auto"), lrkfac.adaptive_low_rank_kfac(layers, rank="auto")):
-        make.update(e.grads, make.init(params), params, evaluation=e)
+    for make in (precondition_by_fisher, lambda layers, **rank: lrkfac.low_rank_kfac(layers, 0.1, **rank)):
+        plain, auto = (make(layers, **rank) for rank in ({}, {"rank": "auto"}))
+        updates = [tx.update(e.grads, tx.init(params), params, evaluation=e)[0] for tx in (plain, auto)]
+        assert all(torch.equal(updates[0][k], updates[1][k]) for k in params)
     assert explain(layers, rank="auto").ranks == {}
 
 
@@ -180,22 +162,17 @@ def test_print_shows_each_layer_and_the_sum():
     lines = str(explain(WIDE_LAYERS, rank=4)).splitlines()
     assert [line.split()[0] for line in lines[2:]] == [layer.name for layer in WIDE_LAYERS] + ["all"]
     assert "A rank 4, B rank 4 + diagonal" in lines[2] and "dense per unit" in str(lines)
-    assert "(all layers)" in str(explain(WIDE_LAYERS, lrkfac.structures.full()))
 
 
-@pytest.mark.parametrize(
-    "options, error, words",
-    [
-        ({"rank": 2, "budget": 10**6}, ValueError, "budget: expected rank or budget, got both"),
-        ({"budget": True}, TypeError, "budget: expected an integer"),
-        ({"rank": {"v": 0}}, ValueError, "rank: expected an integer >= 1 for 'v', got 0"),
-        ({"rank": {"z": 2}}, ValueError, "rank: the pattern 'z' matches none of the layers"),
-        ({"rank": {"s": 2}}, ValueError, "rank: the pattern 's' matches none of the layers"),
-        ({"rank": {"*": 2, "v": 3}}, ValueError, "rank: the pattern 'v' decides for no layer"),
-        ({"rank": "auto", "structure": kronecker(dense(), dense())}, ValueError, "rank: the structure decides"),
-        ({"budget": 10**6, "structure": lrkfac.structures.full()}, ValueError, "rank: the structure decides"),
-    ],
-)
-def test_refusals(options, error, words):
-    with pytest.raises(error, match=words):
-        explain(WIDE_LAYERS, **options)
+REFUSED = {
+    "budget: expected rank or budget, got both": {"rank": 2, "budget": 10**6},
+    "rank: the pattern 's' matches none of the layers": {"rank": {"s": 2}},
+    "rank: the pattern 'v' decides for no layer": {"rank": {"*": 2, "v": 3}},
+    "rank: the structure decides": {"rank": "auto", "structure": kronecker(dense(), dense())},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refusals(words):
+    with pytest.raises(ValueError, match=words):
+        explain(WIDE_LAYERS, **REFUSED[words])

@@ -28,14 +28,10 @@ def basis(d, r, seed):
 def are_those_of(found, matrices, u, v, scale):
     """``matrices`` ``[n, d_out, d_in]``."""
     left, right = u.mT @ matrices, matrices @ v
-    expected = (
-        (left @ v).square().sum(0),
-        left.square().sum((0, 2)),
-        right.square().sum((0, 1)),
-        matrices.square().sum(),
-    )
+    whole = matrices.square().sum()
+    expected = (left @ v).square().sum(0), left.square().sum((0, 2)), right.square().sum((0, 1)), whole
     for one, value in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, scale * value, rtol=1e-9, atol=1e-10 * float(1e-6 + scale * expected[3]))
+        torch.testing.assert_close(one, scale * value, rtol=1e-9, atol=1e-10 * float(1e-6 + scale * whole))
 
 
 @given(layers(), st.data())
@@ -74,18 +70,6 @@ def test_linear_layers(positions, way, bias, monkeypatch):
     are_those_of(found, torch.einsum("knto,nti->knoi", g.reshape(2, 6, -1, 15), a).flatten(0, 1), u, v, 1.0)
 
 
-def test_biases_apart_from_their_weights():
-    def model(p, x):
-        return F.conv2d(x, p["w"], p["b"])
-
-    x, params = normal(3, 2, 4, 4), {"w": normal(5, 2, 3, 3), "b": normal(5)}
-    layer = next(one for one in find_layers(model, params, x, bias="separate") if one.kind == "bias")
-    g = normal(1, 3, 2, 2, 5)  # in standard form
-    found = LayerStatistics(layer, (torch.ones(3, 1).double(),), (g,), torch.tensor(1.0).double())
-    u, v = basis(5, 2, 0), torch.ones(1, 1).double()
-    are_those_of(found.moments(u, v), g.sum((2, 3))[0][:, :, None], u, v, 1.0)
-
-
 def test_matrices_are_formed_for_a_few_examples_at_a_time():
     x, w = normal(16, 8, 3, 3), normal(8, 8, 3, 3)
     (layer,) = find_layers(lambda p, x: F.conv2d(x, p["w"]), {"w": w}, x)
@@ -100,12 +84,13 @@ def test_matrices_are_formed_for_a_few_examples_at_a_time():
 def test_linear_layers_form_no_matrices():
     x, g = normal(8, 300), normal(1, 8, 400)
     (layer,) = find_layers(lambda p, x: F.linear(x, p["w"]), {"w": normal(400, 300)}, x)
-    found = LayerStatistics(layer, (x,), (g,), torch.tensor(1.0).double())
-    u, v = basis(400, 4, 0), basis(300, 4, 1)
-    assert largest(lambda: found.moments(u, v)) <= 8 * 400
+    statistics, u, v = (
+        LayerStatistics(layer, (x,), (g,), torch.tensor(1.0).double()),
+        basis(400, 4, 0),
+        basis(300, 4, 1),
+    )
+    assert largest(lambda: statistics.moments(u, v)) <= 8 * 400
 
-
-# What cannot be corrected -----------------------------------------------------------------------------
 
 CORRECTED = kronecker(dense(), dense(), corrected=True)
 

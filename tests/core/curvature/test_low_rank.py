@@ -1,9 +1,8 @@
 """Low-rank factors: exact in what they promise, and near the best possible in the rest."""
 
-import optree
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrkfac.core.curvature.factors import DenseStructure
@@ -44,30 +43,19 @@ def changing(d, n, steps, dtype=torch.float64, seed=0):
 
 
 @EVERY
+@settings(max_examples=8)
 @given(dimension=st.integers(1, 8), rank=st.integers(1, 9), dtype=dtypes, seed=seeds)
 def test_laws(make, dimension, rank, dtype, seed):
     check_structure(make(rank), dimension, dtype=dtype, seed=seed)
 
 
-@EVERY
+@pytest.mark.parametrize("make", [make for name, make in STRUCTURES.items() if name != "off-diagonal"])
+@settings(max_examples=8)
 @given(covariance=covariances(12, torch.float64), decay=st.floats(0, 0.99))
 def test_full_rank_is_exact(make, covariance, decay):
     structure = make(covariance.rows.shape[1])
     state, expected = averaged(structure, [covariance, RowCovariance(2 * covariance.rows, covariance.scale)], decay)
-    if structure.__class__.__name__ == "LowRankPlusDiagonalStructure" and structure.fit == "off_diagonal":
-        torch.testing.assert_close(to_dense(structure.operator(state)).diagonal(), expected.diagonal())
-        return
-    error = (to_dense(structure.operator(state)) - expected).norm()
-    assert error <= 1e-12 * expected.norm()
-
-
-@given(covariances(16), st.integers(1, 6), st.floats(0, 0.99))
-def test_low_rank_keeps_the_trace(covariance, rank, decay):
-    batches = [covariance, RowCovariance(covariance.rows.flip(1), covariance.scale)]
-    state, expected = averaged(low_rank(rank), batches, decay)
-    eps = torch.finfo(covariance.rows.dtype).eps
-    found = to_dense(low_rank(rank).operator(state)).trace().double()
-    assert (found - expected.trace()).abs() <= 100 * eps * expected.trace()
+    assert (to_dense(structure.operator(state)) - expected).norm() <= 1e-12 * expected.norm()
 
 
 @given(covariances(16), st.integers(1, 6), st.floats(0, 0.99), st.floats(0, 10))
@@ -86,16 +74,17 @@ def test_a_weight_multiplies_what_is_left_out_of_the_vectors_and_nothing_else(co
         assert (to_dense(weighted.operator(state)) - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("fit", ["alternating", "off_diagonal"])
+@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal, STRUCTURES["off-diagonal"]])
 @given(covariances(16), st.integers(1, 6), st.floats(0, 0.99))
-def test_low_rank_plus_diagonal_keeps_the_diagonal(fit, covariance, rank, decay):
-    structure = low_rank_plus_diagonal(rank, fit)
+def test_low_rank_keeps_the_trace_and_with_a_diagonal_this(make, covariance, rank, decay):
     batches = [covariance, RowCovariance(covariance.rows.flip(1), covariance.scale)]
-    state, expected = averaged(structure, batches, decay)
-    assert (state.diagonal >= 0).all() and (state.values >= 0).all()
-    eps = torch.finfo(covariance.rows.dtype).eps
-    found = to_dense(structure.operator(state)).diagonal().double()
-    assert (found - expected.diagonal()).abs().max() <= 100 * eps * expected.diagonal().max()
+    state, expected = averaged(make(rank), batches, decay)
+    tolerance = 100 * torch.finfo(covariance.rows.dtype).eps
+    kept = to_dense(make(rank).operator(state)).double()
+    assert (kept.trace() - expected.trace()).abs() <= tolerance * expected.trace()
+    if make is not low_rank:
+        assert (state.diagonal >= 0).all() and (state.values >= 0).all()
+        assert (kept - expected).diagonal().abs().max() <= tolerance * expected.diagonal().max()
 
 
 @pytest.mark.parametrize("rank", [2, 5, 10])
@@ -124,11 +113,7 @@ def test_low_rank_plus_diagonal_is_near_the_fit_iterated_to_convergence(rank):
     assert (found - average).norm() < (truncated - average).norm()
 
 
-@pytest.mark.parametrize(
-    "make",
-    [low_rank, low_rank_plus_diagonal, lambda rank: low_rank(rank, method="power")],
-    ids=["subspace", "diagonal", "power"],
-)
+@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal, STRUCTURES["by power iteration"]])
 def test_a_new_direction_is_found_from_a_warm_basis(make):
     """The new direction is orthogonal to the warm basis: only fresh columns can find it."""
     d = 20
@@ -140,17 +125,6 @@ def test_a_new_direction_is_found_from_a_warm_basis(make):
     structure = make(3)
     state, average = averaged(structure, batches, decay=0.8)
     assert (to_dense(structure.operator(state)) - average).norm() < 0.02 * average.norm()
-
-
-@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
-@pytest.mark.parametrize("ratio", [1e4, 1e8])
-def test_float32_inverse_stays_positive_definite(make, ratio):
-    rows = torch.randn(64, 300) * torch.logspace(0, -6, 300)
-    batch = RowCovariance(rows, torch.tensor(1 / 64))
-    state, average = averaged(make(20), [batch] * 3)
-    damping = torch.linalg.matrix_norm(average, 2).item() / ratio
-    found = to_dense(optree.tree_map(torch.Tensor.double, make(20).inverse(state, damping)))
-    assert torch.linalg.eigvalsh((found + found.mT) / 2)[0] > 0
 
 
 @pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
@@ -185,7 +159,7 @@ def test_the_original_fit_takes_eigenpairs_of_what_is_off_the_diagonal():
     """Those of ``B - diag(B)`` that are positive, and no others."""
     rows = torch.randn(9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.arange(1, 8)
     matrix = rows.mT @ rows / 9
-    structure = low_rank_plus_diagonal(2, fit="off_diagonal", iterations=300)
+    structure = low_rank_plus_diagonal(2, fit="off_diagonal", iterations=100)
     state = structure.update(structure.init(7, matrix), RowCovariance(rows, torch.tensor(1 / 9).double()), 0.0)
     values, vectors = torch.linalg.eigh(matrix - torch.diag(matrix.diagonal()))
     expected = (vectors[:, -2:] * values[-2:]) @ vectors[:, -2:].mT

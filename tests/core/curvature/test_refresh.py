@@ -79,12 +79,13 @@ def convolutions(depth, groups=1):
     return layers, params, lambda p, statistics=True: evaluate(p, x, y, statistics)
 
 
-PROBLEMS = {
-    "joint": partial(deep, 5),
-    "separate": partial(deep, 5, bias="separate"),
-    "shared": partial(deep, 5, positions=3),
-    "convolutions": partial(convolutions, 4),
-    "grouped convolutions": partial(convolutions, 4, groups=2),
+PROBLEMS = {f"joint, {name}": (partial(deep, 5), structure) for name, structure in STRUCTURES.items()} | {
+    "separate": (partial(deep, 5, bias="separate"), STRUCTURES["low rank"]),
+    "shared": (partial(deep, 5, positions=3), STRUCTURES["reduce"]),
+    "convolutions": (partial(convolutions, 4), STRUCTURES["low rank"]),
+    "convolutions, reduce": (partial(convolutions, 4), STRUCTURES["reduce"]),
+    "grouped convolutions": (partial(convolutions, 4, groups=2), STRUCTURES["dense"]),
+    "grouped convolutions, reduce": (partial(convolutions, 4, groups=2), STRUCTURES["reduce"]),
 }
 
 
@@ -94,11 +95,10 @@ def counting(monkeypatch, sizes):
     monkeypatch.setattr(refresh, "_refresh_stack", lambda stack, *args: sizes.append(len(stack)) or real(stack, *args))
 
 
-@each_structure
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_together_equals_one_by_one(monkeypatch, structure, name):
+@pytest.mark.parametrize("make, structure", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_together_equals_one_by_one(monkeypatch, structure, make):
     """Updates; states, which are of the same form and layout and may be handed from one to the other."""
-    problem, stacked = PROBLEMS[name](), []
+    problem, stacked = make(), []
     counting(monkeypatch, stacked)
     updates, state = run(*problem, structure)
     assert max(stacked) >= 2
@@ -155,10 +155,9 @@ def operations_of_a_refresh(layers, params, evaluate, structure):
 
 
 @pytest.mark.parametrize("name", ["low rank", "dense", "diagonal"])
-def test_depth_does_not_change_the_number_of_operations(name):
-    few, many = (operations_of_a_refresh(*deep(depth, width=8), STRUCTURES[name]) for depth in (4, 64))
-    assert 0 < many <= 1.2 * few
-    few, many = (operations_of_a_refresh(*convolutions(depth), STRUCTURES[name]) for depth in (4, 32))
+@pytest.mark.parametrize("make, deeper", [(partial(deep, width=8), 32), (convolutions, 16)])
+def test_depth_does_not_change_the_number_of_operations(name, make, deeper):
+    few, many = (operations_of_a_refresh(*make(depth), STRUCTURES[name]) for depth in (4, deeper))
     assert 0 < many <= 1.2 * few
 
 
@@ -200,10 +199,8 @@ def test_convolutions_of_other_settings_are_not_stacked():
     e = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact")(params, x, y)
     tx = precondition_by_fisher(layers, STRUCTURES["dense"])
     _, state = tx.update(e.grads, tx.init(params), params, evaluation=e)
-    for name, options in (("near", {"padding": 1}), ("far", {"padding": 2, "dilation": 2})):
+    for name, padding, dilation in (("near", 1, 1), ("far", 2, 2)):
         (a,) = e.statistics.inputs[name]
-        rows = F.unfold(
-            a[:, :, None], (1, 3), padding=(0, options["padding"]), dilation=(1, options.get("dilation", 1))
-        )
+        rows = F.unfold(a[:, :, None], (1, 3), padding=(0, padding), dilation=(1, dilation))
         rows = rows.movedim(1, -1).reshape(-1, 6)
         close(state.factors[name].input.matrix, rows.mT @ rows / len(rows))

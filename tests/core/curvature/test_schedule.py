@@ -25,7 +25,7 @@ STRUCTURES = {
 each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
 
 
-def problem(depth=4, estimator="mc", **options):
+def problem(depth=4, estimator="mc"):
     generator = torch.Generator().manual_seed(depth)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     params = {f"l{i}": draw(D, D) / 2 for i in range(depth)}
@@ -38,8 +38,8 @@ def problem(depth=4, estimator="mc", **options):
     x, y = draw(5, D), torch.randint(D, (5,), generator=generator)
     noise = torch.rand(1, 5, D, generator=generator, dtype=torch.float64) if estimator == "mc" else None
     layers = lrkfac.find_layers(model, params, x)
-    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator, **options)
-    return layers, params, lambda p, asked: evaluate(p, x, y, layers=asked, noise=noise)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)
+    return layers, params, lambda p, asked=None: evaluate(p, x, y, layers=asked, noise=noise)
 
 
 @each_structure
@@ -61,24 +61,11 @@ def test_named_layers_alone_are_refreshed(structure, estimator):
     assert found.since.tolist() == [1, 0, 1, 0] and whole.since.tolist() == [0, 0, 0, 0]
 
 
-def test_no_name_is_no_statistics():
-    _, params, evaluate = problem(thin=True)
-    assert evaluate(params, ()).statistics is None
-
-
-def test_refused():
+def test_one_block_of_all_layers_has_no_turns():
     layers, params, evaluate = problem()
-    with pytest.raises(ValueError, match=r"layers: no layers \['l9'\]; expected some of \['l0', 'l1', 'l2', 'l3'\]"):
-        evaluate(params, ("l0", "l9"))
-    with pytest.raises(TypeError, match=r"layers: expected a tuple of names of layers or None, got 'l0'"):
-        evaluate(params, "l0")
     tx, e = precondition_by_fisher(layers, lrkfac.structures.full()), evaluate(params, ("l0",))
     with pytest.raises(ValueError, match=r"full\(\) holds all layers together and cannot do without .*'l1'"):
         tx.update(e.grads, tx.init(params), params, evaluation=e)
-    with pytest.raises(ValueError, match="every: expected an integer >= 1, got 0"):
-        round_robin_refresh(layers, 0)
-    with pytest.raises(TypeError, match=r"every: expected an integer >= 1, got 1\.5"):
-        round_robin_refresh(layers, 1.5)
 
 
 @given(depth=st.integers(1, 9), every=st.integers(1, 12))
@@ -87,11 +74,9 @@ def test_each_layer_has_one_turn_and_turns_are_spread(depth, every):
     refreshed = round_robin_refresh(layers, every)
     assert refreshed(0) == tuple(layer.name for layer in layers)
     assert pickle.loads(pickle.dumps(refreshed)) == refreshed
-    for step in (torch.tensor(3), 2.0, True, "3"):
-        with pytest.raises(TypeError, match="step: expected an integer >= 0"):
+    for step in (torch.tensor(3), 2.0, True, "3", -1):
+        with pytest.raises((TypeError, ValueError), match="step: expected an integer >= 0"):
             refreshed(step)
-    with pytest.raises(ValueError, match="step: expected an integer >= 0, got -1"):
-        refreshed(-1)
     turns = [refreshed(step) for step in range(every, 2 * every)]
     named = [names for names in turns if names]
     assert sorted(name for names in named for name in names) == [f"l{i}" for i in range(depth)]
@@ -102,13 +87,10 @@ def test_each_layer_has_one_turn_and_turns_are_spread(depth, every):
     assert turns == [refreshed(step) for step in range(2 * every, 3 * every)]
 
 
-@each_structure
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("structure, dtype", [(structure, torch.float64) for structure in STRUCTURES.values()] + [
+    (STRUCTURES[name], torch.float32) for name in ("low rank", "dense", "diagonal")])  # fmt: skip
 def test_staleness_is_the_angle_between_matrices(structure, dtype):
-    if structure is STRUCTURES["corrected"]:
-        dtype = torch.float64
     layers, params, evaluate = problem()
-    params = optree.tree_map(lambda p: p.to(torch.float64), params)
     tx, states = precondition_by_fisher(layers, structure, decay=0.3), []
     state = tx.init(params)
     for scale in (1.0, 2.0):
@@ -129,5 +111,3 @@ def test_staleness_is_the_angle_between_matrices(structure, dtype):
     assert all(angle <= 3e-3 for angle in lrkfac.factor_drift(states[0], states[0]).values())
     start = tx.init(params).factors
     assert all(angle == 0 for angle in lrkfac.factor_drift(start, start).values())
-    with pytest.raises(ValueError, match="after: expected factors of the layers"):
-        lrkfac.factor_drift(states[0], {})

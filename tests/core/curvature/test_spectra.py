@@ -12,7 +12,7 @@ from lrkfac.linalg import to_dense
 from lrkfac.structures import dense, diagonal, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import covariances
 
-weights = st.sampled_from([0.5, 1.0, 2.0])
+weights, shares = st.sampled_from([0.5, 1.0, 2.0]), st.floats(0.05, 0.99)
 structures = st.one_of(
     st.sampled_from([dense(), diagonal(), low_rank(2, residual="none")]),
     st.builds(lambda r, w: low_rank(r, weight=w), st.integers(1, 4), weights),
@@ -36,9 +36,9 @@ def average(structure, state):
     return to_dense((replace(structure, weight=1.0) if hasattr(structure, "weight") else structure).operator(state))
 
 
-@given(structures, covariances(8, torch.float64), covariances(8, torch.float64), st.floats(1e-3, 1e2))
-def test_numbers_of_a_factor(structure, first, second, share):
-    """Trace, effective dimension and eigenvalues are those of the dense average and of the dense inverse."""
+@given(structures, covariances(8, torch.float64), covariances(8, torch.float64), st.floats(1e-3, 1e2), shares)
+def test_numbers_of_a_factor(structure, first, second, share, part):
+    """Those of the dense average and of the dense inverse; the rank needed is the least that holds a part."""
     structure, state = averaged(structure, first, second)
     M = average(structure, state)
     damping = share * (M.trace() / len(M)).clamp(min=1e-3)
@@ -47,6 +47,9 @@ def test_numbers_of_a_factor(structure, first, second, share):
     found = damped(state, inverse, damping, known.eigenvalues)
     assert (known.eigenvalues.diff() <= 0).all()
     torch.testing.assert_close(known.eigenvalues.sum() + known.rest, M.trace(), rtol=1e-9, atol=1e-12)
+    rank, needed = int(needed_rank(state, part)), part * M.trace()
+    assert rank == len(known.eigenvalues) or known.eigenvalues[:rank].sum() >= needed * (1 - 1e-12)
+    assert rank == 1 or known.eigenvalues[: rank - 1].sum() < needed * (1 + 1e-12)
     torch.testing.assert_close(found.effective, (M @ to_dense(inverse)).trace(), rtol=1e-6, atol=1e-9)
     eigenvalues = 1 / torch.linalg.eigvalsh(to_dense(inverse))
     low, high = eigenvalues.amin(), eigenvalues.amax()
@@ -67,12 +70,3 @@ def test_distance_of_two_averages(structure, first, second):
     torch.testing.assert_close(found, (M - N).square().sum(), rtol=1e-6, atol=tolerance)
     torch.testing.assert_close(size, M.square().sum(), rtol=1e-9, atol=1e-20)
     assert squared_distance(one, one)[0] <= tolerance
-
-
-@given(structures, covariances(8, torch.float64), st.floats(0.05, 0.99))
-def test_needed_rank_is_the_least_that_holds_the_share(structure, batch, share):
-    _, state = averaged(structure, batch)
-    eigenvalues, rest = state.spectrum()
-    rank, needed = int(needed_rank(state, share)), share * (eigenvalues.sum() + rest)
-    assert rank == len(eigenvalues) or eigenvalues[:rank].sum() >= needed * (1 - 1e-12)
-    assert rank == 1 or eigenvalues[: rank - 1].sum() < needed * (1 + 1e-12)

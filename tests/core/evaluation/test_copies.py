@@ -1,15 +1,11 @@
 """Evaluators and evaluations travel; what an evaluator remembers is bounded and stays behind."""
 
-import copy
-import io
-import pickle
-
 import optree
-import pytest
 import torch
 
 import lrkfac
 from lrkfac import evaluator, find_layers
+from tests.travelling import each_way
 
 
 def linear(params, inputs):
@@ -31,27 +27,21 @@ def root(outputs, coefficients):
 NORMAL = lrkfac.Likelihood("normal", squared_error, shifted, root)
 
 
-def torch_saved(x):
-    torch.save(x, file := io.BytesIO())
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), torch_saved])
-def test_copies_evaluate_the_same(copied):
+@each_way
+def test_copies_evaluate_the_same(way):
     """Evaluators, with one head or several, and the evaluations that they make, merged ones included."""
     params, inputs, noise = {"w": torch.randn(2, 3)}, torch.randn(4, 3), torch.rand(1, 4, 2)
     layers = find_layers(linear, params, inputs)
     for heads in (NORMAL, lrkfac.joint(NORMAL, 2.0)):
         f = evaluator(linear, heads, layers, thin=True)
         original = f(params, inputs, inputs[:, :2], noise=noise)
-        again = copied(f)
+        again = way(f)
         assert again == f and hash(again) == hash(f) and not len(again.cache)
-        for e in (again(params, inputs, inputs[:, :2], noise=noise), copied(original)):
+        for e in (again(params, inputs, inputs[:, :2], noise=noise), way(original)):
             optree.tree_map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), e[:5], original[:5])
             assert torch.equal(e.product(params)["w"], original.product(params)["w"])
         merged = lrkfac.merge_evaluations([original, original])
-        assert torch.equal(copied(merged).quadratic(params, params), merged.quadratic(params, params))
+        assert torch.equal(way(merged).quadratic(params, params), merged.quadratic(params, params))
 
 
 def test_shapes_are_kept_for_the_latest_inputs_alone():

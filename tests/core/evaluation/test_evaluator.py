@@ -95,19 +95,11 @@ def test_factors_are_those_of_the_reference(case, estimator):
 
 
 @each(*DISCRETE_AND_GAUSSIAN)
-def test_monte_carlo_is_exact_in_expectation(case):
-    """Three samples for each of 1000 copies of the batch; the error of the mean is below 8 % of the norm."""
-    inputs, targets = (x.repeat(1000, *[1] * (x.ndim - 1)) for x in (case.inputs, case.targets))
-    many = case._replace(inputs=inputs, targets=targets)
-    estimated = factors(case, evaluate(many, samples=3, noise=noise_for(many, 3)))
-    for name, B in reference_networks.exact_output_factors(case).items():
-        assert (estimated[name].B - B).norm() <= 0.08 * B.norm()
-
-
-@each(*DISCRETE_AND_GAUSSIAN)
 def test_sampled_gradients_are_those_at_the_labels(case):
+    """Factors are the mean over samples. Their expectation: ``tests/core/likelihoods/test_protocol.py``."""
     noise, outputs = noise_for(case, 2), case.model(case.params, case.inputs)
-    gradients = evaluate(case, samples=2, noise=noise).statistics.output_gradients
+    _, gradients, scale = evaluate(case, samples=2, noise=noise).statistics
+    close(2 * scale, evaluate(case, noise=noise[:1]).statistics.scale)
     for i in range(2):
         labels = likelihood(case).sample(outputs, noise[i])
         for name, g in reference_networks.output_gradients(case._replace(targets=labels)).items():
@@ -174,16 +166,11 @@ def test_randomness_is_an_argument_or_torchs_seed():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-@with_and_without
-def test_refused_by_name(statistics):
+def test_refused_by_name():
     """Bad values of every other kind: ``tests/test_public_calls.py``."""
-    f = layers_and_evaluate(CASE)
-    with pytest.raises(ValueError, match="the batch is empty"):
-        f(P, X[:0], Y[:0], statistics)
-    with pytest.raises(
-        ValueError, match=r"params: the tree differs .* missing \['0.weight'\], unexpected \['3.bias'\]"
-    ):
-        f({**{k: P[k] for k in list(P)[1:]}, "3.bias": torch.ones(3)}, X, Y, statistics)
+    for statistics in (True, False):
+        with pytest.raises(ValueError, match="the batch is empty"):
+            layers_and_evaluate(CASE)(P, X[:0], Y[:0], statistics)
     with pytest.raises(ValueError, match="samples: expected 1 for the estimator 'exact', which draws nothing, got 2"):
         layers_and_evaluate(CASE, "exact", samples=2)
 
@@ -225,7 +212,7 @@ ODD = {
 
 @each_estimator
 @pytest.mark.parametrize(("of_param", "of_inputs"), ODD.values(), ids=ODD.keys())
-@each(CASE, cases.LINEAR[4], cases.CONVOLUTION[3])
+@each(cases.LINEAR[4], cases.CONVOLUTION[3])
 def test_odd_tensors_just_work(case, of_param, of_inputs, estimator):
     inputs = of_inputs(case.inputs)
     params, targets = optree.tree_map(of_param, case.params), case.targets[: len(inputs)]

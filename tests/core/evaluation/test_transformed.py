@@ -9,14 +9,7 @@ import torch
 from torch.func import vmap
 
 from tests.compiling import traced
-from tests.core.evaluation.test_evaluator import (
-    CASE,
-    P,
-    close,
-    each_estimator,
-    layers_and_evaluate,
-    noise_for,
-)
+from tests.core.evaluation.test_evaluator import CASE, P, close, each_estimator, layers_and_evaluate, noise_for
 from tests.marks import requires_compiler
 
 
@@ -28,10 +21,8 @@ def results(f, case, noise):
 @each_estimator
 def test_ensemble_under_vmap(estimator):
     f = layers_and_evaluate(CASE, estimator)
-    params, run = (
-        optree.tree_map(lambda p: torch.stack([p, p + 0.1]), P),
-        results(f, CASE, noise_for(CASE) if estimator == "mc" else None),
-    )
+    params = optree.tree_map(lambda p: torch.stack([p, p + 0.1]), P)
+    run = results(f, CASE, noise_for(CASE) if estimator == "mc" else None)
     result = vmap(run)(params)
     member, alone = (optree.tree_map(lambda x: x[1], tree) for tree in (result, params))
     optree.tree_map(close, member, run(alone))

@@ -8,15 +8,7 @@ import torch.nn.functional as F
 import lrkfac
 from lrkfac.core.layers import kinds
 from lrkfac.core.layers.calls import Call
-from lrkfac.core.layers.kinds import (
-    CONVOLUTIONS,
-    EMBEDDING,
-    LINEAR,
-    SCALE,
-    SHIFT,
-    TRANSPOSED_CONVOLUTIONS,
-    LinearOptions,
-)
+from lrkfac.core.layers.kinds import CONVOLUTIONS, EMBEDDING, LINEAR, SCALE, SHIFT, LinearOptions
 from lrkfac.core.layers.parsers import PARSERS
 from lrkfac.core.layers.views import apply_view
 
@@ -31,22 +23,11 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-SETTINGS = {
-    "default": {},
-    "stride": {"stride": 2},
-    "stride of a pair": {"stride": (2, 3)},
-    "padding": {"padding": 2},
-    "padding of a pair": {"padding": (0, 2)},
-    "tuple of one": {"stride": (2,), "padding": (1,), "dilation": (2,)},
-    "lists": {"stride": [2, 1], "padding": [1, 0], "dilation": [1, 2]},
-    "same": {"padding": "same"},
-    "same, dilated": {"padding": "same", "dilation": (2, 1)},
-    "valid": {"padding": "valid", "stride": 2},
-    "dilation": {"dilation": 2},
-    "everything": {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)},
-}
-
-
+SETTINGS = [
+    {}, {"stride": (2, 3)}, {"padding": 2}, {"stride": (2,), "padding": (1,), "dilation": (2,)}, {"padding": "same"},
+    {"stride": [2, 1], "padding": [1, 0], "dilation": [1, 2]}, {"padding": "same", "dilation": (2, 1)},
+    {"padding": "valid", "stride": 2}, {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)},
+]  # fmt: skip
 is_known = torch.is_tensor  # in these calls only the weight is asked about
 
 
@@ -82,8 +63,8 @@ def is_the_call_and_its_gradient(call, expected, function):
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 4)], ids=str)
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
 def test_convolutions(kernel, settings, groups):
     """However the arguments are passed."""
     x, w, b = normal(2, 4, 9, 10), normal(8, 4 // groups, *kernel, seed=1), normal(8, seed=2)
@@ -114,7 +95,7 @@ def test_transposed_convolutions(axes, settings, groups):
     x, w = normal(2, 4, *AXES[axes]), normal(4, 3, *(3, 2, 2)[:axes], seed=1)
     call = parsed(function, x, w, groups=groups, **settings)
     run = lambda w: function(x, w, groups=groups, **settings)  # noqa: E731
-    assert call.kind is TRANSPOSED_CONVOLUTIONS[axes] and call.kind.groups(call.options) == groups
+    assert call.kind is kinds.TRANSPOSED_CONVOLUTIONS[axes] and call.kind.groups(call.options) == groups
     is_the_call_and_its_gradient(call, run(w), run)
     defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": groups, "dilation": 1}
     assert parsed(function, x, w, None, *(defaults | settings).values()) == call
@@ -150,7 +131,10 @@ def test_einsum_is_linear(equation, shape, of_weight):
     close(LINEAR.transpose(a, prepared[1], matrix.shape[1], call.options), apply_view(call.turn, pullback(g)[0]))
 
 
-@pytest.mark.parametrize("padding", [None, 2, -1])
+COUNTS = {None: [2, 1, 2, 0, 0, 1], 2: [2, 1, 0, 0, 0, 1], -1: [2, 1, 2, 0, 0, 0]}
+
+
+@pytest.mark.parametrize("padding", COUNTS)
 def test_embedding_is_linear_in_one_hot_rows(padding):
     numbers, w = torch.tensor([[0, 2, 2], [5, 1, 0]]), normal(6, 3)
     call = parsed(F.embedding, numbers, w, padding)
@@ -159,6 +143,7 @@ def test_embedding_is_linear_in_one_hot_rows(padding):
     a, prepared = EMBEDDING.prepare(numbers, g[None], 2, call.options)
     assert call.kind is EMBEDDING and EMBEDDING.one_hot
     close(EMBEDDING.transpose(a, prepared[0], 3, call.options), pullback(g)[0])
+    assert kinds.counts(numbers, 6, padding=call.options[1]).tolist() == COUNTS[padding]
     assert parsed(F.embedding, numbers, w, max_norm=1.0) is parsed(F.embedding, numbers, w, scale_grad_by_freq=True)
 
 
@@ -172,12 +157,6 @@ def test_scale_and_shift_are_broadcast(shape, kind, function):
     a, prepared = kind.prepare(call.input, g[None], 5, call.options)
     assert call.kind is kind and kind.unit_wise and a.shape == prepared.shape[1:] == (5, a.shape[1], w.numel())
     close(kind.transpose(a, prepared[0], 1, call.options), apply_view(call.turn, pullback(g)[0]))
-
-
-def test_padding_of_an_embedding_counts_for_nothing():
-    numbers = torch.tensor([[0, 1, 1], [2, 1, 0]])
-    assert kinds.counts(numbers, 4, padding=1).tolist() == [2, 0, 1, 0]
-    assert kinds.counts(numbers, 4, padding=None).tolist() == [2, 3, 1, 0]
 
 
 @pytest.mark.parametrize("structure", [lrkfac.structures.layer_wise(), lrkfac.structures.unit_wise()])

@@ -25,29 +25,22 @@ def network(*stages):
     return nn.Sequential(*(stage() for stage in stages)).double()
 
 
-def residual():
+class Block(nn.Module):
     """Convolutions, normalisation with buffers, activations in place, a shortcut."""
 
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
-            self.last = nn.Conv2d(3, 3, 1)
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+        self.last = nn.Conv2d(3, 3, 1)
 
-        def forward(self, x):
-            h = self.last(self.act(self.norm(self.conv(x))))
-            h += x
-            return self.act(h)
-
-    return network(Block, Block, lambda: nn.AvgPool2d(2), nn.Flatten, lambda: nn.Linear(12, 3))
+    def forward(self, x):
+        h = self.last(self.act(self.norm(self.conv(x))))
+        h += x
+        return self.act(h)
 
 
 def state_of(net):
     return {name: value.clone() for name, value in net.state_dict().items()}
-
-
-def autograd(net, loss):
-    return dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True))
 
 
 def loss_and_gradients_are_the_modules(net, inputs, call):
@@ -61,7 +54,7 @@ def loss_and_gradients_are_the_modules(net, inputs, call):
     other = copy.deepcopy(net)
     outputs = call(other)
     loss = F.cross_entropy(outputs, CLASSES)
-    expected = autograd(other, loss)
+    expected = dict(zip(params, torch.autograd.grad(loss, list(other.parameters())), strict=True))
     for evaluation in (found, again):
         close(evaluation.outputs, outputs.detach())
         close(evaluation.loss, loss.detach())
@@ -71,7 +64,8 @@ def loss_and_gradients_are_the_modules(net, inputs, call):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_residual_network(training):
-    layers = loss_and_gradients_are_the_modules(residual().train(training), IMAGES, lambda net: net(IMAGES))
+    net = network(Block, Block, lambda: nn.AvgPool2d(2), nn.Flatten, lambda: nn.Linear(12, 3)).train(training)
+    layers = loss_and_gradients_are_the_modules(net, IMAGES, lambda net: net(IMAGES))
     kinds = {f"{i}.{part}": kind for i in (0, 1) for part, kind in
              (("conv", "conv2d"), ("norm", "scale"), ("last", "conv2d"))}  # fmt: skip
     assert [(layer.name, layer.kind) for layer in layers] == [*kinds.items(), ("4", "linear")]
@@ -95,7 +89,6 @@ class Several(nn.Module):
 Y, SCALE = X.flip(0), X.exp()
 INPUTS = {
     "tuple": ((X, Y), lambda net: net(X, Y)),
-    "longer tuple": ((X, Y, SCALE), lambda net: net(X, Y, SCALE)),
     "dictionary": ({"y": Y, "x": X, "scale": SCALE}, lambda net: net(X, Y, SCALE)),
     "a list is one argument": ([X, Y], lambda net: net([X, Y])),
     "dictionary without the default": ({"y": Y, "x": X}, lambda net: net(X, Y)),
@@ -187,7 +180,6 @@ class Recurrent(nn.Module):
 
 DROPOUT = {
     "module": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Dropout(0.2))), r"1\.0 \(Dropout\).*p=0\.2"),
-    "on its own": (lambda: nn.Dropout2d(0.5), r"Dropout2d \(Dropout2d\)"),
     "alpha": (lambda: nn.Sequential(nn.Linear(4, 3), nn.AlphaDropout(0.2)), r"1 \(AlphaDropout\)"),
     "attention": (lambda: Recurrent(nn.MultiheadAttention), r"part \(MultiheadAttention\).*p=0\.1"),
     "recurrent": (lambda: Recurrent(nn.RNN, num_layers=2), r"part \(RNN\).*p=0\.1"),
@@ -200,9 +192,8 @@ def test_dropout_is_refused_by_name_and_accepted_when_off(make, message):
     with pytest.raises(ValueError, match=rf"module: {message}.*call eval\(\)"):
         from_module(net)
     net.eval()
-    if list(net.parameters()):
-        model, params = from_module(net)
-        close(model(params, X), net(X).detach())
+    model, params = from_module(net)
+    close(model(params, X), net(X).detach())
 
 
 def test_parameters_need_no_gradient_and_are_not_copied():
@@ -212,25 +203,24 @@ def test_parameters_need_no_gradient_and_are_not_copied():
     assert not any(p.requires_grad for p in params.values()) and all(p.requires_grad for p in net.parameters())
 
 
-class MovingAverage(nn.Module):
+class MovingAverage(nn.Linear):
     """Puts another tensor in the place of its buffer, where BatchNorm changes it."""
 
     def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
+        super().__init__(3, 2)
         self.register_buffer("mean", torch.zeros(3))
 
     def forward(self, x):
         self.mean = 0.9 * self.mean + 0.1 * x.mean(dim=0)
-        return self.linear(x - self.mean)
+        return super().forward(x - self.mean)
 
 
 def test_buffers_that_are_replaced_are_not_lost():
-    net, x = MovingAverage(), torch.ones(5, 3)
+    net = MovingAverage()
     model, params, buffers = from_module(net, buffers=True)
-    _, after = model(params, (buffers, x))
+    _, after = model(params, (buffers, torch.ones(5, 3)))
     torch.testing.assert_close(after["mean"], torch.full((3,), 0.1))
-    assert torch.equal(net.mean, torch.zeros(3)) and torch.equal(buffers["mean"], torch.zeros(3))
+    assert not net.mean.any() and not buffers["mean"].any()
 
 
 def test_frozen_parameters_are_constants():
@@ -239,5 +229,3 @@ def test_frozen_parameters_are_constants():
     model, params = from_module(net)
     assert set(params) == {"1.weight", "1.bias"}
     torch.testing.assert_close(model(params, x), net(x))
-    with pytest.raises(ValueError, match="no parameters that require a gradient"):
-        from_module(net.requires_grad_(False))

@@ -63,46 +63,31 @@ REFUSED = {
     "view under no_grad": (frozen_view, f"Tensor.T.__get__ {NO_GRAD} the parameter 'w'"),
     "activation under no_grad": (without_gradient(lambda p, h: h.mean()), f"Tensor.mean {NO_GRAD} parameters"),
     "parameter in inference mode": (
-        lambda p, x: linear(p, x) + torch.inference_mode()(lambda: p["w"].sum())(),
-        f"sum {NO_GRAD} the parameter 'w'",
-    ),
+        lambda p, x: linear(p, x) + torch.inference_mode()(lambda: p["w"].sum())(), f"sum {NO_GRAD} the parameter 'w'"),
     "parameter changed": (changed(lambda p, x: p["w"].mul_(2)), "it changes params 'w' in place"),
     "part of a parameter changed": (changed(lambda p, x: p["b"][:2].zero_()), "it changes params 'b' in place"),
     "input changed": (changed(lambda p, x: x.mul_(2)), "it changes inputs in place"),
-    "input activated in place": (changed(lambda p, x: F.relu(x, inplace=True)), "it changes inputs in place"),
-    "part of an input changed": (changed(lambda p, x: x[:, 0].zero_()), "it changes inputs in place"),
     "output of a layer changed after the next": (
-        lambda p, x: (lambda h: last(p, h) + h.relu_())(linear(p, x)),
-        "layer 'v': its input is changed in place",
-    ),
+        lambda p, x: (lambda h: last(p, h) + h.relu_())(linear(p, x)), "layer 'v': its input is changed in place"),
     "view of the input of a layer changed": (
-        lambda p, x: linear(p, h := x + 1) + h[0].relu_(),
-        "layer 'w': its input is changed in place",
-    ),
+        lambda p, x: linear(p, h := x + 1) + h[0].relu_(), "layer 'w': its input is changed in place"),
     "batch norm": (lambda p, x: linear(p, functional_call(NORM, {}, (x,))), "add_.*use from_module"),
     "functional batch norm": (
-        lambda p, x: F.batch_norm(linear(p, x), BUFFER, BUFFER, training=True),
-        "batch_norm changes a tensor",
-    ),
+        lambda p, x: F.batch_norm(linear(p, x), BUFFER, BUFFER, training=True), "batch_norm changes a tensor"),
     "buffer += 1": (changed(lambda p, x: BUFFER.__iadd__(1)), r"add__? changes a tensor of shape \(4,\)"),
     "buffer[0] = 1": (changed(lambda p, x: BUFFER.__setitem__(0, 1)), "__setitem__ changes a tensor"),
     "dropout": (lambda p, x: F.dropout(linear(p, x), 0.1), "functional.dropout draws hidden random numbers"),
-    "dropout1d": (lambda p, x: F.dropout1d(linear(p, x)), "dropout1d draws hidden random numbers"),
     "attention's dropout": (
         lambda p, x: linear(p, F.scaled_dot_product_attention(x[None], x[None], x[None], None, 0.1)[0]),
-        "scaled_dot_product_attention draws hidden random numbers",
-    ),
+        "scaled_dot_product_attention draws hidden random numbers"),
     "noise": (lambda p, x: linear(p, x + torch.randn_like(x)), "draws hidden random numbers"),
     "shape by values": (lambda p, x: linear(p, x[x[:, 0] > 0]), VALUES),
     "no parameter": (lambda p, x: linear(p, x).detach(), "outputs depend on no parameter"),
     "no layer": (lambda p, x: x @ p["w"].sin() - p["b"], r"(?s)no layer found.*w.*used by"),
     "item": (lambda p, x: linear(p, x) * x.sum().item(), VALUES),
-    "list": (lambda p, x: linear(p, x) * x.sum(1).tolist()[0], VALUES),
     "numpy": (lambda p, x: linear(p, x) * float(x.numpy().sum()), "Tensor.numpy reads the values of a tensor"),
     "value of a parameter": (lambda p, x: linear(p, x) if p["w"].sum() > 0 else x, VALUES),
-    "number of repetitions": (lambda p, x: sum(linear(p, x) for _ in range(int(x.abs().sum()))), VALUES),
-    "comparison": (lambda p, x: linear(p, x) if torch.equal(x, x) else x, VALUES),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "message"), REFUSED.values(), ids=REFUSED.keys())
@@ -125,24 +110,18 @@ ACCEPTED = {
     "detached activation": (lambda p, x: last(p, linear(p, x).detach().tanh()), {}),
     "detached in one use of two": (lambda p, x: last(p, linear(p, x).tanh()) * linear(p, x).detach(), {}),
     "detached input": (lambda p, x: last(p, linear(p, linear(p, x).tanh().detach())), {}),
-    "straight-through estimator": (
-        lambda p, x: (lambda h: last(p, h + (h.sign() - h).detach()))(linear(p, x)),
-        {},
-    ),
+    "straight-through estimator": (lambda p, x: (lambda h: last(p, h + (h.sign() - h).detach()))(linear(p, x)), {}),
     "constants under no_grad": (
-        lambda p, x: last(p, linear(p, x)) + torch.no_grad()(lambda h: x.mean() + h.shape[0])(linear(p, x)),
-        {},
-    ),
+        lambda p, x: last(p, linear(p, x)) + torch.no_grad()(lambda h: x.mean() + h.shape[0])(linear(p, x)), {}),
     "padding of an embedding that is tied": (
         lambda p, x: F.linear(last(p, F.embedding((x > 0).sum(1) % 4, p["w"], padding_idx=2).tanh()), p["w"], p["b"]),
-        {"b": ""},
-    ),
+        {"b": ""}),
     "new tensor changed": (lambda p, x: last(p, linear(p, torch.zeros_like(x).add_(x))), {}),
     "dropout switched off": (lambda p, x: last(p, F.dropout(F.dropout(linear(p, x), training=False), 0.0)), {}),
     "batch norm with fixed statistics": (lambda p, x: last(p, F.batch_norm(linear(p, x), BUFFER, BUFFER + 1)), {}),
     "activations in place": (lambda p, x: last(p, linear(p, x).mul_(2).relu_()).tanh_(), {}),
     "copies changed in place": (lambda p, x: last(p, linear(p, x.clone().relu_())) * p["b"].clone().exp_(), {"b": ""}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "uncovered"), ACCEPTED.values(), ids=ACCEPTED.keys())
@@ -151,12 +130,9 @@ def test_what_stops_the_gradient_is_as_by_autograd(model, uncovered):
     layers = find_layers(model, P, X)
     reasons = {p.path: reason for p, reason in layers.uncovered}
     assert set(reasons) == set(uncovered) and all(uncovered[path] in reasons[path] for path in reasons)
-    leaves = optree.tree_map(lambda p: p.clone().requires_grad_(), P)
-    outputs = model(leaves, X)
+    outputs = model(P, X)
     targets = normal(*outputs.shape, seed=7)
-    loss = (outputs - targets).square().sum(1).mean() / 2
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    expected = {k: torch.zeros_like(P[k]) if g is None else g for k, g in zip(P, grads, strict=True)}
+    expected = grad(lambda p: (model(p, X) - targets).square().sum(1).mean() / 2)(P)
     jacobian = jacrev(lambda p: model(p, X))(P)
     columns = torch.cat([jacobian[k].reshape(outputs.numel(), -1) for k in P], dim=1)
     u = {k: normal(*P[k].shape, seed=3) for k in P}

@@ -21,7 +21,6 @@ SHARED_OF_3 = normal(1, 3, 3, seed=2)
 V = normal(2, 3, seed=3)
 HEADS = {
     "linear": ((3, 3), lambda w: F.linear(SHARED, w)),
-    "conv1d": ((3, 3, 3), lambda w: F.conv1d(SHARED.mT, w, padding="same").mT),
     "conv1d, uneven": ((3, 3, 2), lambda w: F.conv1d(SHARED.mT, w, padding="same").mT),
     "conv_transpose1d": ((3, 3, 3), lambda w: F.conv_transpose1d(SHARED.mT, w, padding=1).mT),
     "embedding": ((2, 3), lambda w: F.embedding(torch.tensor([[0, 1, 1, 0]]), w)),

@@ -53,17 +53,6 @@ def test_records_and_output_gradients_are_those_of_the_reference(case):
         close(gradients[f"{name}.weight"][0], at_outputs[name])
 
 
-def activations():
-    """Every layer's output is changed in place."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6), nn.ELU(inplace=True),
-                        nn.Linear(6, 3), nn.Hardtanh(inplace=True))  # fmt: skip
-    return net.double()
-
-
-ROWS = normal(5, 4)
-
-
 def recurrent(params, x):
     """A weight used once for each position, with in-place changes between the uses."""
     h = F.linear(x[:, 0], params["w"], params["b"])
@@ -91,11 +80,11 @@ def test_shapes_cost_nothing_and_probes_no_memory():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_and_outputs_are_kept(dtype):
-    net = activations().to(dtype)
-    outputs, received, gradients = captured(
-        lambda p, x: functional_call(net, p, (x,)), dict(net.named_parameters()), ROWS.to(dtype), torch.ones_like
-    )
-    assert torch.equal(outputs, net(ROWS.to(dtype))) and outputs.dtype == dtype
+    """Every layer's output is changed in place."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3), nn.Hardtanh(inplace=True)).to(dtype)
+    model, x = lambda p, x: functional_call(net, p, (x,)), normal(5, 4).to(dtype)
+    outputs, received, gradients = captured(model, dict(net.named_parameters()), x, torch.ones_like)
+    assert torch.equal(outputs, net(x)) and outputs.dtype == dtype
     assert {x.dtype for x in optree.tree_leaves((received, gradients))} == {dtype}
 
 

@@ -40,7 +40,6 @@ def test_extremes_stay_finite(name, dtype):
 
 
 OUTPUTS = torch.zeros(4, 3)
-OUTPUTS = torch.zeros(4, 3)
 REFUSED = {
     "one term per position": (categorical(), OUTPUTS[None], torch.zeros(1).long(), r"shape \(1, 4\), got \(1,\)"),
     "no classes": (categorical(), OUTPUTS[0], torch.zeros(3).long(), r"outputs \[N, C\].*\(3,\)"),
@@ -62,13 +61,13 @@ def test_targets_that_do_not_fit(likelihood, outputs, targets, message):
 def test_labels_may_be_bools():
     targets = OUTPUTS.bool()
     bernoulli().check(OUTPUTS, targets)
-    close(
-        bernoulli().negative_log_likelihood(OUTPUTS, targets),
-        bernoulli().negative_log_likelihood(OUTPUTS, targets.float()),
-    )
+    close(*[bernoulli().negative_log_likelihood(OUTPUTS, y) for y in (targets, targets.float())])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+VMAPPED = [name for name in FAMILIES if not name.startswith("categorical") or "weights=True smoothing=0.3" in name]
+
+
+@pytest.mark.parametrize("name", VMAPPED)
 def test_everything_works_under_vmap(name):
     """Over outputs, with the same targets."""
     likelihood, p = FAMILIES[name].likelihood, problem([(name, FAMILIES[name].shapes[-1])], seed=0)

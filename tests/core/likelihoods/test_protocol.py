@@ -54,11 +54,10 @@ def per_example(loss):
 
 def categoricals():
     for ignore_index, weight, smoothing in product((None, -100, 1), (None, CLASS_WEIGHTS), (0.0, 0.3)):
-        for axis, shapes in ((-1, ((CLASSES,), (2, CLASSES))), (1, ((CLASSES,), (CLASSES, 2, 1)))):
+        for axis, shapes in ((-1, ((CLASSES,), (2, CLASSES))), (1, ((CLASSES, 2, 1),))):
             name = f"categorical axis={axis} ignore={ignore_index} weights={weight is not None} smoothing={smoothing}"
-            loss = partial(
-                cross_entropy, axis=axis, ignore_index=ignore_index, weight=weight, label_smoothing=smoothing
-            )
+            options = {"axis": axis, "ignore_index": ignore_index, "weight": weight, "label_smoothing": smoothing}
+            loss = partial(cross_entropy, **options)
             yield name, Family(categorical(axis, ignore_index, weight, smoothing), loss, shapes)
 
 
@@ -70,14 +69,10 @@ FAMILIES = {
     "gaussian variances": Family(
         gaussian(VARIANCES), per_example(lambda f, y: (f - y).square() / (2 * VARIANCES)), ((3,), (2, 3))
     ),
-    "bernoulli": Family(
-        bernoulli(), per_example(partial(F.binary_cross_entropy_with_logits, reduction="none")), ANY
-    ),
+    "bernoulli": Family(bernoulli(), per_example(partial(F.binary_cross_entropy_with_logits, reduction="none")), ANY),
     "poisson": Family(poisson(), per_example(partial(F.poisson_nll_loss, reduction="none")), ANY),
     "weighted": Family(
-        WEIGHTED,
-        lambda f, y: (half_square(f, y) * y[:, 0].abs()).sum() / y[:, 0].abs().sum(),
-        ((3,),),
+        WEIGHTED, lambda f, y: (half_square(f, y) * y[:, 0].abs()).sum() / y[:, 0].abs().sum(), ((3,),)
     ),
 }  # fmt: skip
 
@@ -104,7 +99,8 @@ JOINT = {
     "weighted + poisson + bernoulli": [("weighted", (3,)), ("poisson", (1,)), ("bernoulli", (2, 3))],
     "twice the same": [("categorical axis=-1 ignore=1 weights=True smoothing=0.0", (2, CLASSES))] * 2,
 }  # fmt: skip
-CASES = {**{f"{n} {shape}": [(n, shape)] for n, family in FAMILIES.items() for shape in family.shapes}, **JOINT}
+SHAPES = [(n, shape) for n, family in FAMILIES.items() for shape in family.shapes[-1 if n.endswith("0.0") else 0 :]]
+CASES = {**{f"{n} {shape}": [(n, shape)] for n, shape in SHAPES}, **JOINT}
 each_case = pytest.mark.parametrize("heads", CASES.values(), ids=CASES.keys())
 
 
@@ -169,32 +165,29 @@ def flat(tree):
 
 
 def output_matrix(p):
-    """The Hessian of the loss in all outputs, ``[E, E]``, and the outputs."""
+    """The Hessian of the loss in all outputs, ``[E, E]``."""
     outputs = p.leaves(p.model(p.params, p.inputs))
 
     def of_flat(x):
         parts = x.split([f.numel() for f in outputs])
         return p.loss([part.reshape(f.shape) for part, f in zip(parts, outputs, strict=True)])
 
-    return hessian(of_flat)(flat(outputs)), outputs
+    return hessian(of_flat)(flat(outputs))
 
 
 def gauss_newton(p):
     """``Jᵀ H J`` over all parameters in the order of ``params``."""
-    H, _ = output_matrix(p)
     jacobian = jacrev(lambda q: flat(p.leaves(p.model(q, p.inputs))))(p.params)
     J = torch.cat([j.flatten(1) for j in jacobian.values()], 1)
-    return J.mT @ H @ J
+    return J.mT @ output_matrix(p) @ J
 
 
 def output_factor(p):
     """``B`` of the first layer: the sum over examples of their blocks of ``Jᵀ H J`` in its output."""
-    H, _ = output_matrix(p)
     s = F.linear(p.inputs, p.params["first.weight"])
-    rest = {"first.weight": torch.eye(3, dtype=torch.float64), **{k: p.params[k] for k in ("last.weight", "last.bias")}}
+    rest = {**p.params, "first.weight": torch.eye(3, dtype=torch.float64)}
     J = jacrev(lambda s: flat(p.leaves(p.model(rest, s))))(s).flatten(1)
-    G = (J.mT @ H @ J).unflatten(0, s.shape).unflatten(2, s.shape)
-    return torch.einsum("ninj->ij", G)
+    return torch.einsum("ninj->ij", (J.mT @ output_matrix(p) @ J).unflatten(0, s.shape).unflatten(2, s.shape))
 
 
 def rows(evaluation, name="first"):
@@ -231,11 +224,14 @@ def test_loss_gradient_products_and_statistics_are_those_of_plain_torch(heads):
             close(found.statistics.scale * rows(found)[0].mT @ a, grads["first.weight"])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SOME = [name for name in FAMILIES if name[-3:] != "0.0" or "ignore=-100" in name]
+
+
+@pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside another"])
 def test_monte_carlo_is_exact_in_expectation(name, alone):
-    """The mean over 10000 copies of the batch is within six standard errors."""
-    copies, shapes = 10000, FAMILIES[name].shapes
+    """The mean over 5000 copies of the batch is within six standard errors."""
+    copies, shapes = 5000, FAMILIES[name].shapes
     one = problem([(name, shapes[-1])] if alone else [(name, shapes[0]), ("bernoulli", (2,))], seed=3)
     many = one._replace(
         inputs=one.inputs.repeat(copies, 1),

@@ -9,9 +9,7 @@ from lrkfac.core.likelihoods.joint import Joint
 from tests.travelling import each_way
 
 HEADS = {
-    "categorical": categorical(),
     "categorical with options": categorical(1, -100, [0.5, 1.0, 2.0], 0.1),
-    "gaussian": gaussian(0.5),
     "gaussian variances": gaussian(torch.tensor([0.5, 1.0, 2.0])),
     "bernoulli": bernoulli(),
     "poisson": poisson(),
