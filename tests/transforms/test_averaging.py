@@ -26,13 +26,3 @@ def test_it_is_the_published_schedule(decay):
         close(state.average["w"], average, rtol=1e-6, atol=1e-6)
         if 1 - 1 / t <= decay:
             close(state.average["w"], torch.stack(seen).mean(0), rtol=1e-6, atol=1e-6)
-
-
-def test_bad_input():
-    with pytest.raises(ValueError, match="decay"):
-        lrkfac.ema_params(1.0)
-    tx, params = lrkfac.ema_params(), {"w": torch.ones(2)}
-    with pytest.raises(ValueError, match="params is missing"):
-        tx.update(params, tx.init(params))
-    with pytest.raises(ValueError, match="updates: the tree differs"):
-        tx.update({}, tx.init(params), params)

@@ -8,13 +8,12 @@ from torch.func import vmap
 import lrkfac
 from lrkfac import apply_updates, chain, inject_hyperparams, low_rank_kfac, scale, trace
 from lrkfac.schedules import exponential_decay
-from lrkfac.testing import check_transformation
 from tests import cases
 from tests.compiling import traced
 from tests.transforms.test_base import close, nested, replayed, steps
 from tests.transforms.test_precondition import layers_and_evaluate
 
-MLP, GROUPS = cases.LINEAR[0], cases.CONVOLUTION[3]
+MLP = cases.LINEAR[0]
 OPTIONS = {"damping": 0.03, "decay": 0.8, "momentum": 0.8, "weight_decay": 0.02, "kl_clip": 5e-3}
 FACTORIES = {
     "adam": (lrkfac.scale_by_adam, {"b1": 0.8, "b2": 0.99, "eps": 1e-6}),
@@ -35,26 +34,11 @@ def changed(state, **values):
 
 
 @each_factory
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_laws(factory, options, dtype):
-    check_transformation(inject_hyperparams(factory)(**options), nested(dtype))
-
-
-@each_factory
 def test_equals_the_transformation_with_these_values(factory, options):
     params = nested(seed=3)
     found = replayed(inject_hyperparams(factory)(**options), steps(), params)
     for updates, expected in zip(found, replayed(factory(**options), steps(), params), strict=True):
         close(updates, expected)
-
-
-@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1), exponential_decay(0.1, 1, 0.5)])
-@pytest.mark.parametrize("case", [MLP, GROUPS], ids=lambda case: case.name)
-def test_laws_with_kfac(case, rate):
-    layers, evaluate = layers_and_evaluate(case)
-    tx = inject_hyperparams(low_rank_kfac)(layers, learning_rate=rate, rank=2, **OPTIONS)
-    assert sorted(tx.init(case.params).hyperparameters) == sorted([*OPTIONS, "learning_rate"])
-    check_transformation(tx, case.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e}))
 
 
 def test_kfac_with_schedules_and_live_changes():
@@ -66,6 +50,7 @@ def test_kfac_with_schedules_and_live_changes():
     )
     params, state = MLP.params, tx.init(MLP.params)
     inner = state.inner
+    assert sorted(state.hyperparameters) == sorted([*OPTIONS, "learning_rate"])
     for i in range(4):
         e = evaluate(params)
         values = {**OPTIONS, "learning_rate": 0.1 * 0.5**i, "damping": 0.1 / (1 + i), "kl_clip": 1e9}
@@ -122,32 +107,6 @@ def test_a_grid_of_hyperparameters_by_vmap():
             close(optree.tree_map(lambda x, i=i, j=j: x[i, j], found), expected, rtol=1e-9)
 
 
-def test_fixed_arguments_pass():
-    layers, evaluate = layers_and_evaluate(MLP)
-    structure = lambda layer: lrkfac.structures.kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())  # noqa: E731
-    tx = inject_hyperparams(lrkfac.precondition_by_fisher)(
-        layers, structure, damping=0.1, fallback=lrkfac.scale_by_adam()
-    )
-    by_hand, e = lrkfac.precondition_by_fisher(layers, structure, damping=0.1), evaluate(MLP.params)
-    found, _ = tx.update(e.grads, tx.init(MLP.params), evaluation=e)
-    close(found, by_hand.update(e.grads, by_hand.init(MLP.params), evaluation=e)[0])
-
-
-def test_gradients_that_are_held_by_their_rows():
-    params, x = {"w": torch.randn(40, 30).double()}, torch.randn(4, 30).double()
-    model = lambda p, x: torch.tanh(x @ p["w"].mT)  # noqa: E731
-    layers, found = lrkfac.find_layers(model, params, x), []
-    tx = inject_hyperparams(low_rank_kfac)(layers, learning_rate=0.1, rank=2)
-    for thin in (False, True):
-        e = lrkfac.evaluator(model, lrkfac.gaussian(), layers, "exact", thin=thin)(
-            params, x, torch.cos(model(params, x))
-        )
-        assert isinstance(e.grads["w"], lrkfac.LazyMatrix if thin else torch.Tensor)
-        updates, _ = tx.update(e.grads, tx.init(params), params, evaluation=e)
-        found.append(apply_updates(params, updates))
-    close(found[1], found[0], rtol=1e-9)
-
-
 @pytest.mark.slow
 def test_compiled_once_for_all_values():
     layers, evaluate = layers_and_evaluate(MLP)
@@ -176,48 +135,28 @@ def kfac(**options):
 @pytest.mark.parametrize(
     "make, error, words",
     [
-        (lambda: inject_hyperparams(trace(0.9)), TypeError, "factory: expected a function .*leave the call"),
-        (lambda: inject_hyperparams(3), TypeError, "factory: expected a function .* got int"),
         (lambda: inject_hyperparams(lambda decay: decay)(decay=1.0), TypeError, "factory: .* got float"),
         (lambda: inject_hyperparams(trace)(0.9), TypeError, "expected a number, .* by keyword, .*got none"),
         (lambda: inject_hyperparams(trace)(decay=1.5), ValueError, "decay: expected a finite number in .* got 1.5"),
         (lambda: inject_hyperparams(trace)(decay=lambda step: 1.5), ValueError, "decay: expected .* got 1.5"),
-        (
-            lambda: inject_hyperparams(trace)(decay=lambda layer: layer.name),
-            TypeError,
-            "decay: .* a schedule",
-        ),
+        (lambda: inject_hyperparams(trace)(decay=lambda layer: layer.name), TypeError, "decay: .* a schedule"),
         (lambda: inject_hyperparams(trace)(decay=lambda step: "a"), TypeError, "decay: .* a schedule"),
-        (lambda: inject_hyperparams(trace)(rate=0.9), TypeError, "rate"),
-        (
-            lambda: inject_hyperparams(lrkfac.accumulate)(trace(0.9), every=2),
-            TypeError,
-            "every: expected an integer >= 1, got Tensor",
-        ),
+        (lambda: inject_hyperparams(lrkfac.accumulate)(trace(0.9), every=2), TypeError, "every: .* got Tensor"),
         (lambda: kfac(learning_rate=0.1, rank=torch.tensor(3)), ValueError, "rank: expected a fixed integer.*shapes"),
         (lambda: kfac(learning_rate=0.1, rank=lambda step: 3), ValueError, "rank: expected a fixed integer.*shapes"),
-        (lambda: kfac(learning_rate=0.1, rank=0), ValueError, "rank"),
+        (lambda: scaled({"rate": 1.0}), ValueError, r"hyperparameters: expected \['factor'\], got \['rate'\]"),
         (
-            lambda: (tx := kfac(learning_rate=0.1)).update(
-                MLP.params, changed(tx.init(MLP.params), rank=3.0), MLP.params
-            ),
+            lambda: scaled({"factor": torch.ones(2)}),
             ValueError,
-            r"hyperparameters: expected \['learning_rate'\], got \['learning_rate', 'rank'\]",
-        ),
-        (
-            lambda: (tx := inject_hyperparams(scale)(factor=1.0)).update(
-                nested(), tx.init(nested())._replace(hyperparameters={"factor": torch.ones(2)})
-            ),
-            ValueError,
-            r"factor: expected a number or a tensor \[\], got the shape \(2,\)",
-        ),
-        (
-            lambda: inject_hyperparams(scale)(factor=1.0).update(nested(), ()),
-            ValueError,
-            "state: expected a HyperparametersState, got tuple",
+            r"factor: expected a number or .* got the shape \(2,\)",
         ),
     ],
 )
 def test_bad_input(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def scaled(values):
+    tx = inject_hyperparams(scale)(factor=1.0)
+    return tx.update(nested(), tx.init(nested())._replace(hyperparameters=values))

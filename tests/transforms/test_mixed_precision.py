@@ -4,7 +4,7 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lrkfac
@@ -28,8 +28,7 @@ each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=S
 each_dtype = pytest.mark.parametrize(
     "model_dtype, dtype, held",
     [
-        *[(BFLOAT16, None, FLOAT32), (BFLOAT16, FLOAT32, FLOAT32), (BFLOAT16, FLOAT64, FLOAT64)],
-        *[(FLOAT32, None, FLOAT32), (FLOAT32, FLOAT64, FLOAT64)],
+        *[(BFLOAT16, None, FLOAT32), (BFLOAT16, FLOAT64, FLOAT64), (FLOAT32, None, FLOAT32)],
         *[(FLOAT64, None, FLOAT64), (FLOAT64, FLOAT32, FLOAT32)],
     ],
     ids=str,
@@ -72,13 +71,11 @@ def dtypes(tree):
 @each_dtype
 @each_structure
 def test_states_have_the_chosen_dtype_and_updates_that_of_the_gradients(structure, model_dtype, dtype, held):
-    for thin in (False, True):
-        problem = Problem(model_dtype, thin=thin, width=16 if thin else 8)
-        tx = precondition_by_fisher(problem.layers, structure, dtype=dtype)
-        start = tx.init(problem.params)
-        updates, state = problem.run(tx)
-        assert dtypes(start) == dtypes(state) == {held}
-        assert dtypes(lrkfac.materialize(updates)) == {model_dtype}
+    problem = Problem(model_dtype, thin=True, width=16)
+    tx = precondition_by_fisher(problem.layers, structure, dtype=dtype)
+    updates, state = problem.run(tx)
+    assert dtypes(tx.init(problem.params)) == dtypes(state) == {held}
+    assert dtypes(lrkfac.materialize(updates)) == {model_dtype}
 
 
 @each_structure
@@ -95,6 +92,7 @@ def test_scalars_of_another_dtype_change_none(structure):
 
 
 @pytest.mark.parametrize("chosen, eps", [(FLOAT32, 1e-6), (FLOAT64, 1e-14)], ids=str)
+@settings(max_examples=8)
 @given(st.sampled_from([BFLOAT16, FLOAT32, FLOAT64]), st.sampled_from(list(PRODUCTS.values())), st.integers(0, 2**20))
 def test_inverses_are_those_of_what_is_held_to_the_precision_of_the_chosen_dtype(chosen, eps, dtype, structure, seed):
     problem = Problem(dtype, seed)
@@ -112,6 +110,7 @@ def test_inverses_are_those_of_what_is_held_to_the_precision_of_the_chosen_dtype
             assert residual.abs().max() <= 100 * eps * torch.linalg.cond(shifted)
 
 
+@settings(max_examples=8)
 @given(st.sampled_from([BFLOAT16, FLOAT32]), st.integers(0, 2**20))
 def test_statistics_are_reduced_in_the_chosen_dtype(dtype, seed):
     """Averages and updates of a model in few digits, to the digits of float64."""
@@ -140,10 +139,9 @@ def test_statistics_are_reduced_in_the_chosen_dtype(dtype, seed):
 
 
 @each_structure
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
-def test_autocast_does_not_reach_the_linear_algebra(structure, dtype):
+def test_autocast_does_not_reach_the_linear_algebra(structure):
     problem = Problem(FLOAT32)
-    tx = precondition_by_fisher(problem.layers, structure, dtype=dtype)
+    tx = precondition_by_fisher(problem.layers, structure)
     e, start = problem.evaluation(), tx.init(problem.params)
     expected = tx.update(e.grads, start, problem.params, evaluation=e)
     with torch.autocast("cpu", dtype=BFLOAT16):
@@ -192,25 +190,6 @@ def test_a_state_in_another_dtype_is_refused():
         state, e = precondition_by_fisher(problem.layers, dtype=chosen).init(problem.params), problem.evaluation()
         with pytest.raises(ValueError, match=rf"in {model}, got {chosen}; .* or give the transformation that dtype="):
             precondition_by_fisher(problem.layers).update(e.grads, state, problem.params, evaluation=e)
-
-
-def test_what_cannot_be_decomposed_is_refused():
-    layers = Problem(FLOAT32).layers
-    for make in (precondition_by_fisher, lrkfac.explain, lambda layers, dtype: lrkfac.kfac(layers, 0.1, dtype=dtype)):
-        for dtype in (BFLOAT16, torch.float16, torch.int64):
-            with pytest.raises(ValueError, match=f"dtype: expected torch.float32 or torch.float64, got {dtype}; torch"):
-                make(layers, dtype=dtype)
-        with pytest.raises(TypeError, match=r"dtype: expected torch.float32 or torch.float64, got 'float32'"):
-            make(layers, dtype="float32")
-
-
-@each_structure
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
-def test_explain_counts_the_chosen_dtype(structure, dtype):
-    problem = Problem(BFLOAT16)
-    state = precondition_by_fisher(problem.layers, structure, dtype=dtype).init(problem.params)
-    size = sum(x.numel() * x.itemsize for x in optree.tree_leaves(state))
-    assert lrkfac.explain(problem.layers, structure, dtype=dtype).total.bytes == size
 
 
 def test_accumulate_adds_in_float32():

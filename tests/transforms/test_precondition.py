@@ -9,7 +9,6 @@ import lrkfac
 from lrkfac import precondition_by_fisher
 from lrkfac.linalg import to_dense
 from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
-from lrkfac.testing import check_transformation
 from tests import cases, reference, reference_networks
 from tests.transforms.test_base import close
 
@@ -73,15 +72,6 @@ def test_dense_factors_equal_the_reference(case, estimator):
 
 @some_cases
 @each_structure
-def test_laws(case, structure):
-    layers, evaluate = layers_and_evaluate(case, "mc")
-    noise = torch.rand_like(case.model(case.params, case.inputs)[None])
-    tx = precondition_by_fisher(layers, structure, decay=0.7)
-    check_transformation(tx, case.params, lambda p: ((e := evaluate(p, noise=noise)).grads, {"evaluation": e}))
-
-
-@some_cases
-@each_structure
 @pytest.mark.parametrize("damping", [1e-4, 1.0])
 def test_what_the_state_holds_is_inverted_and_applied(case, structure, damping):
     layers, evaluate = layers_and_evaluate(case)
@@ -116,13 +106,6 @@ def test_what_the_state_holds_is_inverted_and_applied(case, structure, damping):
 
 def _is_operator(x):
     return isinstance(x, lrkfac.linalg.Dense | lrkfac.linalg.Diagonal | lrkfac.linalg.LowRankPlusDiagonal)
-
-
-def test_default_is_low_rank_of_the_given_rank():
-    layers, evaluate = layers_and_evaluate(MLP)
-    explicit = precondition_by_fisher(layers, kronecker(low_rank(2), low_rank_plus_diagonal(2)))
-    found = updates_of(precondition_by_fisher(layers, rank=2), MLP, evaluate)
-    close(found, updates_of(explicit, MLP, evaluate), rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +147,6 @@ def test_uncovered_parameters_pass_or_take_the_fallback():
     close(found, {k: u for k, u in plain.items() if k != "1.shift"}, rtol=0)
 
 
-def test_fallback_obeys_the_laws():
-    layers, evaluate = layers_and_evaluate(SHIFT)
-    tx = precondition_by_fisher(layers, rank=1, fallback=lrkfac.scale_by_adam())
-    check_transformation(tx, SHIFT.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e}))
-
-
 @pytest.mark.parametrize("fallback", [lrkfac.scale_by_adam(), lrkfac.clip_by_global_norm(1.0)])
 def test_fallback_without_a_parameter_of_its_own(fallback):
     layers, evaluate = layers_and_evaluate(MLP)
@@ -179,22 +156,11 @@ def test_fallback_without_a_parameter_of_its_own(fallback):
 
 @some_cases
 @each_structure
-def test_updates_have_the_dtype_of_the_gradients(case, structure):
-    case = cast(case, torch.bfloat16)
-    layers, evaluate = layers_and_evaluate(case)
-    found = updates_of(precondition_by_fisher(layers, structure), case, evaluate)
-    assert all(u.dtype == torch.bfloat16 and u.isfinite().all() for u in found.values())
-
-
-@some_cases
-@each_structure
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_before_the_first_statistics_gradients_pass(case, structure, dtype):
-    case = cast(case, dtype)
+def test_before_the_first_statistics_gradients_pass(case, structure):
     layers, evaluate = layers_and_evaluate(case)
     tx = precondition_by_fisher(layers, structure)
     found = updates_of(tx, case, evaluate, statistics=False)
-    close(found, evaluate(case.params, statistics=False).grads, rtol=200 * torch.finfo(dtype).eps)
+    close(found, evaluate(case.params, statistics=False).grads, rtol=1e-13)
 
 
 @some_cases
@@ -254,23 +220,9 @@ def test_damping_and_decay_may_be_tensors(structure):
     close(optree.tree_map(lambda x: x[0], vmap(mapped)(*values)), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "update, error, words",
-    [
-        (lambda tx, e, s: tx.update(e.grads, s), TypeError, r"precondition_by_fisher: evaluation is missing"),
-        (lambda tx, e, s: tx.update({}, s, evaluation=e), ValueError, r"updates: .*missing \['0.bias'"),
-        (
-            lambda tx, e, s: tx.update(e.grads, s, evaluation=e._replace(statistics=OTHER)),
-            ValueError,
-            "evaluation: no statistics of layer '0'",
-        ),
-    ],
-)
-def test_what_an_update_needs(update, error, words):
+def test_statistics_of_other_layers_are_refused():
     layers, evaluate = layers_and_evaluate(MLP)
-    tx = precondition_by_fisher(layers)
-    with pytest.raises(error, match=words):
-        update(tx, evaluate(MLP.params), tx.init(MLP.params))
-
-
-OTHER = lrkfac.Statistics({}, {}, torch.ones(()))
+    tx, e = precondition_by_fisher(layers), evaluate(MLP.params)
+    e = e._replace(statistics=lrkfac.Statistics({}, {}, torch.ones(())))
+    with pytest.raises(ValueError, match="evaluation: no statistics of layer '0'"):
+        tx.update(e.grads, tx.init(MLP.params), evaluation=e)

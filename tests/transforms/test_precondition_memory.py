@@ -3,19 +3,21 @@
 import optree
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lrkfac
 from lrkfac import precondition_by_fisher
 
 
+@settings(max_examples=10)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 40), st.booleans())
 def test_memory_of_a_linear_layer(d_in, d_out, rank, bias):
     params = {"w": torch.ones(d_out, d_in), **({"b": torch.ones(d_out)} if bias else {})}
     check_memory(lambda p, x: F.linear(x, p["w"], p.get("b")), params, torch.ones(3, d_in), rank)
 
 
+@settings(max_examples=10)
 @given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 3), st.integers(1, 20))
 def test_memory_of_a_convolution(d_in, d_out, groups, rank):
     params = {"w": torch.ones(groups * d_out, d_in, 3, 2), "b": torch.ones(groups * d_out)}

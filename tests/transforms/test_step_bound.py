@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lrkfac
@@ -19,6 +19,7 @@ class Plain(NamedTuple):
         return True
 
 
+@settings(max_examples=6)
 @given(st.floats(-8, 2))
 def test_steps_are_no_longer_than_the_bound(exponent):
     """In the metric of the batch, with the value of the model told for the step that is taken."""

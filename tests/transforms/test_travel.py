@@ -52,17 +52,21 @@ TRANSFORMATIONS = {
     "kfac": lrkfac.kfac(LAYERS, 0.1),
     "low_rank_kfac": lrkfac.low_rank_kfac(LAYERS, SCHEDULE, rank=2, weight_decay=0.1),
     "adaptive_low_rank_kfac": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=2),
+    "adaptive, bounded": lrkfac.adaptive_low_rank_kfac(LAYERS, weight_decay=0.1, kl_clip=1e-3, gradient_decay=0.5),
     **{name: lrkfac.precondition_by_fisher(LAYERS, structure) for name, structure in STRUCTURES.items()},
 }
 each = pytest.mark.parametrize("tx", TRANSFORMATIONS.values(), ids=list(TRANSFORMATIONS))
+
+
+def evaluation_for(tx, params, statistics=True):
+    return EVALUATE(params, statistics=statistics and "Accumulate" not in repr(tx))
 
 
 def steps(tx, number=3):
     """Return the updates and states of some steps, the second without statistics."""
     params, state, results = CASE.params, tx.init(CASE.params), []
     for i in range(number):
-        e = EVALUATE(params, statistics=i != 1)
-        e = e._replace(statistics=None) if tx is TRANSFORMATIONS["accumulate"] or "Accumulate" in repr(tx) else e
+        e = evaluation_for(tx, params, statistics=i != 1)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
         results.append((updates, state))
         params = lrkfac.apply_updates(params, updates)

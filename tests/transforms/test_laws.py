@@ -1,0 +1,109 @@
+"""Every transformation is pure, keeps the form of its state, and under ``vmap`` does the same as alone."""
+
+import optree
+import pytest
+import torch
+
+import lrkfac
+from lrkfac import chain, masked, scale_by_adam
+from lrkfac.schedules import exponential_decay
+from lrkfac.testing import check_transformation
+from tests import cases
+from tests.compiling import traced
+from tests.transforms.test_base import SEVERAL, close, nested
+from tests.transforms.test_masking import INNER, MASKS, kfac_and_adam
+from tests.transforms.test_per_parameter import MAKE, TREES
+from tests.transforms.test_precondition import STRUCTURES, layers_and_evaluate
+from tests.transforms.test_travel import EVALUATE, TRANSFORMATIONS, evaluation_for
+
+SHIFT, GROUPS = cases.LINEAR[6], cases.CONVOLUTION[3]
+INJECTED = {"value": (lrkfac.clip, {"max_delta": 0.3}), "average": (lrkfac.ema_params, {"decay": 0.8})}
+ELEMENTWISE = {
+    "nested chains": chain(SEVERAL[0], chain(*SEVERAL[1:])),
+    "empty chain": chain(),
+    **{name: lrkfac.inject_hyperparams(make)(**options) for name, (make, options) in INJECTED.items()},
+    **{f"masked, {name}": masked(INNER, mask) for name, (mask, _) in MASKS.items()},
+    **{f"{name}, a tree": make(TREES["ends earlier"][0]) for name, make in MAKE.items()},
+    "clip_by_kl": lrkfac.clip_by_kl(0.5, 0.1),
+    "clip_by_kl, scheduled": lrkfac.clip_by_kl(0.5, lambda step: 0.1 + step),
+    "clip_by_global_norm": lrkfac.clip_by_global_norm(0.5),
+    "accumulate": lrkfac.accumulate(chain(*SEVERAL), 2),
+    "apply_if_finite": lrkfac.apply_if_finite(chain(*SEVERAL), 3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_of_any_tree(name, dtype):
+    grads = nested(dtype, seed=1)
+    e = lrkfac.Evaluation(*[None] * len(lrkfac.Evaluation._fields))._replace(grads=grads)
+    extra = {"evaluation": e} if name.startswith("clip_by_kl") else {}
+    check_transformation(ELEMENTWISE[name], nested(dtype), lambda p: (grads, extra))
+
+
+# The steps of "adaptive, bounded" are so short that rounding exceeds a share of them.
+@pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name != "adaptive, bounded"])
+def test_with_evaluations(name):
+    tx = TRANSFORMATIONS[name]
+
+    def evaluated(params):
+        e = evaluation_for(tx, params)
+        return e.grads, {"evaluation": e}
+
+    check_transformation(tx, cases.LINEAR[0].params, evaluated)
+
+
+def precondition(layers):
+    return lrkfac.precondition_by_fisher(layers, rank=1, fallback=scale_by_adam())
+
+
+WITH_LAYERS = {
+    **{name: (GROUPS, lambda layers, s=s: lrkfac.precondition_by_fisher(layers, s)) for name, s in STRUCTURES.items()},
+    "finite": (GROUPS, lambda layers: lrkfac.apply_if_finite(lrkfac.low_rank_kfac(layers, 0.1, rank=2), 5)),
+    "not finite": (GROUPS, lambda layers: lrkfac.apply_if_finite(lrkfac.low_rank_kfac(layers, 0.1, rank=2), 5)),
+    "fallback": (SHIFT, precondition),
+    "partition": (SHIFT, kfac_and_adam),
+}
+
+
+@pytest.mark.parametrize("name", WITH_LAYERS)
+def test_with_groups_and_uncovered_parameters(name):
+    case, make = WITH_LAYERS[name]
+    layers, evaluate = layers_and_evaluate(case, "mc")
+    noise = torch.rand_like(case.model(case.params, case.inputs)[None])
+
+    def evaluated(params):
+        e = evaluate(params, noise=noise)
+        if name == "not finite":
+            e = e._replace(statistics=optree.tree_map(lambda x: x * float("nan"), e.statistics))
+        return e.grads, {"evaluation": e}
+
+    check_transformation(make(layers), case.params, evaluated)
+
+
+RATES = {name: exponential_decay(0.3, 1, 0.5) if "weight" in name else 0.2 for name in cases.LINEAR[0].params}
+COMPILED = {
+    "rates": lrkfac.scale_by_learning_rate(RATES),
+    "partition": lrkfac.partition(
+        {"a": lrkfac.trace(0.9), "b": lrkfac.scale(2.0)}, lambda p: {k: "ab"[x.ndim - 1] for k, x in p.items()}
+    ),
+    "apply_if_finite": lrkfac.apply_if_finite(TRANSFORMATIONS["low_rank_kfac"], 2),
+    **{name: TRANSFORMATIONS[name] for name in ("accumulate", "adaptive_low_rank_kfac", "adaptive, bounded")},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_equals_eager(name, statistics):
+    torch.compiler.reset()
+    tx, params = COMPILED[name], cases.LINEAR[0].params
+    with_statistics = statistics and name != "accumulate"
+
+    def step(params, state):
+        e = EVALUATE(params, statistics=with_statistics)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        return lrkfac.apply_updates(params, updates), state
+
+    params, state = step(params, tx.init(params))
+    close(traced(step)(params, state), step(params, state), rtol=1e-8, atol=1e-10)
