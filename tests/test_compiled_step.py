@@ -1,7 +1,5 @@
 """A compiled training step: the same as eager, and compiled once for refreshes and once for the steps between."""
 
-from collections import Counter
-
 import optree
 import pytest
 import torch
@@ -11,31 +9,17 @@ import lrkfac
 from lrkfac.structures import kronecker
 from tests import cases
 from tests.marks import requires_compiler
-from tests.test_training_step import (
-    FULL_RANK,
-    GROUPS,
-    MLP,
-    NeverDense,
-    NeverDensePlusDiagonal,
-    chained,
-    dense,
-    never_dense,
-    noises,
-    stepper,
-)
+from tests.test_training_step import NeverDense, NeverDensePlusDiagonal, chained, dense, never_dense, noises, stepper
 
 SMALL = cases.make_case("small", (cases.linear(3, 4), cases.tanh, cases.linear(4, 2)), (5, 3))
-SMALL_GROUPS = cases.make_case(
-    "small_groups", (cases.conv2d(4, 4, (2, 2), groups=2), cases.tanh, cases.flatten), (3, 4, 3, 3)
-)
+GROUPED = cases.make_case("grouped", (cases.conv2d(4, 4, (2, 2), groups=2), cases.tanh, cases.flatten), (3, 4, 3, 3))
 
 
 def mixed(layers):
     """The first layer low rank, the others dense."""
     first = kronecker(NeverDense(2), NeverDensePlusDiagonal(2))
-    return chained(
-        layers, {layers.layers[0].name: first, "*": kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())}
-    )
+    others = kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())
+    return chained(layers, {layers.layers[0].name: first, "*": others})
 
 
 @pytest.mark.slow
@@ -44,8 +28,8 @@ def mixed(layers):
     "backend, case, make, estimator",
     [
         pytest.param("inductor", SMALL, mixed, "mc", marks=requires_compiler, id="compiled"),
-        pytest.param("eager", SMALL_GROUPS, never_dense(2), "exact", id="groups, low rank"),
-        pytest.param("eager", SMALL_GROUPS, dense, "mc", id="groups, dense"),
+        pytest.param("eager", GROUPED, never_dense(2), "exact", id="groups, low rank"),
+        pytest.param("eager", GROUPED, dense, "mc", id="groups, dense"),
     ],
 )
 def test_a_compiled_step_equals_the_eager_one_and_is_two_graphs(backend, case, make, estimator):
@@ -67,15 +51,14 @@ def test_a_compiled_step_equals_the_eager_one_and_is_two_graphs(backend, case, m
 
 MAKERS = {
     "never dense": never_dense(2),
-    "sides swapped": FULL_RANK["sides swapped"],
     "dense": dense,
     "unit_wise": lambda layers: chained(layers, lrkfac.structures.unit_wise()),
     "full": lambda layers: chained(layers, lrkfac.structures.full()),
 }
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
-@pytest.mark.parametrize("case", [MLP, GROUPS], ids=lambda case: case.name)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("case", [SMALL, GROUPED], ids=lambda case: case.name)
 def test_states_keep_their_layout(case, make):
     """Shapes, strides and dtypes of the first state are those of every later one: nothing is compiled twice."""
     step, init = stepper(case, make)
@@ -111,7 +94,7 @@ SPELLED = {
 }
 
 
-@pytest.mark.parametrize("model, params, inputs", SPELLED.values(), ids=SPELLED.keys())
+@pytest.mark.parametrize("model, params, inputs", SPELLED.values(), ids=SPELLED)
 @pytest.mark.parametrize("thin", [True, False])
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_layouts_do_not_depend_on_spelling(model, params, inputs, thin, adaptive):
@@ -138,17 +121,14 @@ def test_layouts_do_not_depend_on_spelling(model, params, inputs, thin, adaptive
 
 @pytest.mark.slow
 def test_many_steps_are_compiled_twice():
-    """One graph for refresh steps and one for the others, the first step included: no count of steps is a constant of
-    theirs. The backend compiles nothing, so that only what the tracer decides is counted.
-    """
+    """No count of steps is a constant of the two graphs. The backend compiles nothing: the tracer decides alone."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    graphs, calls = [], Counter()
-    draw = torch.Generator().manual_seed(0)
+    calls = []
 
     def counting(graph, examples):
-        number = len(graphs)
-        graphs.append(graph)
+        number = len(calls)
+        calls.append(0)
 
         def call(*args):
             calls[number] += 1
@@ -156,29 +136,20 @@ def test_many_steps_are_compiled_twice():
 
         return call
 
-    params = {name: torch.randn(size, generator=draw) / 4 for name, size in {"a": (16, 16), "b": (16,)}.items()}
-    params["c"] = torch.randn(3, 16, generator=draw) / 4
-
-    def model(p, x):
-        return F.linear(torch.tanh(F.linear(x, p["a"], p["b"])), p["c"])
-
-    x, y = torch.randn(4, 16, generator=draw), torch.randint(3, (4,), generator=draw)
-    layers = lrkfac.find_layers(model, params, x)
-    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "mc", thin=True)
-    rate = lrkfac.schedules.warmup_cosine_decay_schedule(0.0, 0.1, 20, 200)
+    params = {"w": torch.randn(16, 16) / 4, "b": torch.randn(16) / 4, "v": torch.randn(3, 16) / 4}
+    x, y = torch.randn(4, 16), torch.randint(3, (4,))
+    layers = lrkfac.find_layers(linear, params, x)
+    evaluate = lrkfac.evaluator(linear, lrkfac.categorical(), layers, thin=True)
+    rate = lrkfac.schedules.warmup_cosine_decay_schedule(0.0, 0.1, 5, 50)
     tx = lrkfac.low_rank_kfac(layers, rate, rank=3, weight_decay=1e-4)
 
     @torch.compile(fullgraph=True, backend=counting)
-    def step(params, state, x, y, statistics, noise):
+    def step(params, state, statistics, noise):
         e = evaluate(params, x, y, statistics, noise=noise)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
-        return lrkfac.apply_updates(params, updates), state, e.loss
+        return lrkfac.apply_updates(params, updates), state
 
-    state, losses = tx.init(params), []
-    for i in range(200):
-        noise = torch.rand(1, 4, 3, generator=draw)
-        params, state, loss = step(params, state, x, y, i % 10 == 0, noise)
-        losses.append(loss)
-    assert len(graphs) == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    assert calls == {0: 20, 1: 180}
-    assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
+    state = tx.init(params)
+    for i in range(50):
+        params, state = step(params, state, i % 5 == 0, torch.rand(1, 4, 3))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 and calls == [10, 40]
