@@ -1,5 +1,7 @@
 """A compiled training step: the same as eager, and compiled once for refreshes and once for the steps between."""
 
+from collections import Counter
+
 import optree
 import pytest
 import torch
@@ -121,14 +123,17 @@ def test_layouts_do_not_depend_on_spelling(model, params, inputs, thin, adaptive
 
 @pytest.mark.slow
 def test_many_steps_are_compiled_twice():
-    """No count of steps is a constant of the two graphs. The backend compiles nothing: the tracer decides alone."""
+    """One graph for refresh steps and one for the others, the first step included: no count of steps is a constant of
+    theirs. The backend compiles nothing, so that only what the tracer decides is counted.
+    """
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    calls = []
+    graphs, calls = [], Counter()
+    draw = torch.Generator().manual_seed(0)
 
     def counting(graph, examples):
-        number = len(calls)
-        calls.append(0)
+        number = len(graphs)
+        graphs.append(graph)
 
         def call(*args):
             calls[number] += 1
@@ -136,20 +141,29 @@ def test_many_steps_are_compiled_twice():
 
         return call
 
-    params = {"w": torch.randn(16, 16) / 4, "b": torch.randn(16) / 4, "v": torch.randn(3, 16) / 4}
-    x, y = torch.randn(4, 16), torch.randint(3, (4,))
-    layers = lrkfac.find_layers(linear, params, x)
-    evaluate = lrkfac.evaluator(linear, lrkfac.categorical(), layers, thin=True)
-    rate = lrkfac.schedules.warmup_cosine_decay_schedule(0.0, 0.1, 5, 50)
+    params = {name: torch.randn(size, generator=draw) / 4 for name, size in {"a": (16, 16), "b": (16,)}.items()}
+    params["c"] = torch.randn(3, 16, generator=draw) / 4
+
+    def model(p, x):
+        return F.linear(torch.tanh(F.linear(x, p["a"], p["b"])), p["c"])
+
+    x, y = torch.randn(4, 16, generator=draw), torch.randint(3, (4,), generator=draw)
+    layers = lrkfac.find_layers(model, params, x)
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "mc", thin=True)
+    rate = lrkfac.schedules.warmup_cosine_decay_schedule(0.0, 0.1, 20, 200)
     tx = lrkfac.low_rank_kfac(layers, rate, rank=3, weight_decay=1e-4)
 
     @torch.compile(fullgraph=True, backend=counting)
-    def step(params, state, statistics, noise):
+    def step(params, state, x, y, statistics, noise):
         e = evaluate(params, x, y, statistics, noise=noise)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
-        return lrkfac.apply_updates(params, updates), state
+        return lrkfac.apply_updates(params, updates), state, e.loss
 
-    state = tx.init(params)
-    for i in range(50):
-        params, state = step(params, state, i % 5 == 0, torch.rand(1, 4, 3))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 and calls == [10, 40]
+    state, losses = tx.init(params), []
+    for i in range(200):
+        noise = torch.rand(1, 4, 3, generator=draw)
+        params, state, loss = step(params, state, x, y, i % 10 == 0, noise)
+        losses.append(loss)
+    assert len(graphs) == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert calls == {0: 20, 1: 180}
+    assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
