@@ -62,25 +62,23 @@ FOLDER = Path(tempfile.mkdtemp())
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 SAVED = FOLDER / "saved"
 FLAT = {"w": torch.ones(2, 3), "step": 3}
+# Tables, of few lines each entry.
+# fmt: off
 NOT_LAYERS = among(1, "x", NET, LAYERS.layers, [*LAYERS], lrkfac.find_layers, *NOTHING)
 NOT_INPUTS = among(X.to("meta"), X[:0], (X.to("meta"),), {"x": X.to("meta")})
-NOT_TARGETS = among(
-    *[1, "x", None, Y.tolist(), Y.double(), Y.bool(), Y + 10, Y - 1, Y[:5], Y[:, None], Y[0], Y.to("meta")],
-    *[torch.eye(2)[Y], (Y,), {"y": Y}],
-)
+NOT_TARGETS = among(1, "x", None, Y.tolist(), Y.double(), Y.bool(), Y + 10, Y - 1, Y[:5], Y[:, None], Y[0],
+    Y.to("meta"), torch.eye(2)[Y], (Y,), {"y": Y})
 NOT_STATISTICS = among(1, 0, "x", None, 0.5, torch.tensor(True), ("0",), torch.tensor([0]))
 NOT_NAMES = among(1, True, "0", ["0"], ("x",), (1,), torch.tensor([0]), {"0": 1})
-NOT_EXAMPLES = among(
-    *[1, True, "x", 0.5, [0], torch.tensor(True), torch.tensor(0), torch.ones(2), torch.tensor([6])],
-    *[torch.tensor([-1]), torch.tensor([0]).int(), Y[:0], Y[:, None], ("0",)],
-)
-NOT_NOISE = among(
-    *[1, "x", [0.5], torch.rand(6, 2), torch.rand(2, 6, 2), torch.zeros(1, 6, 2).long(), torch.rand(1, 6, 2) + 1],
-    *[torch.rand(1, 6, 2) - 1, torch.full((1, 6, 2), NAN), torch.rand(1, 6, 2, device="meta"), (torch.rand(1, 6, 2),)],
-)
+NOT_EXAMPLES = among(1, True, "x", 0.5, [0], torch.tensor(True), torch.tensor(0), torch.ones(2), torch.tensor([6]),
+    torch.tensor([-1]), torch.tensor([0]).int(), Y[:0], Y[:, None], ("0",))
+NOT_NOISE = among(1, "x", [0.5], torch.rand(6, 2), torch.rand(2, 6, 2), torch.zeros(1, 6, 2).long(),
+    torch.rand(1, 6, 2) + 1, torch.rand(1, 6, 2) - 1, torch.full((1, 6, 2), NAN), torch.rand(1, 6, 2, device="meta"),
+    (torch.rand(1, 6, 2),))
 NOT_TREES = st.one_of(tree(P), st.just(lrkfac.checkpoint.state_dict(P) | {"0.bias": torch.ones(5)}))
 NOT_LEAVES = among(1j, object(), b"x", {"w": 1j}, (torch.ones(2), object()), [nn.Linear(1, 1)], {"a": {"b": b"x"}})
 VALID: dict[str, Call] = {}
+# fmt: on
 
 
 def valid(name: str, function: Callable[..., Any], arguments: dict[str, Any], /, **bad: st.SearchStrategy[Any]) -> None:
@@ -97,150 +95,64 @@ def container(name: str) -> None:
     public(name, {field.name: None for field in fields if field.default is field.empty})
 
 
+# fmt: off
 OPERATORS = ("Dense", "Diagonal", "Kronecker", "LowRankPlusDiagonal")
 for name in (*OPERATORS, "FactorStructure", "Evaluation", "Statistics", "Weights", "LazyMatrix", "Layer", "Layers"):
     container(name)
 container("GradientTransformation")
-public(
-    "Likelihood",
-    {"name": "x", "negative_log_likelihood": torch.sub, "sample": torch.add, "square_root": torch.mul},
-    name=among(1, *NOTHING),
-    event_axes=among(1, "x", (0,), (1.5,), [1], (True,), 1j, object()),
+public("Likelihood", {"name": "x", "negative_log_likelihood": torch.sub, "sample": torch.add, "square_root": torch.mul},
+    name=among(1, *NOTHING), event_axes=among(1, "x", (0,), (1.5,), [1], (True,), 1j, object()),
     **{name: FUNCTION for name in ("negative_log_likelihood", "sample", "square_root")},
-    **{name: FUNCTION.filter(lambda x: x is not None) for name in ("check", "product", "weights", "weighted_loss")},
-)
+    **{name: FUNCTION.filter(lambda x: x is not None) for name in ("check", "product", "weights", "weighted_loss")})
 
 # Models, likelihoods, curvature.
-public(
-    "from_module",
-    {"module": NET},
-    module=among(
-        1, "x", nn.Linear, nn.Identity(), nn.Dropout(0.5), *[x for x in NOTHING if not isinstance(x, nn.Module)]
-    ),
-    buffers=FLAG,
-)
-public(
-    "find_layers",
-    {"model": MODEL, "params": P, "inputs": X},
-    model=FUNCTION,
-    params=tree(P, shapes=False),
-    inputs=among(X.to("meta"), (X.to("meta"),)),
-    strict=FLAG,
-    bias=one_of("joint", "separate"),
-    kinds=among(1, "x", [1], [torch.sub], lrkfac.LayerKind, *[x for x in NOTHING if x not in ([], ())]),
-)
-public(
-    "LayerKind",
-    {"name": "x", "function": torch.sub, "operation": torch.add},
-    name=among(1, *NOTHING),
+public("from_module", {"module": NET},
+    module=among(1, "x", nn.Linear, nn.Identity(), nn.Dropout(0.5),
+        *[x for x in NOTHING if not isinstance(x, nn.Module)]), buffers=FLAG)
+public("find_layers", {"model": MODEL, "params": P, "inputs": X}, model=FUNCTION, params=tree(P, shapes=False),
+    inputs=among(X.to("meta"), (X.to("meta"),)), strict=FLAG, bias=one_of("joint", "separate"),
+    kinds=among(1, "x", [1], [torch.sub], lrkfac.LayerKind, *[x for x in NOTHING if x not in ([], ())]))
+public("LayerKind", {"name": "x", "function": torch.sub, "operation": torch.add}, name=among(1, *NOTHING),
     **{name: FUNCTION for name in ("function", "operation", "parts")},
     weight_axis=among("0", 1.0, True, torch.tensor(1), *[x for x in NOTHING if x is not None]),
-    channel=among(0, 1, "-1", -1.0, True, torch.tensor(-1), *NOTHING),
-)
-public(
-    "evaluator",
-    {"model": MODEL, "likelihood": lrkfac.categorical(), "layers": LAYERS},
-    model=FUNCTION,
-    likelihood=LIKELIHOOD,
-    layers=NOT_LAYERS,
-    estimator=one_of("mc", "exact", "empirical", "forward_only"),
-    samples=integer(),
-    has_aux=FLAG,
-    thin=FLAG,
-)
-valid(
-    "evaluator()",
-    EVALUATE,
-    {"params": P, "inputs": X, "targets": Y},
-    params=NOT_TREES,
-    inputs=NOT_INPUTS,
-    targets=NOT_TARGETS,
-    statistics=NOT_STATISTICS,
-    layers=NOT_NAMES,
-    examples=NOT_EXAMPLES,
-    noise=NOT_NOISE,
-)
-valid(
-    "evaluator(exact)()",
-    EXACT,
-    {"params": P, "inputs": X, "targets": Y},
-    noise=st.one_of(NOT_NOISE, st.just(torch.rand(1, 6, 2))),
-)
+    channel=among(0, 1, "-1", -1.0, True, torch.tensor(-1), *NOTHING))
+public("evaluator", {"model": MODEL, "likelihood": lrkfac.categorical(), "layers": LAYERS}, model=FUNCTION,
+    likelihood=LIKELIHOOD, layers=NOT_LAYERS, estimator=one_of("mc", "exact", "empirical", "forward_only"),
+    samples=integer(), has_aux=FLAG, thin=FLAG)
+valid("evaluator()", EVALUATE, {"params": P, "inputs": X, "targets": Y}, params=NOT_TREES, inputs=NOT_INPUTS,
+    targets=NOT_TARGETS, statistics=NOT_STATISTICS, layers=NOT_NAMES, examples=NOT_EXAMPLES, noise=NOT_NOISE)
+valid("evaluator(exact)()", EXACT, {"params": P, "inputs": X, "targets": Y},
+    noise=st.one_of(NOT_NOISE, st.just(torch.rand(1, 6, 2))))
 valid("Evaluation.product", E.product, {"tangent": P}, tangent=NOT_TREES)
 valid("Evaluation.quadratic", E.quadratic, {"u": P, "v": P}, u=NOT_TREES, v=NOT_TREES)
 valid("Evaluation.gram", E.gram, {"tangents": {k: x[None] for k, x in P.items()}}, tangents=NOT_TREES)
 valid("Evaluation.loss_at", E.loss_at, {"params": P}, params=NOT_TREES)
-public(
-    "categorical",
-    axis=among(0, "1", 1.0, True, torch.tensor(1), *NOTHING),
+public("categorical", axis=among(0, "1", 1.0, True, torch.tensor(1), *NOTHING),
     ignore_index=among("1", 1.0, True, torch.tensor(1), *[x for x in NOTHING if x is not None]),
-    class_weights=among(
-        *[
-            1,
-            "x",
-            1j,
-            object(),
-            [],
-            (),
-            {},
-            [NAN, 1.0],
-            [-1.0],
-            [0.0, 0.0],
-            [[1.0]],
-            torch.tensor([1j]),
-            ["a"],
-            [1.0, INF],
-        ],
-        *[torch.ones(2, 2), torch.ones(2).bool(), torch.ones(2, device="meta"), torch.tensor(1.0)],
-    ),
-    label_smoothing=number(0, 1, tensor=False),
-)
-public(
-    "gaussian",
-    variance=among(
-        *[0, -1.0, NAN, INF, "1", True, None, *NOTHING, torch.tensor([1.0, 0.0]), torch.tensor(-1.0), torch.tensor(1j)],
-        *[torch.tensor(True), torch.tensor(NAN), torch.ones(2, device="meta")],
-    ),
-)
+    class_weights=among(1, "x", 1j, object(), [], (), {}, [NAN, 1.0], [-1.0], [0.0, 0.0], [[1.0]], torch.tensor([1j]),
+        ["a"], [1.0, INF], torch.ones(2, 2), torch.ones(2).bool(), torch.ones(2, device="meta"), torch.tensor(1.0)),
+    label_smoothing=number(0, 1, tensor=False))
+public("gaussian",
+    variance=among(0, -1.0, NAN, INF, "1", True, None, *NOTHING, torch.tensor([1.0, 0.0]), torch.tensor(-1.0),
+        torch.tensor(1j), torch.tensor(True), torch.tensor(NAN), torch.ones(2, device="meta")))
 public("bernoulli")
 public("poisson")
-public(
-    "joint",
-    {"likelihoods": {"a": lrkfac.gaussian(), "b": lrkfac.poisson()}, "weights": {"a": 1.0, "b": 2.0}},
+public("joint", {"likelihoods": {"a": lrkfac.gaussian(), "b": lrkfac.poisson()}, "weights": {"a": 1.0, "b": 2.0}},
     likelihoods=among(1, "x", [lrkfac.gaussian], {"a": 1}, torch.ones(2), *NOTHING),
-    weights=among(
-        1, "x", {"a": 1.0}, [1.0, 2.0], *[{"a": 1.0, "b": b} for b in (-1.0, NAN, INF, "2", True, torch.ones(()))]
-    ),
-)
+    weights=among(1, "x", {"a": 1.0}, [1.0, 2.0],
+        *[{"a": 1.0, "b": b} for b in (-1.0, NAN, INF, "2", True, torch.ones(()))]))
 for name, y in {"bernoulli": torch.rand(6, 2), "poisson": torch.ones(6, 2), "gaussian": torch.ones(6, 2)}.items():
-    outside = {
-        "bernoulli": [y + 2, y - 2, y.long()],
-        "poisson": [-y, y - 1.5, y.bool(), -y.long()],
-        "gaussian": [y.long()],
-    }
+    outside = {"bernoulli": [y + 2, y - 2, y.long()], "poisson": [-y, y - 1.5, y.bool(), -y.long()],
+        "gaussian": [y.long()]}
     shapes = [y[:5], y[:, :1], y.mT, y[0], y.to("meta"), y.to(torch.complex64), y.tolist(), None, "x", (y,)]
-    valid(
-        f"evaluator({name})()",
-        lrkfac.evaluator(MODEL, getattr(lrkfac, name)(), LAYERS),
-        {"params": P, "inputs": X, "targets": y},
-        targets=among(*outside[name], *shapes),
-    )
+    valid(f"evaluator({name})()", lrkfac.evaluator(MODEL, getattr(lrkfac, name)(), LAYERS),
+        {"params": P, "inputs": X, "targets": y}, targets=among(*outside[name], *shapes))
 
 # Linear algebra.
-public(
-    "kronecker",
-    {"input": lrkfac.structures.dense(), "output": lrkfac.structures.dense()},
-    input=FACTOR,
-    output=FACTOR,
-    treatment=one_of("expand", "reduce"),
-    corrected=FLAG,
-)
-LOW = {
-    "rank": integer(),
-    "iterations": integer(),
-    "method": one_of("subspace", "power"),
-    "weight": number(0, tensor=False),
-}
+public("kronecker", {"input": lrkfac.structures.dense(), "output": lrkfac.structures.dense()}, input=FACTOR,
+    output=FACTOR, treatment=one_of("expand", "reduce"), corrected=FLAG)
+LOW = {"rank": integer(), "iterations": integer(), "method": one_of("subspace", "power"),
+    "weight": number(0, tensor=False)}
 public("low_rank", {"rank": 2}, **LOW, residual=one_of("isotropic", "none"))
 public("low_rank_plus_diagonal", {"rank": 2}, **LOW, fit=one_of("alternating", "off_diagonal"))
 for name in ("dense", "diagonal", "unit_wise", "layer_wise", "full"):
@@ -250,29 +162,12 @@ public("to_dense", {"operator": LOW_RANK_OPERATOR}, operator=OPERATOR)
 public("inverse", {"operator": lrkfac.linalg.Dense(EYE)}, operator=OPERATOR, damping=number(0))
 public("woodbury", {"operator": LOW_RANK_OPERATOR}, operator=LOW_RANK)
 public("sherman_morrison", {"operator": LOW_RANK_OPERATOR}, operator=LOW_RANK)
-ITERATED = {
-    "matvec": FUNCTION,
-    "start": among(
-        "x",
-        1,
-        torch.ones(3),
-        torch.ones(3, 2).long(),
-        torch.ones(3, 2) * 1j,
-        torch.ones(2, 3),
-        torch.ones(3, 0),
-        torch.ones(0, 2),
-        torch.ones(2, 3, 2),
-        *NOTHING,
-    ),
-    "rank": st.one_of(integer(optional=True), st.integers(min_value=3)),
-}
-public(
-    "power_iteration",
-    {"matvec": lambda v: v, "start": torch.ones(3, 2)},
-    **ITERATED,
-    max_iterations=integer(),
-    tolerance=number(0),
-)
+ITERATED = {"matvec": FUNCTION,
+    "start": among("x", 1, torch.ones(3), torch.ones(3, 2).long(), torch.ones(3, 2) * 1j, torch.ones(2, 3),
+        torch.ones(3, 0), torch.ones(0, 2), torch.ones(2, 3, 2), *NOTHING),
+    "rank": st.one_of(integer(optional=True), st.integers(min_value=3))}
+public("power_iteration", {"matvec": lambda v: v, "start": torch.ones(3, 2)}, **ITERATED, max_iterations=integer(),
+    tolerance=number(0))
 public("subspace_iteration", {"matvec": lambda v: v, "start": torch.ones(3, 2)}, **ITERATED, iterations=integer())
 
 # Trees.
@@ -282,25 +177,13 @@ public("state_dict", {"tree": FLAT}, tree=NOT_LEAVES)
 WRONG_DICTIONARIES = [{**FLAT, "w": torch.ones(3, 2)}, {**FLAT, "w": torch.ones(2, 3).double()}, {**FLAT, "step": 3.0}]
 WRONG_DICTIONARIES += [{"w": FLAT["w"]}, {**FLAT, "more": 1}, {**FLAT, "w": None}, {**FLAT, "step": torch.tensor(3)}]
 WRONG_DICTIONARIES += [{**FLAT, "w": "x"}, {**FLAT, "w": torch.ones(2, 3, device="meta")}]
-public(
-    "from_state_dict",
-    {"like": FLAT, "state_dict": FLAT},
-    like=NOT_LEAVES,
-    state_dict=among(1, "x", *WRONG_DICTIONARIES, *NOTHING),
-)
+public("from_state_dict", {"like": FLAT, "state_dict": FLAT}, like=NOT_LEAVES,
+    state_dict=among(1, "x", *WRONG_DICTIONARIES, *NOTHING))
 NOT_FOLDERS = among("", str(FOLDER), str(FOLDER / "none" / "x"), FOLDER)
 NOT_CHECKPOINTS = {"params": NOT_LEAVES, "state": NOT_LEAVES, "layers": NOT_LAYERS.filter(lambda x: x is not None)}
-public(
-    "save",
-    {"path": FOLDER / "x", "params": P, "state": (FLAT,), "layers": LAYERS},
-    path=st.one_of(PATH, NOT_FOLDERS),
-    **NOT_CHECKPOINTS,
-)
-public(
-    "load",
-    {"path": SAVED, "params": P, "state": (FLAT,), "layers": LAYERS},
+public("save", {"path": FOLDER / "x", "params": P, "state": (FLAT,), "layers": LAYERS},
+    path=st.one_of(PATH, NOT_FOLDERS), **NOT_CHECKPOINTS)
+public("load", {"path": SAVED, "params": P, "state": (FLAT,), "layers": LAYERS},
     path=st.one_of(PATH, NOT_FOLDERS, among(FOLDER / "none", __file__)),
-    params=st.one_of(NOT_LEAVES, tree(P, optional=True)),
-    state=st.one_of(NOT_LEAVES, among((), FLAT, (FLAT, 1))),
-    layers=NOT_CHECKPOINTS["layers"],
-)
+    params=st.one_of(NOT_LEAVES, tree(P, optional=True)), state=st.one_of(NOT_LEAVES, among((), FLAT, (FLAT, 1))),
+    layers=NOT_CHECKPOINTS["layers"])

@@ -22,36 +22,18 @@ from tests.bad_values import (
     tree,
 )
 from tests.public import BY_SHORT_NAME
-from tests.public_calls import (
-    LAYERS,
-    NOT_LAYERS,
-    NOT_TREES,
-    WITHOUT,
-    E,
-    G,
-    P,
-    public,
-    valid,
-)
+from tests.public_calls import LAYERS, NOT_LAYERS, NOT_TREES, WITHOUT, E, G, P, public, valid
 
+# Tables, of few lines each entry.
+# fmt: off
 PRECONDITION = lrkfac.precondition_by_fisher(LAYERS, rank=1)
 RATE, POSITIVE = number(0, schedule=True, trees=True), number(0, includes_low=False)
 SHARE, NONNEGATIVE = number(0, 1), number(0)
 SHARES, DECAYS = number(0, 1, trees=True), number(0, trees=True)
 KL_CLIP = number(0, includes_low=False, optional=True)
-STRUCTURE = among(
-    *[
-        1,
-        "x",
-        torch.ones(2),
-        lrkfac.structures.dense(),
-        {"x": lrkfac.structures.dense()},
-        {"*": lrkfac.structures.dense()},
-        {"*": 1},
-        {"none": None},
-    ],
-    *[lambda layer: 1, lambda layer: lrkfac.structures.full(), 1j, object(), [], ()],
-)
+STRUCTURE = among(1, "x", torch.ones(2), lrkfac.structures.dense(), {"x": lrkfac.structures.dense()},
+    {"*": lrkfac.structures.dense()}, {"*": 1}, {"none": None}, lambda layer: 1, lambda layer: lrkfac.structures.full(),
+    1j, object(), [], ())
 NOT_RANKS = among("automatic", {"none": 1}, {"*": 0}, {"*": 1.5})
 RANK = st.one_of(integer(optional=True).filter(lambda x: x != {}), NOT_RANKS)
 RANK_OF_CHAIN = st.one_of(RANK, st.none())
@@ -70,166 +52,69 @@ public("clip", {"max_delta": 1.0}, max_delta=POSITIVE)
 public("clip_by_global_norm", {"max_norm": 1.0}, max_norm=POSITIVE)
 public("clip_by_kl", {"kl_clip": 1.0}, kl_clip=POSITIVE, learning_rate=RATE)
 public("masked", {"inner": lrkfac.trace(0.9), "mask": True}, inner=TRANSFORMATION, mask=st.nothing())
-public(
-    "partition",
-    {"transformations": {"a": lrkfac.trace(0.9)}, "labels": "a"},
-    labels=st.nothing(),
-    transformations=among(
-        1, "x", lrkfac.trace(0.9), {"a": lrkfac.trace}, [lrkfac.trace(0.9)], *[x for x in NOTHING if x != {}]
-    ),
-)
-public(
-    "apply_if_finite",
-    {"inner": lrkfac.trace(0.9), "max_consecutive_errors": 3},
-    inner=TRANSFORMATION,
-    max_consecutive_errors=integer(),
-)
+public("partition", {"transformations": {"a": lrkfac.trace(0.9)}, "labels": "a"}, labels=st.nothing(),
+    transformations=among(1, "x", lrkfac.trace(0.9), {"a": lrkfac.trace}, [lrkfac.trace(0.9)],
+        *[x for x in NOTHING if x != {}]))
+public("apply_if_finite", {"inner": lrkfac.trace(0.9), "max_consecutive_errors": 3}, inner=TRANSFORMATION,
+    max_consecutive_errors=integer())
 public("accumulate", {"inner": lrkfac.trace(0.9), "every": 3}, inner=TRANSFORMATION, every=integer())
-public(
-    "merge_evaluations",
-    {"evaluations": [E, E]},
-    evaluations=among(
-        1, "x", E, [E, "x"], [E, WITHOUT], [E, E.grads], (None,), [tuple(E)], *[x for x in NOTHING if not callable(x)]
-    ),
-)
+public("merge_evaluations", {"evaluations": [E, E]},
+    evaluations=among(1, "x", E, [E, "x"], [E, WITHOUT], [E, E.grads], (None,), [tuple(E)],
+        *[x for x in NOTHING if not callable(x)]))
 public("inject_hyperparams", {"factory": lrkfac.trace}, factory=st.one_of(FUNCTION, st.just(lrkfac.trace(0.9))))
 public("constant_schedule", {"value": 0.1}, value=number())
-public(
-    "warmup_cosine_decay_schedule",
-    {"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 2, "decay_steps": 9},
-    init_value=number(),
-    peak_value=number(),
-    warmup_steps=number(0, 9),
-    decay_steps=number(2, includes_low=False),
-    end_value=number(),
-)
-public(
-    "exponential_decay",
-    {"init_value": 1.0, "transition_steps": 1, "decay_rate": 0.5},
-    init_value=number(),
-    transition_steps=number(1),
-    decay_rate=POSITIVE,
-    transition_begin=NONNEGATIVE,
-    staircase=FLAG,
-    end_value=number(optional=True),
-)
-public(
-    "piecewise_constant_schedule",
-    {"init_value": 1.0, "boundaries_and_scales": {5: 0.1}},
-    init_value=number(),
-    boundaries_and_scales=among(
-        *[1, "x", {-1: 0.1}, {1: NAN}, {1: "x"}, {"x": 1}, {NAN: 1.0}, {1: None}],
-        *[x for x in NOTHING if not isinstance(x, dict)],
-    ),
-)
-public(
-    "join_schedules",
-    {"schedules": [SCHEDULE, SCHEDULE], "boundaries": [5]},
+public("warmup_cosine_decay_schedule", {"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 2, "decay_steps": 9},
+    init_value=number(), peak_value=number(), warmup_steps=number(0, 9), decay_steps=number(2, includes_low=False),
+    end_value=number())
+public("exponential_decay", {"init_value": 1.0, "transition_steps": 1, "decay_rate": 0.5}, init_value=number(),
+    transition_steps=number(1), decay_rate=POSITIVE, transition_begin=NONNEGATIVE, staircase=FLAG,
+    end_value=number(optional=True))
+public("piecewise_constant_schedule", {"init_value": 1.0, "boundaries_and_scales": {5: 0.1}}, init_value=number(),
+    boundaries_and_scales=among(1, "x", {-1: 0.1}, {1: NAN}, {1: "x"}, {"x": 1}, {NAN: 1.0}, {1: None},
+        *[x for x in NOTHING if not isinstance(x, dict)]))
+public("join_schedules", {"schedules": [SCHEDULE, SCHEDULE], "boundaries": [5]},
     schedules=among(1, "x", [SCHEDULE], [SCHEDULE, 0.1], (SCHEDULE, SCHEDULE, SCHEDULE), *NOTHING),
-    boundaries=among(
-        1, "x", [0], [-1], [NAN], ["x"], [None], [5, 6], [1j], *[x for x in NOTHING if x not in ([1.0], b"x")]
-    ),
-)
-public(
-    "precondition_by_fisher",
-    {"layers": LAYERS},
-    layers=NOT_LAYERS,
-    structure=STRUCTURE,
-    rank=RANK,
-    damping=POSITIVE,
-    decay=SHARE,
-    fallback=TRANSFORMATION.filter(lambda x: x is not None),
-    differentiable=FLAG,
-    balanced=FLAG,
-    **OF_DTYPE,
-)
-public(
-    "scale_by_quadratic_model",
-    {"preconditioner": PRECONDITION},
-    preconditioner=TRANSFORMATION,
-    damping=POSITIVE,
-    weight_decay=DECAYS,
-    kl_clip=KL_CLIP,
-    gradient_decay=SHARE,
-)
-valid(
-    "chain",
-    lambda transformations: lrkfac.chain(*transformations),
-    {"transformations": [lrkfac.trace(0.9)]},
-    transformations=st.lists(TRANSFORMATION, min_size=1, max_size=3),
-)
+    boundaries=among(1, "x", [0], [-1], [NAN], ["x"], [None], [5, 6], [1j],
+        *[x for x in NOTHING if x not in ([1.0], b"x")]))
+public("precondition_by_fisher", {"layers": LAYERS}, layers=NOT_LAYERS, structure=STRUCTURE, rank=RANK,
+    damping=POSITIVE, decay=SHARE, fallback=TRANSFORMATION.filter(lambda x: x is not None), differentiable=FLAG,
+    balanced=FLAG, **OF_DTYPE)
+public("scale_by_quadratic_model", {"preconditioner": PRECONDITION}, preconditioner=TRANSFORMATION, damping=POSITIVE,
+    weight_decay=DECAYS, kl_clip=KL_CLIP, gradient_decay=SHARE)
+valid("chain", lambda transformations: lrkfac.chain(*transformations), {"transformations": [lrkfac.trace(0.9)]},
+    transformations=st.lists(TRANSFORMATION, min_size=1, max_size=3))
 KFAC = {"learning_rate": RATE, "damping": POSITIVE, "decay": SHARE, "momentum": SHARES, "weight_decay": DECAYS}
 OF_STATISTICS = {**OF_DTYPE, "differentiable": FLAG}
 public("kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, **KFAC, kl_clip=POSITIVE, **OF_STATISTICS)
-public(
-    "low_rank_kfac",
-    {"layers": LAYERS, "learning_rate": 0.1},
-    layers=NOT_LAYERS,
-    rank=RANK_OF_CHAIN,
-    **KFAC,
-    kl_clip=POSITIVE,
-    **OF_STATISTICS,
-)
-public(
-    "adaptive_low_rank_kfac",
-    {"layers": LAYERS},
-    layers=NOT_LAYERS,
-    rank=RANK_OF_CHAIN,
-    damping=POSITIVE,
-    decay=SHARE,
-    weight_decay=DECAYS,
-    **OF_DTYPE,
-    kl_clip=KL_CLIP,
-    gradient_decay=SHARE,
-)
-valid(
-    "inject_hyperparams()",
-    lrkfac.inject_hyperparams(lrkfac.scale_by_learning_rate),
-    {"learning_rate": 0.1},
-    learning_rate=RATE,
-)
-valid(
-    "masked().init",
-    lambda mask: lrkfac.masked(lrkfac.trace(0.9), mask).init(P),
-    {"mask": True},
-    mask=among(1, "x", None, {"0.bias": True}, dict.fromkeys(P, 1), dict.fromkeys(P), [True], torch.tensor(True)),
-)
-valid(
-    "partition().init",
-    lambda labels: lrkfac.partition({"a": lrkfac.trace(0.9)}, labels).init(P),
-    {"labels": "a"},
-    labels=among(1, "x", None, {"0.bias": "a"}, dict.fromkeys(P, "b"), dict.fromkeys(P), ["a"], 1j),
-)
+public("low_rank_kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, rank=RANK_OF_CHAIN, **KFAC,
+    kl_clip=POSITIVE, **OF_STATISTICS)
+public("adaptive_low_rank_kfac", {"layers": LAYERS}, layers=NOT_LAYERS, rank=RANK_OF_CHAIN, damping=POSITIVE,
+    decay=SHARE, weight_decay=DECAYS, **OF_DTYPE, kl_clip=KL_CLIP, gradient_decay=SHARE)
+valid("inject_hyperparams()", lrkfac.inject_hyperparams(lrkfac.scale_by_learning_rate), {"learning_rate": 0.1},
+    learning_rate=RATE)
+valid("masked().init", lambda mask: lrkfac.masked(lrkfac.trace(0.9), mask).init(P), {"mask": True},
+    mask=among(1, "x", None, {"0.bias": True}, dict.fromkeys(P, 1), dict.fromkeys(P), [True], torch.tensor(True)))
+valid("partition().init", lambda labels: lrkfac.partition({"a": lrkfac.trace(0.9)}, labels).init(P), {"labels": "a"},
+    labels=among(1, "x", None, {"0.bias": "a"}, dict.fromkeys(P, "b"), dict.fromkeys(P), ["a"], 1j))
 
 # What transformations do.
 MASK = lambda tree: dict.fromkeys(tree, True) if isinstance(tree, dict) else True  # noqa: E731
 LABELS = lambda tree: dict.fromkeys(tree, "a") if isinstance(tree, dict) else "a"  # noqa: E731
-STATELESS = {
-    "identity": lrkfac.identity(),
-    "scale": lrkfac.scale(0.1),
-    "scale_by_learning_rate": lrkfac.scale_by_learning_rate(0.1),
-    "clip": lrkfac.clip(1.0),
-    "clip_by_global_norm": lrkfac.clip_by_global_norm(1.0),
-    "add_decayed_weights": lrkfac.add_decayed_weights(0.1),
-}
-STATEFUL = {
-    "scale_by_learning_rate(schedule)": lrkfac.scale_by_learning_rate(SCHEDULE),
-    "trace": lrkfac.trace(0.9),
-    "scale_by_adam": lrkfac.scale_by_adam(),
-    "ema_params": lrkfac.ema_params(),
-    "clip_by_kl": lrkfac.clip_by_kl(1.0),
-    "masked": lrkfac.masked(lrkfac.trace(0.9), MASK),
-    "partition": lrkfac.partition({"a": lrkfac.trace(0.9)}, LABELS),
+STATELESS = {"identity": lrkfac.identity(), "scale": lrkfac.scale(0.1),
+    "scale_by_learning_rate": lrkfac.scale_by_learning_rate(0.1), "clip": lrkfac.clip(1.0),
+    "clip_by_global_norm": lrkfac.clip_by_global_norm(1.0), "add_decayed_weights": lrkfac.add_decayed_weights(0.1)}
+STATEFUL = {"scale_by_learning_rate(schedule)": lrkfac.scale_by_learning_rate(SCHEDULE), "trace": lrkfac.trace(0.9),
+    "scale_by_adam": lrkfac.scale_by_adam(), "ema_params": lrkfac.ema_params(), "clip_by_kl": lrkfac.clip_by_kl(1.0),
+    "masked": lrkfac.masked(lrkfac.trace(0.9), MASK), "partition": lrkfac.partition({"a": lrkfac.trace(0.9)}, LABELS),
     "apply_if_finite": lrkfac.apply_if_finite(lrkfac.trace(0.9), 3),
     "accumulate": lrkfac.accumulate(lrkfac.trace(0.9), 3),
     "inject_hyperparams": lrkfac.inject_hyperparams(lrkfac.trace)(decay=0.9),
-    "chain": lrkfac.chain(lrkfac.trace(0.9), lrkfac.scale(0.1)),
-    "precondition_by_fisher": PRECONDITION,
+    "chain": lrkfac.chain(lrkfac.trace(0.9), lrkfac.scale(0.1)), "precondition_by_fisher": PRECONDITION,
     "scale_by_quadratic_model": lrkfac.scale_by_quadratic_model(PRECONDITION),
     "kfac": lrkfac.kfac(LAYERS, 0.1, weight_decay=0.1),
     "low_rank_kfac": lrkfac.low_rank_kfac(LAYERS, 0.1, rank=1, weight_decay=0.1),
-    "adaptive_low_rank_kfac": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=1),
-}
+    "adaptive_low_rank_kfac": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=1)}
+# fmt: on
 OF_LAYERS = {"precondition_by_fisher", "scale_by_quadratic_model", "kfac", "low_rank_kfac", "adaptive_low_rank_kfac"}
 NEED_EVALUATION = OF_LAYERS | {"clip_by_kl"}
 TAKE_EVALUATION = {"apply_if_finite", "accumulate", "masked", "partition"}

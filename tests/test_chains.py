@@ -1,7 +1,5 @@
 """The ready-made chains are the chains that their documentation says."""
 
-import inspect
-
 import optree
 import pytest
 import torch
@@ -14,7 +12,7 @@ from tests import cases, reference_networks, reference_optimizers
 from tests.transforms.test_precondition import DENSE, layers_and_evaluate
 
 MLP, SHIFT, GROUPS = cases.LINEAR[0], cases.LINEAR[6], cases.CONVOLUTION[3]
-some_cases = pytest.mark.parametrize("case", [MLP, SHIFT, GROUPS], ids=lambda case: case.name)
+some_cases = pytest.mark.parametrize("case", [SHIFT, GROUPS], ids=lambda case: case.name)
 OPTIONS = {"damping": 0.05, "decay": 0.7, "momentum": 0.8, "weight_decay": 0.02, "kl_clip": 5e-3}
 RATES = {
     "number": 0.2,
@@ -27,13 +25,13 @@ each_rate = pytest.mark.parametrize("rate", RATES.values(), ids=RATES.keys())
 def path(tx, case, steps=4):
     """The parameters after each step, with statistics at every second."""
     _, evaluate = layers_and_evaluate(case)
-    params, state, found = case.params, tx.init(case.params), []
+    params, state, reached = case.params, tx.init(case.params), []
     for i in range(steps):
         e = evaluate(params, statistics=i % 2 == 0)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
         params = lrkfac.apply_updates(params, updates)
-        found.append(params)
-    return found
+        reached.append(params)
+    return reached
 
 
 def by_hand(layers, structure, rate, damping, decay, momentum, weight_decay, kl_clip):
@@ -46,8 +44,8 @@ def by_hand(layers, structure, rate, damping, decay, momentum, weight_decay, kl_
     )
 
 
-def same(found, expected):
-    assert optree.tree_all(optree.tree_map(torch.equal, found, expected))
+def same(actual, expected):
+    assert optree.tree_all(optree.tree_map(torch.equal, actual, expected))
 
 
 @some_cases
@@ -80,26 +78,17 @@ def test_the_adaptive_chain(case, gradient_decay):
     both = kronecker(low_rank(2, weight=2.0), low_rank_plus_diagonal(2, weight=0.5))
     preconditioner = lrkfac.precondition_by_fisher(layers, both, decay=0.7)
     if gradient_decay != 0:
-        summed = lrkfac.trace(0.6 if gradient_decay is None else gradient_decay)
-        preconditioner = lrkfac.chain(summed, preconditioner)
+        preconditioner = lrkfac.chain(lrkfac.trace(gradient_decay or 0.6), preconditioner)
     by_hand = lrkfac.chain(lrkfac.scale_by_quadratic_model(preconditioner, 0.2, 0.01))
     options = {} if gradient_decay is None else {"gradient_decay": gradient_decay}
-    found = lrkfac.adaptive_low_rank_kfac(layers, 2, 0.2, 0.7, 0.01, **options)
-    same(path(found, case), path(by_hand, case))
+    same(path(lrkfac.adaptive_low_rank_kfac(layers, 2, 0.2, 0.7, 0.01, **options), case), path(by_hand, case))
 
 
-def test_signatures_that_users_rely_on():
-    shared = "learning_rate damping decay momentum weight_decay kl_clip dtype differentiable".split()
-    assert list(inspect.signature(kfac).parameters) == ["layers", *shared]
-    assert list(inspect.signature(low_rank_kfac).parameters) == ["layers", "learning_rate", "rank", *shared[1:]]
-
-
-@some_cases
 @pytest.mark.parametrize("make", [lambda layers, rate: low_rank_kfac(layers, rate, rank=1), kfac])
 @each_rate
-def test_laws(case, make, rate):
-    layers, evaluate = layers_and_evaluate(case)
-    check_transformation(make(layers, rate), case.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e}))
+def test_laws(make, rate):
+    layers, evaluate = layers_and_evaluate(SHIFT)
+    check_transformation(make(layers, rate), SHIFT.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e}))
 
 
 @pytest.mark.parametrize("case", [*cases.LINEAR, *cases.CONVOLUTION], ids=lambda case: case.name)
@@ -116,9 +105,7 @@ def test_kfac_equals_the_reference_under_a_schedule(case):
         )
         clipped.append(reference_optimizers.clipped_by_kl(one.preconditioned, one.gradients, rate, OPTIONS["kl_clip"]))
         direction = reference_optimizers.decayed_weights_added(
-            reference_optimizers.momentum_trace(clipped, OPTIONS["momentum"])[-1],
-            case.params,
-            OPTIONS["weight_decay"],
+            reference_optimizers.momentum_trace(clipped, OPTIONS["momentum"])[-1], case.params, OPTIONS["weight_decay"]
         )
         expected = {k: p - rate * direction[k] for k, p in case.params.items()}
         e = evaluate(params)

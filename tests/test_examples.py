@@ -19,7 +19,10 @@ MODULES = {m.__name__.rpartition(".")[2]: m for m in
            (language_model, ensemble, physics_informed, fine_tuning, training_loop)}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODULES)
+SLOW = pytest.param("language_model", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [SLOW, *(name for name in MODULES if name != "language_model")])
 def test_runs(name, tmp_path, capsys):
     MODULES[name].main([*SHORT[name], "--output", str(tmp_path)])
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -7,8 +7,6 @@ from functools import partial
 import optree
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 import lrkfac
@@ -34,7 +32,7 @@ def partly_frozen(dtype):
 
 MODELS = {"plain": plain, "BatchNorm": normalised, "partly frozen": partly_frozen}
 CHAIN = partial(lrkfac.low_rank_kfac, learning_rate=0.2)
-each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
 def batches(number, dtype=torch.float64, size=5):
@@ -94,8 +92,7 @@ def momentum_alone(layers, lr):
     return lrkfac.chain(lrkfac.trace(0.5), lrkfac.scale(-0.1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("thin", [False, True], ids=["", "thin"])
+@pytest.mark.parametrize(("dtype", "thin"), [(torch.float32, True), (torch.float64, False)], ids=["thin", ""])
 @each_model
 def test_equals_the_functional_loop_bit_for_bit(make, thin, dtype):
     net, data = wide(make, dtype) if thin else make(dtype), batches(7, dtype)
@@ -108,62 +105,66 @@ def test_equals_the_functional_loop_bit_for_bit(make, thin, dtype):
     same({n: net.state_dict()[n] for n in constants}, constants)
 
 
-@each_model
-@pytest.mark.parametrize("transformation", [lrkfac.kfac, momentum_alone, lrkfac.adaptive_low_rank_kfac])
-def test_any_chain(make, transformation):
-    net, data = make(torch.float64), batches(6)
-    rate = {} if transformation is lrkfac.adaptive_low_rank_kfac else {"lr": 0.2}
-    thin = transformation is not momentum_alone  # as by default in the class
+@pytest.mark.parametrize("transformation", [momentum_alone, lrkfac.adaptive_low_rank_kfac])
+def test_any_chain(transformation):
+    net, data = plain(torch.float64), batches(6)
+    alone = transformation is momentum_alone
+    rate, rates = ({"lr": 0.2}, [0.2] * 6) if alone else ({}, None)
     torch.manual_seed(1)
-    expected = functional(copy.deepcopy(net), data, transformation, rates=[0.2] * 6 if rate else None, thin=thin)
+    # By default the class takes gradients by rows for ready-made chains.
+    expected = functional(copy.deepcopy(net), data, transformation, rates=rates, thin=not alone)
     torch.manual_seed(1)
     by_class(net, data, transformation=transformation, **rate)
     same(trained(net), expected)
 
 
-def test_gradients_by_rows_are_for_ready_made_chains_and_steps_alone():
+@pytest.mark.parametrize(
+    ("options", "by_rows"),
+    [
+        ({"lr": 0.2}, True),
+        ({"lr": 0.2, "transformation": lrkfac.kfac}, True),
+        ({"transformation": CHAIN}, False),
+        ({"lr": 0.2, "thin": False}, False),
+    ],
+)
+def test_gradients_by_rows_are_for_ready_made_chains_and_steps_alone(options, by_rows):
     """A custom chain gets tensors, unless it asks for something else."""
-    for options in ({}, {"transformation": lrkfac.kfac}, {"transformation": CHAIN}, {"thin": False}):
-        net, ((x, y),), seen = wide(plain, torch.float64), batches(1), []
-        rate = {} if options.get("transformation") is CHAIN else {"lr": 0.2}
-        optimizer = LowRankKFAC(net, lrkfac.categorical(), x, **rate, **options)
-        formed, update = not rate or not options.get("thin", True), optimizer.transformation.update
-        optimizer.transformation = optimizer.transformation._replace(
-            update=lambda grads, *args, seen=seen, update=update, **extra: (
-                seen.append(grads) or update(grads, *args, **extra)
-            )
-        )
-        evaluation = optimizer.evaluate(x, y)
-        assert all(isinstance(g, torch.Tensor) for g in evaluation.grads.values())
-        optimizer.step()
-        optimizer.step(x, y)
-        assert [any(isinstance(g, LazyMatrix) for g in grads.values()) for grads in seen] == [False, not formed]
+    net, ((x, y),), kinds = wide(plain, torch.float64), batches(1), []
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), x, **options)
+    tx = optimizer.transformation
+
+    def update(grads, *args, **extra):
+        kinds.append(any(isinstance(g, LazyMatrix) for g in grads.values()))
+        return tx.update(grads, *args, **extra)
+
+    optimizer.transformation = tx._replace(update=update)
+    assert all(isinstance(g, torch.Tensor) for g in optimizer.evaluate(x, y).grads.values())
+    optimizer.step()
+    optimizer.step(x, y)
+    assert kinds == [False, by_rows]
 
 
-@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
-def test_schedulers_set_the_learning_rate_of_each_step(as_tensor):
+@pytest.mark.parametrize("number", [float, partial(torch.tensor, dtype=torch.float64)], ids=["number", "tensor"])
+def test_schedulers_set_the_learning_rate_of_each_step(number):
     net, data = plain(torch.float64), batches(6)
-    rate = torch.tensor(0.2, dtype=torch.float64) if as_tensor else 0.2
-    expected_rates = [0.2 * 0.5 ** (i // 2) for i in range(6)]
-    rates = [torch.tensor(one, dtype=torch.float64) if as_tensor else one for one in expected_rates]
+    rates = [number(0.2 * 0.5 ** (i // 2)) for i in range(6)]
     torch.manual_seed(1)
     expected = functional(copy.deepcopy(net), data, lrkfac.low_rank_kfac, rates=rates, thin=True, **OPTIONS)
     torch.manual_seed(1)
-    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], lr=rate, statistics_every=3, **OPTIONS)
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], lr=number(0.2), statistics_every=3, **OPTIONS)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns where it sees no step between two of the scheduler
-        for (x, y), rate in zip(data, expected_rates, strict=True):
-            assert float(optimizer.param_groups[0]["lr"]) == rate
+        for x, y in data:
             optimizer.step(x, y)
             scheduler.step()
     same(trained(net), expected)
 
 
-@given(seed=st.integers(0, 2**31), scale=st.floats(1e-3, 1e3), make=st.sampled_from(list(MODELS.values())))
-def test_between_evaluate_and_step_gradients_are_those_of_the_module(seed, scale, make):
+@each_model
+@pytest.mark.parametrize("scale", [1e-2, 1e2])
+def test_between_evaluate_and_step_gradients_are_those_of_the_module(make, scale):
     """They are what autograd says, and what is made of them is what the chain sees, ``clip_by_kl`` included."""
-    torch.manual_seed(seed)
     net, (batch, *_) = make(torch.float64), batches(1)
     other = copy.deepcopy(net)
     torch.nn.functional.cross_entropy(other(batch[0]), batch[1]).backward()
@@ -202,17 +203,15 @@ def test_gradients_may_be_changed_in_place_one_by_one():
     same(optimizer.params, {"one": -2 * grads["one"], "two": -grads["two"] - 1})
 
 
-@each_model
-def test_three_ways_to_step_are_one(make):
-    data = batches(4)
-    ways = {
-        "batch": lambda o, x, y: o.step(x, y),
-        "closure": lambda o, x, y: o.step(lambda: o.evaluate(x, y)),
-        "closure by name": lambda o, x, y: o.step(closure=lambda: o.evaluate(x, y)),
-        "before": lambda o, x, y: (o.zero_grad(), o.evaluate(x, y), o.step()),
-    }
-    start, results = make(torch.float64), []
-    for step in ways.values():
+def test_three_ways_to_step_are_one():
+    ways = [
+        lambda o, x, y: o.step(x, y),
+        lambda o, x, y: o.step(lambda: o.evaluate(x, y)),
+        lambda o, x, y: o.step(closure=lambda: o.evaluate(x, y)),
+        lambda o, x, y: (o.zero_grad(), o.evaluate(x, y), o.step()),
+    ]
+    data, start, results = batches(4), normalised(torch.float64), []
+    for step in ways:
         net = copy.deepcopy(start)
         optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], lr=0.2, statistics_every=3, **OPTIONS)
         torch.manual_seed(1)
@@ -223,29 +222,14 @@ def test_three_ways_to_step_are_one(make):
         same(other, results[0])
 
 
-def test_micro_batches_are_one_batch():
-    net, data = plain(torch.float64), batches(2)
-    other = copy.deepcopy(net)
-    whole = tuple(torch.cat(parts) for parts in zip(*data, strict=True))
-    options = {"lr": 0.2, "estimator": "exact", **OPTIONS}
-    optimizer = LowRankKFAC(net, lrkfac.categorical(), whole[0], **options)
-    optimizer.step(lambda: lrkfac.merge_evaluations([optimizer.evaluate(*batch) for batch in data]))
-    LowRankKFAC(other, lrkfac.categorical(), whole[0], **options).step(*whole)
-    torch.testing.assert_close(trained(net), trained(other), rtol=1e-8, atol=1e-10)
-
-
 def test_autocast_is_for_the_model_alone():
     """Under autocast the outputs are in bfloat16; factors and steps are those of the functional loop without it."""
-    net, data = plain(torch.float32), batches(4, torch.float32, size=16)
-    start = copy.deepcopy(net)
-    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], lr=0.2, estimator="exact", **OPTIONS)
-    for x, y in data:
-        with torch.autocast("cpu", torch.bfloat16):
-            assert optimizer.evaluate(x, y).outputs.dtype == torch.bfloat16
-            params, kept = optree.tree_map(torch.clone, optimizer.params), optimizer.chain_state
-            evaluation = optimizer._pending
-            optimizer.step()
-        updates, _ = optimizer.transformation.update(evaluation.grads, kept, params, evaluation=evaluation)
-        same(optimizer.params, lrkfac.apply_updates(params, updates))
-    losses = [torch.nn.functional.cross_entropy(n(data[0][0]), data[0][1]) for n in (start, net)]
-    assert losses[1] < losses[0]
+    net, ((x, y),) = plain(torch.float32), batches(1, torch.float32, size=16)
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), x, lr=0.2, estimator="exact", **OPTIONS)
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluation = optimizer.evaluate(x, y)
+        assert evaluation.outputs.dtype == torch.bfloat16
+        params, state = optree.tree_map(torch.clone, optimizer.params), optimizer.chain_state
+        optimizer.step()
+    updates, _ = optimizer.transformation.update(evaluation.grads, state, params, evaluation=evaluation)
+    same(optimizer.params, lrkfac.apply_updates(params, updates))

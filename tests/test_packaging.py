@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import lrkfac
@@ -12,6 +13,7 @@ from lrkfac import __main__ as check
 from tests import typed_user
 
 
+@pytest.mark.slow
 def test_self_check():
     done = subprocess.run(
         [sys.executable, "-m", "lrkfac"], cwd=Path(lrkfac.__file__).parents[1], capture_output=True, text=True

@@ -22,22 +22,16 @@ values = st.floats(-10, 10)
 
 def check_schedule(schedule, expected, number=25):
     for step in range(number):
-        found = torch.as_tensor(schedule(torch.tensor(step)), dtype=torch.float64)
-        assert found.shape == ()
-        torch.testing.assert_close(found.item(), float(expected(step)), rtol=1e-12, atol=1e-12)
-
-
-@given(values)
-def test_constant(value):
-    check_schedule(constant_schedule(value), lambda step: value)
+        updates = torch.as_tensor(schedule(torch.tensor(step)), dtype=torch.float64)
+        assert updates.shape == ()
+        torch.testing.assert_close(updates.item(), float(expected(step)), rtol=1e-12, atol=1e-12)
 
 
 @given(values, st.integers(0, 10), st.integers(1, 12), values, values)
 def test_warmup_cosine(peak, warmup, more, initial, final):
     schedule = warmup_cosine_decay_schedule(initial, peak, warmup, warmup + more, final)
     check_schedule(
-        schedule,
-        lambda step: reference.warmup_cosine_decay_schedule(step, peak, warmup, warmup + more, initial, final),
+        schedule, lambda step: reference.warmup_cosine_decay_schedule(step, peak, warmup, warmup + more, initial, final)
     )
     assert schedule(torch.tensor(warmup)).item() == pytest.approx(peak)
     assert schedule(torch.tensor(10**6)).item() == pytest.approx(final)
@@ -76,78 +70,50 @@ def test_joined(lengths, data):
     check_schedule(whole, lambda step: expected(step) if step < 30 else 7, number=35)
 
 
+COSINE, EXPONENTIAL = reference.warmup_cosine_decay_schedule, reference.exponential_decay
 SCHEDULES = {
     "constant": (constant_schedule(0.3), lambda step: 0.3),
-    "cosine": (
-        warmup_cosine_decay_schedule(0.0, 0.5, 2, 5),
-        lambda s: reference.warmup_cosine_decay_schedule(s, 0.5, 2, 5),
-    ),
-    "exponential": (exponential_decay(0.5, 1, 0.8), lambda s: reference.exponential_decay(s, 0.5, 0.8)),
-    "piecewise": (
-        piecewise_constant_schedule(0.5, {2: 0.1, 4: 3.0}),
-        lambda step: reference.piecewise_constant_schedule(step, [2, 4], [0.5, 0.05, 0.15]),
-    ),
+    "cosine": (warmup_cosine_decay_schedule(0.0, 0.5, 2, 5), lambda s: COSINE(s, 0.5, 2, 5)),
     "joined": (
         join_schedules([exponential_decay(0.5, 1, 0.8), constant_schedule(0.1)], [3]),
-        lambda s: reference.exponential_decay(s, 0.5, 0.8) if s < 3 else 0.1,
+        lambda s: EXPONENTIAL(s, 0.5, 0.8) if s < 3 else 0.1,
     ),
     "the user's own": (lambda step: 1 / (1 + step), lambda step: 1 / (1 + step)),
     "a number": (0.25, lambda step: 0.25),
     "a tensor": (torch.tensor(0.25), lambda step: 0.25),
 }
-each_schedule = pytest.mark.parametrize("rate, expected", SCHEDULES.values(), ids=SCHEDULES.keys())
-
-
-@each_schedule
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_laws(rate, expected, dtype):
-    check_transformation(scale_by_learning_rate(rate), nested(dtype))
+each_schedule = pytest.mark.parametrize("rate, expected", SCHEDULES.values(), ids=SCHEDULES)
 
 
 @each_schedule
 def test_learning_rate_of_each_step(rate, expected):
+    for dtype in (torch.float64, torch.bfloat16):
+        check_transformation(scale_by_learning_rate(rate), nested(dtype))
     grads = steps(6)
-    for i, found in enumerate(replayed(scale_by_learning_rate(rate), grads)):
+    for i, updates in enumerate(replayed(scale_by_learning_rate(rate), grads)):
         # one divided by an integer tensor is float32
-        close(found, {k: -expected(i) * g for k, g in flat(grads[i]).items()}, rtol=1e-7)
+        close(updates, {k: -expected(i) * g for k, g in flat(grads[i]).items()}, rtol=1e-7)
 
 
 @pytest.mark.parametrize("factor", [2, -0.5, 0.0, torch.tensor(0.5)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_scale(factor, dtype):
     check_transformation(scale(factor), nested(dtype))
-    for found, grads in zip(replayed(scale(factor), steps(2, dtype)), steps(2, dtype), strict=True):
-        close(found, {k: float(factor) * g for k, g in flat(grads).items()}, rtol=0)
+    for updates, grads in zip(replayed(scale(factor), steps(2, dtype)), steps(2, dtype), strict=True):
+        close(updates, {k: float(factor) * g for k, g in flat(grads).items()}, rtol=0)
 
 
 @pytest.mark.parametrize(
     "make, error, words",
     [
-        (lambda: scale(float("nan")), ValueError, "factor: expected a finite number"),
-        (lambda: scale("2"), TypeError, "factor: expected a number, got str"),
-        (lambda: scale_by_learning_rate(-0.1), ValueError, "learning_rate: expected a finite number"),
-        (lambda: scale_by_learning_rate(float("inf")), ValueError, "learning_rate: expected a finite number"),
-        (lambda: scale_by_learning_rate(None), TypeError, "learning_rate: expected a number, got NoneType"),
-        (lambda: constant_schedule(float("nan")), ValueError, "value: expected a finite number"),
-        (lambda: warmup_cosine_decay_schedule(0.0, float("nan"), 1, 2), ValueError, "peak_value: expected"),
-        (lambda: warmup_cosine_decay_schedule(float("inf"), 1.0, 1, 2), ValueError, "init_value: expected"),
-        (lambda: warmup_cosine_decay_schedule(0.0, 1.0, 1, 2, float("nan")), ValueError, "end_value: expected"),
         (lambda: warmup_cosine_decay_schedule(0.0, 1.0, 2, 2), ValueError, "warmup_steps: .* decay_steps = 2, got 2"),
-        (lambda: warmup_cosine_decay_schedule(0.0, 1.0, -1, 2), ValueError, "warmup_steps: .* got -1"),
-        (lambda: exponential_decay(float("nan"), 1, 0.5), ValueError, "init_value: expected"),
-        (lambda: exponential_decay(1.0, 1, 0.0), ValueError, r"decay_rate: .*\(0, inf\), got 0"),
-        (lambda: exponential_decay(1.0, 0, 0.5), ValueError, r"transition_steps: .*\[1, inf\), got 0"),
         (lambda: join_schedules([], []), ValueError, "boundaries: expected 0 for 0 schedules, at least one, got 0"),
         (lambda: join_schedules([abs, abs], []), ValueError, "boundaries: expected 1 for 2 schedules"),
-        (lambda: join_schedules([abs], [1]), ValueError, "boundaries: expected 0 for 1 schedules"),
         (lambda: join_schedules([abs, 0.1], [1]), TypeError, "schedules: .* use constant_schedule"),
         (lambda: join_schedules([abs] * 3, [2, 2]), ValueError, r"boundaries: .*\(2, inf\), got 2"),
-        (lambda: join_schedules([abs, abs], [0]), ValueError, r"boundaries: .*\(0, inf\), got 0"),
-        (lambda: piecewise_constant_schedule(float("nan"), {}), ValueError, "init_value: expected"),
-        (lambda: piecewise_constant_schedule(1.0, {-1: 0.1}), ValueError, r"boundary: .* got -1"),
-        (lambda: piecewise_constant_schedule(1.0, {1: float("inf")}), ValueError, "a factor: .* got inf"),
     ],
 )
 def test_arguments_are_checked(make, error, words):
+    """What the table of bad calls does not say: whole messages, and values that depend on each other."""
     with pytest.raises(error, match=words):
         make()
