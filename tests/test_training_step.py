@@ -123,14 +123,11 @@ def reference_steps(case, estimator, steps):
 
 
 @each_case
-@pytest.mark.parametrize("estimator", ["mc", "exact", "empirical"])
-def test_one_step_of_full_rank_equals_dense(case, estimator):
-    (expected,), _, _ = trained(case, dense, estimator)
-    references = [] if estimator == "mc" else reference_steps(case, estimator, 1)
+def test_one_step_of_full_rank_equals_dense(case):
+    (expected,), _, _ = trained(case, dense)
     for make in FULL_RANK.values():
-        (found,), _, _ = trained(case, make, estimator)
-        for other in (expected, *references):
-            close(change(found, case), change(other, case), 1e-10)
+        (found,), _, _ = trained(case, make)
+        close(change(found, case), change(expected, case), 1e-10)
 
 
 @each_case
@@ -155,14 +152,14 @@ def test_full_rank_equals_dense_with_old_inverses_between(case):
 @pytest.mark.parametrize("case", [MLP, SHIFT, GROUPS], ids=lambda case: case.name)
 def test_ensemble_under_vmap_equals_separate_runs(case, make):
     step, init = stepper(case, make)
-    members = [optree.tree_map(lambda p, i=i: p * (1 + 0.1 * i) + 0.01 * i, case.params) for i in range(5)]
+    members = [optree.tree_map(lambda p, i=i: p * (1 + 0.1 * i) + 0.01 * i, case.params) for i in range(3)]
     params = optree.tree_map(lambda *p: torch.stack(p), *members)
-    inputs = torch.stack([case.inputs * (1 + 0.2 * i) for i in range(5)])
+    inputs = torch.stack([case.inputs * (1 + 0.2 * i) for i in range(3)])
     state, states = vmap(init)(params), [init(member) for member in members]
-    for noise, statistics in zip(noises(case, 20).unflatten(0, (4, 5)), (True, False, True, True), strict=True):
+    for noise, statistics in zip(noises(case, 12).unflatten(0, (4, 3)), (True, False, True, True), strict=True):
         mapped = vmap(lambda p, s, x, u, on=statistics: step(p, s, x, case.targets, u, on))
         params, state, losses = mapped(params, state, inputs, noise)
-        for i in range(5):
+        for i in range(3):
             members[i], states[i], loss = step(members[i], states[i], inputs[i], case.targets, noise[i], statistics)
             torch.testing.assert_close(losses[i], loss, rtol=1e-9, atol=0)
             close({k: p[i] for k, p in params.items()}, members[i], 1e-9)
@@ -226,15 +223,12 @@ ODD = {
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
 @pytest.mark.parametrize("case", [WIDTH_ONE, MLP, GROUPS], ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_odd_batches_just_work(case, odd, dtype):
     case = odd(cast(case, dtype))
     for make in (never_dense(1), never_dense(100), dense):
-        for estimator in ("empirical", "mc"):
-            path, losses, state = trained(case, make, estimator, steps=3, every=2)
-            for x in optree.tree_leaves((path, state)):
-                assert x.isfinite().all()
-            assert all(torch.isfinite(torch.tensor(losses)))
+        path, losses, state = trained(case, make, steps=3, every=2)
+        assert all(x.isfinite().all() for x in optree.tree_leaves((path, state, torch.tensor(losses))))
 
 
 VIEWS = {
