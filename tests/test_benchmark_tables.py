@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import convolutions, depth, memory, memory_steps, quality, refresh, step, transformer
 from benchmarks.common import held_bytes
@@ -63,6 +64,20 @@ def test_the_table_of_steps(command):
 
 
 @pytest.mark.slow
+def test_the_table_of_compiled_steps(command, monkeypatch):
+    compiled = []
+
+    def asked(function, **options):  # that steps are one graph is for their own tests
+        compiled.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", asked)
+    content, _ = command(step, "--widths", "8", "--ranks", "2", "--repeats", "2", "--batch-size", "4", "--compile")
+    check_ratios(content["measured"][0], {"rank 2"})
+    assert len(compiled) == 6 and all(options["fullgraph"] for options in compiled)
+
+
+@pytest.mark.slow
 def test_the_tables_of_networks(command, monkeypatch, tmp_path):
     def tiny(batch_size, device):
         images = torch.randn(batch_size, 3, 8, 8)
@@ -76,6 +91,16 @@ def test_the_tables_of_networks(command, monkeypatch, tmp_path):
     check_ratios(command(transformer, *options, "--no-dense")[0]["measured"][0], {"rank 2"})
 
 
+def test_gpt_is_causal():
+    work = gpt(2, CPU, blocks=2, width=8, heads=2, context=5)
+    changed = work.inputs.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % 256
+    same, other = work.module(work.inputs), work.module(changed)
+    torch.testing.assert_close(same[:, :3], other[:, :3])
+    assert not torch.allclose(same[:, 3:], other[:, 3:])
+    assert torch.equal(work.inputs[:, 1:], work.targets[:, :-1])
+
+
 @pytest.mark.slow
 def test_the_table_of_refreshes(command):
     content, _ = command(refresh, "--widths", "16", "24", "32", "--rank", "2", "--repeats", "2", "--batch-size", "8",
@@ -87,8 +112,9 @@ def test_the_table_of_refreshes(command):
 
 @pytest.mark.slow
 def test_the_operations_of_a_refresh_do_not_depend_on_depth(command):
-    options = ("--depths", "2", "6", "--width", "8", "--rank", "2", "--repeats", "2", "--batch-size", "4")
-    content, out = command(depth, *options)
+    content, out = command(
+        depth, "--depths", "2", "6", "--width", "8", "--rank", "2", "--repeats", "2", "--batch-size", "4"
+    )
     assert content["growth"] <= depth.LIMIT and "ms per layer" in out
     first, last = (one["operations"] for one in content["depths"])
     assert first["SGD"] < last["SGD"] < last["step"] < last["refresh step"]
@@ -109,10 +135,10 @@ def test_the_table_of_quality(command):
 # Memory ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width, rank", [(20, 1), (64, 32), (12, 9)])
+@pytest.mark.parametrize("width, rank", [(20, 1), (41, 3), (90, 9), (64, 32), (12, 9)])
 def test_a_layer_holds_at_most_the_promised_numbers(width, rank):
-    count = memory_steps.state_numbers(width, rank, batch_size=2)
-    assert 2 * rank * width < count["numbers"] <= count["promise"]
+    found = memory_steps.state_numbers(width, rank, batch_size=2)
+    assert 2 * rank * width < found["numbers"] <= found["promise"]
 
 
 @pytest.mark.slow
@@ -125,11 +151,17 @@ def test_the_tables_of_memory(command, monkeypatch):
                            "--batch-size", "4", "--rank", "2", "--largest", "16", "24")  # fmt: skip
     rows = {row["method"]: row for row in content["steps"]}
     assert all(row["finite"] and row["peak"] >= 0 and row["floor"] > 0 for row in content["steps"])
-    sgd = rows[memory_steps.SGD]
-    assert sgd["state"] == rows[memory_steps.IN_PLACE]["state"] == sgd["parameters"]
-    assert sgd["state"] < rows[memory_steps.LOW_RANK]["state"] < rows[memory_steps.DENSE]["state"]
+    parameters = rows[memory_steps.SGD]["parameters"]
+    assert rows[memory_steps.SGD]["state"] == rows[memory_steps.IN_PLACE]["state"] == parameters
+    assert parameters < rows[memory_steps.LOW_RANK]["state"] < rows[memory_steps.DENSE]["state"]
     assert [row["completes"] for row in content["largest"]] == [True] * 4
     assert "numbers, at most" in " ".join(out.split())
+
+
+@pytest.mark.slow
+def test_what_needs_too_much_memory_does_not_complete():
+    options = {"batch_size": 2, "rank": 2, "device": "cpu", "threads": 1}
+    assert memory_steps.in_child(memory_steps.IN_PLACE, 6144, limit=2**28, **options) is None
 
 
 # What is counted ---------------------------------------------------------------------------------------
@@ -170,9 +202,11 @@ def test_operations_are_counted_within_ranges():
 
 def test_steps_start_from_the_same_parameters_and_change_nothing():
     work = perceptron(8, 4, CPU)
+    functional = Functional(work)
     before = [p.clone() for p in work.module.parameters()]
-    ours = Functional(work).low_rank(2)
+    ours = functional.low_rank(2)
     first, second = ours.plain(), ours.plain()
-    ours.refresh()
     assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
+    ours.refresh()
     assert all(map(torch.equal, before, work.module.parameters()))
+    assert isinstance(work.module[0], nn.Linear)
