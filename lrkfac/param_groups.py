@@ -52,6 +52,7 @@ class GroupRate:
 
     def __call__(self, step: Tensor) -> float | Tensor:
         rate: float | Tensor = self.optimizer.param_groups[self.index]["lr"]
+        check_number(rate, "lr", 0)
         return rate
 
 

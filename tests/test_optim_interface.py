@@ -55,6 +55,10 @@ REFUSED = {
         *(lambda o, x, y: (o.evaluate(x, y), o.zero_grad(), o.step()), ValueError),
         r"step: .* have no \.grad",
     ),
+    "a rate that climbs": (
+        *(lambda o, x, y: (o.param_groups[0].update(lr=-0.1), o.step(x, y)), ValueError),
+        r"lr: expected a finite number in \[0",
+    ),
     "another mode": (after(lambda net: net[1].eval()), ValueError, "module: '1' is in eval mode"),
     "another layer": (
         *(after(lambda net: net.__setitem__(3, torch.nn.Linear(8, 3).double())), ValueError),

@@ -15,7 +15,7 @@ from lrkfac.core.base.tree_checks import check_tree
 from lrkfac.core.base.trees import counter
 from lrkfac.core.base.types import Tree
 from lrkfac.transforms.base import GradientTransformation, check_state, transformation
-from lrkfac.transforms.rebinding import Placeholder, holders, rebound
+from lrkfac.transforms.rebinding import Placeholder, holders, rebound, same_hyperparameters
 
 
 class HyperparametersState(NamedTuple):
@@ -115,6 +115,13 @@ class _Template(NamedTuple):
     holding: set[int] | None
 
 
+def rebound_to(template: _Template, values: dict[str, Tensor]) -> GradientTransformation:
+    """Return the template's transformation with these values."""
+    placed = {id(template.placeholders[name]): value for name, value in values.items()}
+    made: GradientTransformation = rebound(template.transformation, placed, template.holding or set())
+    return made
+
+
 @dataclass(frozen=True, eq=False)
 class InjectHyperparams:
     """See ``inject_hyperparams``.
@@ -169,10 +176,9 @@ class InjectHyperparams:
         """Return the transformation with these values."""
         if torch.compiler.is_compiling():
             return self.made(values)
-        template, placeholders, holding = self._template
-        if holding is None:
+        if self._template.holding is None:
             return self.made(values)
-        return rebound(template, {id(placeholders[name]): value for name, value in values.items()}, holding)
+        return rebound_to(self._template, values)
 
     @cached_property
     def _template(self) -> _Template:
@@ -180,7 +186,19 @@ class InjectHyperparams:
         values = self.values(start, torch.float64, {})
         placeholders = {name: Placeholder.like(value) for name, value in values.items()}
         made = self.made(placeholders)
-        return _Template(made, placeholders, holders(made, {id(x): x for x in placeholders.values()}))
+        template = _Template(made, placeholders, holders(made, {id(x): x for x in placeholders.values()}))
+        return template if self._agrees(template, values) else template._replace(holding=None)
+
+    def _agrees(self, template: _Template, values: dict[str, Tensor]) -> bool:
+        """Return whether other values reach all that the factory makes of them, such as ``torch.tensor(value)``."""
+        if template.holding is None:
+            return True
+        others = {name: 0.5 * value + 0.25 for name, value in values.items()}  # in [0, 1) where the value is
+        try:
+            expected = self.made(others)
+            return same_hyperparameters(rebound_to(template, others), expected)
+        except (ValueError, TypeError):
+            return False
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_template"}

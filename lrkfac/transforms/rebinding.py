@@ -41,6 +41,12 @@ class Placeholder(Tensor):
                     x.computed = True
         return super().__torch_function__(func, types, args, kwargs or {})
 
+    def __format__(self, spec: str) -> str:
+        return format(self.as_subclass(Tensor), spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
 
 class OpaqueError(Exception):
     """Raised where a transformation cannot be looked into."""
@@ -64,6 +70,23 @@ def holders(transformation: GradientTransformation, placeholders: dict[int, Plac
         return None
     reached = all(i in holding for i in placeholders)
     return holding if reached and not any(x.computed for x in placeholders.values()) else None
+
+
+def same_hyperparameters(one: Any, other: Any) -> bool:
+    """Return whether two transformations of one factory hold equal numbers and tensors wherever they hold any."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and bool((one == other).all())
+    if isinstance(one, GradientTransformation):
+        one, other = getattr(one.init, "__self__", None), getattr(other.init, "__self__", None)
+    if type(one) is not type(other):
+        return False
+    if is_dataclass(one) and not isinstance(one, type):
+        return all(same_hyperparameters(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_hyperparameters(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_hyperparameters, one, other))
+    return bool(one == other) if isinstance(one, bool | int | float) else True
 
 
 def rebound(x: Any, values: dict[int, Any], holding: set[int]) -> Any:

@@ -162,6 +162,9 @@ def closed(rate):
         (lambda rate: lrkfac.scale(torch.stack([torch.as_tensor(rate)] * 2).sum()), 32.0),
         (lambda rate: lrkfac.scale(torch.neg(input=torch.as_tensor(rate))), -16.0),
         (lambda rate: lrkfac.scale(float(rate)), 16.0),
+        (lambda rate: lrkfac.scale(torch.tensor(rate)), 16.0),
+        (lambda rate: lrkfac.scale(float(f"{rate:.3f}")), 16.0),
+        (lambda rate: lrkfac.scale(copy.deepcopy(rate)), 16.0),
         (closed, 16.0),
         (lambda rate: product(Pair(rate)), 16.0),
         (lambda rate: product(SimpleNamespace(factor=rate)), 16.0),
@@ -169,6 +172,7 @@ def closed(rate):
         (lambda rate: lrkfac.scale_by_learning_rate(functools.partial(lambda rate, step: rate, rate)), -16.0),
     ],
 )
+@pytest.mark.filterwarnings("ignore:To copy construct")
 def test_a_new_value_reaches_all_that_a_factory_makes_of_it(second, square):
     """Also a derived value, a closure, or an object that cannot be looked into: there the factory is called again."""
     tx = lrkfac.inject_hyperparams(lambda rate: lrkfac.chain(lrkfac.scale(rate), second(rate)))(rate=1.0)

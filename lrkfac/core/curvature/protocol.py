@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.curvature.joining import APART, Joining
-from lrkfac.core.curvature.spectra import Part, Spectrum
+from lrkfac.core.curvature.spectra import Spectrum
 from lrkfac.core.layers.description import Layer, Treatment
 from lrkfac.core.layers.matrix import LayerMatrix
 from lrkfac.core.linalg.covariances import Covariance, KroneckerFactors
@@ -128,23 +128,6 @@ class BlockStatistics(Protocol):
     @property
     def scale(self) -> Tensor:
         """Weight of each example in sums over them, ``[]``."""
-        ...
-
-
-class BlockAverage(Protocol):
-    """State of a block structure: the running average of a block of the Fisher matrix."""
-
-    @property
-    def is_product(self) -> bool:
-        """Whether it has two factors, the states of ``factor_states``."""
-        ...
-
-    def factor_states(self) -> tuple[Any, ...]:
-        """Return the states of all factors."""
-        ...
-
-    def parts(self, inverse: Any, dampings: Any) -> list[Part]:
-        """Return the matrices that ``diagnose`` describes."""
         ...
 
 

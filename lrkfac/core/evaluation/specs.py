@@ -42,6 +42,8 @@ class SpecCache:
         if torch.compiler.is_compiling():
             return output_specs(objective.model, layers, params, inputs)
         key = signature(params, inputs)
+        if key is None:
+            return output_specs(objective.model, layers, params, inputs)
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
@@ -54,12 +56,16 @@ class SpecCache:
         return specs
 
 
-def signature(params: Tree, inputs: Tree) -> tuple[Any, ...]:
-    """Return all that the shapes of a model's outputs depend on, hashable."""
-    tensors = [leaf for leaf in optree.tree_leaves((params, inputs)) if isinstance(leaf, Tensor)]
+def signature(params: Tree, inputs: Tree) -> tuple[Any, ...] | None:
+    """Return all that the shapes of a model's outputs depend on, hashable; ``None`` where an input may hide some."""
+    leaves = optree.tree_leaves((params, inputs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    if not all(isinstance(leaf, bool | int | float | complex | str) for leaf in others):
+        return None
     autocast = [
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         for kind in sorted({x.device.type for x in tensors})
     ]
-    leaves = tuple([(tuple(x.shape), x.dtype, x.device) for x in tensors])
-    return leaves, optree.tree_structure(inputs), tuple(autocast)
+    forms = tuple([(tuple(x.shape), x.dtype, x.device) for x in tensors])
+    return forms, tuple([(type(x), x) for x in others]), optree.tree_structure(inputs), tuple(autocast)

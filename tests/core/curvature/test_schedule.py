@@ -89,7 +89,7 @@ def test_each_layer_has_one_turn_and_turns_are_spread(depth, every):
 
 @pytest.mark.parametrize("structure, dtype", [(structure, torch.float64) for structure in STRUCTURES.values()] + [
     (STRUCTURES[name], torch.float32) for name in ("low rank", "dense", "diagonal")])  # fmt: skip
-def test_staleness_is_the_angle_between_matrices(structure, dtype):
+def test_drift_is_the_angle_between_matrices(structure, dtype):
     layers, params, evaluate = problem()
     tx, states = precondition_by_fisher(layers, structure, decay=0.3), []
     state = tx.init(params)

@@ -62,3 +62,14 @@ def test_shapes_are_kept_for_the_latest_inputs_alone():
     assert len(calls) == 2, "forgotten"
     run(25)
     assert len(calls) == 1
+
+
+def test_inputs_that_are_no_tensors_have_shapes_of_their_own():
+    """A number among the inputs decides a shape, also one that is seen again; objects that hide it are not kept."""
+    params, x = {"w": torch.randn(4, 3), "b": torch.zeros(3)}, torch.randn(8, 5, 4)
+    model = lambda p, inputs: inputs[0][:, : len(range(getattr(inputs[1], "stop", inputs[1])))] @ p["w"] + p["b"]  # noqa: E731
+    f = evaluator(model, lrkfac.gaussian(), find_layers(model, params, (x, 5)), "exact")
+    for number in (1, 5, slice(3), slice(2), 1):
+        length = number.stop if isinstance(number, slice) else number
+        e = f(params, (x, number), torch.zeros(8, length, 3))
+        assert all(g[0].shape[2] == length for g in e.statistics.output_gradients.values())
