@@ -54,7 +54,9 @@ def model_of(case, params, damping, decay):
 
 
 @pytest.mark.parametrize(
-    "case, weight_decay", [(MLP, 0.0), (GAUSSIAN, "each"), (SHIFT, 0.3), (STRIDE, "each")], ids=str
+    "case, weight_decay",
+    [(MLP, 0.0), (GAUSSIAN, "each"), (SHIFT, 0.3), (STRIDE, "each")],
+    ids=lambda x: getattr(x, "name", str(x)),
 )
 def test_each_step_minimises_the_explicit_model(case, weight_decay):
     """Over refreshes and steps between them: the candidate, both coefficients, the value and the ratio."""
