@@ -87,7 +87,7 @@ def test_examples_of_docstrings_run(module):
 
 
 def sections(thing):
-    return set(re.findall(r"^ *(Args|Attributes|Returns|Example):$", inspect.getdoc(thing) or "", re.MULTILINE))
+    return set(re.findall(r"^ *(Args|Attributes|Returns|Examples):$", inspect.getdoc(thing) or "", re.MULTILINE))
 
 
 @pytest.mark.parametrize(("name", "thing"), public_names(), ids=[name for name, _ in public_names()])
@@ -96,7 +96,7 @@ def test_every_public_name_has_a_full_docstring_with_an_example(name, thing):
     first = text.split("\n\n")[0]
     assert first.endswith((".", ":")), "no first sentence"
     assert not re.match(r"(What|Those|That of|Whether|Refuses|Returns)\b", first), "it begins with no imperative"
-    assert ">>> " in text and "Example" in sections(thing), "no example"
+    assert ">>> " in text and "Examples" in sections(thing), "no example"
     if inspect.isclass(thing):
         assert sections(thing) & {"Args", "Attributes"} or not getattr(thing, "__annotations__", {}), "no Args"
         return
