@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrkfac.core.base.types import Tree
+from lrkfac.core.layers.convolutions import CONVOLUTIONS, ConvolutionOptions
 from lrkfac.core.layers.description import Layer, Parameter
-from lrkfac.core.layers.kinds import CONVOLUTIONS, LINEAR, ConvolutionOptions, LinearOptions
+from lrkfac.core.layers.kinds import LINEAR, LinearOptions
+from lrkfac.core.layers.placement import IN_FRONT
 from lrkfac.core.layers.views import Step
 from lrkfac.core.linalg.covariances import RowCovariance
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
@@ -155,7 +157,7 @@ def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> LayerCase:
     kind = CONVOLUTIONS[2]
     layer = _layer(kind.name, (groups * d_out, d_in, *kernel), bias, groups, tuple(options))
     inputs, weight = normal(n, groups * d_in, 6, 7), normal(1, d_in * kernel[0] * kernel[1])
-    padded, _ = kind.prepare(inputs, normal(1, n, d_out, 1, 1), n, options)
+    padded, _ = kind.prepare(inputs, normal(1, n, d_out, 1, 1), n, options, IN_FRONT)
     assert kind.operation is not None
     one = kind.operation(padded[:, :d_in], weight, options)
     return LayerCase(layer, padded, normal(n, groups * d_out, *one.shape[2:]))
@@ -191,4 +193,6 @@ def _layer(kind: str, shape: tuple[int, ...], bias: bool, groups: int, options: 
     weight = Parameter("layer.weight", 1 if bias else 0, shape, (Step("flatten", (1,)),) if len(shape) > 2 else ())
     joint = Parameter("layer.bias", 0, shape[:1]) if bias else None
     d_in = int(torch.Size(shape[1:]).numel()) + bias
-    return Layer("layer", (kind,), weight, joint, d_in, shape[0] // groups, groups, (options,), ((weight.path, 0),))
+    return Layer(
+        "layer", (kind,), weight, joint, d_in, shape[0] // groups, groups, (options,), ((weight.path, 0),), (IN_FRONT,)
+    )

@@ -17,6 +17,12 @@ def paths(x: Tree) -> tuple[str, ...]:
     return tuple(".".join(str(_key(entry)) for entry in accessor) for accessor in optree.tree_accessors(x))
 
 
+def paths_with_none(x: Tree) -> tuple[str, ...]:
+    """Return the dotted path of every leaf and every ``None``."""
+    accessors = optree.tree_accessors(x, none_is_leaf=True)
+    return tuple(".".join(str(_key(entry)) for entry in accessor) for accessor in accessors)
+
+
 def _key(entry: optree.PyTreeEntry) -> Any:
     return entry.field if isinstance(entry, optree.NamedTupleEntry) else entry.entry
 

@@ -62,6 +62,7 @@ def blocks(layers: Layers, structure: Chosen, rank: Rank | None) -> tuple[Block,
             raise ValueError(_NO_DEFAULT.format(rank=rank))
         for layer in layers:
             _check_examples(layer)
+        _check_independent(layers, "full()")
         whole = sum(layer.groups * layer.d_out * layer.d_in for layer in layers)
         return (Block("", tuple(layers), structure.fitted(1, whole)),)
     if isinstance(structure, Mapping):
@@ -72,7 +73,7 @@ def blocks(layers: Layers, structure: Chosen, rank: Rank | None) -> tuple[Block,
         # A product for all layers means: for all that can be one.
         implied = chosen is None or (isinstance(structure, BlockStructure) and structure.is_product and by_unit)
         if not implied:
-            used = _checked(layer, chosen)
+            used = _checked(layers, layer, chosen)
         elif by_unit:
             used = unit_wise()
         else:
@@ -147,12 +148,14 @@ def unit_wise_by_kind(layer: Layer) -> bool:
     return any(KINDS[kind].unit_wise for kind in layer.kinds)
 
 
-def _checked(layer: Layer, structure: Any) -> BlockStructure:
+def _checked(layers: Layers, layer: Layer, structure: Any) -> BlockStructure:
     if isinstance(structure, FactorStructure) and structure.stands_alone:
         structure = ExactStructure(structure, "layer")
     if isinstance(structure, BlockStructure):
         if structure.needs_examples:
             _check_examples(layer)
+        if isinstance(structure, ExactStructure) and structure.per == "layer":
+            _check_independent(layers, f"layer_wise() for {layer.name!r}")
         if structure.is_product and unit_wise_by_kind(layer):
             raise ValueError(
                 f"structure: layer {layer.name!r} is a {layer.kind}, whose block is no Kronecker product; use "
@@ -173,9 +176,18 @@ def _checked(layer: Layer, structure: Any) -> BlockStructure:
 
 
 def _check_examples(layer: Layer) -> None:
-    if not layer.batched:
+    if not layer.by_example:
         raise ValueError(
-            f"structure: layer {layer.name!r} is used where the batch is not the leading axis: the gradients of "
-            'single examples are not known; use kronecker(...) with treatment="expand", uncorrected, for it, or write '
-            "the batch as the leading axis"
+            f"structure: layer {layer.name!r}: it is not known which rows belong to which example, so that single "
+            'examples have no gradients; use kronecker(...) with treatment="expand", uncorrected, for it, call '
+            "find_layers() with a batch of different examples and batch_axes=, or write the batch as the leading axis"
+        )
+
+
+def _check_independent(layers: Layers, structure: str) -> None:
+    if not layers.independent:
+        raise ValueError(
+            f"structure: {structure} is made of the gradients of single examples, and these are not apart: outputs of "
+            "one example depend on others, as with BatchNorm in training mode, or it is not known that they do not; "
+            "use kronecker(...), or the module in eval() mode"
         )

@@ -32,6 +32,7 @@ from lrkfac.core.curvature.ranks import (
 from lrkfac.core.layers.description import Layers, check_layers
 from lrkfac.core.layers.kinds import LINEAR, LinearOptions
 from lrkfac.core.layers.matrix import LayerMatrix
+from lrkfac.core.layers.placement import IN_FRONT
 
 ROWS = 1_000_003
 """Number of rows in counts: no other length, so that it marks the operations of each row."""
@@ -159,7 +160,7 @@ def _one_group(block: Block) -> Block:
     if len(block.layers) > 1:
         return block
     (layer,) = block.layers
-    plain = replace(layer, kinds=(LINEAR.name,), options=(tuple(LinearOptions()),), groups=1, batched=True)
+    plain = replace(layer, kinds=(LINEAR.name,), options=(tuple(LinearOptions()),), groups=1, placements=(IN_FRONT,))
     return block._replace(layers=(plain,))
 
 

@@ -12,7 +12,8 @@ from torch.func import vmap
 
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.layers.description import Layer, Treatment
-from lrkfac.core.layers.kinds import BIAS, KINDS, LINEAR, Kind, Options, counts
+from lrkfac.core.layers.kind import Kind, Options
+from lrkfac.core.layers.kinds import BIAS, KINDS, LINEAR, counts
 from lrkfac.core.layers.matrix import joined_gradient
 from lrkfac.core.layers.statistics import Uses
 from lrkfac.core.linalg.covariances import (

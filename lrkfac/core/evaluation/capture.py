@@ -42,6 +42,7 @@ class Captured:
         aux: The model's auxiliary result, or ``None``.
         recorded: Inputs of each source's operations.
         probes: The probes, zeros.
+        examples: The number of examples.
         transpose: From a cotangent of ``outputs`` to the gradients of the free leaves and at the probes.
     """
 
@@ -50,16 +51,16 @@ class Captured:
     aux: Any
     recorded: Mapping[str, Sequence[Tensor]]
     probes: ProbeGradients
+    examples: int
     transpose: Callable[[list[Tensor]], tuple[dict[int, Tensor], ProbeGradients]]
 
     def rows(self, gradients: ProbeGradients) -> LayerRows:
         """Return the rows of all layers, from gradients at the probes with a leading axis ``k``."""
-        examples = self.outputs[0].shape[0]
         rows = {}
         for layer in self.layers:
             inputs = tuple([self.recorded[source][use] for source, use in layer.sites])
             output_gradients = tuple([gradients[source][use] for source, use in layer.sites])
-            rows[layer.name] = prepared(layer, inputs, output_gradients, examples)
+            rows[layer.name] = prepared(layer, inputs, output_gradients, self.examples)
         return rows
 
     def single_rows(self, gradients: ProbeGradients) -> LayerRows:
@@ -103,4 +104,5 @@ def capture(
         return outputs, (split_tensors(aux, static), recorded)
 
     outputs, transpose, (tensors, recorded) = transposed(run, variables)
-    return Captured(layers, outputs, join_tensors(tensors, static), recorded, variables[1], transpose)
+    examples = layers.examples(inputs) or outputs[0].shape[0]
+    return Captured(layers, outputs, join_tensors(tensors, static), recorded, variables[1], examples, transpose)

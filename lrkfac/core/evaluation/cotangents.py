@@ -65,6 +65,26 @@ def sampled_cotangents(
     return optree.tree_map(lambda *g: g[0][None] if samples == 1 else torch.stack(g), *parts)
 
 
+def random_signs(heads: Joint, outputs: Leaves, noise: Any) -> Tensor:
+    """Return signs for ``exact_cotangents`` from uniform noise on [0, 1), ``[columns, N]``, drawn if it is ``None``.
+
+    Raises:
+        ValueError: If the noise has another shape or device.
+        TypeError: If it is no floating-point tensor.
+    """
+    shape, device = (heads.columns(outputs), outputs[0].shape[0]), outputs[0].device
+    if noise is None:
+        noise = torch.rand(shape, device=device)
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        raise TypeError(f"noise: expected uniform numbers on [0, 1), a tensor of shape {shape}, got {noise!r}")
+    if tuple(noise.shape) != shape or noise.device != device:
+        raise ValueError(
+            f"noise: expected uniform numbers of shape {shape} on {device}, one for each column and output, got "
+            f"{tuple(noise.shape)} on {noise.device}"
+        )
+    return torch.where(noise < 0.5, -1.0, 1.0)
+
+
 def check_noise(noise: Leaves, outputs: Leaves, samples: int) -> None:
     """Raise unless the noise of each head fits its outputs; see ``sampled_cotangents``."""
     for f, u in zip(outputs, noise, strict=True):
@@ -98,22 +118,34 @@ def exact_cotangents(
     targets: Leaves,
     factors: Sequence[Tensor | float],
     transpose: Callable[[list[Tensor]], Tree],
+    signs: Tensor | None = None,
 ) -> Any:
     """Take back the columns of the square root of every example's output Hessian.
 
-    Args are those of ``sampled_cotangents``.
+    One pass takes back a column of all examples. Where an output depends on several examples, or an example has
+    several entries of the outputs, their terms meet in one row and their products would stay. Random signs take these
+    away in expectation.
+
+    Args are those of ``sampled_cotangents``, and:
+        signs: 1 or -1 for each column and entry of the leading axis, ``[columns, N]``; ``None`` for 1.
 
     Returns:
         ``transpose`` of the columns, with a leading axis of as many as there are.
     """
     indices = torch.arange(heads.columns(outputs), device=outputs[0].device)
 
-    def transposed_column(index: Tensor) -> Tree:
-        return transpose(_multiplied(factors, heads.column(outputs, targets, index)))
+    def transposed_column(index: Tensor, signs: Tensor | None) -> Tree:
+        column = heads.column(outputs, targets, index)
+        if signs is not None:
+            column = [signs.to(c.dtype).reshape(-1, *[1] * (c.ndim - 1)) * c for c in column]
+        return transpose(_multiplied(factors, column))
 
     whole: Any = None
-    for part in indices.split(COLUMNS_AT_ONCE):
-        columns = vmap(transposed_column)(part)
+    parts = indices.split(COLUMNS_AT_ONCE)
+    for part, of_part in zip(
+        parts, [None] * len(parts) if signs is None else signs.split(COLUMNS_AT_ONCE), strict=True
+    ):
+        columns = vmap(transposed_column, in_dims=(0, None if signs is None else 0))(part, of_part)
         if whole is None:
             whole = optree.tree_map(lambda g: g.new_empty(len(indices), *g.shape[1:]), columns)
             unfilled = whole

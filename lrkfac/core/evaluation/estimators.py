@@ -9,7 +9,7 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_choice, check_integer
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.capture import Captured, LayerRows, ProbeGradients
-from lrkfac.core.evaluation.cotangents import exact_cotangents, sampled_cotangents
+from lrkfac.core.evaluation.cotangents import exact_cotangents, random_signs, sampled_cotangents
 from lrkfac.core.layers.statistics import Statistics, Uses
 from lrkfac.core.likelihoods.joint import Joint, Leaves
 
@@ -48,7 +48,9 @@ def estimate(
     Raises:
         ValueError: If there is noise for an estimator that draws nothing, or as ``sampled_cotangents``.
     """
-    if noise is not None and estimator != "mc":
+    layers = captured.layers
+    signed = estimator == "exact" and not (layers.independent and layers.single)
+    if noise is not None and estimator != "mc" and not signed:
         raise ValueError(f"noise: expected none for the estimator {estimator!r}, which draws nothing")
     scale, factors = heads.normalization(captured.outputs, targets)
     gradients: dict[str, Uses]
@@ -62,7 +64,8 @@ def estimate(
             return captured.transpose(cotangent)[1]
 
         if estimator == "exact":
-            at_probes = exact_cotangents(heads, captured.outputs, targets, factors, to_probes)
+            signs = random_signs(heads, captured.outputs, noise) if signed else None
+            at_probes = exact_cotangents(heads, captured.outputs, targets, factors, to_probes, signs)
         else:
             at_probes = sampled_cotangents(heads, captured.outputs, targets, factors, to_probes, samples, noise)
             scale = scale / samples

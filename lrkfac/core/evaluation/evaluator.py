@@ -45,7 +45,9 @@ def evaluator(
     The output gradients ``g`` that enter ``B`` are, term by term,
 
     * ``"mc"``: those at targets drawn from the model, ``samples`` times: an unbiased estimate of the Fisher;
-    * ``"exact"``: the columns of the square root of the output Hessian: the expectation itself;
+    * ``"exact"``: the columns of the square root of the output Hessian: the expectation itself. Where outputs of one
+      example depend on others, as with BatchNorm in training mode, or several terms of an example stand along the
+      leading axis of the outputs (``print(layers)`` says so), each term gets a random sign: an unbiased estimate;
     * ``"empirical"``: those at the true targets, at no extra cost, but not the Fisher (Kunstner, Balles &
       Hennig 2019, arXiv 1905.12558); where an example has several terms, they add up before they are squared,
       weights of terms and heads included;
@@ -140,12 +142,13 @@ class Evaluator:
             layers: Names of the layers of which to take statistics, all by default; see ``round_robin_refresh``. Those
                 of other layers are empty and leave these as they are. An empty tuple takes none.
             examples: Numbers of the examples of which to take statistics, int64 ``[n]``, all by default;
-                ``torch.randperm(size)[:n]`` chooses some at random. Takes a further pass, of these examples: of every
-                tensor of ``inputs`` whose leading axis is as long as that of ``targets``. Loss and gradients are
-                always those of the whole batch.
-            noise: For ``"mc"`` alone, uniform on [0, 1), ``[samples, *outputs.shape]`` (a tree of such where outputs
-                are one) for these examples. By default it comes from torch's default generator
-                (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
+                ``torch.randperm(size)[:n]`` chooses some at random. Takes a further pass, of these examples, along
+                ``layers.batch_axes`` of the inputs and the leading axis of the targets. Loss and gradients are always
+                those of the whole batch.
+            noise: Uniform on [0, 1). For ``"mc"`` ``[samples, *outputs.shape]`` (a tree of such where outputs are one)
+                for these examples; for ``"exact"`` with random signs ``[columns, N]``, with one column for each entry
+                of the outputs of one of the ``N`` entries of their leading axis. By default it comes from torch's
+                default generator (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
 
         Raises:
             ValueError: If parameters, targets, names, numbers or noise do not fit, an estimator that draws nothing
@@ -214,8 +217,7 @@ class Evaluator:
         self, params: Tree, inputs: Tree, targets: list[Tensor], examples: Tensor, noise: Tree | None
     ) -> Statistics:
         """Return the statistics of some examples, by a pass in which no leaf is free."""
-        size = targets[0].shape[0]
-        inputs, targets = select_examples(inputs, examples, size), select_examples(targets, examples, size)
+        inputs, targets = select_examples(self.layers, inputs, targets, examples)
         specs = self.cache.specs(self.objective, self.layers, params, inputs)
         captured = capture(self.objective, self.layers, params, inputs, specs, free=False)
         if captured.outputs[0].shape[0] != examples.shape[0]:

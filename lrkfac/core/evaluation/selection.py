@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_flag
 from lrkfac.core.base.eager import has_values
+from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.statistics import Statistics
@@ -54,16 +55,30 @@ def select_layers(statistics: Statistics, names: tuple[str, ...] | None) -> Stat
     return Statistics(parts[0], parts[1], statistics.scale)
 
 
-def select_examples(tree: Tree, examples: Tensor, size: int) -> Tree:
-    """Return the entries of some examples; a leaf without a leading axis of length ``size`` stays whole.
+def select_examples(layers: Layers, inputs: Tree, targets: list[Tensor], examples: Tensor) -> tuple[Tree, list[Tensor]]:
+    """Return inputs and targets of some examples.
 
     Raises:
-        ValueError: If a number is out of range (on the CPU, where values are known).
+        ValueError: If it is not known which axes hold the examples, their number differs between inputs and targets, or
+            a number is out of range (on the CPU, where values are known).
     """
+    axes = layers.batch_axes
+    if axes is None:
+        raise ValueError(
+            "examples: it is not known which axes of the inputs hold the examples; call find_layers() with a batch of "
+            "different examples, or with batch_axes="
+        )
+    size, by_path = targets[0].shape[0], dict(axes)
     if has_values(examples) and not (examples.min() >= 0 and examples.max() < size):
         raise ValueError(f"examples: expected numbers of examples from 0 to {size - 1}, got {examples.tolist()}")
-
-    def select(x: Any) -> Any:
-        return x[examples] if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else x
-
-    return optree.tree_map(select, tree, none_is_leaf=True)
+    leaves, structure = optree.tree_flatten(inputs)
+    selected = []
+    for path, x in zip(paths(inputs), leaves, strict=True):
+        axis = by_path.get(path)
+        if axis is not None and x.shape[axis] != size:
+            raise ValueError(
+                f"examples: expected {size} examples, as in the targets, along axis {axis} of the inputs"
+                f"{f' at {path!r}' if path else ''}, got the shape {tuple(x.shape)}"
+            )
+        selected.append(x if axis is None else x.index_select(axis, examples))
+    return optree.tree_unflatten(structure, selected), [y[examples] for y in targets]

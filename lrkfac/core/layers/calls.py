@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lrkfac.core.layers.kinds import Kind, Options
+from lrkfac.core.layers.kind import Kind, Options
 from lrkfac.core.layers.views import View
 
 

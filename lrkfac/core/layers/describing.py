@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.private_torch import version
-from lrkfac.core.layers.calls import Call
 from lrkfac.core.layers.description import Layer, Layers, Parameter
-from lrkfac.core.layers.kinds import BIAS, CUSTOM, LINEAR, Kind
+from lrkfac.core.layers.kind import Kind
+from lrkfac.core.layers.kinds import BIAS, CUSTOM
 from lrkfac.core.layers.tracing import label
 from lrkfac.core.layers.uses import Use
 from lrkfac.core.layers.views import View, apply_view
@@ -35,7 +35,6 @@ def describe(
     others: Mapping[str, list[str]],
     parameters: tuple[Parameter, ...],
     structure: optree.PyTreeSpec,
-    examples: int,
     joint: bool,
 ) -> Layers:
     """Return the layers that the uses make up, and the reason why each other parameter belongs to none.
@@ -45,7 +44,6 @@ def describe(
         others: From the path of a parameter to the functions that used it in a way that no kind covers.
         parameters: All parameters.
         structure: The structure of their tree.
-        examples: The size of the batch that was seen.
         joint: Whether biases are joint with their weights.
 
     Raises:
@@ -56,7 +54,7 @@ def describe(
     reasons = {path: f"used by {', '.join(dict.fromkeys(names))}" for path, names in others.items()}
     groups = _groups(uses, by_path)
     for path in {group.path for group in groups}:
-        reason = _obstacle([g for g in groups if g.path == path], by_path[path], examples)
+        reason = _obstacle([g for g in groups if g.path == path], by_path[path])
         if reason is not None:
             reasons.setdefault(path, reason)
     biases = _biases(uses)
@@ -116,7 +114,7 @@ def _groups(uses: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> 
     return groups
 
 
-def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str | None:
+def _obstacle(groups: list[_Group], parameter: Parameter) -> str | None:
     """Return the reason why the uses of one parameter make no layers, ``None`` if they do."""
     counts = torch.zeros(parameter.shape, dtype=torch.int8)
     if len(groups) > 1 or groups[0].view:
@@ -131,17 +129,12 @@ def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str 
         if len({use.call.kind.groups(use.call.options) for use in group.uses}) > 1:
             return f"used by {' and '.join(kinds)} with different numbers of groups"
         for use in group.uses:
-            if use.call.kind.unit_wise:
-                shape, aligned = tuple(use.output.shape), use.call.options[0]
-                over_batch = len(aligned) == len(shape) and aligned[0] != 1
-                if not shape or shape[0] not in (1, examples) or over_batch:
-                    return f"used by {use.call.kind.name} on a tensor of shape {shape} without the batch in front"
-            if use.call.kind is CUSTOM and use.call.input.shape[:1] not in ((1,), (examples,)):
-                return f"used by {use.call.options[0].name} on an input without the batch in front"
-            if not use.of_examples and not use.call.kind.one_hot:
-                return f"used by {use.call.kind.name} on what all examples share, without an axis for the batch"
-            if not use.batched and (use.call.kind.unit_wise or use.call.kind.one_hot):
-                return f"used by {use.call.kind.name} where the batch is not the leading axis"
+            kind, shape = use.call.kind, use.output.shape
+            name = use.call.options[0].name if kind is CUSTOM else kind.name
+            if use.shared:
+                return f"used by {name} on what all examples share, without an axis for the batch"
+            if use.placement is None and (kind.unit_wise or kind.one_hot or kind is CUSTOM or shape[:1] == (1,)):
+                return f"used by {name} where it is not known which rows belong to which example"
     return None
 
 
@@ -153,25 +146,6 @@ def _count(view: View, counts: Tensor) -> None:
     else:  # such as a transposition that is reshaped: a copy
         entries = apply_view(view, torch.arange(counts.numel()).reshape(counts.shape)).reshape(-1)
         counts.view(-1).index_add_(0, entries, torch.ones(len(entries), dtype=counts.dtype))
-
-
-def is_batched(call: Call, output: Tensor, twice: Call, output_twice: Tensor) -> bool:
-    """Return whether the leading axes of input and output grow with the batch, or stand for all examples at once."""
-    pairs = [(_leading(output, call, 2), _leading(output_twice, call, 2))]
-    if call.input.ndim:
-        pairs.append((_leading(call.input, call, 0), _leading(twice.input, call, 0)))
-    return all(after == 2 * before or after == before == 1 for before, after in pairs)
-
-
-def is_of_examples(output: Tensor, output_twice: Tensor) -> bool:
-    """Return whether an output grows with the batch, or has an axis of length 1 in its place."""
-    return output_twice.numel() > output.numel() or (output.ndim > 1 and output.shape[0] == 1)
-
-
-def _leading(x: Tensor, call: Call, side: int) -> int:
-    """Return the size of the first axis of rows of the input (side 0) or output (side 2) of a product."""
-    permutation = call.options[side] if call.kind is LINEAR else ()
-    return x.shape[permutation[0] if permutation else 0] if x.ndim else 1
 
 
 def _biases(uses: Mapping[str, list[Use]]) -> list[tuple[str, View]]:
@@ -229,7 +203,7 @@ def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tup
         groups=number,
         options=tuple(tuple(use.call.options) for use in group.uses),
         sites=tuple(group.sites),
-        batched=all(use.batched for use in group.uses),
+        placements=tuple(use.placement for use in group.uses),
     )
 
 
@@ -246,5 +220,5 @@ def _bias_layer(group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str
         groups=1,
         options=options,
         sites=weight.sites,
-        batched=weight.batched,
+        placements=weight.placements,
     )

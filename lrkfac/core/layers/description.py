@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
+import optree
 import torch
 
 from lrkfac.core.base.text import table
+from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
+from lrkfac.core.layers.placement import Placement
 from lrkfac.core.layers.views import View
 
 Treatment = Literal["expand", "reduce"]
@@ -41,7 +44,8 @@ class Layer:
     """One weight of a model with the operations that use it, as static data.
 
     Examples:
-        >>> import torch
+        >>> import optree
+    import torch
         >>> from lrkfac import find_layers, from_module
         >>> model, params = from_module(torch.nn.Sequential(torch.nn.Linear(3, 2)))
         >>> layer = find_layers(model, params, torch.ones(5, 3))["0"]
@@ -61,7 +65,7 @@ class Layer:
         options: For each use, the operation's settings.
         sites: For each use, the label of the weight or of the view of it that the operation received (for the
             kind ``"bias"`` its weight's), and the number of the call among those with this label.
-        batched: Whether the batch is the leading axis at every use: only then is there a gradient per example.
+        placements: For each use, where the examples are in its input and output; ``None`` where this is not known.
     """
 
     name: str
@@ -73,13 +77,18 @@ class Layer:
     groups: int
     options: tuple[tuple[Any, ...], ...]
     sites: tuple[tuple[str, int], ...]
-    batched: bool = True
+    placements: tuple[Placement | None, ...]
 
     @property
     def kind(self) -> str:
         """The names of the kinds, each once; custom kinds by the names that they were given."""
         named = [o[0].name if kind == "custom" else kind for kind, o in zip(self.kinds, self.options, strict=True)]
         return " + ".join(dict.fromkeys(named))
+
+    @property
+    def by_example(self) -> bool:
+        """Whether it is known at every use which rows belong to which example: only then has each a gradient."""
+        return None not in self.placements
 
     @property
     def uses(self) -> int:
@@ -94,7 +103,8 @@ class Layers:
     A name picks a layer: ``layers["net.0"]``.
 
     Examples:
-        >>> import torch
+        >>> import optree
+    import torch
         >>> from lrkfac import find_layers
         >>> model = lambda params, x: torch.tanh(x @ params["w"].T + params["b"]) * params["scale"].exp()
         >>> params = {"w": torch.ones(2, 3), "b": torch.ones(2), "scale": torch.ones(())}
@@ -112,6 +122,10 @@ class Layers:
         parameters: All parameters, in the order of ``optree.tree_leaves(params)``.
         tree: The parameter tree with each parameter's ``Parameter`` as its leaf.
         custom: The custom layer kinds.
+        batch_axes: The axis of the batch of each leaf of the inputs that has one, by its path; ``None`` if unknown.
+        independent: Whether the outputs of each example depend on no other example, as far as is known.
+        single: Whether the leading axis of the outputs has one entry for each example; else several terms of one
+            example, such as the positions of a sequence, stand along it.
     """
 
     layers: tuple[Layer, ...]
@@ -119,6 +133,9 @@ class Layers:
     parameters: tuple[Parameter, ...]
     tree: Tree
     custom: tuple[Any, ...] = ()
+    batch_axes: tuple[tuple[str, int], ...] | None = None
+    independent: bool = True
+    single: bool = True
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -138,6 +155,14 @@ class Layers:
         """The indices of the parameters that belong to a layer."""
         both = [p for layer in self.layers for p in (layer.weight, layer.bias)]
         return frozenset(p.index for p in both if p is not None)
+
+    def examples(self, inputs: Tree) -> int | None:
+        """Return the number of examples of a batch; ``None`` where it is not known which axis holds them."""
+        axes = dict(self.batch_axes or ())
+        for path, leaf in zip(paths(inputs), optree.tree_leaves(inputs), strict=True):
+            if path in axes:
+                return int(leaf.shape[axes[path]])
+        return None
 
     @property
     def sources(self) -> frozenset[str]:
@@ -160,6 +185,10 @@ class Layers:
             lines += [f"  {p.path} {tuple(p.shape)}: {reason}" for p, reason in self.uncovered]
         else:
             lines += ["", "every parameter is covered"]
+        if not self.independent:
+            lines += ["", "outputs of one example depend on others, or it is not known that they do not"]
+        elif not self.single:
+            lines += ["", "outputs of one example stand at several places of the leading axis"]
         return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,13 +12,17 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_choice, check_flag, check_model, check_values
 from lrkfac.core.base.private_torch import fake_mode, value_errors, version
-from lrkfac.core.base.tree_checks import paths
+from lrkfac.core.base.tree_checks import paths, paths_with_none
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.custom import LayerKind
-from lrkfac.core.layers.describing import describe, is_batched, is_of_examples
+from lrkfac.core.layers.dependence import Batch, find_batch
+from lrkfac.core.layers.describing import describe
 from lrkfac.core.layers.description import Layers, Parameter
+from lrkfac.core.layers.generic import generic_parameters
+from lrkfac.core.layers.module import ModuleFunction
 from lrkfac.core.layers.probes import batch_size, like_fake
 from lrkfac.core.layers.purity import without_random_numbers
+from lrkfac.core.layers.tracing import Capture, Recorded, Tracked
 from lrkfac.core.layers.uses import Use, UseRecorder
 
 
@@ -29,6 +33,7 @@ def find_layers(
     strict: bool = False,
     bias: Literal["joint", "separate"] = "joint",
     kinds: Sequence[LayerKind] = (),
+    batch_axes: Tree | None = None,
 ) -> Layers:
     """Describe the layers of a model: run it on tensors without values and watch its operations.
 
@@ -55,6 +60,8 @@ def find_layers(
         bias: ``"joint"`` treats a bias as one more column of the weight, with the constant input 1;
             ``"separate"`` makes it another layer.
         kinds: Custom layer kinds; they come before the package's.
+        batch_axes: Which axis of the inputs holds the examples, as ``in_dims`` of ``vmap``: an integer, or a tree of
+            integers and ``None`` (for leaves without one) that is a prefix of ``inputs``. By default it is found.
 
     Returns:
         The description, which does not depend on the size of the batch; ``print`` shows it as a table.
@@ -72,6 +79,7 @@ def find_layers(
     check_choice(bias, "bias", ("joint", "separate"))
     check_values(inputs=inputs)
     custom = _checked_kinds(kinds)
+    axes = None if batch_axes is None else _checked_axes(batch_axes, inputs)
     parameters, structure = _parameters(params), optree.tree_structure(params)
     with torch.inference_mode(False), torch.enable_grad(), fake_mode():
         # Copies of leaves that require a gradient show what depends on parameters, and may be changed in place.
@@ -84,11 +92,16 @@ def find_layers(
         _check_unchanged("params", [p.path for p in parameters], leaves)
         _check_unchanged("inputs", paths(fake_inputs), optree.tree_leaves(fake_inputs))
         recorder.separate_reused_products()
-        twice, examples_twice = _uses_of_twice_the_batch(model, params, inputs, parameters, custom)
-    examples = batch_size(result)
-    grows = examples_twice > examples
-    uses = {name: _with_batch(name, group, twice, grows) for name, group in recorder.uses.items()}
-    layers = replace(describe(uses, recorder.others, parameters, structure, examples, bias == "joint"), custom=custom)
+        batch_size(result)
+    with torch.inference_mode(False), torch.enable_grad():
+        batch = _batch(model, params, inputs, recorder, axes)
+    layers = replace(
+        describe(_with_batch(recorder.uses, batch), recorder.others, parameters, structure, bias == "joint"),
+        custom=custom,
+        batch_axes=None if batch.axes is None else tuple(batch.axes.items()),
+        independent=batch.independent,
+        single=batch.single,
+    )
     if not layers.layers:
         raise ValueError(f"no layer found; none of the parameters is covered:\n{layers}")
     if strict and layers.uncovered:
@@ -97,46 +110,76 @@ def find_layers(
     return layers
 
 
-def _uses_of_twice_the_batch(
+def _batch(
     model: Callable[[Tree, Tree], Any],
     params: Tree,
     inputs: Tree,
-    parameters: tuple[Parameter, ...],
-    custom: tuple[LayerKind, ...],
-) -> tuple[dict[str, list[Use]], int]:
-    """Return the uses and the number of examples with every input twice as long, to see which axes follow the batch.
+    recorder: UseRecorder,
+    axes: Mapping[str, int] | None,
+) -> Batch:
+    """Return where the examples are, from runs of a few of them with parameters in general position."""
+    labels, parameters = frozenset(recorder.uses), generic_parameters(params)
 
-    There are none where the model cannot take such inputs.
-    """
-    leaves = [like_fake(leaf) for leaf in optree.tree_leaves(params)]
-    longer = optree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim else x, like_fake(inputs))
-    recorder = UseRecorder([(p.path, (), leaf) for p, leaf in zip(parameters, leaves, strict=True)], custom)
-    try:
-        with recorder:
-            result = model(optree.tree_unflatten(optree.tree_structure(params), leaves), longer)
-    except Exception:
-        return {}, 0  # such as buffers among the inputs, which must not grow
-    recorder.separate_reused_products()
-    return recorder.uses, batch_size(result)
+    def run(some: Tree) -> tuple[Any, dict[str, list[Recorded]]]:
+        leaves, structure = optree.tree_flatten(parameters)
+        leaves = [leaf.view_as(leaf) for leaf in leaves]
+        records: dict[str, list[Recorded]] = {}
+        tracked: Tracked = [(path, (), leaf) for path, leaf in zip(paths(params), leaves, strict=True)]
+        with Capture(tracked, labels, records, custom=recorder.custom):
+            return model(optree.tree_unflatten(structure, leaves), some), records
+
+    constant = model.constant_paths(inputs) if isinstance(model, ModuleFunction) else ()
+    with torch.random.fork_rng():
+        return find_batch(run, inputs, recorder.uses, axes, constant)
 
 
-def _with_batch(name: str, uses: list[Use], twice: dict[str, list[Use]], grows: bool) -> list[Use]:
-    """Return the uses with how each follows the batch; by default this is the leading axis."""
-    if len(twice.get(name, ())) != len(uses):
-        return uses
-    return [
-        use._replace(
-            batched=is_batched(use.call, use.output, other.call, other.output),
-            of_examples=not grows or is_of_examples(use.output, other.output),
-        )
-        for use, other in zip(uses, twice[name], strict=True)
-    ]
+def _with_batch(uses: dict[str, list[Use]], batch: Batch) -> dict[str, list[Use]]:
+    """Return the uses with the places of their examples."""
+    return {
+        name: [
+            use._replace(placement=place, shared=shared)
+            for use, place, shared in zip(
+                group,
+                batch.placements.get(name, (None,) * len(group)),
+                batch.shared.get(name, (False,) * len(group)),
+                strict=True,
+            )
+        ]
+        for name, group in uses.items()
+    }
 
 
 def _checked_kinds(kinds: Any) -> tuple[LayerKind, ...]:
     if not isinstance(kinds, Sequence) or not all(isinstance(kind, LayerKind) for kind in kinds):
         raise TypeError(f"kinds: expected a tuple of LayerKind, got {kinds!r}")
     return tuple(kinds)
+
+
+def _checked_axes(batch_axes: Any, inputs: Tree) -> dict[str, int]:
+    """Return the axis of each leaf that has one, by path, from a tree prefix of the inputs."""
+    try:
+        axes = optree.broadcast_prefix(batch_axes, inputs, none_is_leaf=True)
+    except ValueError as error:
+        raise ValueError(
+            f"batch_axes: expected an axis, None, or a tree of these that is a prefix of the inputs: {error}"
+        ) from error
+    by_path: dict[str, int] = {}
+    leaves = optree.tree_leaves(inputs, none_is_leaf=True)
+    lengths: dict[str, int] = {}
+    for axis, leaf, path in zip(axes, leaves, paths_with_none(inputs), strict=True):
+        if axis is None or not isinstance(leaf, Tensor):
+            continue
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(f"batch_axes: expected integers and None, got {axis!r} for {path!r}")
+        if not -leaf.ndim <= axis < leaf.ndim:
+            raise ValueError(f"batch_axes: got the axis {axis} for {path!r} of shape {tuple(leaf.shape)}")
+        by_path[path] = axis % leaf.ndim
+        lengths[path] = leaf.shape[axis]
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"batch_axes: expected axes of the same length, got {lengths}")
+    if not by_path:
+        raise ValueError("batch_axes: expected an axis for one tensor of the inputs at least")
+    return by_path
 
 
 def _parameters(params: Tree) -> tuple[Parameter, ...]:

@@ -13,58 +13,16 @@ side: an entry describes one of them, and everything made from it is mapped over
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lrkfac.core.layers.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lrkfac.core.layers.custom import CustomOptions
-
-Options = tuple[Any, ...]
-
-
-def _no_groups(options: Options) -> int:
-    return 1
-
-
-def _last(options: Options) -> int:
-    return -1
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of layer, by its operation and the transpose of it.
-
-    Attributes:
-        name: As shown in the table of layers.
-        prepare: ``(a, g, N, options) -> (a, g)``: the standard form of the operation's input and of the gradients at
-            its output, ``g`` with a leading axis ``k``.
-        transpose: ``(a, g, d, options) -> [k, d]`` for one group: the gradient of ``sum(g * s)`` with respect to ``W``.
-        operation: ``(a, W, options) -> s`` for one group, without bias; ``W`` is ``[k, d]`` and ``s`` has ``k``
-            channels. ``None`` for kinds whose blocks are no Kronecker products.
-        groups: ``options -> `` number of groups.
-        channel: ``options -> `` axis of the channels in ``g`` (and in ``a``, where ``groups > 1``), from the end.
-        rows: ``(a, d) -> [n, d]`` where the rows need no unfolding, else ``None``.
-        one_hot: Whether the rows of the weight are picked by number (``a`` holds integers): then the *output* side
-            of ``W`` is one-hot and the gradients are the rows of its input side.
-        unit_wise: Whether the Fisher block is small blocks, one for each output (scales and shifts), and no product.
-        picks: Whether rows consist of entries of ``a``, so that the squares of rows are the rows of the squares.
-    """
-
-    name: str
-    prepare: Callable[[Tensor, Tensor, int, Options], tuple[Tensor, Tensor]]
-    transpose: Callable[[Tensor, Tensor, int, Options], Tensor]
-    operation: Callable[[Tensor, Tensor, Options], Tensor] | None = None
-    groups: Callable[[Options], int] = _no_groups
-    channel: Callable[[Options], int] = _last
-    rows: Callable[[Tensor, int], Tensor] | None = None
-    one_hot: bool = False
-    unit_wise: bool = False
-    picks: bool = True
-
+from lrkfac.core.layers.kind import Kind, Options, by_example, of_each
+from lrkfac.core.layers.placement import IN_FRONT, Placement
 
 # Linear -----------------------------------------------------------------------------------------------
 
@@ -92,24 +50,18 @@ def _arranged(x: Tensor, permutation: tuple[int, ...], trailing: int) -> Tensor:
     return x if trailing == 1 else x.flatten(x.ndim - trailing) if trailing else x[..., None]
 
 
-def _prepare_linear(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
+def _prepare_linear(
+    a: Tensor, g: Tensor, n: int, options: Options, placement: Placement | None
+) -> tuple[Tensor, Tensor]:
     o = LinearOptions(*options)
-    a, g = _arranged(a, o.input, o.contracted), _arranged(g, o.output, o.kept)
-    a, g = _batched(a, n), _batched(g, n, leading=1)
-    return (_of_each(a, g) if a.ndim > 1 else a), g
+    a, g = by_example(_arranged(a, o.input, o.contracted), _arranged(g, o.output, o.kept), n, placement)
+    return (of_each(a, g) if a.ndim > 1 else a), g
 
 
-def _of_each(a: Tensor, g: Tensor) -> Tensor:
-    """Return the input once for each example, where all share one."""
-    return a.expand(g.shape[1], *a.shape[1:]) if a.shape[0] == 1 else a
-
-
-def _batched(x: Tensor, n: int, leading: int = 0) -> Tensor:
-    """Return ``x`` with the batch in front, also where it was flattened together with the positions of a sequence."""
-    sizes = x.shape[leading:]
-    if len(sizes) > 1 and sizes[0] != n and sizes[0] % n == 0:
-        return x.unflatten(leading, (n, -1))
-    return x
+def _places_of_rows(x: Tensor, side: int, options: Options) -> tuple[Tensor, Sequence[int]]:
+    o = LinearOptions(*options)
+    x = _arranged(x, o.output, o.kept) if side else _arranged(x, o.input, o.contracted)
+    return x, range(x.ndim - 1)
 
 
 def _linear_rows(a: Tensor, d: int) -> Tensor:
@@ -121,87 +73,17 @@ LINEAR = Kind(
     prepare=_prepare_linear,
     transpose=lambda a, g, d, options: g.reshape(-1, g.shape[-1]).mT @ _linear_rows(a, d),
     operation=lambda a, w, options: a @ w.mT,
+    places=_places_of_rows,
     rows=_linear_rows,
 )
-
-
-# Convolutions -----------------------------------------------------------------------------------------
-
-
-class ConvolutionOptions(NamedTuple):
-    """Settings of a convolution over ``len(kernel)`` axes; ``padding`` has ``(before, after)`` for each."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-    groups: int
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-
-
-def _prepare_convolution(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
-    o = ConvolutionOptions(*options)
-    axes = len(o.kernel) + 1
-    a, g = a.reshape(-1, *a.shape[-axes:]), g.reshape(g.shape[0], -1, *g.shape[-axes:])
-    if any(before != after for before, after in o.padding):
-        sides = [side for pair in reversed(o.padding) for side in pair]
-        a = F.pad(a, sides)
-    return _of_each(a, g), g
-
-
-def _symmetric_padding(o: ConvolutionOptions) -> list[int]:
-    """Return the padding of the operation; uneven padding (``"same"`` with an even kernel) was done by ``prepare``."""
-    uneven = any(before != after for before, after in o.padding)
-    return [0 if uneven else before for before, _ in o.padding]
-
-
-def _kernel(w: Tensor, o: ConvolutionOptions) -> Tensor:
-    kernel = w.reshape(w.shape[0], -1, *o.kernel)
-    return kernel.transpose(0, 1) if o.transposed else kernel
-
-
-def _convolution(a: Tensor, w: Tensor, options: Options) -> Tensor:
-    o = ConvolutionOptions(*options)
-    padding, zeros = _symmetric_padding(o), list(o.output_padding) or [0] * len(o.kernel)
-    return torch.convolution(a, _kernel(w, o), None, list(o.stride), padding, list(o.dilation), o.transposed, zeros, 1)
-
-
-def _convolution_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Tensor:
-    o = ConvolutionOptions(*options)
-    axes = len(o.kernel) + 1
-    a, g = a.reshape(-1, *a.shape[-axes:]), g.reshape(-1, *g.shape[-axes:])
-    padding, zeros = _symmetric_padding(o), list(o.output_padding) or [0] * len(o.kernel)
-    weight = _kernel(g.new_empty(1).expand(g.shape[1], d), o)
-    stride, dilation = list(o.stride), list(o.dilation)
-    gradient = torch.ops.aten.convolution_backward(
-        g, a, weight, None, stride, padding, dilation, o.transposed, zeros, 1, (False, True, False)
-    )[1]
-    return (gradient.transpose(0, 1) if o.transposed else gradient).reshape(-1, d)
-
-
-def _convolution_kind(name: str) -> Kind:
-    return Kind(
-        name=name,
-        prepare=_prepare_convolution,
-        transpose=_convolution_transpose,
-        operation=_convolution,
-        groups=lambda options: ConvolutionOptions(*options).groups,
-        channel=lambda options: -len(ConvolutionOptions(*options).kernel) - 1,
-    )
-
-
-CONVOLUTIONS = {axes: _convolution_kind(f"conv{axes}d") for axes in (1, 2, 3)}
-
-
-TRANSPOSED_CONVOLUTIONS = {axes: _convolution_kind(f"conv_transpose{axes}d") for axes in (1, 2, 3)}
 
 
 # Embedding --------------------------------------------------------------------------------------------
 
 
-def _prepare_embedding(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
-    return _of_each(a, g), g
+def _prepare_rows(a: Tensor, g: Tensor, n: int, options: Options, placement: Placement | None) -> tuple[Tensor, Tensor]:
+    a, g = by_example(a, g, n, placement)
+    return of_each(a, g), g
 
 
 def counts(numbers: Tensor, size: int, padding: int | None) -> Tensor:
@@ -220,16 +102,21 @@ def _embedding_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Tens
 
 
 EMBEDDING = Kind(
-    name="embedding", prepare=_prepare_embedding, transpose=_embedding_transpose, rows=_linear_rows, one_hot=True
+    name="embedding",
+    prepare=_prepare_rows,
+    transpose=_embedding_transpose,
+    places=lambda x, side, options: (x, range(x.ndim - side)),
+    rows=_linear_rows,
+    one_hot=True,
 )
 
 
 # Biases, scales and shifts ----------------------------------------------------------------------------
 
 
-def _bias_prepare(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
+def _bias_prepare(a: Tensor, g: Tensor, n: int, options: Options, placement: Placement | None) -> tuple[Tensor, Tensor]:
     kind, inner = options
-    _, g = KINDS[kind].prepare(a, g, n, inner)
+    _, g = KINDS[kind].prepare(a, g, n, inner, placement)
     return g.new_ones(g.shape[1], 1), g.movedim(KINDS[kind].channel(inner), -1)
 
 
@@ -243,40 +130,62 @@ BIAS = Kind(
 """A bias as a separate layer: its input is the constant 1; its options are kind and options of the weight's layer."""
 
 
-def _affine_prepare(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
+def _affine_prepare(
+    a: Tensor, g: Tensor, n: int, options: Options, placement: Placement | None
+) -> tuple[Tensor, Tensor]:
     """Return input and output gradients as ``[N, positions, units]``.
 
     ``options`` is the parameter's shape, aligned with the last axes of the output by broadcasting.
     """
     (shape,) = options
-    aligned = (1,) * (g.ndim - 1 - len(shape)) + tuple(shape)
+    place = IN_FRONT[1] if placement is None else placement[1]
     a = a.broadcast_to(g.shape[1:])
-    repeated = [axis for axis, size in enumerate(aligned) if size == 1 and axis > 0]
-    units = [axis for axis, size in enumerate(aligned) if size != 1 and axis > 0]
-    order = [0, *repeated, *units]
-    a = a.permute(order).reshape(a.shape[0], math.prod([a.shape[i] for i in repeated]), -1)
-    g = g.permute(0, *(i + 1 for i in order))
-    return a, g.reshape(*g.shape[:2], a.shape[1], a.shape[2])
+    repeated, units = _axes_of_units(a.ndim, tuple(shape))
+    order = [place.axis, *[axis for axis in repeated if axis != place.axis], *units]
+    size = math.prod([a.shape[axis] for axis in units])
+    place = place._replace(axis=0)
+    a = place.in_front(a.permute(order), n)
+    g = place.in_front(g.permute(0, *(i + 1 for i in order)), n, leading=1)
+    positions = a[0].numel() // size if size else 0
+    return a.reshape(a.shape[0], positions, size), g.reshape(*g.shape[:2], positions, size)
+
+
+def _axes_of_units(ndim: int, shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Return the axes along which a parameter repeats, and those of its entries, aligned by broadcasting."""
+    aligned = (1,) * (ndim - len(shape)) + shape
+    axes = range(ndim)
+    return [axis for axis in axes if aligned[axis] == 1], [axis for axis in axes if aligned[axis] != 1]
 
 
 def _affine_transpose(a: Tensor, g: Tensor, d: int, options: Options) -> Tensor:
     return (g * a).reshape(-1, g.shape[-1]).sum(dim=0)[:, None]
 
 
-SCALE = Kind(name="scale", prepare=_affine_prepare, transpose=_affine_transpose, unit_wise=True)
+def _places_of_units(x: Tensor, side: int, options: Options) -> tuple[Tensor, Sequence[int]]:
+    return x, _axes_of_units(x.ndim, tuple(options[0]))[0]
+
+
+SCALE = Kind("scale", _affine_prepare, _affine_transpose, places=_places_of_units, unit_wise=True)
 """``s = scale * a`` unit by unit, with or without a shift: of a normalisation, or a parameter that is multiplied."""
 
 
-SHIFT = Kind(name="shift", prepare=_affine_prepare, transpose=_affine_transpose, unit_wise=True)
+SHIFT = Kind("shift", _affine_prepare, _affine_transpose, places=_places_of_units, unit_wise=True)
 """``s = a + shift``: a parameter that is added or repeated for every example; its input is the constant 1."""
 
 
 # Custom kinds --------------------------------------------------------------------------------------------
 
 
+def _prepare_custom(
+    a: Tensor, g: Tensor, n: int, options: Options, placement: Placement | None
+) -> tuple[Tensor, Tensor]:
+    a, g = _prepare_rows(a, g, n, options, placement)
+    return a, g if options[0].weight_axis is not None else g[..., None]
+
+
 CUSTOM = Kind(
     name="custom",
-    prepare=lambda a, g, n, options: (_of_each(a, g), g if options[0].weight_axis is not None else g[..., None]),
+    prepare=_prepare_custom,
     transpose=lambda a, g, d, options: CustomOptions(*options).transpose(a, g, d),
     operation=lambda a, w, options: CustomOptions(*options).apply(a, w),
     channel=lambda options: CustomOptions(*options).kind.channel,

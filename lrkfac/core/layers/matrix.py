@@ -11,7 +11,9 @@ from torch import Tensor
 from lrkfac.core.base.dtypes import widest
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.layers.description import Layer
-from lrkfac.core.layers.kinds import KINDS, Kind, Options
+from lrkfac.core.layers.kind import Kind, Options
+from lrkfac.core.layers.kinds import KINDS
+from lrkfac.core.layers.placement import PlacementError
 from lrkfac.core.layers.statistics import Uses
 from lrkfac.core.layers.views import apply_view, scatter_view
 
@@ -35,10 +37,11 @@ def collect(leaves: dict[int, Any], more: dict[int, Any]) -> None:
 
 def prepared(layer: Layer, inputs: Uses, gradients: Uses, examples: int) -> tuple[Uses, Uses]:
     """Return captured inputs and gradients, these with a leading axis, in the standard form of the layer's kinds."""
-    pairs = [
-        KINDS[kind].prepare(a, g, examples, options)
-        for a, g, kind, options in zip(inputs, gradients, layer.kinds, layer.options, strict=True)
-    ]
+    uses = zip(inputs, gradients, layer.kinds, layer.options, layer.placements, strict=True)
+    try:
+        pairs = [KINDS[kind].prepare(a, g, examples, options, place) for a, g, kind, options, place in uses]
+    except PlacementError as error:
+        raise ValueError(f"layer {layer.name!r}: {error}") from error
     return tuple(a for a, _ in pairs), tuple(g for _, g in pairs)
 
 

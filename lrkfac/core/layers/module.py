@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lrkfac.core.base.arguments import check_flag
+from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -82,6 +83,12 @@ class ModuleFunction:
             return self._outputs(params, self.buffers, inputs)[0]
         buffers, inputs = inputs
         return self._outputs(params, buffers, inputs)
+
+    def constant_paths(self, inputs: Tree) -> tuple[str, ...]:
+        """Return the paths of the leaves of the inputs that are buffers, and no examples."""
+        if self.buffers is not None:
+            return ()
+        return tuple(f"0.{path}" for path in paths(inputs[0]))
 
     def _outputs(self, params: Tree, buffers: dict[str, Tensor], inputs: Tree) -> tuple[Any, dict[str, Tensor]]:
         # A module may change a buffer in place or put another tensor in its place: both end in this dictionary.

@@ -14,14 +14,8 @@ from torch import Tensor
 
 from lrkfac.core.layers.affine_parsers import ADDITIONS, MULTIPLICATIONS, NORMALIZATIONS, REPETITIONS
 from lrkfac.core.layers.calls import Call, Known, Parser
-from lrkfac.core.layers.kinds import (
-    CONVOLUTIONS,
-    EMBEDDING,
-    LINEAR,
-    TRANSPOSED_CONVOLUTIONS,
-    ConvolutionOptions,
-    LinearOptions,
-)
+from lrkfac.core.layers.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, ConvolutionOptions
+from lrkfac.core.layers.kinds import EMBEDDING, LINEAR, LinearOptions
 from lrkfac.core.layers.views import Step
 
 MATRIX = (Step("flatten", (1,)),)

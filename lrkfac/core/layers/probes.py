@@ -41,12 +41,19 @@ def output_specs(
     else:
         with fake_mode(), without_random_numbers():
             result, records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)
-    n = batch_size(result)
-    specs = {
-        source: [OutputSpec(repeated(tuple(r.output.shape), n), r.output.dtype, r.output.device) for r in uses]
-        for source, uses in records.items()
+    n = layers.examples(inputs) or batch_size(result)
+    shared = {
+        site
+        for layer in layers
+        for site, place in zip(layer.sites, layer.placements, strict=True)
+        if place is not None and place[1].shared
     }
-    shared = [k for k, uses in records.items() if [r.output.shape for r in uses] != [s.shape for s in specs[k]]]
+
+    def spec(source: str, number: int, output: Tensor) -> OutputSpec:
+        shape = (n, *output.shape[1:]) if (source, number) in shared else tuple(output.shape)
+        return OutputSpec(shape, output.dtype, output.device)
+
+    specs = {source: [spec(source, i, r.output) for i, r in enumerate(uses)] for source, uses in records.items()}
     if shared and not torch.compiler.is_compiling():
         expected = _shapes(result)
         try:
@@ -55,9 +62,9 @@ def output_specs(
                     run_captured(model, layers, like_fake(params), like_fake(inputs), zero_probes(specs))[0]
                 )
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(_NOT_REPEATED.format(shared)) from error
+            raise ValueError(_NOT_REPEATED.format(sorted({source for source, _ in shared}))) from error
         if shapes != expected:
-            raise ValueError(_NOT_REPEATED.format(shared))
+            raise ValueError(_NOT_REPEATED.format(sorted({source for source, _ in shared})))
     return specs
 
 
@@ -83,11 +90,6 @@ def batch_size(result: Any) -> int:
         kind = type(leaves[0] if leaves else result).__name__
         raise TypeError(f"model: expected outputs as a tensor or a tree that starts with one, got {kind}")
     return leaves[0].shape[0] if leaves[0].ndim else 1
-
-
-def repeated(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
-    """Return the shape with ``n`` examples where it has one for all of them."""
-    return (n, *shape[1:]) if shape and shape[0] == 1 else shape
 
 
 def zero_probes(specs: dict[str, list[OutputSpec]], sources: Container[str] | None = None) -> dict[str, list[Tensor]]:

@@ -15,6 +15,7 @@ from lrkfac.core.layers.calls import Call
 from lrkfac.core.layers.custom import LayerKind
 from lrkfac.core.layers.custom_calls import check_use
 from lrkfac.core.layers.kinds import CUSTOM, LINEAR, SHIFT, LinearOptions
+from lrkfac.core.layers.placement import Placement
 from lrkfac.core.layers.tracing import Follow, label
 from lrkfac.core.layers.views import View
 
@@ -29,8 +30,8 @@ class Use(NamedTuple):
         bias: Path and view of the bias, if there is one.
         output: What the operation returned.
         version: How often the input had been changed in place.
-        batched: Whether the batch is the leading axis.
-        of_examples: Whether each row belongs to one example, or one row to all by broadcasting.
+        placement: Where the examples are, ``None`` where this is not known.
+        shared: Whether all examples have the rows in common, without an axis for them.
     """
 
     call: Call
@@ -39,8 +40,8 @@ class Use(NamedTuple):
     bias: tuple[str, View] | None
     output: Tensor
     version: int
-    batched: bool = True
-    of_examples: bool = True
+    placement: Placement | None = None
+    shared: bool = False
 
 
 class UseRecorder(Follow):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import lrkfac
 from lrkfac.core.layers import kinds
 from lrkfac.core.layers.calls import Call
-from lrkfac.core.layers.kinds import CONVOLUTIONS, EMBEDDING, LINEAR, SCALE, SHIFT, LinearOptions
+from lrkfac.core.layers.convolutions import CONVOLUTIONS
+from lrkfac.core.layers.kinds import EMBEDDING, LINEAR, SCALE, SHIFT, LinearOptions
 from lrkfac.core.layers.parsers import PARSERS
 from lrkfac.core.layers.views import apply_view
 

@@ -1,0 +1,105 @@
+"""Parameters and examples in general position: no two alike, so that what depends on what can be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import optree
+import torch
+from torch import Tensor
+
+from lrkfac.core.base.tree_checks import paths
+from lrkfac.core.base.types import Tree
+
+
+def generic_parameters(params: Tree) -> Tree:
+    """Return parameters near the given ones, none of which is zero or equal to another.
+
+    Their values do not matter, but their size does: deep networks must not overflow.
+    """
+
+    def moved(x: Tensor) -> Tensor:
+        x = x.detach()
+        fan_in = max(x[0].numel() if x.ndim > 1 else x.numel(), 1)
+        size = x.square().mean().sqrt()
+        size = torch.where(size > 0, size, min(0.3, fan_in**-0.5))
+        return x + 0.1 * size * _normal(x, 1)
+
+    return optree.tree_map(lambda x: moved(x) if x.numel() else x.detach(), params)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Any number of different examples like those of a batch.
+
+    Attributes:
+        inputs: The batch.
+        axes: The axis of the examples of each leaf that has one, by path.
+        number: The number of examples of the batch.
+    """
+
+    inputs: Tree
+    axes: Mapping[str, int]
+    number: int
+
+    @staticmethod
+    def of(inputs: Tree, axes: Mapping[str, int]) -> Examples:
+        """Return the examples of a batch."""
+        leaves = dict(zip(paths(inputs), optree.tree_leaves(inputs), strict=True))
+        lengths = [leaves[path].shape[axis] for path, axis in axes.items() if path in leaves]
+        return Examples(inputs, axes, lengths[0] if lengths else 0)
+
+    def some(self, n: int, moved: bool = False, replaced: Sequence[str] = ()) -> Tree:
+        """Return inputs of ``n`` examples.
+
+        Args:
+            n: The number; those of the batch come first, and again, changed, where it has fewer.
+            moved: Whether each stands in the place of the one before it, and the first in the last place.
+            replaced: Paths of the leaves of which the first example is another one.
+        """
+        leaves, structure = optree.tree_flatten(self.inputs)
+        names = paths(self.inputs)
+        changed = []
+        for number, (path, x) in enumerate(zip(names, leaves, strict=True)):
+            if path in self.axes:
+                examples = self._different(x, self.axes[path], n + 1, number)
+                last = n if path in replaced else 0
+                order = [last, *range(1, n)]
+                if moved:
+                    order = [*order[1:], order[0]]
+                x = examples.index_select(self.axes[path], torch.tensor(order, device=x.device))
+            changed.append(x)
+        return optree.tree_unflatten(structure, changed)
+
+    def _different(self, x: Tensor, axis: int, n: int, seed: int) -> Tensor:
+        """Return ``n`` examples of a leaf; repeated ones are moved a little, or their entries change places."""
+        index = torch.arange(n, device=x.device) % max(self.number, 1)
+        x = x.detach().index_select(axis, index).movedim(axis, 0)
+        flat = x.reshape(n, -1)
+        if not flat.shape[1]:
+            return x.movedim(0, axis)
+        repeated = torch.stack([(flat[:i] == flat[i]).all(dim=1).any() for i in range(n)])
+        repeated = repeated.reshape(-1, *[1] * (x.ndim - 1))
+        if x.is_floating_point() or x.is_complex():
+            size = x.abs().square().mean().sqrt().clamp(min=0.1)
+            other = x + 0.1 * size * _normal(x, seed)
+        else:
+            low, high = x.min(), x.max()
+            uniform = _uniform(x, seed)
+            other = (
+                (low + (uniform * (high - low + 1)).floor().to(torch.int64).clamp(max=high - low)).to(x.dtype)
+                if (x.dtype != torch.bool)
+                else uniform < 0.5
+            )
+        return torch.where(repeated, other, x).movedim(0, axis)
+
+
+def _normal(like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.complex64 if like.is_complex() else torch.float32
+    return torch.randn(like.shape, generator=generator, dtype=dtype).to(like.device, like.dtype)
+
+
+def _uniform(like: Tensor, seed: int) -> Tensor:
+    return torch.rand(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)
