@@ -20,11 +20,10 @@ from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.generic import Examples
 from lrkfac.core.layers.placement import BatchAxis, Placement
-from lrkfac.core.layers.tracing import Recorded
 from lrkfac.core.layers.uses import Use
 
-Run = Callable[[Tree], tuple[Any, Mapping[str, Sequence[Recorded]]]]
-"""From inputs to the model's result and the tensors of its layers, by label."""
+Run = Callable[[Tree], tuple[Any, Mapping[str, Sequence[Use]]]]
+"""From inputs to the model's result and the uses of its weights, by label."""
 
 SIZES = (4, 6)
 """Numbers of examples; both even, for models that pair them."""
@@ -52,14 +51,21 @@ class Batch:
 UNKNOWN = Batch(None, False, False, {}, {})
 
 
-class _Runs(NamedTuple):
+class Runs(NamedTuple):
     """The model's tensors for some examples, and for the same ones moved on by one place."""
 
     examples: int
     result: Any
-    records: Mapping[str, Sequence[Recorded]]
+    uses: Mapping[str, Sequence[Use]]
     moved_result: Any
-    moved_records: Mapping[str, Sequence[Recorded]]
+    moved_uses: Mapping[str, Sequence[Use]]
+
+
+class Seen(NamedTuple):
+    """Runs at two numbers of examples, or at that of the batch, and what their examples are."""
+
+    examples: Examples
+    runs: list[Runs]
 
 
 def find_batch(
@@ -89,14 +95,16 @@ def find_batch(
         seen = _seen(run, inputs, hypothesis, uses)
         if seen is None:
             continue
-        independent, dependent = _independence(run, inputs, hypothesis, seen)
+        independent, dependent = _independence(run, seen)
         if axes is None and dependent:
             kept = {path: axis for path, axis in hypothesis.items() if path not in dependent}
             fewer = _seen(run, inputs, kept, uses)
             if fewer is not None:
                 hypothesis, seen, independent = kept, fewer, True
-        pairs = {name: [_placement(name, i, use, seen) for i, use in enumerate(group)] for name, group in uses.items()}
-        place = _output_axis(seen)
+        pairs = {
+            name: [_placement(name, i, use, seen.runs) for i, use in enumerate(group)] for name, group in uses.items()
+        }
+        place = _output_axis(seen.runs)
         return Batch(
             hypothesis,
             independent,
@@ -120,28 +128,41 @@ def _hypotheses(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, int]]:
                 yield from ({path: axis} for path in alike)
 
 
-def _seen(run: Run, inputs: Tree, axes: Mapping[str, int], uses: Mapping[str, Sequence[Use]]) -> list[_Runs] | None:
+def _seen(run: Run, inputs: Tree, axes: Mapping[str, int], uses: Mapping[str, Sequence[Use]]) -> Seen | None:
     """Return runs at two numbers of examples, or at that of the batch; ``None`` if nothing moves with the examples."""
-    examples = Examples.of(inputs, axes)
-    for sizes in (SIZES, (examples.number,)):
-        if min(sizes) < 2:
-            continue
-        runs = []
-        try:
-            for n in sizes:
-                first, moved = run(examples.some(n)), run(examples.some(n, moved=True))
-                runs.append(_Runs(n, *first, *moved))
-        except Exception:
-            continue  # such as a model for one size of batch, or leaves that hold no examples
-        counts = {name: len(group) for name, group in uses.items()}
-        if any({name: len(g) for name, g in r.items()} != counts for x in runs for r in (x.records, x.moved_records)):
-            continue
-        if _output_axis(runs) is not None or any(
-            _axis([(x.examples, x.records[name][0].input, x.moved_records[name][0].input) for x in runs], range(1))
-            for name in uses
-        ):
-            return runs
+    leaves = dict(zip(paths(inputs), optree.tree_leaves(inputs), strict=True))
+    # On other devices a number out of range is an error from which they do not recover.
+    wider = any(not leaves[path].is_floating_point() and leaves[path].device.type == "cpu" for path in axes)
+    for more in (True, False) if wider else (False,):
+        examples = Examples.of(inputs, axes, more)
+        for sizes in (SIZES, (examples.number,)):
+            runs = _runs(run, examples, sizes, uses) if min(sizes) > 1 else None
+            if runs is not None and _moves(runs, uses):
+                return Seen(examples, runs)
     return None
+
+
+def _runs(run: Run, examples: Examples, sizes: Sequence[int], uses: Mapping[str, Sequence[Use]]) -> list[Runs] | None:
+    """Return the runs, or ``None`` if the model cannot take such examples or takes another path."""
+    counts = {name: len(group) for name, group in uses.items()}
+    runs = []
+    for n in sizes:
+        try:
+            first, moved = run(examples.some(n)), run(examples.some(n, moved=True))
+        except Exception:
+            return None  # such as a model for one size of batch, or leaves that hold no examples
+        if any({name: len(group) for name, group in of.items()} != counts for _, of in (first, moved)):
+            return None
+        runs.append(Runs(n, *first, *moved))
+    return runs
+
+
+def _moves(runs: Sequence[Runs], uses: Mapping[str, Sequence[Use]]) -> bool:
+    """Return whether outputs, or the input of a layer, move with the examples."""
+    if _output_axis(runs) is not None:
+        return True
+    inputs = [[(x.examples, *[of[name][0].call.input for of in (x.uses, x.moved_uses)]) for x in runs] for name in uses]
+    return any(_axis(pairs, range(1)) is not None for pairs in inputs)
 
 
 def _first_output(result: Any) -> Tensor:
@@ -149,19 +170,17 @@ def _first_output(result: Any) -> Tensor:
     return output
 
 
-def _output_axis(runs: Sequence[_Runs]) -> BatchAxis | None:
+def _output_axis(runs: Sequence[Runs]) -> BatchAxis | None:
     """Return the place of the examples in the first output, along its leading axis."""
     return _axis([(x.examples, _first_output(x.result), _first_output(x.moved_result)) for x in runs], range(1))
 
 
-def _independence(
-    run: Run, inputs: Tree, axes: Mapping[str, int], runs: Sequence[_Runs]
-) -> tuple[bool, tuple[str, ...]]:
+def _independence(run: Run, seen: Seen) -> tuple[bool, tuple[str, ...]]:
     """Return whether an output depends on one example alone; if not, the leaf through which others come in, if one."""
-    place = _output_axis(runs)
+    place = _output_axis(seen.runs)
     if place is None:
         return False, ()
-    examples, first = Examples.of(inputs, axes), runs[0]
+    examples, first, axes = seen.examples, seen.runs[0], seen.examples.axes
 
     def apart(replaced: Sequence[str]) -> bool:
         try:
@@ -194,7 +213,7 @@ def _only_first_differs(place: BatchAxis, n: int, result: Any, other: Any) -> bo
     return differs
 
 
-def _placement(name: str, number: int, use: Use, runs: Sequence[_Runs]) -> tuple[Placement | None, bool]:
+def _placement(name: str, number: int, use: Use, runs: Sequence[Runs]) -> tuple[Placement | None, bool]:
     """Return where the examples are at a use, and whether it has one value for all and no axis for them."""
     kind, options = use.call.kind, use.call.options
     axes: list[BatchAxis | None] = []
@@ -202,7 +221,8 @@ def _placement(name: str, number: int, use: Use, runs: Sequence[_Runs]) -> tuple
         pairs: list[tuple[int, Tensor, Tensor]] = []
         candidates: Sequence[int] = ()
         for x in runs:
-            tensors = [records[name][number][side] for records in (x.records, x.moved_records)]
+            both = [of[name][number] for of in (x.uses, x.moved_uses)]
+            tensors = [one.output if side else one.call.input for one in both]
             (first, candidates), (moved, _) = (kind.places(tensor, side, options) for tensor in tensors)
             pairs.append((x.examples, first, moved))
         axis = _axis(pairs, candidates) or _constant_axis(pairs, candidates)

@@ -22,7 +22,7 @@ from lrkfac.core.layers.generic import generic_parameters
 from lrkfac.core.layers.module import ModuleFunction
 from lrkfac.core.layers.probes import batch_size, like_fake
 from lrkfac.core.layers.purity import without_random_numbers
-from lrkfac.core.layers.tracing import Capture, Recorded, Tracked
+from lrkfac.core.layers.tracing import Tracked
 from lrkfac.core.layers.uses import Use, UseRecorder
 
 
@@ -118,15 +118,17 @@ def _batch(
     axes: Mapping[str, int] | None,
 ) -> Batch:
     """Return where the examples are, from runs of a few of them with parameters in general position."""
-    labels, parameters = frozenset(recorder.uses), generic_parameters(params)
+    parameters = generic_parameters(params)
 
-    def run(some: Tree) -> tuple[Any, dict[str, list[Recorded]]]:
+    def run(some: Tree) -> tuple[Any, dict[str, list[Use]]]:
         leaves, structure = optree.tree_flatten(parameters)
         leaves = [leaf.view_as(leaf) for leaf in leaves]
-        records: dict[str, list[Recorded]] = {}
         tracked: Tracked = [(path, (), leaf) for path, leaf in zip(paths(params), leaves, strict=True)]
-        with Capture(tracked, labels, records, custom=recorder.custom):
-            return model(optree.tree_unflatten(structure, leaves), some), records
+        watching = UseRecorder(tracked, recorder.custom, guarded=False)
+        with watching:
+            result = model(optree.tree_unflatten(structure, leaves), some)
+        watching.separate_reused_products()
+        return result, watching.uses
 
     constant = model.constant_paths(inputs) if isinstance(model, ModuleFunction) else ()
     with torch.random.fork_rng():

@@ -37,18 +37,20 @@ class Examples:
         inputs: The batch.
         axes: The axis of the examples of each leaf that has one, by path.
         number: The number of examples of the batch.
+        wider: Whether integers that are all equal may become larger by one; the model may refuse that.
     """
 
     inputs: Tree
     axes: Mapping[str, int]
     number: int
+    wider: bool = False
 
     @staticmethod
-    def of(inputs: Tree, axes: Mapping[str, int]) -> Examples:
+    def of(inputs: Tree, axes: Mapping[str, int], wider: bool = False) -> Examples:
         """Return the examples of a batch."""
         leaves = dict(zip(paths(inputs), optree.tree_leaves(inputs), strict=True))
         lengths = [leaves[path].shape[axis] for path, axis in axes.items() if path in leaves]
-        return Examples(inputs, axes, lengths[0] if lengths else 0)
+        return Examples(inputs, axes, lengths[0] if lengths else 0, wider)
 
     def some(self, n: int, moved: bool = False, replaced: Sequence[str] = ()) -> Tree:
         """Return inputs of ``n`` examples.
@@ -81,18 +83,22 @@ class Examples:
             return x.movedim(0, axis)
         repeated = torch.stack([(flat[:i] == flat[i]).all(dim=1).any() for i in range(n)])
         repeated = repeated.reshape(-1, *[1] * (x.ndim - 1))
-        if x.is_floating_point() or x.is_complex():
-            size = x.abs().square().mean().sqrt().clamp(min=0.1)
-            other = x + 0.1 * size * _normal(x, seed)
-        else:
-            low, high = x.min(), x.max()
-            uniform = _uniform(x, seed)
-            other = (
-                (low + (uniform * (high - low + 1)).floor().to(torch.int64).clamp(max=high - low)).to(x.dtype)
-                if (x.dtype != torch.bool)
-                else uniform < 0.5
-            )
+        other = _moved_a_little(x, seed) if x.is_floating_point() or x.is_complex() else self._redrawn(x, seed)
         return torch.where(repeated, other, x).movedim(0, axis)
+
+    def _redrawn(self, x: Tensor, seed: int) -> Tensor:
+        """Return numbers in the range of those given; of two numbers at least, where this is tried."""
+        uniform = _uniform(x, seed)
+        if x.dtype == torch.bool:
+            return uniform < 0.5
+        low, high = x.min(), x.max()
+        high = torch.where(high > low, high, high + int(self.wider))
+        return (low + (uniform * (high - low + 1)).floor().clamp(max=high - low)).to(x.dtype)
+
+
+def _moved_a_little(x: Tensor, seed: int) -> Tensor:
+    size = x.abs().square().mean().sqrt().clamp(min=0.1)
+    return x + 0.1 * size * _normal(x, seed)
 
 
 def _normal(like: Tensor, seed: int) -> Tensor:

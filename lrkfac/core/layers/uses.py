@@ -54,8 +54,8 @@ class UseRecorder(Follow):
         received: All tensors that functions received.
     """
 
-    def __init__(self, tracked: Any, custom: tuple[LayerKind, ...]) -> None:
-        super().__init__(tracked, guarded=True, custom=custom)
+    def __init__(self, tracked: Any, custom: tuple[LayerKind, ...], guarded: bool = True) -> None:
+        super().__init__(tracked, guarded, custom)
         self.uses: dict[str, list[Use]] = {}
         self.others: dict[str, list[str]] = {}
         self.completed: list[tuple[str, int, Tensor, Use]] = []
@@ -79,7 +79,7 @@ class UseRecorder(Follow):
         places = [place for x in optree.tree_leaves((args, kwargs)) if (place := self.place(x)) is not None]
         if not places or not any(isinstance(x, Tensor) for x in optree.tree_leaves(result)):
             return result
-        if self.inside():
+        if self.guarded and self.inside():
             raise ValueError(
                 f"model: {places[0][0]!r} is used inside a transformation such as vmap, grad or jvp, where nothing can "
                 "be captured; apply the transformation outside, or write the batch as a leading axis"

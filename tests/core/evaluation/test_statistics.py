@@ -96,12 +96,20 @@ def test_inputs_that_are_shared_by_all_examples_stay_whole():
     close(result.statistics, alone.statistics)
 
 
-def test_inputs_without_the_batch_in_front_are_refused():
+def test_examples_are_picked_along_the_axis_of_the_batch():
+    """Axis 1 of the inputs, which outputs show; as if the others had not been there."""
     model = lambda p, x: F.linear(x.mean(0), p["w"])  # noqa: E731
     params, inputs, targets = {"w": torch.randn(3, 5)}, torch.randn(4, 7, 5), torch.randint(3, (7,))
-    f = evaluator(model, lrkfac.categorical(), find_layers(model, params, inputs))
-    with pytest.raises(ValueError, match=r"expected outputs of 2 examples, got the shape \(7, 3\)"):
-        f(params, inputs, targets, examples=torch.tensor([0, 1]))
+    layers, numbers = find_layers(model, params, inputs), torch.tensor([5, 1])
+    f = evaluator(model, lrkfac.categorical(), layers, "exact")
+    some = f(params, inputs, targets, examples=numbers).statistics
+    expected = f(params, inputs[:, numbers], targets[numbers]).statistics
+    assert dict(layers.batch_axes) == {"": 1} and some.inputs["w"][0].shape == (2, 5)
+    optree.tree_map(torch.testing.assert_close, some, expected)
+    with pytest.raises(
+        ValueError, match=r"expected 6 examples, .* along axis 1 of the inputs, got the shape \(4, 7, 5\)"
+    ):
+        f(params, inputs, targets[:6], examples=numbers)
 
 
 def test_named_layers_of_some_examples():

@@ -103,7 +103,7 @@ def test_projections_are_layers():
     model, params = from_module(Net().double())
     layers = find_layers(model, params, normal(N, T, 4), strict=True)
     expected = [*(f"attention.in_proj_weight.chunk(3)[{i}]" for i in range(3)), "attention.out_proj", "head"]
-    assert [layer.name for layer in layers] == expected and all(layer.batched for layer in layers)
+    assert [layer.name for layer in layers] == expected and all(layer.by_example for layer in layers)
 
 
 def test_torchs_own_errors():

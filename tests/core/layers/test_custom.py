@@ -211,4 +211,6 @@ def test_an_input_without_the_batch_in_front_is_not_covered():
     kind = LayerKind("turned", lambda x, w: x @ w.mT, lambda x, w: x @ w.mT)
     params = {"w": torch.randn(2, 5, dtype=DOUBLE), "head": torch.randn(6, 2, dtype=DOUBLE)}
     layers = lrkfac.find_layers(lambda p, x: (x @ p["head"]) + kind(x.mT, p["w"]).mT.sum(), params, X, kinds=[kind])
-    assert ["used by turned on an input without the batch in front"] == [reason for _, reason in layers.uncovered]
+    assert ["used by turned where it is not known which rows belong to which example"] == [
+        reason for _, reason in layers.uncovered
+    ]

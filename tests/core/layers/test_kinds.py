@@ -11,6 +11,7 @@ from lrkfac.core.layers.calls import Call
 from lrkfac.core.layers.convolutions import CONVOLUTIONS
 from lrkfac.core.layers.kinds import EMBEDDING, LINEAR, SCALE, SHIFT, LinearOptions
 from lrkfac.core.layers.parsers import PARSERS
+from lrkfac.core.layers.placement import IN_FRONT
 from lrkfac.core.layers.views import apply_view
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -54,7 +55,7 @@ def is_the_call_and_its_gradient(call, expected, function):
     """``operation`` is ``function`` of the weight, ``transpose`` its derivative, group by group."""
     kind, groups, channel = call.kind, call.kind.groups(call.options), call.kind.channel(call.options)
     g = normal(*expected.shape, seed=5)
-    a, prepared = kind.prepare(call.input, g[None], len(call.input), call.options)
+    a, prepared = kind.prepare(call.input, g[None], len(call.input), call.options, IN_FRONT)
     close(by_group(call, a), expected)
     _, pullback = torch.func.vjp(function, call.weight)
     parts = zip(a.chunk(groups, channel), prepared[0].chunk(groups, channel), strict=True)
@@ -127,7 +128,7 @@ def test_einsum_is_linear(equation, shape, of_weight):
     run = lambda w: torch.einsum(equation, *[w if o.shape == w.shape else o for o in operands])  # noqa: E731
     expected, pullback = torch.func.vjp(run, w)
     g, matrix = normal(*expected.shape, seed=5), apply_view(call.turn, w)
-    a, prepared = LINEAR.prepare(call.input, torch.stack([expected, g]), 5, call.options)
+    a, prepared = LINEAR.prepare(call.input, torch.stack([expected, g]), 5, call.options, IN_FRONT)
     close((a @ matrix.mT).reshape(-1, len(matrix)), prepared[0].reshape(-1, len(matrix)))
     close(LINEAR.transpose(a, prepared[1], matrix.shape[1], call.options), apply_view(call.turn, pullback(g)[0]))
 
@@ -141,7 +142,7 @@ def test_embedding_is_linear_in_one_hot_rows(padding):
     call = parsed(F.embedding, numbers, w, padding)
     expected, pullback = torch.func.vjp(lambda w: F.embedding(numbers, w, padding), w)
     g = normal(*expected.shape, seed=5)
-    a, prepared = EMBEDDING.prepare(numbers, g[None], 2, call.options)
+    a, prepared = EMBEDDING.prepare(numbers, g[None], 2, call.options, IN_FRONT)
     assert call.kind is EMBEDDING and EMBEDDING.one_hot
     close(EMBEDDING.transpose(a, prepared[0], 3, call.options), pullback(g)[0])
     assert kinds.counts(numbers, 6, padding=call.options[1]).tolist() == COUNTS[padding]
@@ -155,7 +156,7 @@ def test_scale_and_shift_are_broadcast(shape, kind, function):
     call = PARSERS[function](lambda a: a is w, x, w)
     expected, pullback = torch.func.vjp(lambda w: function(x, w), w)
     g = normal(*expected.shape, seed=5)
-    a, prepared = kind.prepare(call.input, g[None], 5, call.options)
+    a, prepared = kind.prepare(call.input, g[None], 5, call.options, IN_FRONT)
     assert call.kind is kind and kind.unit_wise and a.shape == prepared.shape[1:] == (5, a.shape[1], w.numel())
     close(kind.transpose(a, prepared[0], 1, call.options), apply_view(call.turn, pullback(g)[0]))
 

@@ -1,0 +1,201 @@
+"""Where the examples are: any arrangement of rows gives the step of the model that is written plainly, or is refused."""
+
+import os
+from collections import Counter
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lrkfac
+from lrkfac.structures import dense, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal
+from lrkfac.testing.twins import twins
+
+DOUBLE = torch.float64
+DENSE = {
+    "expand": kronecker(dense(), dense()),
+    "reduce": kronecker(dense(), dense(), treatment="reduce"),
+    "corrected": kronecker(dense(), dense(), corrected=True),
+    "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
+    "layer": layer_wise(),
+    "full": full(),
+}
+
+
+def step(model, params, inputs, targets, structure, estimator="exact", likelihood=None, **options):
+    likelihood = lrkfac.categorical() if likelihood is None else likelihood
+    layers = lrkfac.find_layers(model, params, inputs, **options)
+    noise = None
+    if estimator == "mc":
+        shape = model(params, inputs).shape
+        noise = torch.rand(1, *shape, generator=torch.Generator().manual_seed(3), dtype=DOUBLE)
+    evaluation = lrkfac.evaluator(model, likelihood, layers, estimator)(params, inputs, targets, noise=noise)
+    tx = lrkfac.precondition_by_fisher(layers, structure, damping=0.1)
+    return tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)[0], layers
+
+
+OUTCOMES = Counter()
+
+
+@settings(max_examples=int(os.environ.get("LRKFAC_TWINS", "0")) or settings().max_examples)
+@given(twins(), st.sampled_from(sorted(DENSE)), st.sampled_from(["exact", "mc", "empirical"]))
+def test_any_arrangement_of_rows_gives_the_step_of_the_plain_twin(pair, structure, estimator):
+    batch = (pair.params, pair.inputs, pair.targets)
+    expected, _ = step(pair.twin, *batch, DENSE[structure], estimator)
+    try:
+        result, layers = step(pair.model, *batch, DENSE[structure], estimator)
+    except ValueError as error:
+        assert "layer '" in str(error) and "which rows belong to which example" in str(error), pair.name
+        OUTCOMES[f"refused, {structure}"] += 1
+        return
+    assert not layers.uncovered and layers.independent and layers.single, (pair.name, str(layers))
+    OUTCOMES[f"equal, {structure}"] += 1
+    for key, x in expected.items():
+        torch.testing.assert_close(result[key], x, rtol=1e-8, atol=1e-9, msg=f"{pair.name}, {structure}: {key}")
+
+
+PAIRS = {"w": torch.randn(3, 4, dtype=DOUBLE), "o": torch.randn(2, 3, dtype=DOUBLE)}
+
+
+def together(p, pair):
+    u, v = (torch.cat(pair) @ p["w"].T).tanh().chunk(2)
+    return (u * v) @ p["o"].T
+
+
+def interleaved(p, pair):
+    h = (torch.stack(pair, 1).flatten(0, 1) @ p["w"].T).tanh()
+    return (h[::2] * h[1::2]) @ p["o"].T
+
+
+def one_by_one(p, pair):
+    u, v = [(z @ p["w"].T).tanh() for z in pair]
+    return (u * v) @ p["o"].T
+
+
+@pytest.mark.parametrize("structure", DENSE)
+@pytest.mark.parametrize("model", [together, interleaved])
+def test_pairs_in_one_call_are_two_calls(model, structure):
+    pair, targets = (torch.randn(5, 4, dtype=DOUBLE), torch.randn(5, 4, dtype=DOUBLE)), torch.randint(2, (5,))
+    result, _ = step(model, PAIRS, pair, targets, DENSE[structure])
+    expected, _ = step(one_by_one, PAIRS, pair, targets, DENSE[structure])
+    optree.tree_map(torch.testing.assert_close, result, expected)
+
+
+@pytest.mark.parametrize("structure", DENSE)
+@pytest.mark.parametrize("n", [3, 5, 8])
+def test_a_row_that_all_examples_share_is_one_of_each(n, structure):
+    """A learned query through a layer, where the numbers of examples and features may be equal."""
+    params = {"w": torch.randn(4, 5, dtype=DOUBLE), "o": torch.randn(2, 4, dtype=DOUBLE)}
+    query, x = torch.randn(1, 5, dtype=DOUBLE), torch.randn(n, 4, dtype=DOUBLE)
+    shared = lambda p, x: ((query @ p["w"].T) * x) @ p["o"].T  # noqa: E731
+    plain = lambda p, x: ((query.expand(len(x), 5) @ p["w"].T) * x) @ p["o"].T  # noqa: E731
+    batch = (params, x, torch.randint(2, (n,)))
+    optree.tree_map(torch.testing.assert_close, *[step(m, *batch, DENSE[structure])[0] for m in (shared, plain)])
+
+
+def test_a_vector_as_long_as_the_batch_need_not_hold_examples():
+    params, x, w = {"w": torch.randn(2, 4)}, torch.randn(5, 4), torch.rand(5)
+    mean = lambda p, xw: (xw[0] * xw[1].mean()) @ p["w"].T  # noqa: E731
+    each = lambda p, xw: (xw[0] * xw[1][:, None]) @ p["w"].T  # noqa: E731
+    features = lambda p, xw: (xw[0] * xw[1][:4]) @ p["w"].T  # noqa: E731
+    axes = [lrkfac.find_layers(m, params, (x, w)).batch_axes for m in (mean, each, features)]
+    assert [dict(a) for a in axes] == [{"0": 0}, {"0": 0, "1": 0}, {"0": 0}]
+    layers = lrkfac.find_layers(mean, params, (x, w))
+    numbers = torch.tensor([1, 3])
+    some = lrkfac.evaluator(mean, lrkfac.gaussian(), layers)(params, (x, w), torch.randn(5, 2), examples=numbers)
+    torch.testing.assert_close(some.statistics.inputs["w"][0], x[numbers] * w.mean())
+
+
+def test_the_user_says_where_the_batch_is():
+    """Examples that are all alike show nothing."""
+    params, x = {"w": torch.randn(2, 4)}, torch.zeros(3, 3, 4)
+    model = lambda p, x: (x.sum(1) + x.sum(0).mean()) @ p["w"].T  # noqa: E731
+    assert lrkfac.find_layers(model, params, x, batch_axes=0).batch_axes == (("", 0),)
+    pair = {"x": x, "mask": torch.ones(3, 3), "scale": 2.0}
+    of_pair = lambda p, b: (b["x"].sum(1) * b["scale"]) @ p["w"].T  # noqa: E731
+    layers = lrkfac.find_layers(of_pair, params, pair, batch_axes={"x": 0, "mask": None, "scale": None})
+    assert layers.batch_axes == (("x", 0),) and layers["w"].by_example
+    for axes, words in [(7, "axis 7"), ({"x": 0}, "prefix"), ({"x": 0, "mask": "a", "scale": None}, "integers")]:
+        with pytest.raises((ValueError, TypeError), match=f"batch_axes: .*{words}"):
+            lrkfac.find_layers(of_pair, params, pair, batch_axes=axes)
+
+
+def batch_normalised(p, x):
+    h = F.linear(x, p["w"])
+    return F.linear(torch.tanh((h - h.mean(0)) / h.std(0)), p["o"])
+
+
+def contrastive(p, x):
+    h = F.linear(x, p["w"])
+    return h @ h.mT
+
+
+def flattened(p, x):
+    return F.linear(torch.tanh(F.linear(x, p["w"])), p["o"]).flatten(0, 1)
+
+
+def in_sequence(p, x):
+    """What ``flattened`` computes, with causal dependence between positions."""
+    h = torch.tanh(F.linear(x, p["w"])).cumsum(1)
+    return F.linear(h, p["o"]).flatten(0, 1)
+
+
+INTERACTING = {
+    "normalised": (batch_normalised, (6, 3)),
+    "contrastive": (contrastive, (6, 3)),
+    "flattened": (in_sequence, (4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("case", INTERACTING)
+def test_exact_is_unbiased_where_terms_meet_in_one_row(case):
+    """``B`` of the first layer against the sum over outputs one by one; its noise shrinks with the draws."""
+    model, shape = INTERACTING[case]
+    x = torch.randn(shape, dtype=DOUBLE)
+    params = {"w": torch.randn(4, 3, dtype=DOUBLE), "o": torch.randn(2, 4, dtype=DOUBLE)}
+    params = {"w": params["w"]} if case == "contrastive" else params
+    layers = lrkfac.find_layers(model, params, x)
+    assert not (layers.independent and layers.single) and "outputs of one example" in str(layers)
+    outputs = model(params, x)
+    evaluate = lrkfac.evaluator(model, lrkfac.gaussian(), layers, "exact")
+
+    def output_factor(noise):
+        s = evaluate(params, x, torch.zeros_like(outputs), noise=noise).statistics
+        g = s.output_gradients["w"][0].flatten(0, -2)
+        return s.scale * g.mT @ g
+
+    draws = torch.rand(4000, outputs[0].numel(), len(outputs), dtype=DOUBLE)
+    mean = torch.func.vmap(output_factor, chunk_size=500)(draws).mean(0)
+
+    def preactivation(z, params):  # the first layer's outputs as a variable
+        h = F.linear(x, params["w"]) + z
+        if case == "contrastive":
+            return h @ h.mT
+        if case == "flattened":
+            return F.linear(torch.tanh(h).cumsum(1), params["o"]).flatten(0, 1)
+        return F.linear(torch.tanh((h - h.mean(0)) / h.std(0)), params["o"])
+
+    zero = torch.zeros(*shape[:-1], 4, dtype=DOUBLE)
+    jacobian = torch.func.jacrev(preactivation)(zero, params)  # [*outputs, *positions, 4]
+    g = jacobian.reshape(-1, 4)
+    torch.testing.assert_close(mean, g.mT @ g / len(outputs), rtol=0.1, atol=0.05 * float((g * g).sum() / len(outputs)))
+
+
+def test_structures_of_single_examples_are_refused_where_examples_interact():
+    x, params = torch.randn(6, 3), {"w": torch.randn(4, 3), "o": torch.randn(2, 4)}
+    layers = lrkfac.find_layers(batch_normalised, params, x)
+    for structure in (full(), layer_wise()):
+        with pytest.raises(ValueError, match=r"full\(\)|layer_wise\(\) for 'w'.*not apart"):
+            lrkfac.precondition_by_fisher(layers, structure, damping=0.1)
+
+
+def test_buffers_as_long_as_the_batch_are_no_examples():
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5), torch.nn.Flatten(), torch.nn.Linear(80, 5)
+    )
+    model, params, buffers = lrkfac.from_module(net, buffers=True)
+    layers = lrkfac.find_layers(model, params, (buffers, torch.randn(5, 3, 6, 6)))
+    assert dict(layers.batch_axes) == {"1": 0} and not layers.uncovered and all(layer.by_example for layer in layers)
