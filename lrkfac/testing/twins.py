@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,36 +35,41 @@ ARRANGEMENTS = (
     Arrangement("one by one", lambda x: torch.cat(x.unbind(1)), lambda y, n: torch.stack(y.split(n), 1)),
 )
 
-Stage = Callable[[dict[str, Tensor], Callable[[str, Callable[[Tensor], Tensor], Tensor], Tensor], Tensor], Tensor]
+
+def _arranged(arrangement: Arrangement, examples: int, operation: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    return arrangement.back(operation(arrangement.there(rows)), examples)
+
+
+Stage = Callable[[dict[str, Tensor], Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], Tensor], Tensor]
 """From parameters, a function that applies an operation to the rows of ``[N, T, d]``, and these, to new ones."""
 
 
 def _linear(p: dict[str, Tensor], apply: Any, x: Tensor) -> Tensor:
-    return torch.tanh(apply("w", lambda rows: F.linear(rows, p["w"], p["b"]), x))
+    return torch.tanh(apply(lambda rows: F.linear(rows, p["w"], p["b"]), x))
 
 
 def _shared(p: dict[str, Tensor], apply: Any, x: Tensor) -> Tensor:
     for _ in range(2):
-        x = torch.tanh(apply("s", lambda rows: rows @ p["s"], x))
+        x = torch.tanh(apply(lambda rows: rows @ p["s"], x))
     return x
 
 
 def _gated(p: dict[str, Tensor], apply: Any, x: Tensor) -> Tensor:
-    gate = torch.sigmoid(apply("g", lambda rows: F.linear(rows, p["g"]), x))
-    return gate * apply("v", lambda rows: F.linear(rows, p["v"]), x)
+    gate = torch.sigmoid(apply(lambda rows: F.linear(rows, p["g"]), x))
+    return gate * apply(lambda rows: F.linear(rows, p["v"]), x)
 
 
 def _normalised(p: dict[str, Tensor], apply: Any, x: Tensor) -> Tensor:
-    return apply("n", lambda rows: F.layer_norm(rows, rows.shape[-1:], p["n"], p["m"]), x)
+    return apply(lambda rows: F.layer_norm(rows, rows.shape[-1:], p["n"], p["m"]), x)
 
 
 def _scaled(p: dict[str, Tensor], apply: Any, x: Tensor) -> Tensor:
-    return apply("c", lambda rows: rows * p["c"], x)
+    return apply(lambda rows: rows * p["c"], x)
 
 
 def _convolved(p: dict[str, Tensor], apply: Any, x: Tensor) -> Tensor:
     frames = lambda rows: F.conv1d(rows.reshape(-1, 1, rows.shape[-1]), p["k"], padding=1).mean(1).reshape(rows.shape)  # noqa: E731
-    return x + apply("k", frames, x)
+    return x + apply(frames, x)
 
 
 STAGES: dict[str, Stage] = {
@@ -105,7 +111,7 @@ def twins(draw: st.DrawFn) -> Twins:
         True
     """
     size = st.integers(2, 5)
-    n, positions, d, classes = draw(size), draw(size), draw(size), draw(size)
+    n, positions, d, classes = draw(size), draw(size), draw(st.integers(3, 5)), draw(size)
     generator = generator_of(draw(seeds))
 
     def normal(*shape: int) -> Tensor:
@@ -125,13 +131,7 @@ def twins(draw: st.DrawFn) -> Twins:
         def model(p: Tree, x: Tensor) -> Tensor:
             examples = x.shape[0]
             for name, arrangement in chosen:
-
-                def apply(key: str, operation: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-                    if plain:
-                        return operation(rows)
-                    return arrangement.back(operation(arrangement.there(rows)), examples)
-
-                x = STAGES[name](p, apply, x)
+                x = STAGES[name](p, partial(_arranged, ARRANGEMENTS[0] if plain else arrangement, examples), x)
             return F.linear(x.mean(1), p["head"])
 
         return model

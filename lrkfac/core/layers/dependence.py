@@ -28,6 +28,9 @@ Run = Callable[[Tree], tuple[Any, Mapping[str, Sequence[Use]]]]
 SIZES = (4, 6)
 """Numbers of examples; both even, for models that pair them."""
 
+SMALLEST = 1e-5
+"""The smallest difference that counts, relative to the largest entry: more than rounding in float32 makes."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -130,16 +133,16 @@ def _hypotheses(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, int]]:
 
 def _seen(run: Run, inputs: Tree, axes: Mapping[str, int], uses: Mapping[str, Sequence[Use]]) -> Seen | None:
     """Return runs at two numbers of examples, or at that of the batch; ``None`` if nothing moves with the examples."""
-    leaves = dict(zip(paths(inputs), optree.tree_leaves(inputs), strict=True))
-    # On other devices a number out of range is an error from which they do not recover.
-    wider = any(not leaves[path].is_floating_point() and leaves[path].device.type == "cpu" for path in axes)
-    for more in (True, False) if wider else (False,):
-        examples = Examples.of(inputs, axes, more)
+    partly = None
+    for bold in (False, True):
+        examples = Examples.of(inputs, axes, bold)
         for sizes in (SIZES, (examples.number,)):
             runs = _runs(run, examples, sizes, uses) if min(sizes) > 1 else None
-            if runs is not None and _moves(runs, uses):
+            if runs is not None and _output_axis(runs) is not None:
                 return Seen(examples, runs)
-    return None
+            if runs is not None and partly is None and _inputs_move(runs, uses):
+                partly = Seen(examples, runs)
+    return partly
 
 
 def _runs(run: Run, examples: Examples, sizes: Sequence[int], uses: Mapping[str, Sequence[Use]]) -> list[Runs] | None:
@@ -157,12 +160,13 @@ def _runs(run: Run, examples: Examples, sizes: Sequence[int], uses: Mapping[str,
     return runs
 
 
-def _moves(runs: Sequence[Runs], uses: Mapping[str, Sequence[Use]]) -> bool:
-    """Return whether outputs, or the input of a layer, move with the examples."""
-    if _output_axis(runs) is not None:
-        return True
-    inputs = [[(x.examples, *[of[name][0].call.input for of in (x.uses, x.moved_uses)]) for x in runs] for name in uses]
-    return any(_axis(pairs, range(1)) is not None for pairs in inputs)
+def _inputs_move(runs: Sequence[Runs], uses: Mapping[str, Sequence[Use]]) -> bool:
+    """Return whether the input of a layer moves with the examples, along its leading axis."""
+    for name in uses:
+        pairs = [(x.examples, x.uses[name][0].call.input, x.moved_uses[name][0].call.input) for x in runs]
+        if _axis(pairs, range(1)) is not None:
+            return True
+    return False
 
 
 def _first_output(result: Any) -> Tensor:
@@ -183,11 +187,15 @@ def _independence(run: Run, seen: Seen) -> tuple[bool, tuple[str, ...]]:
     examples, first, axes = seen.examples, seen.runs[0], seen.examples.axes
 
     def apart(replaced: Sequence[str]) -> bool:
-        try:
-            result, _ = run(examples.some(first.examples, replaced=replaced))
-        except Exception:
-            return False
-        return _only_first_differs(place, first.examples, first.result, result)
+        for other in (first.examples, *range(1, first.examples)):  # one may make no difference by chance
+            try:
+                result, _ = run(examples.some(first.examples, replaced=replaced, other=other))
+            except Exception:
+                return False
+            differs = _differ(place, first.examples, first.result, result)
+            if differs.any():
+                return not differs[1:].any()
+        return False
 
     if apart(tuple(axes)):
         return True, ()
@@ -198,19 +206,17 @@ def _independence(run: Run, seen: Seen) -> tuple[bool, tuple[str, ...]]:
     return False, ()
 
 
-def _only_first_differs(place: BatchAxis, n: int, result: Any, other: Any) -> bool:
-    """Return whether outputs along the leading axis differ for the first example, and for no other."""
+def _differ(place: BatchAxis, n: int, result: Any, other: Any) -> Tensor:
+    """Return for each example whether its outputs differ, those along the leading axis."""
     lengths = {_first_output(result).shape[0]}
-    differs = False
+    differ = torch.zeros(n, dtype=torch.bool, device=_first_output(result).device)
     for x, y in zip(optree.tree_leaves(result), optree.tree_leaves(other), strict=True):
         if not isinstance(x, Tensor) or not x.ndim or x.shape[0] not in lengths or x.shape != y.shape:
             continue
         x, y = (place.in_front(_comparable(z), n) for z in (x, y))
         change, scale = (x - y).abs(), x.abs().amax().clamp(min=1e-30)
-        if bool((change[1:] > 1e-4 * scale).any()):
-            return False
-        differs = differs or bool((change[:1] > 1e-4 * scale).any())
-    return differs
+        differ |= (change > SMALLEST * scale).reshape(n, -1).any(dim=1)
+    return differ
 
 
 def _placement(name: str, number: int, use: Use, runs: Sequence[Runs]) -> tuple[Placement | None, bool]:
@@ -257,7 +263,7 @@ def _moved_along(axis: int, n: int, first: Tensor, moved: Tensor) -> Iterator[Ba
         before, after = (z.reshape(outer, n, inner, -1) for z in (x, y))
         expected = before.roll(-1, 1)
         spread = (before - expected).abs().amax() if before.numel() else before.new_zeros(())
-        if bool(spread > 0) and bool((after - expected).abs().amax() <= 1e-3 * spread):
+        if bool(spread > SMALLEST * x.abs().amax()) and bool((after - expected).abs().amax() <= 1e-3 * spread):
             yield BatchAxis(axis, outer, inner)
 
 

@@ -37,28 +37,30 @@ class Examples:
         inputs: The batch.
         axes: The axis of the examples of each leaf that has one, by path.
         number: The number of examples of the batch.
-        wider: Whether integers that are all equal may become larger by one; the model may refuse that.
+        bold: Whether those that are added may differ more: by as much as numbers vary, and, on the CPU, integers that
+            are all equal by one, which the model may refuse. (Elsewhere that is an error from which nothing recovers.)
     """
 
     inputs: Tree
     axes: Mapping[str, int]
     number: int
-    wider: bool = False
+    bold: bool = False
 
     @staticmethod
-    def of(inputs: Tree, axes: Mapping[str, int], wider: bool = False) -> Examples:
+    def of(inputs: Tree, axes: Mapping[str, int], bold: bool = False) -> Examples:
         """Return the examples of a batch."""
         leaves = dict(zip(paths(inputs), optree.tree_leaves(inputs), strict=True))
         lengths = [leaves[path].shape[axis] for path, axis in axes.items() if path in leaves]
-        return Examples(inputs, axes, lengths[0] if lengths else 0, wider)
+        return Examples(inputs, axes, lengths[0] if lengths else 0, bold)
 
-    def some(self, n: int, moved: bool = False, replaced: Sequence[str] = ()) -> Tree:
+    def some(self, n: int, moved: bool = False, replaced: Sequence[str] = (), other: int = 0) -> Tree:
         """Return inputs of ``n`` examples.
 
         Args:
             n: The number; those of the batch come first, and again, changed, where it has fewer.
             moved: Whether each stands in the place of the one before it, and the first in the last place.
             replaced: Paths of the leaves of which the first example is another one.
+            other: The number of that; ``n`` is one that is not among the others.
         """
         leaves, structure = optree.tree_flatten(self.inputs)
         names = paths(self.inputs)
@@ -66,8 +68,7 @@ class Examples:
         for number, (path, x) in enumerate(zip(names, leaves, strict=True)):
             if path in self.axes:
                 examples = self._different(x, self.axes[path], n + 1, number)
-                last = n if path in replaced else 0
-                order = [last, *range(1, n)]
+                order = [other if path in replaced else 0, *range(1, n)]
                 if moved:
                     order = [*order[1:], order[0]]
                 x = examples.index_select(self.axes[path], torch.tensor(order, device=x.device))
@@ -83,8 +84,13 @@ class Examples:
             return x.movedim(0, axis)
         repeated = torch.stack([(flat[:i] == flat[i]).all(dim=1).any() for i in range(n)])
         repeated = repeated.reshape(-1, *[1] * (x.ndim - 1))
-        other = _moved_a_little(x, seed) if x.is_floating_point() or x.is_complex() else self._redrawn(x, seed)
+        other = self._moved(x, seed) if x.is_floating_point() or x.is_complex() else self._redrawn(x, seed)
         return torch.where(repeated, other, x).movedim(0, axis)
+
+    def _moved(self, x: Tensor, seed: int) -> Tensor:
+        """Return numbers near those given."""
+        size = x.abs().square().mean().sqrt().clamp(min=0.1)
+        return x + (1.0 if self.bold else 0.1) * size * _normal(x, seed)
 
     def _redrawn(self, x: Tensor, seed: int) -> Tensor:
         """Return numbers in the range of those given; of two numbers at least, where this is tried."""
@@ -92,13 +98,8 @@ class Examples:
         if x.dtype == torch.bool:
             return uniform < 0.5
         low, high = x.min(), x.max()
-        high = torch.where(high > low, high, high + int(self.wider))
+        high = torch.where(high > low, high, high + int(self.bold and x.device.type == "cpu"))
         return (low + (uniform * (high - low + 1)).floor().clamp(max=high - low)).to(x.dtype)
-
-
-def _moved_a_little(x: Tensor, seed: int) -> Tensor:
-    size = x.abs().square().mean().sqrt().clamp(min=0.1)
-    return x + 0.1 * size * _normal(x, seed)
 
 
 def _normal(like: Tensor, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the examples are: any arrangement of rows gives the step of the model that is written plainly, or is refused."""
+"""Where the examples are: any arrangement of rows gives the step of the model written plainly, or is refused."""
 
 import os
 from collections import Counter
