@@ -1,6 +1,6 @@
 """The protocol, ``chain`` and ``apply_updates``; and what the tests of the other transformations share."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optree
 import pytest
@@ -16,6 +16,15 @@ from lrkfac.testing import gradients
 class Pair(NamedTuple):
     scale: torch.Tensor
     shift: torch.Tensor
+
+
+class Step(NamedTuple):
+    """The evaluation, the updates and the state of a step, and the parameters that it leads to."""
+
+    evaluation: lrkfac.Evaluation
+    updates: Any
+    state: Any
+    params: Any
 
 
 def nested(dtype=torch.float64, seed=0):
@@ -53,6 +62,17 @@ def replayed(tx, grads, params=None, **extra):
 def steps(number=4, dtype=torch.float64):
     """Different gradients for nested parameters."""
     return [nested(dtype, seed=10 + i) for i in range(number)]
+
+
+def trained(tx, params, evaluate, number=3, every=2):
+    """Steps of a transformation, each from the parameters of the one before; statistics at every ``every``-th."""
+    state, found = tx.init(params), []
+    for i in range(number):
+        e = evaluate(params, statistics=i % every == 0)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        params = apply_updates(params, updates)
+        found.append(Step(e, updates, state, params))
+    return found
 
 
 NAN = float("nan")
