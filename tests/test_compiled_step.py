@@ -11,11 +11,19 @@ import lrkfac
 from lrkfac.structures import kronecker
 from tests import cases
 from tests.marks import requires_compiler
-from tests.test_training_step import NeverDense, NeverDensePlusDiagonal, chained, dense, never_dense, noises, stepper
+from tests.test_training_step import (
+    WIDE,
+    NeverDense,
+    NeverDensePlusDiagonal,
+    chained,
+    dense,
+    never_dense,
+    noises,
+    stepper,
+)
 from tests.transforms.test_base import trained
 
 SMALL = cases.make_case("small", (cases.linear(3, 4), cases.tanh, cases.linear(4, 2)), (5, 3))
-WIDE = cases.make_case("wide", (cases.linear(16, 16), cases.tanh, cases.linear(16, 3)), (4, 16))
 GROUPED = cases.make_case("grouped", (cases.conv2d(4, 4, (2, 2), groups=2), cases.tanh, cases.flatten), (3, 4, 3, 3))
 
 
@@ -98,7 +106,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("model, params, inputs, make", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts_stay(model, params, inputs, make):
-    """Those of parameters and states, so that nothing is compiled twice; no tensor stands in the adaptive chain's twice."""
+    """Of parameters and states, so that nothing is compiled twice; no tensor stands in the adaptive chain's twice."""
     params = {name: p + torch.randn_like(p) / 4 for name, p in params.items()}
     inputs, targets = inputs + torch.randn_like(inputs), torch.randint(2, (len(inputs),))
     layers = lrkfac.find_layers(model, params, inputs)
