@@ -1,12 +1,9 @@
 """Transformations and what they are made of copy, pickle and are saved; updates never share memory with the state."""
 
 import copy
-import dataclasses
 import io
 import pickle
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import optree
 import pytest
@@ -108,102 +105,3 @@ def test_lazy_updates_of_momentum_materialize_into_memory_of_their_own():
     before = state.trace["w"].clone()
     lrkfac.materialize(lazy)["w"].zero_()
     assert isinstance(lazy["w"], lrkfac.LazyMatrix) and torch.equal(state.trace["w"], before)
-
-
-@pytest.mark.parametrize("make", [lrkfac.low_rank_kfac, lrkfac.kfac])
-def test_hyperparameters_in_the_state_reach_the_transformation_without_a_call_of_its_factory(make):
-    """The same numbers as of a transformation made with them; the factory runs when it is injected, and never again."""
-    calls = []
-
-    def counted(*args, **options):
-        calls.append(options)
-        return make(*args, **options)
-
-    values = OF_KFAC
-    tx = lrkfac.inject_hyperparams(counted)(LAYERS, **{name: 0.9 * value for name, value in values.items()})
-    state, e = tx.init(CASE.params), EVALUATE(CASE.params)
-    made = len(calls)
-    state = state._replace(hyperparameters={name: torch.tensor(x, dtype=torch.float64) for name, x in values.items()})
-    plain = make(LAYERS, **values)
-    expected, expected_state = plain.update(e.grads, plain.init(CASE.params), CASE.params, evaluation=e)
-    for _ in range(2):
-        updates, state = tx.update(e.grads, state, CASE.params, evaluation=e)
-        close(updates, expected, rtol=1e-12)
-        expected, expected_state = plain.update(e.grads, expected_state, CASE.params, evaluation=e)
-    assert len(calls) == made
-
-
-class Pair(NamedTuple):
-    factor: Any
-    other: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """Multiplies by a factor that stands in some object."""
-
-    holder: Any
-
-    def init(self, params):
-        return ()
-
-    def update(self, updates, state, params=None, **extra):
-        return updates * self.holder.factor, state
-
-
-def product(holder):
-    return lrkfac.GradientTransformation((link := Product(holder)).init, link.update)
-
-
-def closed(rate):
-    return lrkfac.GradientTransformation(lambda params: (), lambda u, s, params=None, **extra: (u * rate, s))
-
-
-@pytest.mark.parametrize(
-    "second, square",
-    [
-        (lambda rate: lrkfac.scale(rate / 2), 8.0),
-        (lambda rate: lrkfac.scale(torch.stack([torch.as_tensor(rate)] * 2).sum()), 32.0),
-        (lambda rate: lrkfac.scale(torch.neg(input=torch.as_tensor(rate))), -16.0),
-        (lambda rate: lrkfac.scale(float(rate)), 16.0),
-        (lambda rate: lrkfac.scale(torch.tensor(rate)), 16.0),
-        (lambda rate: lrkfac.scale(float(f"{rate:.3f}")), 16.0),
-        (lambda rate: lrkfac.scale(copy.deepcopy(rate)), 16.0),
-        (closed, 16.0),
-        (lambda rate: product(Pair(rate)), 16.0),
-        (lambda rate: product(SimpleNamespace(factor=rate)), 16.0),
-        (lambda rate: lrkfac.scale_by_learning_rate(lambda step: rate), -16.0),
-        (lambda rate: lrkfac.scale_by_learning_rate(partial(lambda rate, step: rate, rate)), -16.0),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:To copy construct")
-def test_a_new_value_reaches_all_that_a_factory_makes_of_it(second, square):
-    """Also a derived value, a closure, or an object that cannot be looked into: there the factory is called again."""
-    tx = lrkfac.inject_hyperparams(lambda rate: lrkfac.chain(lrkfac.scale(rate), second(rate)))(rate=1.0)
-    state = tx.init(torch.zeros(1))._replace(hyperparameters={"rate": torch.tensor(4.0)})
-    assert tx.update(torch.ones(1), state)[0] == square
-
-
-OF_KFAC = {"learning_rate": 0.2, "damping": 0.3, "decay": 0.5, "momentum": 0.7, "weight_decay": 0.1, "kl_clip": 0.01}
-
-
-@pytest.mark.parametrize(
-    "make, values",
-    [
-        (partial(lrkfac.low_rank_kfac, LAYERS), OF_KFAC),
-        (partial(lrkfac.adaptive_low_rank_kfac, LAYERS), {"weight_decay": 0.1, "kl_clip": 1.0}),
-        (lrkfac.scale_by_adam, {"b1": 0.9, "b2": 0.99, "eps": 1e-8}),
-        (lrkfac.ema_params, {"decay": 0.9}),
-        (lrkfac.clip, {"max_delta": 1.0}),
-        (lrkfac.clip_by_global_norm, {"max_norm": 1.0}),
-    ],
-    ids=["low_rank_kfac", "adaptive", "adam", "average", "clip", "norm"],
-)
-def test_a_new_value_is_checked_like_the_first(make, values):
-    e = EVALUATE(CASE.params)
-    tx = lrkfac.inject_hyperparams(make)(**values)
-    state = tx.init(CASE.params)
-    for name in values:
-        bad = state._replace(hyperparameters={**state.hyperparameters, name: torch.tensor(-1.0)})
-        with pytest.raises(ValueError, match=r"expected a finite number in .* got -1"):
-            tx.update(e.grads, bad, CASE.params, evaluation=e)
