@@ -96,8 +96,12 @@ def test_both_routes_agree(model, seed, rank, estimator, decay, momentum):
 
 LAYERS = lrkfac.find_layers(*problem(linear)[1:4])
 PRECONDITION = lrkfac.precondition_by_fisher(LAYERS, rank=3)
+DECAYS = {name: 0.1 * i for i, name in enumerate("abcde")}
 CHAINS = {
     **of_layers(LAYERS),
+    "trees": lrkfac.low_rank_kfac(
+        LAYERS, {n: 0.1 + d for n, d in DECAYS.items()}, 2, momentum=DECAYS, weight_decay=DECAYS
+    ),
     **{name: lrkfac.chain(PRECONDITION, tx) for name, tx in ELEMENTWISE.items() if name != "accumulate"},
     "decay before": lrkfac.chain(lrkfac.add_decayed_weights(0.1), PRECONDITION, lrkfac.scale(-0.1)),
 }

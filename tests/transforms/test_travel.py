@@ -1,8 +1,5 @@
 """Transformations and what they are made of copy, pickle and are saved; updates never share memory with the state."""
 
-import copy
-import io
-import pickle
 from functools import partial
 
 import optree
@@ -14,6 +11,7 @@ from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_
 from tests import cases
 from tests.transforms.test_base import close, trained
 from tests.transforms.test_precondition import layers_and_evaluate
+from tests.travelling import WAYS
 
 CASE = cases.LINEAR[0]
 LAYERS, EVALUATE = layers_and_evaluate(CASE)
@@ -78,18 +76,11 @@ def evaluation_for(tx, params, statistics=True):
     return EVALUATE(params, statistics=statistics and "Accumulate" not in repr(tx))
 
 
-def saved(x):
-    file = io.BytesIO()
-    torch.save(x, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @each
 def test_copies_do_the_same_bit_for_bit_and_updates_changed_in_place_leave_states_unchanged(tx):
     steps = lambda tx: trained(tx, CASE.params, partial(evaluation_for, tx))  # noqa: E731
     expected = [step[1:] for step in steps(tx)]
-    for way in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved):
+    for way in WAYS.values():
         close([step[1:] for step in steps(way(tx))], expected, rtol=0, atol=0)
     for updates, state, _ in expected:
         before = optree.tree_map(torch.clone, state)
