@@ -139,15 +139,6 @@ def test_ensemble_under_vmap_equals_separate_runs(case, make):
             close({k: p[i] for k, p in params.items()}, members[i], 1e-9)
 
 
-def test_ensemble_draws_its_own_noise_if_asked():
-    step, init = stepper(MLP, low_rank(2))
-    params = optree.tree_map(lambda p: torch.stack([p, p]), MLP.params)
-    mapped = vmap(lambda p, s: step(p, s, MLP.inputs, MLP.targets, None), randomness="different")
-    found, _, _ = mapped(params, vmap(init)(params))
-    assert all(p.isfinite().all() for p in found.values())
-    assert not torch.equal(*found["0.weight"])
-
-
 @pytest.mark.parametrize("make", [never_dense(2), low_rank(100), dense], ids=["never dense", "full", "dense"])
 @pytest.mark.parametrize("case", [MLP, SEQUENCE, STRIDE, GROUPS], ids=lambda case: case.name)
 def test_dtypes(case, make):

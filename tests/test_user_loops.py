@@ -1,14 +1,13 @@
-"""Whole runs as users write them: adapters with groups, a checkpoint and a part that is thawed; an ensemble."""
+"""Whole runs as users write them: adapters with groups, a checkpoint and a part that is thawed; buffers."""
 
 import copy
 import io
 from functools import partial
 
-import optree
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
 import lrkfac
 from tests.transforms.test_base import trained
@@ -69,39 +68,6 @@ def test_adapters_with_groups_a_checkpoint_and_a_part_that_is_thawed():
     assert "2.3" in {layer.name for layer in again[1].layers}
     assert all(again[1].chain_state[0].factors[name] is state for name, state in kept.items())
     assert train(*again[1:], 10) < 0.95 * first
-
-
-def test_an_ensemble_of_adaptive_chains_is_resumed(tmp_path):
-    torch.manual_seed(0)
-    x = torch.linspace(-2, 2, 32)[:, None]
-    y = torch.sin(3 * x)
-    model, params = lrkfac.from_module(nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)))
-    layers = lrkfac.find_layers(model, params, x)
-    evaluate, tx = lrkfac.evaluator(model, lrkfac.gaussian(0.01), layers), lrkfac.adaptive_low_rank_kfac(layers, rank=4)
-    many = optree.tree_map(lambda p: p + 0.5 * torch.randn(3, *p.shape), params)
-
-    def step(params, state, statistics):
-        e = evaluate(params, x, y, statistics=statistics)
-        updates, state = tx.update(e.grads, state, params, evaluation=e)
-        return lrkfac.apply_updates(params, updates), state, e.loss
-
-    def train(params, state, begin, end):
-        for i in range(begin, end):
-            params, state, loss = vmap(step, (0, 0, None), randomness="different")(params, state, i % 4 == 0)
-        return params, state, loss
-
-    first, state, start = train(many, vmap(tx.init)(many), 0, 1)
-    half, state, _ = train(first, state, 1, 10)
-    lrkfac.checkpoint.save(
-        tmp_path / "run", {"params": half, "generator": torch.get_rng_state(), "step": 10}, state, layers
-    )
-    expected, _, loss = train(half, state, 10, 16)
-    assert (loss < start).all()
-    like = {"params": many, "generator": torch.get_rng_state(), "step": 0}
-    found, state = lrkfac.checkpoint.load(tmp_path / "run", like, vmap(tx.init)(many), layers)
-    torch.set_rng_state(found["generator"])
-    again, _, _ = train(found["params"], state, found["step"], 16)
-    assert optree.tree_all(optree.tree_map(torch.equal, again, expected))
 
 
 def test_buffers_by_functional_call_are_those_of_from_module():

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 import optree
 import pytest
 import torch
-from torch.func import vmap
 
 import lrkfac
 from lrkfac import apply_updates, chain, inject_hyperparams, low_rank_kfac, scale, trace
@@ -90,22 +88,6 @@ def test_what_is_put_into_the_state_gets_its_dtype(value, dtype):
     updates, state = tx.update(nested(dtype), state._replace(hyperparameters={"factor": value}))
     close(updates, optree.tree_map(lambda g: 3 * g, nested(dtype)))
     assert state.hyperparameters["factor"].dtype == held
-
-
-def test_a_grid_of_hyperparameters_by_vmap():
-    layers, evaluate = layers_and_evaluate(MLP)
-    tx, e = inject_hyperparams(low_rank_kfac)(layers, learning_rate=0.1, damping=0.1, rank=2), evaluate(MLP.params)
-    damping, rate = torch.tensor([0.01, 0.1, 1.0]).double(), torch.tensor([0.5, 0.1]).double()
-
-    def step(damping, rate):
-        state = tx.init(MLP.params)._replace(hyperparameters={"damping": damping, "learning_rate": rate})
-        return tx.update(e.grads, state, MLP.params, evaluation=e)[0]
-
-    found = vmap(vmap(step, (None, 0)), (0, None))(damping, rate)
-    for i, j in itertools.product(range(3), range(2)):
-        by_hand = low_rank_kfac(layers, float(rate[j]), damping=float(damping[i]), rank=2)
-        expected, _ = by_hand.update(e.grads, by_hand.init(MLP.params), MLP.params, evaluation=e)
-        close({name: x[i, j] for name, x in found.items()}, expected, rtol=1e-9)
 
 
 class Factor(NamedTuple):

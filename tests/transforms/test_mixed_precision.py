@@ -118,22 +118,6 @@ def test_statistics_are_reduced_in_the_chosen_dtype(dtype, seed):
             torch.testing.assert_close(updates[weight], natural, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
-def test_checkpoints_keep_dtypes(tmp_path, dtype):
-    pytest.importorskip("safetensors", reason="the extra `checkpoint`")
-    problem, other = Problem(BFLOAT16), FLOAT32 if dtype == FLOAT64 else FLOAT64
-    tx, wrong = (lrkfac.low_rank_kfac(problem.layers, 0.1, rank=2, dtype=x) for x in (dtype, other))
-    _, state = problem.run(tx)
-    lrkfac.checkpoint.save(tmp_path / "file", problem.params, state, problem.layers)
-    params, read = lrkfac.checkpoint.load(tmp_path / "file", problem.params, tx.init(problem.params), problem.layers)
-    by_dictionary = lrkfac.checkpoint.from_state_dict(tx.init(problem.params), lrkfac.checkpoint.state_dict(state))
-    for found in (read, by_dictionary):
-        assert optree.tree_all(optree.tree_map(lambda x, y: torch.equal(x, y) and x.dtype == y.dtype, found, state))
-    assert dtypes(read[0]) == {dtype} and dtypes(params) == {BFLOAT16}
-    with pytest.raises(ValueError, match=r"torch.float"):
-        lrkfac.checkpoint.load(tmp_path / "file", problem.params, wrong.init(problem.params), problem.layers)
-
-
 @each_structure
 def test_gradients_lose_nothing_to_a_narrower_inverse(structure):
     """What is applied is linear to the rounding of the gradients."""
