@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
-from itertools import pairwise
 from pathlib import Path
 
 import optree
@@ -12,18 +11,17 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import nn
 
 import lrkfac
 from lrkfac.checkpoint import from_state_dict, state_dict
 from lrkfac.structures import kronecker, low_rank
+from tests.core.curvature.test_refresh import deep
 
 safetensors = pytest.importorskip("safetensors", reason="the extra `checkpoint`")
-WIDTHS = (5, 8, 8, 8, 3)  # layers of equal form are refreshed together
 CHAINS = {
-    "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=3, kl_clip=1e-2),
+    "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=2, kl_clip=1e-2),
     "dense": lambda layers: lrkfac.kfac(layers, lrkfac.schedules.warmup_cosine_decay_schedule(0.0, 0.1, 2, 20)),
-    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3),
+    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=2),
     "corrected": lambda layers: lrkfac.precondition_by_fisher(layers, kronecker(*[low_rank(2)] * 2, corrected=True)),
     "units": lambda layers: lrkfac.precondition_by_fisher(layers, lrkfac.structures.unit_wise()),
     "wrapped": lambda layers: lrkfac.apply_if_finite(
@@ -32,56 +30,39 @@ CHAINS = {
 }
 
 
-class Run:
-    """A training run: everything that a checkpoint must hold, and what it is for."""
-
-    def __init__(self, chain="low rank", widths=WIDTHS, dtype=torch.float32, seed=0):
-        torch.manual_seed(seed)
-        stages = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in pairwise(widths)]
-        model, self.params = lrkfac.from_module(nn.Sequential(*stages).to(dtype))
-        self.data = [(torch.randn(16, widths[0], dtype=dtype), torch.randint(3, (16,))) for _ in range(4)]
-        self.layers = lrkfac.find_layers(model, self.params, self.data[0][0])
-        self.evaluate = lrkfac.evaluator(model, lrkfac.categorical(), self.layers)
-        self.tx = CHAINS[chain](self.layers)
-        self.state, self.step = self.tx.init(self.params), 0
-
-    def train(self, steps):
-        for _ in range(steps):
-            e = self.evaluate(self.params, *self.data[self.step % 4], statistics=self.step % 3 == 0)
-            updates, self.state = self.tx.update(e.grads, self.state, self.params, evaluation=e)
-            self.params, self.step = lrkfac.apply_updates(self.params, updates), self.step + 1
-        return self
-
-    @property
-    def progress(self):
-        return {"params": self.params, "step": self.step, "generator": torch.get_rng_state()}
+def run(chain="low rank", steps=0, begun=None, **options):
+    """Parameters and number of steps, state and layers, after some steps from the start or from the first two."""
+    layers, params, evaluate = deep(3, **options)  # layers of equal form are refreshed together
+    tx = CHAINS[chain](layers)
+    progress, state = begun or ({"params": params, "step": 0}, tx.init(params))
+    for _ in range(steps):
+        params, step = progress.values()
+        e = evaluate(params, statistics=step % 3 == 0)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        progress = {"params": lrkfac.apply_updates(params, updates), "step": step + 1}
+    return progress, state, layers
 
 
-def by_save(run, new, folder):
-    lrkfac.checkpoint.save(folder / "run.safetensors", run.progress, run.state, run.layers)
-    return lrkfac.checkpoint.load(folder / "run.safetensors", new.progress, new.state, new.layers)
+def by_save(half, new, folder):
+    lrkfac.checkpoint.save(folder / "run.safetensors", *half)
+    return lrkfac.checkpoint.load(folder / "run.safetensors", *new)
 
 
-def by_distributed_checkpoint(run, new, folder):
+def by_distributed_checkpoint(half, new, folder):
     from torch.distributed import checkpoint
 
-    saved, read = ({"progress": state_dict(x.progress), "state": state_dict(x.state)} for x in (run, new))
+    saved, read = ({"progress": state_dict(x[0]), "state": state_dict(x[1])} for x in (half, new))
     checkpoint.save(saved, checkpoint_id=folder / "run")
     checkpoint.load(read, checkpoint_id=folder / "run")
-    return from_state_dict(new.progress, read["progress"]), from_state_dict(new.state, read["state"])
+    return from_state_dict(new[0], read["progress"]), from_state_dict(new[1], read["state"])
 
 
 # torch warns of its own: no process group, its storage.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("chain", "way"), [*((c, by_save) for c in CHAINS), ("wrapped", by_distributed_checkpoint)])
 def test_resuming_equals_not_stopping_bit_for_bit(chain, way, tmp_path):
-    expected = Run(chain, dtype=torch.float64).train(8)
-    new, half = Run(chain, dtype=torch.float64, seed=1), Run(chain, dtype=torch.float64).train(4)
-    progress, new.state = way(half, new, tmp_path)
-    new.params, new.step, new.data = progress["params"], progress["step"], half.data
-    torch.set_rng_state(progress["generator"])
-    new.train(4)
-    same_tree((new.params, new.state), (expected.params, expected.state))
+    begun = way(run(chain, 4), run(chain), tmp_path)
+    same_tree(run(chain, 4, begun)[:2], run(chain, 8)[:2])
 
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -137,20 +118,22 @@ def test_any_tree_comes_back(tmp_path_factory, tree):
 
 
 def test_a_flat_dictionary_is_a_copy():
-    run = Run()
-    kept = optree.tree_map(torch.clone, run.state)
-    for x in state_dict(run.state).values():
+    _, state, _ = run()
+    kept = optree.tree_map(torch.clone, state)
+    for x in state_dict(state).values():
         x.add_(1)
-    assert optree.tree_all(optree.tree_map(torch.equal, run.state, kept))
+    assert optree.tree_all(optree.tree_map(torch.equal, state, kept))
 
 
 def test_matrices_lie_in_memory_as_they_did(tmp_path):
     x = torch.randn(4, 3)
     state = {"columns": x.mT, "repeated": x[:3, :1].expand(3, 5), "part": x[1:3]}
+    state["turned"] = torch.randn(2, 3, 4).permute(1, 2, 0)
     lrkfac.checkpoint.save(tmp_path / "x", {}, state)
     _, loaded = lrkfac.checkpoint.load(tmp_path / "x", {}, optree.tree_map(torch.zeros_like, state))
-    strides = {"columns": (1, 3), "repeated": (1, 0), "part": (3, 1)}
+    strides = {"columns": (1, 3), "repeated": (1, 0), "part": (3, 1), "turned": (4, 1, 12)}
     assert {name: x.stride() for name, x in loaded.items()} == strides
+    assert all(torch.equal(x, loaded[name]) for name, x in state.items())
     assert os.path.getsize(tmp_path / "x") < 2000
 
 

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrkfac
-from tests.test_checkpoint import Run
+from tests.test_checkpoint import run
 
 save_file = pytest.importorskip("safetensors.torch", reason="the extra `checkpoint`").save_file
 
 
 def load(path, layers=True, **options):
-    run = Run(**options)
-    return lrkfac.checkpoint.load(path, run.params, run.state, run.layers if layers else None)
+    progress, state, described = run(**options)
+    return lrkfac.checkpoint.load(path, progress["params"], state, described if layers else None)
 
 
 def rewritten(path, dtype=None, **changes):
@@ -42,11 +42,11 @@ def as_saved(path):
     pass
 
 
-WIDER, NO_FILE = (5, 8, 9, 8, 3), r"path: expected a file that.* damaged"
+WIDER, NO_FILE = {"width": 7}, r"path: expected a file that.* damaged"
 REFUSED = {
-    "wider": (as_saved, {"widths": WIDER, "layers": False}, r"params: expected '1\.0\.bias'.*\(9,\), got .*\(8,\)"),
-    "wider layers": (as_saved, {"widths": WIDER}, r"layers: .*\['1\.0', 'linear'.*\[9, 8\].*, got \['1\.0'.*\[8, 8\]"),
-    "another dtype": (as_saved, {"dtype": torch.float64}, r"params: expected '0\.0\.bias'.*float64.*, got .*float32"),
+    "wider": (as_saved, WIDER | {"layers": False}, r"params: expected 'l0\.b'.*\(7,\), got .*\(6,\)"),
+    "wider layers": (as_saved, WIDER, r"layers: .*\['l0', 'linear'.*\[7, 7\].*, got \['l0'.*\[6, 6\]"),
+    "another dtype": (as_saved, {"dtype": torch.float32}, r"params: expected 'l0\.b'.*float32.*, got .*float64"),
     "another chain": (as_saved, {"chain": "adaptive"}, r"state: .*missing .*unexpected"),
     "without layers": (lambda path: lrkfac.checkpoint.save(path, {}, ()), {}, "layers: the file has none"),
     "older": (partial(rewritten, version="0.2.0"), {}, "got one of lrkfac 0.2.0 in format 2"),
@@ -56,14 +56,14 @@ REFUSED = {
     "torch.save": (lambda path: torch.save(Trap(), path), {}, NO_FILE),
     "pickle": (lambda path: path.write_bytes(pickle.dumps(Trap())), {}, NO_FILE),
     "another of safetensors": (lambda path: save_file({"w": torch.ones(3)}, path), {}, NO_FILE),
-    "other dtypes than described": (partial(rewritten, dtype=torch.float64), {}, NO_FILE),
+    "other dtypes than described": (partial(rewritten, dtype=torch.float32), {}, NO_FILE),
 }
 
 
 @pytest.mark.parametrize(("change", "options", "words"), REFUSED.values(), ids=REFUSED)
 def test_other_files_and_runs(change, options, words, tmp_path):
-    run, path = Run().train(2), tmp_path / "run"
-    lrkfac.checkpoint.save(path, run.params, run.state, run.layers)
+    (progress, state, layers), path = run(steps=2), tmp_path / "run"
+    lrkfac.checkpoint.save(path, progress["params"], state, layers)
     major, minor, *_ = lrkfac.__version__.split(".")
     rewritten(path, format=2, version=f"{major}.{minor}.99")
     load(path)

@@ -63,15 +63,6 @@ class Computing(Operations):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def test_of_half_precision():
-    tx, state, e = started(*wide(3, dtype=torch.bfloat16, thin=True), damping=10.0)
-    held = tx.update(e.grads, state, evaluation=e)[0]
-    assert {leaf.dtype for leaf in optree.tree_leaves(held)} == {torch.bfloat16}
-    single = e._replace(grads=optree.tree_map(lambda g: g.to(torch.float32), materialize(e.grads)))
-    for a, b in zip(optree.tree_leaves(materialize(held)), optree.tree_leaves(updates(tx, state, single)), strict=True):
-        assert (a - b).abs().max() <= 0.02 * b.abs().max()
-
-
 @pytest.mark.parametrize("thin", [True, False])
 def test_under_vmap_and_derivatives(thin):
     """Of an ensemble's gradients, and the derivative along them: the update is linear in the gradients."""
