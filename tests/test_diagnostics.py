@@ -8,11 +8,11 @@ import torch
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import diagnose, low_rank_kfac, precondition_by_fisher, ranks_by_trace
+from lrkfac import diagnose, low_rank_kfac, precondition_by_fisher
 from lrkfac.linalg import to_dense
 from lrkfac.structures import diagonal, full, kronecker, layer_wise, low_rank, unit_wise
 from tests import cases
-from tests.transforms.test_precondition import DENSE, STRUCTURES, each_structure, layers_and_evaluate, some_cases
+from tests.transforms.test_precondition import STRUCTURES, each_structure, layers_and_evaluate, some_cases
 
 MLP, GROUPS = cases.LINEAR[0], cases.CONVOLUTION[3]
 
@@ -125,26 +125,13 @@ def test_exact_and_corrected_blocks(structure, case):
         assert numbers["captured"] <= 1 + 1e-9
 
 
-def test_ranks_by_trace_make_a_chain():
-    states, _ = trained(precondition_by_fisher(LAYERS, DENSE), MLP)
-    ranks = ranks_by_trace(states[-1], LAYERS, 0.9)
-    for name, rank in ranks.items():
-        spectra = diagnose(states[-1], LAYERS).layers[name].eigenvalues.values()
-        enough = [all(x[:r].sum() >= 0.9 * x.sum() for x in spectra) for r in range(1, 20)]
-        assert rank == 1 + enough.index(True)
-    assert low_rank_kfac(LAYERS, 0.1, rank=ranks).init(MLP.params)
-    with pytest.raises(ValueError, match="state: expected one after some statistics, got one without any of layer"):
-        ranks_by_trace(states[0], LAYERS)
-
-
 def test_layers_in_turns_are_of_different_age():
     tx, asked = precondition_by_fisher(LAYERS, rank=2), lrkfac.round_robin_refresh(LAYERS, 4)
-    state, last = tx.init(MLP.params), {}
+    state = tx.init(MLP.params)
     for step in range(7):
         e = EVALUATE(MLP.params, layers=asked(step))
         _, state = tx.update(e.grads, state, MLP.params, evaluation=e)
-        last |= dict.fromkeys(asked(step), step)
-    found = diagnose(state, LAYERS)
+    found, last = diagnose(state, LAYERS), {name: step for step in range(7) for name in asked(step)}
     ages = {name: int(layer.numbers["F"]["since_statistics"]) for name, layer in found.layers.items()}
     assert ages == {name: 6 - step for name, step in last.items()} and len(set(ages.values())) > 1
     assert found.chain["since_statistics"] == max(ages.values())

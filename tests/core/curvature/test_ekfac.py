@@ -30,21 +30,29 @@ FACTORS = {
 CASES = [cases.LINEAR[0], *cases.SEQUENCE[::2], *cases.CONVOLUTION]
 
 
+def moments(matrix, u, v):
+    """Of a matrix along the vectors of both sides, by all of its entries."""
+    cube = matrix.reshape(len(u), len(v), len(u), len(v))
+    return Moments(
+        torch.einsum("oa,ib,oipj,pa,jb->ab", u, v, cube, u, v),
+        torch.einsum("oa,oipi,pa->a", u, cube, u),
+        torch.einsum("ib,oioj,jb->b", v, cube, v),
+        matrix.trace(),
+    )
+
+
 def is_the_part_of(block, found, rtol=1e-9):
     """``found`` is the nearest to ``block`` of all operators of its form along its vectors."""
-    u, v, scale = found.output_vectors, found.input_vectors, block.trace()
-    cube = block.reshape(len(u), len(v), len(u), len(v))
+    u, v = found.output_vectors, found.input_vectors
     for w in (u, v):
         torch.testing.assert_close(w.mT @ w, torch.eye(w.shape[1]).double(), rtol=0, atol=1e-10)
-    others = [torch.eye(len(w)).double() - w @ w.mT for w in (u, v)]
-    kept = torch.einsum("oa,ib,oipj,pa,jb->ab", u, v, cube, u, v)
-    output = torch.einsum("oa,oipj,pa,ij->a", u, cube, u, others[1])
-    input = torch.einsum("ib,oipj,jb,op->b", v, cube, v, others[0])
-    rest = torch.einsum("oipj,op,ij->", cube, *others)
     more_out, more_in = (w.shape[0] - w.shape[1] for w in (u, v))
+    kept, output, input, scale = moments(block, u, v)
+    rest = scale - output.sum() - input.sum() + kept.sum()
+    expected = kept, output - kept.sum(1), input - kept.sum(0), rest, scale
     parts = found.kept, found.output * more_in, found.input * more_out, found.rest * more_out * more_in, found.trace()
-    for one, expected in zip(parts, (kept, output, input, rest, scale), strict=True):
-        assert (one - expected).abs().max() <= rtol * scale
+    for one, value in zip(parts, expected, strict=True):
+        assert (one - value).abs().max() <= rtol * scale
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -98,14 +106,7 @@ def test_moments_in_other_bases_are_those_of_the_matrix(operator, data, seed):
         torch.linalg.qr(torch.randn(d, data.draw(st.integers(1, d)), generator=generator).double()).Q
         for d in (len(operator.output_vectors), len(operator.input_vectors))
     )
-    cube = matrix.reshape(len(u), len(v), len(u), len(v))
-    expected = Moments(
-        torch.einsum("oa,ib,oipj,pa,jb->ab", u, v, cube, u, v),
-        torch.einsum("oa,oipi,pa->a", u, cube, u),
-        torch.einsum("ib,oioj,jb->b", v, cube, v),
-        matrix.trace(),
-    )
-    for found, value in zip(operator.moments(u, v), expected, strict=True):
+    for found, value in zip(operator.moments(u, v), moments(matrix, u, v), strict=True):
         torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-11)
     same = operator.moments(operator.output_vectors, operator.input_vectors)
     torch.testing.assert_close(same.kept, operator.kept, rtol=1e-9, atol=1e-11)

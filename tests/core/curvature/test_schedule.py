@@ -66,7 +66,6 @@ def test_each_layer_has_one_turn_and_turns_are_spread(depth, every):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_drift_is_the_angle_between_matrices(name, dtype):
-    """Their inner products: ``test_spectra.py``."""
     layers, params, evaluate = deep(3)
     tx, states, moved = precondition_by_fisher(layers, STRUCTURES[name], decay=0.3), [], params
     state = start = tx.init(params)
