@@ -5,22 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
-import lrkfac
-from lrkfac import evaluator, find_layers
+from lrkfac import find_layers
+from tests.core.layers.test_coverage import P as ALL
+from tests.core.layers.test_coverage import X, gradients_are_those_of_autograd, linear
 
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-X = normal(5, 4, seed=9)
-P = {"b": normal(4, seed=2), "v": normal(4, 4, seed=1), "w": normal(4, 4)}
-
-
-def linear(p, x):
-    return F.linear(x, p["w"], p["b"])
+P = {name: ALL[name] for name in "bvw"}
 
 
 def last(p, x):
@@ -126,29 +117,12 @@ ACCEPTED = {
 
 @pytest.mark.parametrize(("model", "uncovered"), ACCEPTED.values(), ids=ACCEPTED.keys())
 def test_what_stops_the_gradient_is_as_by_autograd(model, uncovered):
-    """Gradients with and without statistics, and products with the Gauss-Newton matrix, by forward derivatives too."""
-    layers = find_layers(model, P, X)
+    layers = gradients_are_those_of_autograd(model, P, X)
     reasons = {p.path: reason for p, reason in layers.uncovered}
     assert set(reasons) == set(uncovered) and all(uncovered[path] in reasons[path] for path in reasons)
-    outputs = model(P, X)
-    targets = normal(*outputs.shape, seed=7)
-    expected = grad(lambda p: (model(p, X) - targets).square().sum(1).mean() / 2)(P)
-    jacobian = jacrev(lambda p: model(p, X))(P)
-    columns = torch.cat([jacobian[k].reshape(outputs.numel(), -1) for k in P], dim=1)
-    u = {k: normal(*P[k].shape, seed=3) for k in P}
-    flat = lambda tree: torch.cat([tree[k].flatten() for k in P])  # noqa: E731
-    evaluate = evaluator(model, lrkfac.gaussian(), layers, "exact")
-    for statistics in (True, False):
-        e = evaluate(P, X, targets, statistics=statistics)
-        optree.tree_map(lambda *pair: torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-12), e.grads, expected)
-        torch.testing.assert_close(flat(e.product(u)), columns.mT @ (columns @ flat(u)) / len(X))
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_layers_are_the_same_under_no_grad(mode):
-    with mode():
-        found = find_layers(linear, P, X)
-    assert found == find_layers(linear, P, X)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert find_layers(model, P, X) == layers
 
 
 TRANSFORMED = {
