@@ -126,7 +126,8 @@ def test_gradients_and_factors_are_those_of_the_explicit_rows(name, estimator, b
             for layers, e in zip(both, (found, expected), strict=True)
         ]
         for mine, theirs in zip(*of_both, strict=True):
-            matrix, some = theirs.dense(), torch.randn(theirs.shape[-1], 2, dtype=DOUBLE)
+            matrix = theirs.dense()
+            some = torch.randn(len(matrix), 2, dtype=DOUBLE)
             close((mine.dense(), mine.diagonal(), mine.trace()), (matrix, matrix.diagonal(), matrix.trace()))
             close(mine.matvec(some), matrix @ some)
 
