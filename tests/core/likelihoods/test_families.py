@@ -1,11 +1,14 @@
-"""The families: samples, extremes and shapes. Their parts fit together: ``tests/test_check_likelihood.py``."""
+"""The families: samples, extremes, shapes, copies. Their parts fit together: ``tests/test_check_likelihood.py``."""
 
 import pytest
 import torch
-from torch.func import vmap
+from torch.func import grad, vmap
 
-from lrkfac import bernoulli, categorical, gaussian
-from tests.core.likelihoods.test_protocol import FAMILIES, close, problem
+from lrkfac import bernoulli, categorical, gaussian, joint, poisson
+from lrkfac.core.likelihoods.joint import Joint
+from tests.core.likelihoods.test_protocol import FAMILIES, problem
+from tests.tensors import close, normal
+from tests.travelling import each_way
 
 LIKELIHOODS = {"categorical": categorical(), "gaussian": gaussian(0.25), "bernoulli": bernoulli()}
 
@@ -17,8 +20,7 @@ def test_samples_are_quantiles():
     normal = torch.distributions.Normal(outputs, 0.5)
     close(gaussian(0.25).sample(outputs, u), normal.icdf(u))
     labels = bernoulli().sample(outputs, u)
-    assert labels.unique().tolist() == [0, 1]
-    assert abs(labels.mean() - outputs[0].sigmoid()) <= 1 / 1000
+    assert labels.unique().tolist() == [0, 1] and abs(labels.mean() - outputs[0].sigmoid()) <= 1 / 1000
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -58,12 +60,6 @@ def test_targets_that_do_not_fit(likelihood, outputs, targets, message):
         likelihood.check(outputs, targets)
 
 
-def test_labels_may_be_bools():
-    targets = OUTPUTS.bool()
-    bernoulli().check(OUTPUTS, targets)
-    close(*[bernoulli().negative_log_likelihood(OUTPUTS, y) for y in (targets, targets.float())])
-
-
 VMAPPED = [name for name in FAMILIES if not name.startswith("categorical") or "weights=True smoothing=0.3" in name]
 
 
@@ -81,3 +77,30 @@ def test_everything_works_under_vmap(name):
         (likelihood.square_root, (both, noise)),
     ):
         close(vmap(function)(*args)[1], function(*[x[1] for x in args]))
+
+
+HEADS = {
+    "categorical with options": categorical(1, -100, [0.5, 1.0, 2.0], 0.1),
+    "gaussian variances": gaussian(torch.tensor([0.5, 1.0, 2.0])),
+    "bernoulli": bernoulli(),
+    "poisson": poisson(),
+}
+
+
+@each_way
+def test_what_arrives_computes_the_same_bits(way):
+    """Likelihoods, and several of them joined, copied, pickled and saved."""
+    together = joint(HEADS, dict.fromkeys(HEADS, 0.5))
+    arrived = way(together)
+    assert isinstance(arrived, Joint) and arrived.weights == together.weights == (0.5,) * len(HEADS)
+    outputs, noise = normal(4, 3), normal(4, 3, seed=1).sigmoid()
+    likelihoods = [*HEADS.values(), *together.heads]
+    for one, other in zip(likelihoods, [*map(way, HEADS.values()), *arrived.heads], strict=True):
+        targets = one.sample(outputs, noise).abs()  # counts are not negative
+        assert torch.equal(other.sample(outputs, noise).abs(), targets)
+        other.check(outputs, targets)
+        for of, again in ((one.loss, other.loss), (grad(one.loss), grad(other.loss))):
+            assert torch.equal(of(outputs, targets), again(outputs, targets))
+        for method in ("square_root", "hessian_product"):
+            assert torch.equal(getattr(one, method)(outputs, noise), getattr(other, method)(outputs, noise))
+        assert torch.equal(one.weighted_root(outputs, targets, noise), other.weighted_root(outputs, targets, noise))
