@@ -90,31 +90,7 @@ def vision_transformer():
     return model, params, normal(3, 2, 4, 4)
 
 
-def dictionary_inputs():
-    """Inputs of two kinds."""
-    params = {"image": Dense(normal(4, 5), normal(4)), "word": normal(VOCABULARY, 4), "head": normal(CLASSES, 4)}
-
-    def model(params, inputs):
-        x = F.linear(inputs["image"], *params["image"]) + F.embedding(inputs["word"], params["word"])
-        return F.linear(torch.tanh(x), params["head"])
-
-    return model, params, {"image": normal(5, 5), "word": torch.randint(VOCABULARY, (5,))}
-
-
 # Modules ----------------------------------------------------------------------------------------------
-
-
-class UNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.enter, self.down = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 2, stride=2)
-        self.middle, self.up = nn.Conv2d(4, 4, 3, padding=1), nn.ConvTranspose2d(4, 3, 2, stride=2)
-        self.leave, self.grouped = nn.Conv2d(6, CLASSES, 1), nn.ConvTranspose2d(4, 4, 3, padding=1, groups=2)
-
-    def forward(self, x):
-        x = torch.tanh(self.enter(x))
-        y = torch.tanh(self.grouped(torch.tanh(self.middle(torch.tanh(self.down(x))))))
-        return self.leave(torch.cat([x, torch.tanh(self.up(y))], dim=1)).movedim(1, -1)
 
 
 class Norms(nn.Module):
@@ -152,19 +128,6 @@ class BasicBlock(nn.Module):
             identity = self.downsample(x)
         out += identity
         return self.relu(out)
-
-
-class Siamese(nn.Module):
-    """One encoder for two inputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.LayerNorm(4))
-        self.head = nn.Linear(8, CLASSES)
-
-    def forward(self, left, right):
-        left, right = self.encoder(left), self.encoder(right)
-        return self.head(torch.cat([left * right, (left - right).abs()], dim=-1))
 
 
 class CrossAttention(nn.Module):
@@ -206,11 +169,9 @@ def residual():
 
 
 MODELS = {
-    **{f.__name__: f for f in (einsum, recurrent, tied, vision_transformer, dictionary_inputs, residual)},
-    "unet": of_module(UNet, lambda: normal(2, 2, 4, 4)),
+    **{f.__name__: f for f in (einsum, recurrent, tied, vision_transformer, residual)},
     "conv1d": of_module(Norms, lambda: normal(4, 2, 6)),
     "transformer": of_module(encoder, lambda: normal(4, 3, 4)),
-    "siamese": of_module(Siamese, lambda: (normal(6, 5), normal(6, 5))),
     "cross attention": of_module(
         CrossAttention, lambda: {"q": normal(4, 2, 4), "k": normal(4, 3, 3), "v": normal(4, 3, 5)}
     ),

@@ -97,33 +97,14 @@ def test_gauss_newton_is_hessian_of_linear_regression():
     close(reference_networks.gauss_newton_matrix(case), torch.cat(rows))
 
 
-def test_truncation_errors_are_those_of_the_spectrum():
-    matrix, rank = psd_matrix(8) - 0.5 * torch.eye(8, dtype=torch.float64), 3
-    values = torch.linalg.eigvalsh(matrix)
-    rest = values[values.abs().argsort()][: 8 - rank]
-    plain = reference.truncated(matrix, rank)
-    close((matrix - plain).norm(), rest.norm())
-    isotropic = reference.truncated(matrix, rank, "isotropic")
-    close((matrix - isotropic).norm(), (rest - rest.mean()).norm())
-    close(isotropic.trace(), matrix.trace())
-    close(reference.truncated(matrix, 9, "isotropic"), matrix)
-
-
 def test_alternating_fit():
-    """It recovers low rank plus diagonal, and never does worse than truncation plus the missing diagonal."""
+    """It recovers low rank plus diagonal."""
     generator = torch.Generator().manual_seed(0)
     U = torch.randn(12, 2, generator=generator, dtype=torch.float64)
     D = torch.rand(12, generator=generator, dtype=torch.float64)
     vectors, values, diagonal = reference.low_rank_plus_diagonal_dense(U @ U.T + torch.diag(D), 2)
     close(diagonal, D, rtol=1e-6, atol=1e-6)
     close(vectors * values @ vectors.T, U @ U.T, rtol=1e-6, atol=1e-6)
-    matrix = psd_matrix(8)
-    for rank in (1, 3, 8):
-        vectors, values, diagonal = reference.low_rank_plus_diagonal_dense(matrix, rank)
-        assert (diagonal >= 0).all() and (values >= 0).all()
-        error = (matrix - vectors * values @ vectors.T - torch.diag(diagonal)).norm()
-        rest = matrix - reference.truncated(matrix, rank)
-        assert error <= (rest - torch.diag(rest.diagonal())).norm() + 1e-10
 
 
 def test_damping_split_and_preconditioning():
@@ -139,47 +120,16 @@ def test_damping_split_and_preconditioning():
     close(reference.damped_inverse(A, 0.3) @ reference.damped(A, 0.3), torch.eye(4, dtype=torch.float64))
 
 
-def test_running_average_is_weighted_mean():
-    matrices, decay = [psd_matrix(3, seed) for seed in range(5)], 0.8
-    for t, average in enumerate(reference.running_averages(matrices, decay), start=1):
-        weights = [decay ** (t - s) for s in range(1, t + 1)]
-        expected = sum(w * m for w, m in zip(weights, matrices, strict=False)) / sum(weights)
-        close(average, expected)
-    close(reference.running_averages(matrices, 0.0)[-1], matrices[-1])
-
-
-OPTIMIZERS = {
-    "sgd": lambda leaf: torch.optim.SGD([leaf], 0.05, momentum=0.9),
-    "nesterov": lambda leaf: torch.optim.SGD([leaf], 0.05, momentum=0.9, nesterov=True),
-    "adamw": lambda leaf: torch.optim.AdamW([leaf], 0.05, weight_decay=0.1),
-}
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_optimizers_equal_torch(optimizer):
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum_equals_torchs(nesterov):
     """Five steps on a quartic."""
     start = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    leaf, params, history = start.clone().requires_grad_(), {"w": start}, []
-    of_torch = OPTIMIZERS[optimizer](leaf)
+    leaf, params, history = start.clone().requires_grad_(), start, []
+    optimizer = torch.optim.SGD([leaf], 0.05, momentum=0.9, nesterov=nesterov)
     for _ in range(5):
-        of_torch.zero_grad()
+        optimizer.zero_grad()
         (leaf**4).sum().backward()
-        of_torch.step()
-        history.append({"w": 4 * params["w"] ** 3})
-        if optimizer == "adamw":
-            updates = reference_optimizers.decayed_weights_added(reference_optimizers.adam(history)[-1], params, 0.1)
-        else:
-            updates = reference_optimizers.momentum_trace(history, 0.9, optimizer == "nesterov")[-1]
-        params = {"w": params["w"] - 0.05 * updates["w"]}
-        close(params["w"], leaf.detach(), rtol=1e-9)
-
-
-@pytest.mark.parametrize("case", cases.EXACT[:3], ids=lambda case: case.name)
-def test_dense_step_is_newton_on_the_block(case):
-    """Where K-FAC is exact and the damping nearly zero, one step solves with the Gauss-Newton block."""
-    step = reference_networks.dense_kfac_step(case, damping=1e-24)
-    for name in case.layers:
-        matrix = reference_networks.gradient_matrix(case, name, step.gradients)
-        block = reference_networks.gauss_newton_blocks(case, name)[0]
-        solution = reference_networks.gradient_matrix(case, name, step.preconditioned)
-        close(block @ solution.flatten(), matrix.flatten(), rtol=1e-7, atol=1e-9)
+        optimizer.step()
+        history.append({"w": 4 * params**3})
+        params = params - 0.05 * reference_optimizers.momentum_trace(history, 0.9, nesterov)[-1]["w"]
+        close(params, leaf.detach(), rtol=1e-9)
