@@ -78,12 +78,6 @@ def output_jacobians(case: Case) -> Params:
     return torch.func.jacrev(lambda probes: terms(case.likelihood, forward(case, probes)[0]))(_zero_probes(case))
 
 
-def input_factors(case: Case) -> Params:
-    """A of each layer, [groups, d_in (+ 1), d_in (+ 1)]."""
-    _, inputs = forward(case)
-    return {name: second_moment(layer_input_rows(layer, inputs[name])) for name, layer in case.layers.items()}
-
-
 def empirical_output_factors(case: Case) -> Params:
     """B of each layer from the gradients at the true targets, [groups, d_out, d_out]."""
     M = number_of_terms(case)
@@ -100,20 +94,16 @@ def exact_output_factors(case: Case) -> Params:
     return result
 
 
-def identity_output_factors(case: Case) -> Params:
-    """B = I of each layer, [groups, d_out, d_out]."""
-    sizes = {name: (layer.groups, layer.weight_shape[0] // layer.groups) for name, layer in case.layers.items()}
-    return {name: torch.eye(d, dtype=torch.float64).expand(groups, d, d) for name, (groups, d) in sizes.items()}
-
-
 def factors(case: Case, estimator: str) -> dict[str, Factors]:
     """(A, B) of each layer; estimator "exact", "empirical" or "forward_only" (B = I)."""
-    output = {
-        "forward_only": identity_output_factors,
-        "exact": exact_output_factors,
-        "empirical": empirical_output_factors,
-    }[estimator](case)
-    return {name: Factors(A, output[name]) for name, A in input_factors(case).items()}
+    _, inputs = forward(case)
+    B = {"exact": exact_output_factors, "empirical": empirical_output_factors}.get(estimator, lambda case: {})(case)
+    result = {}
+    for name, layer in case.layers.items():
+        d = layer.weight_shape[0] // layer.groups
+        identity = torch.eye(d, dtype=torch.float64).expand(layer.groups, d, d)
+        result[name] = Factors(second_moment(layer_input_rows(layer, inputs[name])), B.get(name, identity))
+    return result
 
 
 def _zero_probes(case: Case) -> Params:
@@ -125,9 +115,6 @@ def _zero_probes(case: Case) -> Params:
 def _factor(layer: LayerSpec, all_gradients: Iterable[Tensor], number_of_terms: int) -> Tensor:
     rows = [layer_output_rows(layer, gradient) for gradient in all_gradients]
     return sum(torch.einsum("gri,grj->gij", r, r) for r in rows) / number_of_terms
-
-
-# --------------------------------------------------------------------------- gradients and blocks as matrices
 
 
 def flatten(tree: Params) -> Tensor:
@@ -172,9 +159,6 @@ def gauss_newton_blocks(case: Case, name: str) -> Tensor:
     numbers = zip(case.params.items(), torch.arange(sum(sizes)).split(sizes), strict=True)
     places = gradient_matrix(case, name, {name: part.reshape(p.shape) for (name, p), part in numbers})
     return torch.stack([matrix[group][:, group] for group in places.flatten(1)])
-
-
-# ----------------------------------------------------------------------------------------- a whole K-FAC step
 
 
 class DenseState(NamedTuple):

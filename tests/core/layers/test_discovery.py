@@ -100,9 +100,6 @@ NOT_COVERED = {
     "input of a layer": (
         lambda p, x: linear(p, x) + linear(p, p["v"]), {"v": V[:1]}, {"v": "functional.linear"},
     ),
-    "input of its own layer": (
-        lambda p, x: linear(p, x) + F.linear(p["v"], p["v"])[0], {"v": V}, {"v": "functional.linear"},
-    ),
     "a multiple by addmm": (
         lambda p, x: torch.addmm(x, linear(p, x), p["v"], alpha=2.0), {"v": V}, {"v": "used by torch.addmm"},
     ),
