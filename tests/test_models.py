@@ -29,18 +29,6 @@ class Dense(NamedTuple):
 # Written out ------------------------------------------------------------------------------------------
 
 
-def einsum():
-    """Attention heads as axes of the weights."""
-    params = {"q": normal(6, HEADS, 3), "v": normal(HEADS, 3, 6), "o": normal(HEADS, 3, CLASSES)}
-
-    def model(params, x):
-        q = torch.einsum("ntd,dhk->nthk", x, params["q"]).tanh()
-        v = torch.einsum("hkd,...d->...hk", params["v"], x)
-        return torch.einsum("nthk,hkc->ntc", q * v, params["o"]).mean(1)
-
-    return model, params, normal(4, 3, 6)
-
-
 def recurrent():
     """A loop with the same weights at each step."""
     params = {"h": normal(4, 4), "x": normal(4, 5), "b": normal(4), "out": Dense(normal(CLASSES, 4), normal(CLASSES))}
@@ -169,7 +157,7 @@ def residual():
 
 
 MODELS = {
-    **{f.__name__: f for f in (einsum, recurrent, tied, vision_transformer, residual)},
+    **{f.__name__: f for f in (recurrent, tied, vision_transformer, residual)},
     "conv1d": of_module(Norms, lambda: normal(4, 2, 6)),
     "transformer": of_module(encoder, lambda: normal(4, 3, 4)),
     "cross attention": of_module(

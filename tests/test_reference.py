@@ -43,13 +43,6 @@ def test_rows_reproduce_layer_and_gradient(case):
             close(leaf, grads[parameter])
 
 
-def test_groups_are_convolutions_of_channel_slices():
-    x = torch.arange(2 * 4 * 4 * 3, dtype=torch.float64).sin().reshape(2, 4, 4, 3)
-    grouped = reference.conv2d_input_factor(x, (6, 2, 2, 2), padding="same", groups=2)
-    for factor, part in zip(grouped, x.split(2, 1), strict=True):
-        close(factor[None], reference.conv2d_input_factor(part, (3, 2, 2, 2), padding="same"))
-
-
 @each_case
 def test_hessian_root_and_distribution_of_labels(case):
     outputs, options = case.model(case.params, case.inputs), case.likelihood_options

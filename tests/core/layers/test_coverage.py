@@ -46,14 +46,6 @@ COVERED = {
         lambda p, x: F.conv1d(x.view(5, 2, 2), p["w"].view(4, 1, 4), p["b"], padding="same", groups=2),
         ["w conv1d w, b"],
     ),
-    "conv_transpose1d, grouped": (
-        lambda p, x: F.conv_transpose1d(x.view(5, 2, 2), p["w"].view(2, 2, 4), p["b"], 2, 1, groups=2),
-        ["w conv_transpose1d w, b"],
-    ),
-    "layer norm": (lambda p, x: linear(p, F.layer_norm(x, (4,), p["c"])), ["c scale", "w linear w, b"]),
-    "batch norm": (
-        lambda p, x: F.batch_norm(x @ p["w"], None, None, p["b"], p["c"], True), ["w linear", "b scale b, c"],
-    ),
     "multiplied by name": (lambda p, x: torch.mul(input=linear(p, x), other=p["c"]), ["w linear w, b", "c scale"]),
     "added to the input": (lambda p, x: linear(p, x + p["c"]), ["c shift", "w linear w, b"]),
     "halves": (

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch.func import vmap
 
 from lrkfac import bernoulli, categorical, evaluator, find_layers, joint
-from lrkfac.testing import gradients
 from tests.compiling import traced
 from tests.tensors import close, normal
 
@@ -60,23 +59,15 @@ def B(evaluation, name):
 
 
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
-def test_everything_is_the_weighted_sum_of_the_heads(wrap):
-    found = evaluate_with(wrap)(PARAMS, X, wrap(MASK, CLASS))
-    alone = [evaluate_with(lambda *of, i=i: of[i], likelihood=HEADS[i])(PARAMS, X, (MASK, CLASS)[i]) for i in (0, 1)]
-    u, v = gradients(PARAMS, 1), gradients(PARAMS, 2)
-    stacked = optree.tree_map(lambda *leaves: torch.stack(leaves), u, v)
-
-    def everything(e):
-        factors = {name: B(e, name) for name in PARAMS}
-        return e.loss, e.loss_at(u), e.quadratic(u, v), e.gram(stacked), e.grads, e.product(u), factors
-
-    parts = [optree.tree_leaves(everything(e)) for e in alone]
-    expected = [WEIGHTS[0] * one + WEIGHTS[1] * other for one, other in zip(*parts, strict=True)]
-    close(optree.tree_leaves(everything(found)), expected)
+@pytest.mark.parametrize("estimator", ["mc", "exact"])
+def test_any_tree_of_heads(wrap, estimator):
+    f, g = evaluate_with(wrap, estimator), evaluate_with(Pair, estimator)
+    found = f(PARAMS, X, wrap(MASK, CLASS), noise=noise_for(wrap, estimator))
+    expected = g(PARAMS, X, Pair(MASK, CLASS), noise=noise_for(Pair, estimator))
+    everything = lambda e: (e.loss, e.loss_at(PARAMS), e.grads, e.product(PARAMS), B(e, "a"), B(e, "b"))  # noqa: E731
+    close(everything(found), everything(expected))
     assert optree.tree_structure(found.outputs) == optree.tree_structure(wrap(0, 0))
     assert optree.tree_all(optree.tree_map(torch.equal, found.outputs, wrap(*forward(PARAMS, X))))
-    drawn, of_pair = (evaluate_with(w, "mc")(PARAMS, X, w(MASK, CLASS), noise=w(*NOISE)) for w in (wrap, Pair))
-    close(B(drawn, "a"), B(of_pair, "a"))
 
 
 @each_estimator

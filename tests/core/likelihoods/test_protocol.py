@@ -53,13 +53,16 @@ def per_example(loss):
     return lambda outputs, targets: loss(outputs, targets).reshape(len(outputs), -1).sum(1).mean()
 
 
+AXES = {-1: ((CLASSES,), (2, CLASSES)), 1: ((CLASSES, 2, 1),), 2: ((2, CLASSES),), -3: ((CLASSES, 2, 1),)}
+
+
 def categoricals():
     for ignore_index, weight, smoothing in product((None, -100, 1), (None, CLASS_WEIGHTS), (0.0, 0.3)):
-        for axis, shapes in ((-1, ((CLASSES,), (2, CLASSES))), (1, ((CLASSES, 2, 1),))):
+        for axis in AXES if ignore_index == -100 and weight is not None else (-1, 1):
             name = f"categorical axis={axis} ignore={ignore_index} weights={weight is not None} smoothing={smoothing}"
             options = {"axis": axis, "ignore_index": ignore_index, "weight": weight, "label_smoothing": smoothing}
             loss = partial(cross_entropy, **options)
-            yield name, Family(categorical(axis, ignore_index, weight, smoothing), loss, shapes)
+            yield name, Family(categorical(axis, ignore_index, weight, smoothing), loss, AXES[axis])
 
 
 ANY = ((1,), (3,), (2, 3))
@@ -196,12 +199,14 @@ def test_loss_gradient_products_and_statistics_are_those_of_plain_torch(heads):
     loss = lambda q: p.loss(p.leaves(p.model(q, p.inputs)))  # noqa: E731
     grads, matrix = torch.func.grad(loss)(p.params), gauss_newton(p)
     u, v = gradients(p.params, 1), gradients(p.params, 2)
-    x, y = flat(u.values()), flat(v.values())
+    x, y = both = torch.stack([flat(u.values()), flat(v.values())])
+    pair = {name: torch.stack([u[name], v[name]]) for name in u}
     for estimator, statistics in (("mc", False), ("mc", True), ("exact", True), ("empirical", True)):
         found = evaluate(p, estimator, statistics)
         close((found.loss, found.loss_at(p.params), found.grads), (loss(p.params), loss(p.params), grads))
         close(flat(found.product(u)[name] for name in p.params), matrix @ x)
         close(found.quadratic(u, v), x @ matrix @ y)
+        close(found.gram(pair), both @ matrix @ both.mT)
         close(p.leaves(found.outputs), p.leaves(p.model(p.params, p.inputs)), 0, 0)
         if estimator == "exact":
             close(B(found), output_factor(p))
