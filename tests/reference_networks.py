@@ -42,7 +42,6 @@ def forward(case: Case, probes: Params | None = None) -> tuple[Tensor, Params]:
 
 
 def number_of_terms(case: Case) -> int:
-    """M, the number of likelihood terms in the batch."""
     return len(terms(case.likelihood, case.model(case.params, case.inputs)))
 
 
@@ -58,10 +57,7 @@ def gradients(case: Case) -> Params:
 
 
 def output_gradients(case: Case, cotangents: Tensor | None = None) -> Params:
-    """g of each layer: the derivative of Σ cotangents * outputs in the layer's output (its shape).
-
-    Without cotangents (shape of the outputs): of Σ_m -log p(y_m | f_m) at the true targets (empirical).
-    """
+    """g of each layer: the derivative of Σ cotangents * outputs, or of Σ_m -log p(y_m | f_m), in the layer's output."""
 
     def total(probes: Params) -> Tensor:
         outputs, _ = forward(case, probes)
@@ -74,7 +70,6 @@ def output_gradients(case: Case, cotangents: Tensor | None = None) -> Params:
 
 def output_jacobians(case: Case) -> Params:
     """The Jacobian of each output of each term with respect to each layer's output s: [M, K, *s.shape]."""
-
     return torch.func.jacrev(lambda probes: terms(case.likelihood, forward(case, probes)[0]))(_zero_probes(case))
 
 
@@ -124,21 +119,17 @@ def flatten(tree: Params) -> Tensor:
 
 def gradient_matrix(case: Case, name: str, tree: Params) -> Tensor:
     """The entries of a layer as [W b]: [groups, d_out / groups, d_in (+ 1)], d_in = C / groups * kh * kw."""
-    layer = case.layers[name]
-    weight = tree[f"{name}.weight"]
+    layer, weight = case.layers[name], tree[f"{name}.weight"]
     matrix = weight.reshape(layer.groups, len(weight) // layer.groups, -1)
-    if not layer.bias:
-        return matrix
-    return torch.cat([matrix, tree[f"{name}.bias"].reshape(layer.groups, -1, 1)], -1)
+    return torch.cat([matrix, tree[f"{name}.bias"].reshape(layer.groups, -1, 1)], -1) if layer.bias else matrix
 
 
 def layer_gradients(case: Case, name: str, matrix: Tensor) -> Params:
     """The inverse of ``gradient_matrix``: the layer's weight and bias in their shapes, by parameter name."""
     layer = case.layers[name]
-    if not layer.bias:
-        return {f"{name}.weight": matrix.reshape(layer.weight_shape)}
-    weight = matrix[..., :-1].reshape(layer.weight_shape)
-    return {f"{name}.weight": weight, f"{name}.bias": matrix[..., -1].reshape(-1)}
+    weight = matrix[..., :-1] if layer.bias else matrix
+    bias = {f"{name}.bias": matrix[..., -1].reshape(-1)} if layer.bias else {}
+    return {f"{name}.weight": weight.reshape(layer.weight_shape), **bias}
 
 
 def gauss_newton_matrix(case: Case) -> Tensor:
@@ -151,10 +142,7 @@ def gauss_newton_matrix(case: Case) -> Tensor:
 
 
 def gauss_newton_blocks(case: Case, name: str) -> Tensor:
-    """The block of the Gauss-Newton matrix for [W b] of each group of a layer, in row-major order.
-
-    Returns [groups, D, D] with D = d_out / groups * (d_in (+ 1)): what B ⊗ A approximates.
-    """
+    """The block for [W b] of each group of a layer, in row-major order, [groups, D, D]: what B ⊗ A approximates."""
     matrix, sizes = gauss_newton_matrix(case), [p.numel() for p in case.params.values()]
     numbers = zip(case.params.items(), torch.arange(sum(sizes)).split(sizes), strict=True)
     places = gradient_matrix(case, name, {name: part.reshape(p.shape) for (name, p), part in numbers})

@@ -2,10 +2,9 @@
 
 import optree
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import vmap
+from torch.func import grad, vmap
 
 from lrkfac import evaluator, find_layers
 from lrkfac.core.curvature.examples import example_gradients
@@ -14,21 +13,6 @@ from lrkfac.testing import architectures, gradients
 
 double = architectures(dtype=torch.float64)
 estimators = st.sampled_from(["mc", "exact", "empirical"])
-
-
-def loss(case, outputs):
-    """The mean negative log-likelihood in plain torch."""
-    if case.likelihood.name == "categorical":
-        return F.cross_entropy(outputs.flatten(0, -2), case.targets.flatten())
-    if case.likelihood.name == "gaussian":
-        return (outputs - case.targets).square().sum() / (2 * len(outputs))
-    return F.binary_cross_entropy_with_logits(outputs, case.targets, reduction="sum") / len(outputs)
-
-
-def plain_gradients(case):
-    leaves = optree.tree_map(lambda p: p.clone().requires_grad_(), case.params)
-    found = torch.autograd.grad(loss(case, case.model(leaves, case.inputs)), optree.tree_leaves(leaves))
-    return optree.tree_unflatten(optree.tree_structure(case.params), found)
 
 
 def close(found, expected, tolerance):
@@ -44,7 +28,7 @@ def close(found, expected, tolerance):
 def test_gradients_are_those_of_autograd(case, estimator, bias):
     """``mean of g aᵀ`` is the gradient, layer by layer, and the free parameters' is as it is."""
     layers = find_layers(case.model, case.params, case.inputs, bias=bias)
-    expected = plain_gradients(case)
+    expected = grad(lambda p: case.likelihood.loss(case.model(p, case.inputs), case.targets))(case.params)
     evaluate = evaluator(case.model, case.likelihood, layers, estimator)
     tolerance = 1e-10 if optree.tree_leaves(case.params)[0].dtype == torch.float64 else 1e-4
     for statistics in (True, False):
