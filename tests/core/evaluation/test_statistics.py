@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lrkfac
 from lrkfac import evaluator, find_layers
 from tests import cases
-from tests.core.evaluation.test_evaluator import each_estimator, evaluate, evaluator_of, flops, noise_for
+from tests.core.evaluation.test_evaluator import cost, each_estimator, evaluator_of, flops, noise_for
 from tests.tensors import close
 
 CASE = cases.LINEAR[0]
@@ -41,17 +41,11 @@ def test_statistics_of_some_examples_are_those_of_a_batch_of_them(case, estimato
 def test_some_examples_cost_their_share(n):
     """Beside the gradient of all: a pass forward, for samples one back to the outputs of the layers, too."""
     case = cases.CONVOLUTION[0]
-    forward, size = flops(lambda: case.model(case.params, case.inputs)), len(case.inputs)
-
-    def cost(estimator, examples=None):
-        f = evaluator_of(case, estimator)
-        f(case.params, case.inputs, case.targets, examples=examples)
-        return flops(lambda: f(case.params, case.inputs, case.targets, examples=examples))
-
-    gradient = cost("empirical")
-    assert size * (cost("forward_only", torch.arange(n)) - gradient) == n * forward
-    back = cost("mc") - gradient
-    assert size * (cost("mc", torch.arange(n)) - gradient) == n * (forward + back)
+    forward, size, some = flops(lambda: case.model(case.params, case.inputs)), len(case.inputs), torch.arange(n)
+    gradient = cost(case, "empirical")
+    back = cost(case) - gradient
+    assert size * (cost(case, "forward_only", examples=some) - gradient) == n * forward
+    assert size * (cost(case, examples=some) - gradient) == n * (forward + back)
 
 
 def test_inputs_that_are_shared_by_all_examples_stay_whole():
@@ -82,10 +76,3 @@ def test_named_layers_of_some_examples():
         assert part == {**dict.fromkeys(part, ()), "2": part["2"]}
         close(part["2"], expected["2"])
     assert run(layers=()) is None and run(statistics=False, layers=("2",)) is None
-
-
-@each_case
-def test_forward_only_holds_no_output_gradients(case):
-    only, whole = (evaluate(case, estimator).statistics for estimator in ("forward_only", "exact"))
-    assert only.output_gradients == dict.fromkeys(case.layers, ())
-    close(only.inputs, whole.inputs)
