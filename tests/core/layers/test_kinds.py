@@ -149,6 +149,5 @@ def test_a_batch_flattened_with_positions_has_the_blocks_of_the_whole(structure)
         layers = lrkfac.find_layers(model, params, x)
         e = lrkfac.evaluator(model, lrkfac.gaussian(), layers, "exact")(params, x, torch.zeros(4, 2).double())
         tx = lrkfac.precondition_by_fisher(layers, structure)
-        states.append(tx.update(e.grads, tx.init(params), params, evaluation=e))
-    for one, other in zip(*map(optree.tree_leaves, states), strict=True):
-        torch.testing.assert_close(one, other)
+        states.append(optree.tree_leaves(tx.update(e.grads, tx.init(params), params, evaluation=e)))
+    torch.testing.assert_close(*states)
