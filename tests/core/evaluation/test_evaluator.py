@@ -164,6 +164,8 @@ def test_refused_by_name():
             model = lambda p, x, wrap=wrap: wrap(CASE.model(p, x))  # noqa: E731
             with pytest.raises(TypeError, match=r"model: expected .*has_aux"):
                 evaluator(model, lrkfac.categorical(), layers, has_aux=has_aux)(P, X, Y, statistics)
+    with pytest.raises(ValueError, match=r"noise: .*\(1, 7, 3\), got \(1, 1, 3\)"):  # which would broadcast
+        evaluator_of(CASE)(P, X, Y, noise=torch.rand(1, 1, 3))
     with pytest.raises(ValueError, match="samples: expected 1 for the estimator 'exact', which draws nothing, got 2"):
         evaluator_of(CASE, "exact", samples=2)
 
