@@ -27,7 +27,6 @@ class LayerSpec(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """The number of groups of a convolution, 1 for a linear layer."""
         return self.options.get("groups", 1)
 
 
@@ -42,11 +41,8 @@ Params = dict[str, Tensor]
 
 
 class Case(NamedTuple):
-    """One network, its batch and its likelihood; ``case._replace(params=...)`` is the same case further on.
-
-    ``likelihood`` is "categorical", "gaussian" or "bernoulli"; ``likelihood_options`` holds ``variance`` for
-    the second. The loss is the mean over the likelihood terms: classes are the last axis of the outputs, the
-    other axes count terms; "gaussian" and "bernoulli" sum over all axes but the first.
+    """One network, its batch and its likelihood: "categorical" (classes are the last axis of the outputs, the others
+    count terms), "gaussian" (``likelihood_options``: ``variance``) or "bernoulli" (both sum over all axes but one).
     """
 
     name: str
@@ -65,7 +61,6 @@ class Case(NamedTuple):
 
 
 def apply_stage(stage: Stage, name: str, params: Params, x: Tensor) -> Tensor:
-    """The activations after one stage."""
     if isinstance(stage, Shift):
         return x - params[f"{name}.shift"]
     if not isinstance(stage, LayerSpec):
@@ -76,10 +71,9 @@ def apply_stage(stage: Stage, name: str, params: Params, x: Tensor) -> Tensor:
 
 def apply_stages(stages: tuple[Stage, ...], params: Params, inputs: Tensor) -> Tensor:
     """The outputs of the network; with ``stages`` bound it is the pure function ``model(params, inputs)``."""
-    x = inputs
     for position, stage in enumerate(stages):
-        x = apply_stage(stage, str(position), params, x)
-    return x
+        inputs = apply_stage(stage, str(position), params, inputs)
+    return inputs
 
 
 def make_case(
@@ -91,9 +85,8 @@ def make_case(
     **likelihood_options: float,
 ) -> Case:
     """Draws parameters (normal, variance 1 / fan-in), inputs (normal) and targets that fit the likelihood."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, params = torch.Generator().manual_seed(seed), {}
     normal = partial(torch.randn, generator=generator, dtype=torch.float64)
-    params = {}
     for position, stage in enumerate(stages):
         if isinstance(stage, LayerSpec):
             shape = stage.weight_shape
@@ -117,41 +110,23 @@ def make_case(
 
 
 def linear(d_in: int, d_out: int, bias: bool = True) -> LayerSpec:
-    """A linear layer on the last axis, whatever the leading ones."""
     return LayerSpec("linear", (d_out, d_in), bias)
 
 
 def conv2d(channels_in: int, channels_out: int, kernel: tuple[int, int], bias: bool = True, **options) -> LayerSpec:
-    """A two-dimensional convolution; ``options`` as in ``torch.nn.functional.conv2d``."""
     return LayerSpec("conv2d", (channels_out, channels_in // options.get("groups", 1), *kernel), bias, options)
 
 
-def flatten(x: Tensor) -> Tensor:
-    """[N, ...] to [N, features]."""
-    return x.flatten(1)
-
-
-def scalar(x: Tensor) -> Tensor:
-    """[N, 1] to [N]."""
-    return x.squeeze(-1)
-
-
-def global_average(x: Tensor) -> Tensor:
-    """[N, C, H, W] to [N, C]."""
-    return x.mean((2, 3))
-
-
-def position_average(x: Tensor) -> Tensor:
-    """[N, T, F] to [N, F]."""
-    return x.mean(1)
-
-
-def causal_sum(x: Tensor) -> Tensor:
-    """[N, T, F] to itself: position t holds the sum up to t, so that terms of one example share positions."""
-    return x.cumsum(1)
-
-
 tanh = torch.tanh
+flatten = partial(torch.flatten, start_dim=1)
+# [N, 1] to [N]
+scalar = partial(torch.squeeze, dim=-1)
+# [N, C, H, W] to [N, C]
+global_average = partial(torch.mean, dim=(2, 3))
+# [N, T, F] to [N, F]
+position_average = partial(torch.mean, dim=1)
+# [N, T, F] to itself: position t holds the sum up to t, so that terms of one example share positions.
+causal_sum = partial(torch.cumsum, dim=1)
 
 # K-FAC (exact estimator) equals the block of the Gauss-Newton matrix: linear networks with squared loss (the
 # Jacobians of the outputs are the same for all rows), and networks without weight sharing on one example.
@@ -192,10 +167,7 @@ LINEAR = (
 SEQUENCE = (
     # inputs [4, 3, 5]; averaged over the three positions: one likelihood term an example, three rows each
     make_case(
-        "sequence_averaged",
-        (linear(5, 6), tanh, linear(6, 4), position_average, linear(4, 3)),
-        (4, 3, 5),
-        seed=20,
+        "sequence_averaged", (linear(5, 6), tanh, linear(6, 4), position_average, linear(4, 3)), (4, 3, 5), seed=20
     ),
     # outputs [4, 3, 3]: one term a position, depending on that position alone
     make_case("sequence_of_terms", (linear(5, 6), tanh, linear(6, 3)), (4, 3, 5), seed=21),
@@ -206,10 +178,7 @@ SEQUENCE = (
 CONVOLUTION = (
     # 3x3, stride 2, padding 1: [5, 2, 6, 6] -> [5, 3, 3, 3]; then a linear layer on the flattened image
     make_case(
-        "conv_stride",
-        (conv2d(2, 3, (3, 3), stride=2, padding=1), tanh, flatten, linear(27, 3)),
-        (5, 2, 6, 6),
-        seed=30,
+        "conv_stride", (conv2d(2, 3, (3, 3), stride=2, padding=1), tanh, flatten, linear(27, 3)), (5, 2, 6, 6), seed=30
     ),
     # padding "same" with kernels 2x4 and 3x2 (one more zero after than before), then "valid" 3x3
     make_case(
@@ -259,13 +228,7 @@ CONVOLUTION = (
     # depthwise with channel multiplier 2 (weight [6, 1, 3, 3]), then pointwise 1x1
     make_case(
         "conv_depthwise",
-        (
-            conv2d(3, 6, (3, 3), padding="same", groups=3),
-            tanh,
-            conv2d(6, 3, (1, 1)),
-            tanh,
-            global_average,
-        ),
+        (conv2d(3, 6, (3, 3), padding="same", groups=3), tanh, conv2d(6, 3, (1, 1)), tanh, global_average),
         (4, 3, 4, 4),
         seed=34,
     ),
