@@ -10,22 +10,22 @@ from tests.test_optim import OPTIONS, batches, normalised, plain, same, trained
 from tests.travelling import each_way
 
 
+def made(*rate, **options):
+    return lambda net, x: LowRankKFAC(net, lrkfac.categorical(), x, *rate, **options)
+
+
 def in_groups(net, x):
     parts = [{"params": net[:2].parameters(), "lr": 0.1, "momentum": 0.5}, {"params": net[2:].parameters(), "lr": 0.2}]
-    return LowRankKFAC(net, lrkfac.categorical(), x, params=parts, statistics_every=3, **OPTIONS)
+    return made(params=parts, statistics_every=3, **OPTIONS)(net, x)
 
 
+ADAPTIVE = {"transformation": lrkfac.adaptive_low_rank_kfac, "rank": 2, "statistics_every": 2}
 CASES = {
-    "one group": (plain, lambda net, x: LowRankKFAC(net, lrkfac.categorical(), x, 0.2, statistics_every=3, **OPTIONS)),
+    "one group": (plain, made(0.2, statistics_every=3, **OPTIONS)),
     "groups, BatchNorm": (normalised, in_groups),
-    "rates as tensors": (plain, lambda net, x: LowRankKFAC(net, lrkfac.categorical(), x, torch.tensor(0.2), rank=2)),
-    "dense": (plain, lambda net, x: LowRankKFAC(net, lrkfac.categorical(), x, 0.2, transformation=lrkfac.kfac)),
-    "nothing to tune": (
-        plain,
-        lambda net, x: LowRankKFAC(
-            net, lrkfac.categorical(), x, transformation=lrkfac.adaptive_low_rank_kfac, rank=2, statistics_every=2
-        ),
-    ),
+    "rates as tensors": (plain, made(torch.tensor(0.2), rank=2)),
+    "dense": (plain, made(0.2, transformation=lrkfac.kfac)),
+    "nothing to tune": (plain, made(**ADAPTIVE)),
 }
 
 
