@@ -34,8 +34,7 @@ def groups_of(net):
 def trees(net):
     by_name = {}
     for name, default in DEFAULTS.items():
-        parts = zip(split(net), VALUES, strict=True)
-        by_name[name] = {n: values.get(name, default) for names, values in parts for n in names}
+        by_name[name] = {n: v.get(name, default) for names, v in zip(split(net), VALUES, strict=True) for n in names}
     return by_name
 
 
@@ -144,15 +143,14 @@ def test_a_group_that_is_added():
 def test_a_weight_that_gets_a_bias_is_another_layer():
     net, data = plain(torch.float64), batches(2)
     net[2].bias.requires_grad_(False)
-    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], 0.2, **OPTIONS)
-    optimizer.step(*data[0])
+    optimizer = stepped(LowRankKFAC(net, lrkfac.categorical(), data[0][0], 0.2, **OPTIONS), data[:1])
     before = optimizer.chain_state[0][0]
     optimizer.add_param_group({"params": net[2].bias.requires_grad_(True)})
     after = optimizer.chain_state[0][0]
     assert [after[name] is before[name] for name in ("0", "2", "4")] == [True, False, True]
     fresh = optimizer.transformation.init(optimizer.params)[0][0]["2"]
-    assert all(torch.equal(x, y) for x, y in zip(*map(optree.tree_leaves, (after["2"], fresh)), strict=True))
-    optimizer.step(*data[1])
+    assert optree.tree_all(optree.tree_map(torch.equal, after["2"], fresh))
+    stepped(optimizer, data[1:])
 
 
 def test_state_dict_resumes_bit_for_bit():
