@@ -8,9 +8,6 @@ examples times positions. ``A`` is the mean over all R rows of ``a aᵀ``, with 
 is a bias (joint bias); ``B`` is the sum over all rows of ``g gᵀ``, divided by M (K-FAC-expand). Factors are
 ``[groups, d, d]``, one pair for each group of a convolution; a linear layer has one group. The block of a
 group's ``[W b]`` (row-major) is ``B ⊗ A``.
-
-Here are the formulas; ``reference_networks.py`` has the quantities of whole networks,
-``reference_optimizers.py`` the transformations of gradients.
 """
 
 import torch
@@ -32,12 +29,11 @@ def conv2d_input_rows(inputs, weight_shape, stride=1, padding=0, dilation=1, gro
     """
     kernel = tuple(weight_shape[2:])
     stride, dilation = _pair(stride), _pair(dilation)
+    before = (0, 0) if isinstance(padding, str) else _pair(padding)
+    total = [2 * b for b in before]
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         before = [t // 2 for t in total]
-    else:
-        before = [0, 0] if padding == "valid" else list(_pair(padding))
-        total = [2 * b for b in before]
     (top, left), (height, width) = before, total
     padded = functional.pad(inputs.double(), (left, width - left, top, height - top))
     patches = functional.unfold(padded, kernel, dilation=dilation, stride=stride)

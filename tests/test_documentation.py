@@ -100,12 +100,11 @@ def test_every_public_name_has_a_full_docstring_with_an_example(name, thing):
 def messages():
     """The strings of the package, what is filled in replaced by an ellipsis."""
     strings = []
-    for path in (ROOT / "lrkfac").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                strings.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                strings.append(re.sub(r"\{[^{}]*\}", "…", node.value))
+    for node in (x for path in (ROOT / "lrkfac").rglob("*.py") for x in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.JoinedStr):
+            strings.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.append(re.sub(r"\{[^{}]*\}", "…", node.value))
     return [message.replace("'…'", "…") for message in strings]
 
 

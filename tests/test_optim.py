@@ -120,8 +120,7 @@ def test_any_chain(transformation):
     net, data = plain(torch.float64), batches(6)
     torch.manual_seed(1)
     # By default the class takes gradients by rows for ready-made chains.
-    thin = transformation is not momentum_alone
-    expected = functional(copy.deepcopy(net), data, transformation, thin=thin)
+    expected = functional(copy.deepcopy(net), data, transformation, thin=transformation is not momentum_alone)
     torch.manual_seed(1)
     by_class(net, data, transformation=transformation)
     same(trained(net), expected)

@@ -82,21 +82,6 @@ def test_bad_calls(data):
     refused(name, {**call.arguments, argument: data.draw(call.bad[argument])}, argument)
 
 
-@pytest.mark.parametrize("name", BY_SHORT_NAME)
-def test_surplus_and_missing_arguments(name):
-    """Python's own refusal, with the argument's name."""
-    call = VALID[name]
-    if inspect.isabstract(BY_SHORT_NAME[name]):
-        return
-    with pytest.raises(TypeError, match="surplus"):
-        BY_SHORT_NAME[name](**{} if name == "chain" else call.arguments, surplus=1)
-    for parameter in inspect.signature(BY_SHORT_NAME[name]).parameters.values():
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            rest = {k: x for k, x in call.arguments.items() if k != parameter.name}
-            with pytest.raises(TypeError, match=rf"\b{parameter.name}\b"):
-                BY_SHORT_NAME[name](**rest)
-
-
 @pytest.mark.parametrize("name", VALID)
 def test_the_calls_of_the_table_are_valid(name):
     call = VALID[name]

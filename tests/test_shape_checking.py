@@ -3,6 +3,7 @@
 import sys
 import textwrap
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -45,19 +46,17 @@ def energy(user, operator, x):
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
+def toy():
     """A package with the layout of ours: core, and a module that imports from it."""
-    folder = tmp_path_factory.mktemp("toy")
-    (folder / "toy_package" / "core").mkdir(parents=True)
-    files = {"__init__.py": "", "core/__init__.py": "", "core/algebra.py": textwrap.dedent(CORE), "user.py": USER}
-    for name, text in files.items():
-        (folder / "toy_package" / name).write_text(text)
+    texts = {"toy_package": "", "toy_package.core": "", "toy_package.core.algebra": CORE, "toy_package.user": USER}
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
+        for name, text in texts.items():
+            module = ModuleType(name)
+            module.__path__ = []
+            patch.setitem(sys.modules, name, module)
+            exec(textwrap.dedent(text), vars(module))
         checked = check_shapes("toy_package", checked_within="toy_package.core")
         yield sys.modules["toy_package.user"], checked
-    for name in [name for name in sys.modules if name.split(".")[0] == "toy_package"]:
-        del sys.modules[name]
 
 
 def test_a_wrong_shape_raises_also_where_the_function_was_imported_to(toy):
