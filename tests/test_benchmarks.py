@@ -93,6 +93,7 @@ def test_both_kinds_of_trainers_compute_the_same_steps():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")  # torch's own aten.diagonal
 def test_compiled_steps_are_the_same(monkeypatch):
     """Traced as a whole; what the C++ compiler makes of it is for the tests of the steps themselves."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -37,32 +37,22 @@ def test_a_wrong_inverse_is_named(monkeypatch):
             check_inverse(operator, 0.1)
 
 
-class InPlace(DenseStructure):
-    def update(self, state, covariance, decay):
-        state.matrix.add_(covariance.dense())
-        return state._replace(steps=state.steps + 1)
+def structure(base, *arguments, **methods):
+    return type("Broken", (base,), methods)(*arguments)
 
 
-class Indefinite(LowRankStructure):
-    def operator(self, state):
-        return super().operator(state).shifted(-1.0)
+def in_place(self, state, covariance, decay):
+    return state._replace(matrix=state.matrix.add_(covariance.dense()), steps=state.steps + 1)
 
 
-class WrongScale(DenseStructure):
-    def operator(self, state):
-        return Dense(state.matrix.square())
-
-
-class WrongInverse(DenseStructure):
-    def inverse(self, state, damping):
-        return super().inverse(state, 2 * damping)
-
-
+DENSE, LOW = DenseStructure, LowRankStructure
 BROKEN = {
-    "update leaves its arguments unchanged": InPlace(),
-    "the average is positive semi-definite": Indefinite(2),
-    "batches 16 times as large": WrongScale(),
-    "inverse = inverse of the average plus damping": WrongInverse(),
+    "update leaves its arguments unchanged": structure(DENSE, update=in_place),
+    "the average is positive semi-definite": structure(LOW, 2, operator=lambda *x: LOW.operator(*x).shifted(-1.0)),
+    "batches 16 times as large": structure(DENSE, operator=lambda self, state: Dense(state.matrix.square())),
+    "inverse = inverse of the average plus damping": structure(
+        DENSE, inverse=lambda self, state, damping: DENSE.inverse(self, state, 2 * damping)
+    ),
     "update leaves its updates argument unchanged": lambda g, s: ({**g, "w": g["w"].add_(1)}, s),
     "updates have the form of the parameters": lambda g, s: ({"w": g["w"]}, s),
     "update keeps the form of the state": lambda g, s: (g, (*s, torch.zeros(()))),
