@@ -44,8 +44,7 @@ class Layer:
     """One weight of a model with the operations that use it, as static data.
 
     Examples:
-        >>> import optree
-    import torch
+        >>> import torch
         >>> from lrkfac import find_layers, from_module
         >>> model, params = from_module(torch.nn.Sequential(torch.nn.Linear(3, 2)))
         >>> layer = find_layers(model, params, torch.ones(5, 3))["0"]
@@ -103,8 +102,7 @@ class Layers:
     A name picks a layer: ``layers["net.0"]``.
 
     Examples:
-        >>> import optree
-    import torch
+        >>> import torch
         >>> from lrkfac import find_layers
         >>> model = lambda params, x: torch.tanh(x @ params["w"].T + params["b"]) * params["scale"].exp()
         >>> params = {"w": torch.ones(2, 3), "b": torch.ones(2), "scale": torch.ones(())}
