@@ -38,20 +38,20 @@ class Batch:
 
     Attributes:
         axes: The axis of the batch of each leaf of the inputs that has one, by path; ``None`` if unknown.
-        independent: Whether the outputs of each example depend on no other.
+        independent: Whether the outputs of each example depend on no other; ``None`` if unknown.
         single: Whether outputs have one entry for each example along their leading axis.
         placements: Of each use, by label; ``None`` for one whose rows are not known by example.
         shared: Of each use, whether it has one value for all examples and no axis for them.
     """
 
     axes: Mapping[str, int] | None
-    independent: bool
+    independent: bool | None
     single: bool
     placements: Mapping[str, Sequence[Placement | None]]
     shared: Mapping[str, Sequence[bool]]
 
 
-UNKNOWN = Batch(None, False, False, {}, {})
+UNKNOWN = Batch(None, None, False, {}, {})
 
 
 class Runs(NamedTuple):
@@ -179,31 +179,31 @@ def _output_axis(runs: Sequence[Runs]) -> BatchAxis | None:
     return _axis([(x.examples, _first_output(x.result), _first_output(x.moved_result)) for x in runs], range(1))
 
 
-def _independence(run: Run, seen: Seen) -> tuple[bool, tuple[str, ...]]:
+def _independence(run: Run, seen: Seen) -> tuple[bool | None, tuple[str, ...]]:
     """Return whether an output depends on one example alone; if not, the leaf through which others come in, if one."""
-    place = _output_axis(seen.runs)
-    if place is None:
-        return False, ()
     examples, first, axes = seen.examples, seen.runs[0], seen.examples.axes
+    moves = _output_axis(seen.runs)
+    place = moves or BatchAxis()
+    if _first_output(first.result).shape[:1] != (first.examples * place.outer * place.inner,):
+        return None, ()
 
-    def apart(replaced: Sequence[str]) -> bool:
+    def apart(replaced: Sequence[str]) -> bool | None:
         for other in (first.examples, *range(1, first.examples)):  # one may make no difference by chance
             try:
                 result, _ = run(examples.some(first.examples, replaced=replaced, other=other))
             except Exception:
-                return False
+                return None
             differs = _differ(place, first.examples, first.result, result)
             if differs.any():
                 return not differs[1:].any()
-        return False
+        return None
 
-    if apart(tuple(axes)):
-        return True, ()
-    if len(axes) > 1:
+    alone = apart(tuple(axes))
+    if alone is False and len(axes) > 1:
         for path in axes:
             if apart([other for other in axes if other != path]):
                 return False, (path,)
-    return False, ()
+    return (alone if moves is not None or alone is False else None), ()
 
 
 def _differ(place: BatchAxis, n: int, result: Any, other: Any) -> Tensor:

@@ -121,7 +121,7 @@ class Layers:
         tree: The parameter tree with each parameter's ``Parameter`` as its leaf.
         custom: The custom layer kinds.
         batch_axes: The axis of the batch of each leaf of the inputs that has one, by its path; ``None`` if unknown.
-        independent: Whether the outputs of each example depend on no other example, as far as is known.
+        independent: Whether the outputs of each example depend on no other example; ``None`` if unknown.
         single: Whether the leading axis of the outputs has one entry for each example; else several terms of one
             example, such as the positions of a sequence, stand along it.
     """
@@ -132,7 +132,7 @@ class Layers:
     tree: Tree
     custom: tuple[Any, ...] = ()
     batch_axes: tuple[tuple[str, int], ...] | None = None
-    independent: bool = True
+    independent: bool | None = True
     single: bool = True
 
     def __iter__(self) -> Iterator[Layer]:
@@ -183,8 +183,10 @@ class Layers:
             lines += [f"  {p.path} {tuple(p.shape)}: {reason}" for p, reason in self.uncovered]
         else:
             lines += ["", "every parameter is covered"]
-        if not self.independent:
-            lines += ["", "outputs of one example depend on others, or it is not known that they do not"]
+        if self.independent is None:
+            lines += ["", "it is not known whether outputs of one example depend on others"]
+        elif not self.independent:
+            lines += ["", "outputs of one example depend on others"]
         elif not self.single:
             lines += ["", "outputs of one example stand at several places of the leading axis"]
         return "\n".join(lines)
