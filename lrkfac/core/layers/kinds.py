@@ -6,8 +6,8 @@ Everything that K-FAC needs of a layer follows from its operation ``s = op(a, W)
 unfolded.
 
 An entry sees inputs ``[N, ...]`` and output gradients ``[k, N, ...]`` in a standard form, made by ``prepare``: the
-batch in front, channels at the axis that ``channel`` says. A grouped operation is ``groups`` operations side by
-side: an entry describes one of them, and everything made from it is mapped over groups.
+batch in front, channels at the axis that ``channel`` says; complex numbers then become real (``rows.as_real``). A
+grouped operation is ``groups`` operations side by side: an entry describes one of them, mapped over groups.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrkfac.core.base.rows import as_real
 from lrkfac.core.layers.custom import CustomOptions
 
 Options = tuple[Any, ...]
@@ -230,6 +231,7 @@ EMBEDDING = Kind(
 def _bias_prepare(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
     kind, inner = options
     _, g = KINDS[kind].prepare(a, g, n, inner)
+    g = g.real if g.is_complex() else g  # of a complex output, a real bias shifts the real part alone
     return g.new_ones(g.shape[1], 1), g.movedim(KINDS[kind].channel(inner), -1)
 
 
@@ -274,11 +276,15 @@ SHIFT = Kind(name="shift", prepare=_affine_prepare, transpose=_affine_transpose,
 # Custom kinds --------------------------------------------------------------------------------------------
 
 
+def _custom_prepare(a: Tensor, g: Tensor, n: int, options: Options) -> tuple[Tensor, Tensor]:
+    return as_real(_of_each(a, g), -1), g if options[0].weight_axis is not None else g[..., None]
+
+
 CUSTOM = Kind(
     name="custom",
-    prepare=lambda a, g, n, options: (_of_each(a, g), g if options[0].weight_axis is not None else g[..., None]),
+    prepare=_custom_prepare,
     transpose=lambda a, g, d, options: CustomOptions(*options).transpose(a, g, d),
-    operation=lambda a, w, options: CustomOptions(*options).apply(a, w),
+    operation=lambda a, w, options: CustomOptions(*options).apply_real(a, w),
     channel=lambda options: CustomOptions(*options).kind.channel,
     picks=False,
 )
