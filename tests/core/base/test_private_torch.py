@@ -69,6 +69,49 @@ def test_transformation_level():
     assert levels == [None, 1, 2, None]
 
 
+@of_private("is_differentiated")
+def test_is_differentiated():
+    """Also where the compiler asks."""
+
+    def run(x):
+        return x * private_torch.is_differentiated()
+
+    def summed(x):
+        return run(x).sum()
+
+    x = torch.ones(2, 2)
+    for f in (run, traced(run)):
+        assert not f(x).any() and not vmap(f)(x).any() and not f(x).any()
+        assert grad(lambda x, f=f: f(x).sum())(x).all() and not f(x).any()
+    assert grad(lambda x: vmap(run)(x).sum())(x).all() and vmap(grad(summed))(x).all()
+    assert jvp(run, (x,), (x,))[1].all() and traced(grad(summed))(x).all() and not traced(vmap(run))(x).any()
+
+
+@of_private("is_mapped")
+def test_is_mapped():
+    def run(x):
+        return x * private_torch.is_mapped()
+
+    x = torch.ones(2, 2)
+    for f in (run, traced(run)):
+        assert not f(x).any() and vmap(f)(x).all() and not f(x).any()
+    assert not grad(lambda x: run(x).sum())(x).any() and traced(vmap(run))(x).all()
+
+
+@of_private("within_vmap")
+def test_within_vmap():
+    shapes = []
+
+    def note(x):
+        shapes.append(private_torch.within_vmap(x))
+        return x.sum()
+
+    x = torch.ones(2, 3, 4, requires_grad=True)
+    note(x)
+    vmap(vmap(note))(x)
+    assert [x.shape for x in shapes] == [(2, 3, 4)] * 2 and all(x.requires_grad for x in shapes)
+
+
 @of_private("is_transformed")
 def test_is_transformed():
     seen = []

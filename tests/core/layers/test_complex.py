@@ -5,7 +5,7 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import grad
+from torch.func import grad, vmap
 
 import lrkfac
 from lrkfac.structures import (
@@ -20,6 +20,7 @@ from lrkfac.structures import (
 )
 from lrkfac.testing import check_layer_kind
 from tests import reference_kinds as reference
+from tests.compiling import traced
 from tests.reference_kinds import Operation
 
 DAMPING = 0.03
@@ -328,3 +329,25 @@ def test_complex_outputs_are_refused():
     evaluate = lrkfac.evaluator(model, lrkfac.gaussian(), lrkfac.find_layers(model, params, x))
     with pytest.raises(ValueError, match=r"model: .* got torch.complex64 of shape \(2, 3\); .* torch.view_as_real"):
         evaluate(params, x, torch.ones(2, 3))
+
+
+# Transformed ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gain of conjugates", "mix"])
+@pytest.mark.parametrize(
+    "transform",
+    [pytest.param(traced, marks=pytest.mark.slow), lambda f: lambda p: vmap(f)({k: x[None] for k, x in p.items()})],
+)
+def test_steps_in_one_graph_or_mapped_over_are_the_same(name, transform):
+    operation = OPERATIONS[name]
+    layers, params, _, _ = evaluated(name, "exact")
+    evaluate = lrkfac.evaluator(partial(reference.network, operation), lrkfac.categorical(), layers, "exact")
+    tx = lrkfac.precondition_by_fisher(layers, damping=DAMPING)
+
+    def step(params):
+        evaluation = evaluate(params, operation.inputs, TARGETS)
+        return tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)[0]
+
+    found, expected = transform(step)(params), step(params)
+    close({name: x.reshape(expected[name].shape) for name, x in found.items()}, expected)
