@@ -85,7 +85,8 @@ OTHERS = {
     "finite": lrkfac.apply_if_finite(lrkfac.trace(0.9), 2),
     "masked": lrkfac.masked(lrkfac.trace(0.9), lambda p: optree.tree_map(lambda x: x.ndim == 2, p)),
     "partition": lrkfac.partition(
-        {True: lrkfac.trace(0.5), False: lrkfac.clip_by_kl(0.1)}, lambda p: optree.tree_map(lambda x: x.ndim == 2, p)
+        {True: lrkfac.trace(0.5), False: lrkfac.clip_by_kl(0.1, 1.0)},
+        lambda p: optree.tree_map(lambda x: x.ndim == 2, p),
     ),
 }
 CHAINS |= {
