@@ -4,16 +4,14 @@ For tests of custom structures, operators, transformations, likelihoods and laye
 ``AssertionError`` with the law that broke and by how much. Strategies draw sizes, seeds, dtypes and condition numbers,
 never raw arrays; ``torch.Generator`` makes the tensors from them.
 
-Needs hypothesis: ``pip install hypothesis``.
+It needs hypothesis, which the rest of the package does not.
 """
 
 from importlib.util import find_spec
 
 if find_spec("hypothesis") is None:
-    raise ImportError(
-        "lrkfac.testing: expected the package hypothesis, which is not installed; pip install hypothesis",
-        name="hypothesis",
-    )
+    message = "hypothesis: lrkfac.testing needs it, and it is not installed; python -m pip install hypothesis"
+    raise ImportError(message, name="hypothesis")
 
 from lrkfac.testing.architectures import Architecture, architectures
 from lrkfac.testing.laws import check_inverse, check_structure, check_transformation
