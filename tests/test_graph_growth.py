@@ -358,3 +358,20 @@ def test_an_evaluator_remembers_that_it_is_asked():
     assert copy.copy(asked)(params, INPUTS, TARGETS).loss.requires_grad
     with torch.no_grad():
         assert not asked(params, INPUTS, TARGETS).loss.requires_grad
+
+
+@pytest.mark.parametrize("over", [lambda f: f, lambda f: lambda p: vmap(f)({k: x[None] for k, x in p.items()}).sum()])
+def test_torch_func_differentiates_by_the_parameters_also_where_updates_are_constants(over):
+    """Weight decay, averages and the sum itself, with the updates of another step."""
+    params = plain_parameters()
+    fixed, tx = random_direction(params), lrkfac.chain(lrkfac.add_decayed_weights(0.5), lrkfac.ema_params(0.0))
+
+    def loss(params):
+        updates, state = tx.update(fixed, tx.init(params), params)
+        moved = lrkfac.apply_updates(params, updates)
+        return sum((fixed[name] * (moved[name] + state[1].average[name])).sum() for name in params)
+
+    found = torch.func.grad(over(loss))(params)
+    expected = {name: 2 * 1.5 * x for name, x in fixed.items()}
+    torch.testing.assert_close(found, expected)
+    assert jvp(over(loss), (params,), (fixed,))[1] == pytest.approx(float(along(expected, fixed)))
