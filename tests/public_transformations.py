@@ -50,7 +50,7 @@ public("ema_params", decay=SHARE)
 public("add_decayed_weights", {"weight_decay": 0.1}, weight_decay=DECAYS)
 public("clip", {"max_delta": 1.0}, max_delta=POSITIVE)
 public("clip_by_global_norm", {"max_norm": 1.0}, max_norm=POSITIVE)
-public("clip_by_kl", {"kl_clip": 1.0}, kl_clip=POSITIVE, learning_rate=RATE)
+public("clip_by_kl", {"kl_clip": 1.0, "learning_rate": 0.1}, kl_clip=POSITIVE, learning_rate=RATE)
 public("masked", {"inner": lrkfac.trace(0.9), "mask": True}, inner=TRANSFORMATION, mask=st.nothing())
 public("partition", {"transformations": {"a": lrkfac.trace(0.9)}, "labels": "a"}, labels=st.nothing(),
     transformations=among(1, "x", lrkfac.trace(0.9), {"a": lrkfac.trace}, [lrkfac.trace(0.9)],
@@ -104,7 +104,8 @@ STATELESS = {"identity": lrkfac.identity(), "scale": lrkfac.scale(0.1),
     "scale_by_learning_rate": lrkfac.scale_by_learning_rate(0.1), "clip": lrkfac.clip(1.0),
     "clip_by_global_norm": lrkfac.clip_by_global_norm(1.0), "add_decayed_weights": lrkfac.add_decayed_weights(0.1)}
 STATEFUL = {"scale_by_learning_rate(schedule)": lrkfac.scale_by_learning_rate(SCHEDULE), "trace": lrkfac.trace(0.9),
-    "scale_by_adam": lrkfac.scale_by_adam(), "ema_params": lrkfac.ema_params(), "clip_by_kl": lrkfac.clip_by_kl(1.0),
+    "scale_by_adam": lrkfac.scale_by_adam(), "ema_params": lrkfac.ema_params(),
+    "clip_by_kl": lrkfac.clip_by_kl(1.0, 0.1),
     "masked": lrkfac.masked(lrkfac.trace(0.9), MASK), "partition": lrkfac.partition({"a": lrkfac.trace(0.9)}, LABELS),
     "apply_if_finite": lrkfac.apply_if_finite(lrkfac.trace(0.9), 3),
     "accumulate": lrkfac.accumulate(lrkfac.trace(0.9), 3),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from lrkfac.core.base.rows import as_real
 from lrkfac.core.base.types import Tree
 from lrkfac.core.curvature.ekfac import EigenbasisStructure
 from lrkfac.core.curvature.protocol import FactorStructure
@@ -217,6 +218,7 @@ def check_law(holds: bool | Tensor, message: str) -> None:
 
 def check_close(actual: Tensor, expected: Tensor, tolerance: float | Tensor, law: str) -> None:
     """Raise unless two tensors are close, relative to the norm of the expected one."""
+    actual, expected = as_real(actual, -1), as_real(expected, -1)
     error = (actual.double() - expected.double()).norm()
     bound = tolerance * expected.double().norm()
     check_law(error <= bound, f"{law}: error {error:.2e}, allowed {bound:.2e}")

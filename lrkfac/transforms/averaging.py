@@ -65,7 +65,8 @@ class EmaParams:
     def init(self, params: Tree) -> EmaParamsState:
         """Return a copy of the parameters as the average."""
         check_tree(params, "params")
-        return EmaParamsState(optree.tree_map(torch.clone, params), counter(params))
+        # Constants: the first update leaves nothing of them.
+        return EmaParamsState(optree.tree_map(lambda p: p.detach().clone(), params), counter(params))
 
     def update(
         self, updates: Tree, state: EmaParamsState, params: Tree = None, **extra: Any
@@ -73,7 +74,8 @@ class EmaParams:
         """Average the parameters to which these updates lead."""
         check_state(state, EmaParamsState)
         check_like(state.average, updates, "updates")
-        check_like(state.average, check_params(params, "ema_params"), "params")
+        params = check_params(params, "ema_params", updates)
+        check_like(state.average, params, "params")
         moved = apply_updates(params, updates)
         steps = state.steps + 1
         rest = torch.clamp(1 / steps, min=1 - self.decay)

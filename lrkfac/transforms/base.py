@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from lrkfac.core.base.autograd import constant_unless
 from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.trees import add_scaled
 from lrkfac.core.base.types import Tree
@@ -162,6 +163,9 @@ class Chain:
 def apply_updates(params: Tree, updates: Tree) -> Tree:
     """Return ``params + updates``, in the dtype of the parameters.
 
+    The result requires gradients only where ``updates`` do: parameters that require them, as those of a module do, are
+    otherwise constants; see ``differentiable`` of ``evaluator``.
+
     Args:
         params: Tree of parameters.
         updates: Tree of the same structure and shapes, such as a chain's ``update`` returns.
@@ -180,14 +184,14 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     """
     check_tree(params, "params")
     check_like(params, updates, "updates")
-    return add_scaled(params, 1.0, updates)
+    return add_scaled(constant_unless(updates, params), 1.0, updates)
 
 
-def check_params(params: Tree, name: str) -> Tree:
-    """Return ``params``, or raise ``ValueError`` if it is missing."""
+def check_params(params: Tree, name: str, updates: Tree) -> Tree:
+    """Return ``params``, constants unless the updates have derivatives; raise ``ValueError`` if it is missing."""
     if params is None:
         raise ValueError(f"{name}: params is missing; call update(updates, state, params)")
-    return params
+    return constant_unless(updates, params)
 
 
 def check_state(state: Any, expected: type[T]) -> T:

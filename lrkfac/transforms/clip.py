@@ -68,7 +68,7 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
     return transformation(ClipByGlobalNorm(max_norm))
 
 
-def clip_by_kl(kl_clip: float, learning_rate: PerParameter = 1.0) -> GradientTransformation:
+def clip_by_kl(kl_clip: float, learning_rate: PerParameter) -> GradientTransformation:
     """Scale natural gradients ``u`` such that the step ``learning_rate * u`` changes the model little.
 
     For ``u = F⁻¹ ∇L`` the squared length of the step in the Fisher metric is ``learning_rate² uᵀF u =
@@ -83,7 +83,7 @@ def clip_by_kl(kl_clip: float, learning_rate: PerParameter = 1.0) -> GradientTra
         kl_clip: Bound on the squared length, in nats.
         learning_rate: Factor by which the chain multiplies later on: a number, a tensor ``[]`` or a schedule; or a
             tree of them, as in ``scale_by_learning_rate``: then ``uᵀ∇L`` is a sum over the parameters, each with its
-            rate.
+            rate. 1 where updates are added as they are.
 
     Returns:
         A transformation with a ``ClipByKLState``.

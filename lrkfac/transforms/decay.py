@@ -51,7 +51,8 @@ class AddDecayedWeights(Stateless):
         check_numbers(self.weight_decay, "weight_decay", 0)
 
     def change(self, updates: Tree, params: Tree, **extra: Any) -> Tree:
-        check_like(updates, check_params(params, "add_decayed_weights"), "add_decayed_weights: params beside updates")
+        params = check_params(params, "add_decayed_weights", updates)
+        check_like(updates, params, "add_decayed_weights: params beside updates")
         if not isinstance(self.weight_decay, Tensor) and self.weight_decay == 0:
             return updates
         return add_scaled(updates, of_leaves(self.weight_decay, updates, "weight_decay"), params)

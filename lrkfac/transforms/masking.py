@@ -203,7 +203,7 @@ def _of_chosen(chosen: list[bool], evaluation: Evaluation, params: Tree) -> Eval
     """Return the evaluation of the loss as a function of the chosen parameters."""
 
     def loss_at(moved: Tree) -> Tensor:
-        fixed = optree.tree_leaves(check_params(params, "masked, partition: loss_at"))
+        fixed = optree.tree_leaves(check_params(params, "masked, partition: loss_at", moved))
         leaves = zip(chosen, optree.tree_leaves(moved), fixed, strict=True)
         return evaluation.loss_at(_like(moved, [x if one else p for one, x, p in leaves]))
 

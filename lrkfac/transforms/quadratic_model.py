@@ -182,7 +182,8 @@ class ScaleByQuadraticModel:
         """Return the step and the next state; see ``GradientTransformation``."""
         evaluation = check_evaluation(evaluation, "scale_by_quadratic_model")._replace(thin=False)
         check_state(state, QuadraticModelState)
-        check_tree(check_params(params, "scale_by_quadratic_model"), "params")
+        params = check_params(params, "scale_by_quadratic_model", updates)
+        check_tree(params, "params")
         check_like(params, updates, "updates beside params")
         updates = materialize(updates)
         decay = of_leaves(self.weight_decay, params, "weight_decay")

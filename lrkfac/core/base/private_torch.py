@@ -21,6 +21,29 @@ def transformation_level() -> int | None:
     return level
 
 
+# The compiler asks while it traces, when the same transformations stand around; it traces anew under others.
+@torch.compiler.assume_constant_result
+def is_differentiated() -> bool:
+    """Return whether a transformation of ``torch.func`` that takes derivatives stands around the caller."""
+    kinds = torch._C._functorch.TransformType
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(one.key() in (kinds.Grad, kinds.Jvp) for one in stack)
+
+
+@torch.compiler.assume_constant_result
+def is_mapped() -> bool:
+    """Return whether ``vmap`` stands around the caller."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(one.key() == torch._C._functorch.TransformType.Vmap for one in stack)
+
+
+def within_vmap(x: Tensor) -> Tensor:
+    """Return the tensor that ``vmap`` maps over, with all its axes; others pass."""
+    while torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def is_transformed(x: Tensor) -> bool:
     """Return whether a transformation of ``torch.func`` stands around a tensor, so that it has no values to look at."""
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def as_real(x: Tensor, axis: int) -> Tensor:
+    """Return complex numbers as real ones, with real and imaginary parts along a new axis; real numbers pass.
+
+    For a real weight, a complex row is two real ones: autograd's gradient is ``Re Σ g conj(a)ᵀ = Σ (Re g Re aᵀ + Im g
+    Im aᵀ)``.
+    """
+    return torch.view_as_real(x.resolve_conj()).movedim(-1, axis) if x.is_complex() else x
+
+
 def with_ones(rows: Tensor) -> Tensor:
     """Return rows ``[..., d]`` with the trailing 1 of a joint bias, ``[..., d + 1]``."""
     return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)

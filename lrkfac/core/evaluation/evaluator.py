@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_flag, check_model, check_values
+from lrkfac.core.base.autograd import recording
 from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.tree_checks import check_like
@@ -39,6 +40,7 @@ def evaluator(
     samples: int = 1,
     has_aux: bool = False,
     thin: bool = False,
+    differentiable: bool = False,
 ) -> Evaluator:
     """Return the function that evaluates a batch: loss, gradients and statistics for K-FAC.
 
@@ -65,6 +67,10 @@ def evaluator(
             as many numbers, ``2 n (d_in + d_out) <= d_in d_out`` for ``n`` rows. Off by default because
             ``evaluation.grads`` reach the user, and torch's functions take no ``LazyMatrix``; ``LowRankKFAC``, which
             hands none out, has it on. ``lrkfac.materialize`` makes tensors of them, as does the end of a chain.
+        differentiable: Whether autograd follows an evaluation, so that ``backward()`` goes through a step to parameters
+            that require gradients. By default it does not: a loop over such parameters, as ``named_parameters()`` and
+            ``torch.func.stack_module_state`` give them, keeps no graph of its past steps. The transformations of
+            ``torch.func`` differentiate either way.
 
     Returns:
         ``evaluate(params, inputs, targets, statistics=True, layers=None, examples=None, noise=None)``, which returns
@@ -94,11 +100,12 @@ def evaluator(
     check_layers(layers)
     check_flag(has_aux, "has_aux")
     check_flag(thin, "thin")
+    check_flag(differentiable, "differentiable")
     check_estimator(estimator, samples)
     if not isinstance(likelihood, Likelihood | Joint):
         raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")
     heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)
-    return Evaluator(Objective(model, heads, has_aux), layers, estimator, samples, thin)
+    return Evaluator(Objective(model, heads, has_aux), layers, estimator, samples, thin, differentiable)
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ class Evaluator:
         estimator: See ``evaluator``.
         samples: Draws per term for ``"mc"``.
         thin: Whether some gradients become lazy matrices.
+        differentiable: Whether autograd follows evaluations.
         cache: Output shapes for the latest input shapes; no part of the value, and empty in copies.
     """
 
@@ -119,6 +127,7 @@ class Evaluator:
     estimator: Estimator
     samples: int
     thin: bool
+    differentiable: bool
     cache: SpecCache = field(default_factory=SpecCache, compare=False, repr=False)
 
     def __call__(
@@ -163,14 +172,15 @@ class Evaluator:
         check_selection(statistics, layers, examples, self.layers)
         statistics = statistics and layers != ()
         of_all = statistics and examples is None
-        with profiled("capture"):
+        with profiled("capture"), recording(self.differentiable):
             loss, gradients, captured, rows = self._loss_pass(params, inputs, leaves, of_all)
             of_layers = self._estimate(captured, rows, leaves, noise) if of_all else None
             outputs, aux = captured.outputs, captured.aux
+            weight = heads.total_weight(outputs, leaves)
             del captured, rows  # the graph of the whole batch makes room for that of some examples
             if statistics and examples is not None:
                 of_layers = self._estimate_of_examples(params, inputs, leaves, examples, noise)
-        products = FisherProducts(self.objective, self.layers, params, inputs, leaves)
+        products = FisherProducts(self.objective, self.layers, params, inputs, leaves, self.differentiable)
         return Evaluation(
             loss=loss,
             grads=optree.tree_map(with_layout_of, gradients, params),
@@ -182,7 +192,7 @@ class Evaluator:
             quadratic=partial(FisherProducts.quadratic, products),
             gram=partial(FisherProducts.gram, products),
             loss_at=partial(FisherProducts.loss_at, products),
-            weight=heads.total_weight(outputs, leaves),
+            weight=weight,
             thin=self.thin,
         )
 

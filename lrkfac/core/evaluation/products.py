@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from lrkfac.core.base.autograd import recording
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.tree_checks import check_like, check_stacked
 from lrkfac.core.base.trees import materialize
@@ -30,6 +31,7 @@ class FisherProducts:
         params: Where the batch was evaluated.
         inputs: Of the batch.
         targets: Of each head.
+        differentiable: Whether autograd follows the products.
     """
 
     objective: Objective
@@ -37,6 +39,7 @@ class FisherProducts:
     params: Tree
     inputs: Tree
     targets: list[Tensor]
+    differentiable: bool
 
     def product(self, tangent: Tree) -> Tree:
         """Return ``F tangent``, a tree like the parameters.
@@ -46,16 +49,18 @@ class FisherProducts:
             NotImplementedError: If an operation of the model has no forward derivative.
         """
         check_like(self.params, tangent, "product: tangent")
-        outputs, change = self._change(materialize(tangent))
-        _, transpose = vjp(self._outputs, self.params)
-        return transpose(self.objective.heads.product(outputs, self.targets, change))[0]
+        with recording(self.differentiable):
+            outputs, change = self._change(materialize(tangent))
+            _, transpose = vjp(self._outputs, self.params)
+            return transpose(self.objective.heads.product(outputs, self.targets, change))[0]
 
     def gram(self, tangents: Tree) -> Tensor:
         """Return ``uᵢᵀ F uⱼ``, ``[k, k]``, for ``k`` tangents stacked along a leading axis; raises as ``product``."""
         check_stacked(self.params, tangents, "gram: tangents")
-        changes, curved = vmap(self._curved_change)(tangents)
-        of_heads = [wide(c).flatten(1) @ wide(h).flatten(1).mT for c, h in zip(changes, curved, strict=True)]
-        return torch.stack(of_heads).sum(dim=0)
+        with recording(self.differentiable):
+            changes, curved = vmap(self._curved_change)(tangents)
+            of_heads = [wide(c).flatten(1) @ wide(h).flatten(1).mT for c, h in zip(changes, curved, strict=True)]
+            return torch.stack(of_heads).sum(dim=0)
 
     def quadratic(self, u: Tree, v: Tree) -> Tensor:
         """Return ``uᵀ F v``, ``[]``; raises as ``product``."""
@@ -71,7 +76,8 @@ class FisherProducts:
             ValueError: If the tree does not fit the parameters.
         """
         check_like(self.params, params, "loss_at: params")
-        return self.objective.heads.loss(self.objective.outputs(params, self.inputs), self.targets)
+        with recording(self.differentiable):
+            return self.objective.heads.loss(self.objective.outputs(params, self.inputs), self.targets)
 
     def _outputs(self, params: Tree) -> list[Tensor]:
         with with_constant_padding(self.layers):

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.func import vjp
 
 from lrkfac.core.base.arguments import check_function
 from lrkfac.core.base.private_torch import hand_to_mode, is_watched
+from lrkfac.core.base.rows import as_real
 
 
 def _input_weight_bias(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
@@ -28,6 +30,9 @@ class LayerKind:
     the way back by its derivative, ``A V`` by both, with ``V`` as the matrix, so that rows are never formed. Only the
     diagonal of ``A``, and with it what a low rank leaves out, needs the operation with as many outputs as ``a`` has
     entries, 64 at a time. ``lrkfac.testing.check_layer_kind`` checks all this.
+
+    The weight is real; input and output may be complex. Each complex row then counts as two, of its real and of its
+    imaginary parts.
 
     The model calls the ``LayerKind`` itself, as it would call ``function``. Where ``function`` is torch's, such as
     ``F.bilinear``, it calls that, and need not be changed. A kind copies and pickles where its functions do, and kinds
@@ -95,17 +100,29 @@ class LayerKind:
 
 
 class CustomOptions(NamedTuple):
-    """The settings of a use: the kind, the settings of its call, and the number of the input's axes but the batch."""
+    """The settings of a use.
+
+    Attributes:
+        kind: The kind.
+        settings: Those of its call.
+        axes: The number of the input's axes but the batch.
+        complex: Whether the input is complex; in the standard form, its last axis then holds real and imaginary parts.
+    """
 
     kind: LayerKind
     settings: tuple[Any, ...]
     axes: int
+    complex: bool = False
 
     def apply(self, a: Tensor, w: Tensor) -> Tensor:
         """Return the kind's operation, with all leading axes of the input as one batch."""
         return self.kind.operation(a.reshape(-1, *a.shape[a.ndim - self.axes :]), w, *self.settings)
 
+    def apply_real(self, a: Tensor, w: Tensor) -> Tensor:
+        """Return the same in the standard form, in which all numbers are real."""
+        return as_real(self.apply(torch.complex(*a.unbind(-1)) if self.complex else a, w), 1)
+
     def transpose(self, a: Tensor, g: Tensor, d: int) -> Tensor:
         """Return the gradient of ``sum(g * s)`` with respect to ``W``, ``[k, d]``."""
-        s, back = vjp(lambda w: self.apply(a, w), g.new_zeros(g.shape[self.kind.channel], d))
+        s, back = vjp(lambda w: self.apply_real(a, w), g.new_zeros(g.shape[self.kind.channel], d))
         return back(g.reshape(s.shape))[0]

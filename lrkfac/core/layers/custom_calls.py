@@ -25,7 +25,9 @@ def custom_call(kinds: tuple[LayerKind, ...], func: Any, known: Known, args: Any
             if kind.weight_axis is not None:
                 d_out = weight.shape[kind.weight_axis]
                 turn = (Step("movedim", (kind.weight_axis, 0)), Step("reshape", (d_out, -1)))
-            return Call(CUSTOM, input, weight, bias, CustomOptions(kind, settings, input.ndim - 1), turn)
+            return Call(
+                CUSTOM, input, weight, bias, CustomOptions(kind, settings, input.ndim - 1, input.is_complex()), turn
+            )
     return None
 
 

@@ -67,7 +67,9 @@ def describe(
     for name, group in zip(names, groups, strict=True):
         first = group.uses[0]
         bias = None if first.bias is None or first.bias[0] in shared else first.bias
-        with_bias = bias is not None and (joint or first.call.kind.unit_wise)
+        # A complex output has no joint bias, whose constant input would be 1 for real parts and 0 for imaginary ones.
+        joins = joint and not any(use.output.is_complex() for use in group.uses)
+        with_bias = bias is not None and (joins or first.call.kind.unit_wise)
         layers.append(_layer(name, group, by_path, bias if with_bias else None))
         if bias is not None and not with_bias:
             layers.append(_bias_layer(group, by_path, bias, layers[-1]))

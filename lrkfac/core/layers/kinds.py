@@ -6,8 +6,8 @@ Everything that K-FAC needs of a layer follows from its operation ``s = op(a, W)
 unfolded.
 
 An entry sees inputs ``[N, ...]`` and output gradients ``[k, N, ...]`` in a standard form, made by ``prepare``: the
-batch in front, channels at the axis that ``channel`` says. A grouped operation is ``groups`` operations side by
-side: an entry describes one of them, and everything made from it is mapped over groups.
+batch in front, channels at the axis that ``channel`` says; complex numbers then become real (``rows.as_real``). A
+grouped operation is ``groups`` operations side by side: an entry describes one of them, mapped over groups.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.rows import as_real
 from lrkfac.core.layers.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lrkfac.core.layers.custom import CustomOptions
 from lrkfac.core.layers.kind import Kind, Options, by_example, of_each
@@ -117,6 +118,7 @@ EMBEDDING = Kind(
 def _bias_prepare(a: Tensor, g: Tensor, n: int, options: Options, placement: Placement | None) -> tuple[Tensor, Tensor]:
     kind, inner = options
     _, g = KINDS[kind].prepare(a, g, n, inner, placement)
+    g = g.real if g.is_complex() else g  # of a complex output, a real bias shifts the real part alone
     return g.new_ones(g.shape[1], 1), g.movedim(KINDS[kind].channel(inner), -1)
 
 
@@ -180,14 +182,14 @@ def _prepare_custom(
     a: Tensor, g: Tensor, n: int, options: Options, placement: Placement | None
 ) -> tuple[Tensor, Tensor]:
     a, g = _prepare_rows(a, g, n, options, placement)
-    return a, g if options[0].weight_axis is not None else g[..., None]
+    return as_real(a, -1), g if options[0].weight_axis is not None else g[..., None]
 
 
 CUSTOM = Kind(
     name="custom",
     prepare=_prepare_custom,
     transpose=lambda a, g, d, options: CustomOptions(*options).transpose(a, g, d),
-    operation=lambda a, w, options: CustomOptions(*options).apply(a, w),
+    operation=lambda a, w, options: CustomOptions(*options).apply_real(a, w),
     channel=lambda options: CustomOptions(*options).kind.channel,
     picks=False,
 )

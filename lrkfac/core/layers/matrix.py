@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrkfac.core.base.dtypes import widest
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.rows import as_real
 from lrkfac.core.layers.description import Layer
 from lrkfac.core.layers.kind import Kind, Options
 from lrkfac.core.layers.kinds import KINDS
@@ -36,13 +37,16 @@ def collect(leaves: dict[int, Any], more: dict[int, Any]) -> None:
 
 
 def prepared(layer: Layer, inputs: Uses, gradients: Uses, examples: int) -> tuple[Uses, Uses]:
-    """Return captured inputs and gradients, these with a leading axis, in the standard form of the layer's kinds."""
+    """Return captured inputs and gradients, these with a leading axis, in the standard form of the layer's kinds.
+
+    Complex ones become real, of twice as many positions.
+    """
     uses = zip(inputs, gradients, layer.kinds, layer.options, layer.placements, strict=True)
     try:
         pairs = [KINDS[kind].prepare(a, g, examples, options, place) for a, g, kind, options, place in uses]
     except PlacementError as error:
         raise ValueError(f"layer {layer.name!r}: {error}") from error
-    return tuple(a for a, _ in pairs), tuple(g for _, g in pairs)
+    return tuple(as_real(a, 1) for a, _ in pairs), tuple(as_real(g, 2) for _, g in pairs)
 
 
 class LayerMatrix(NamedTuple):

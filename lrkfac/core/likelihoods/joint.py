@@ -76,9 +76,10 @@ class Joint:
             ) from error
         for one in outputs:
             if one.ndim == 0 or not one.is_floating_point():
+                remedy = "; return torch.view_as_real of them, or their abs()" if one.is_complex() else ""
                 raise ValueError(
                     "model: expected floating-point outputs with a batch axis, got "
-                    f"{one.dtype} of shape {tuple(one.shape)}"
+                    f"{one.dtype} of shape {tuple(one.shape)}{remedy}"
                 )
             if one.numel() == 0:
                 raise ValueError(f"inputs: the batch is empty: outputs have the shape {tuple(one.shape)}")

@@ -117,3 +117,43 @@ def test_copy_all():
     pointers = [x.data_ptr() for x in targets]
     private_torch.copy_all(targets, [torch.ones(2), torch.full((3,), 2.0)])
     assert [x.tolist() for x in targets] == [[1, 1], [2, 2, 2]] and [x.data_ptr() for x in targets] == pointers
+
+
+def test_is_differentiated():
+    """Also where the compiler asks."""
+
+    def run(x):
+        return x * private_torch.is_differentiated()
+
+    def summed(x):
+        return run(x).sum()
+
+    x = torch.ones(2, 2)
+    for f in (run, traced(run)):
+        assert not f(x).any() and not vmap(f)(x).any() and not f(x).any()
+        assert grad(lambda x, f=f: f(x).sum())(x).all() and not f(x).any()
+    assert grad(lambda x: vmap(run)(x).sum())(x).all() and vmap(grad(summed))(x).all()
+    assert jvp(run, (x,), (x,))[1].all() and traced(grad(summed))(x).all() and not traced(vmap(run))(x).any()
+
+
+def test_is_mapped():
+    def run(x):
+        return x * private_torch.is_mapped()
+
+    x = torch.ones(2, 2)
+    for f in (run, traced(run)):
+        assert not f(x).any() and vmap(f)(x).all() and not f(x).any()
+    assert not grad(lambda x: run(x).sum())(x).any() and traced(vmap(run))(x).all()
+
+
+def test_within_vmap():
+    shapes = []
+
+    def note(x):
+        shapes.append(private_torch.within_vmap(x))
+        return x.sum()
+
+    x = torch.ones(2, 3, 4, requires_grad=True)
+    note(x)
+    vmap(vmap(note))(x)
+    assert [x.shape for x in shapes] == [(2, 3, 4)] * 2 and all(x.requires_grad for x in shapes)
