@@ -82,15 +82,6 @@ class ModuleEvaluator:
                 copy_all(list(buffers.values()), [evaluation.aux[name] for name in buffers])
         return evaluation
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Return each parameter's ``.grad``, or raise ``ValueError`` if one has none."""
-        absent = [name for name, p in self.parameters.items() if p.grad is None]
-        if absent:
-            raise ValueError(
-                f"step: {absent} have no .grad any more; call zero_grad() before evaluate(), or not at all"
-            )
-        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_function": None}
 

@@ -168,3 +168,14 @@ def test_copy_all():
     pointers = [x.data_ptr() for x in targets]
     private_torch.copy_all(targets, [torch.ones(2), torch.full((3,), 2.0)])
     assert [x.tolist() for x in targets] == [[1, 1], [2, 2, 2]] and [x.data_ptr() for x in targets] == pointers
+
+
+@of_private("weak_reference")
+def test_weak_reference():
+    """The gradient of a parameter has no name in Python, and is the same object whenever it is asked for."""
+    x = torch.nn.Parameter(torch.ones(2))
+    x.grad = torch.zeros(2)
+    reference = private_torch.weak_reference(x.grad)
+    assert reference() is x.grad
+    x.grad = None
+    assert reference() is None
