@@ -13,7 +13,7 @@ from lrkfac.chains import low_rank_kfac
 from lrkfac.core.base.arguments import check_integer
 from lrkfac.core.base.dtypes import without_autocast
 from lrkfac.core.base.private_torch import copy_all
-from lrkfac.core.base.trees import all_finite, materialize
+from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.estimators import Estimator
 from lrkfac.core.evaluation.evaluation import Evaluation
@@ -197,9 +197,9 @@ class LowRankKFAC(torch.optim.Optimizer):
             ValueError: If a ``.grad`` is missing; if evaluations that wait would be lost; if a ``GradScaler`` has
                 unscaled ``.grad``; or as ``evaluate`` and the transformation.
         """
-        with told_by_scaler(vars(self)) as overflow:
+        with told_by_scaler(vars(self), evaluates=closure is not None) as overflow:
             evaluation = self._evaluation_for_step(closure, targets, statistics, selection)
-            if overflow is not None and bool(overflow if closure is None else not all_finite(evaluation.grads)):
+            if overflow:
                 self._pending.restart(self._evaluator.parameters)
                 return evaluation.loss
             if self._make_chain.has_changed():

@@ -54,6 +54,7 @@ def describe(
     _check_inputs_unchanged(uses)
     by_path = {p.path: p for p in parameters}
     reasons = {path: f"used by {', '.join(dict.fromkeys(names))}" for path, names in others.items()}
+    reasons |= {p.path: "it has no entries" for p in parameters if 0 in p.shape}
     groups = _groups(uses, by_path)
     for path in {group.path for group in groups}:
         reason = _obstacle([g for g in groups if g.path == path], by_path[path], examples)
@@ -101,7 +102,8 @@ def _groups(uses: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> 
         for number, use in enumerate(of_label):
             view = (*use.view, *use.call.turn)
             shape = by_path[use.path].shape
-            entries = apply_view(view, torch.arange(math.prod(shape)).reshape(shape)) if often[use.path] > 1 else None
+            numbers = torch.arange(math.prod(shape), device="cpu").reshape(shape)
+            entries = apply_view(view, numbers) if often[use.path] > 1 else None
             for group, other in zip(groups, places, strict=True):
                 same_label = group.sites[0][0] == name
                 if group.path == use.path and (
@@ -118,7 +120,7 @@ def _groups(uses: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> 
 
 def _obstacle(groups: list[_Group], parameter: Parameter, examples: int) -> str | None:
     """Return the reason why the uses of one parameter make no layers, ``None`` if they do."""
-    counts = torch.zeros(parameter.shape, dtype=torch.int8)
+    counts = torch.zeros(parameter.shape, dtype=torch.int8, device="cpu")
     if len(groups) > 1 or groups[0].view:
         for group in groups:
             _count(group.view[: len(group.uses[0].view)], counts)
@@ -151,8 +153,8 @@ def _count(view: View, counts: Tensor) -> None:
     if part.untyped_storage().data_ptr() == counts.untyped_storage().data_ptr():
         part.add_(1)
     else:  # such as a transposition that is reshaped: a copy
-        entries = apply_view(view, torch.arange(counts.numel()).reshape(counts.shape)).reshape(-1)
-        counts.view(-1).index_add_(0, entries, torch.ones(len(entries), dtype=counts.dtype))
+        entries = apply_view(view, torch.arange(counts.numel(), device=counts.device).reshape(counts.shape)).reshape(-1)
+        counts.view(-1).index_add_(0, entries, torch.ones_like(entries, dtype=counts.dtype))
 
 
 def is_batched(call: Call, output: Tensor, twice: Call, output_twice: Tensor) -> bool:
@@ -193,7 +195,7 @@ def _shared_biases(
         at_every_use = all(use.bias == (path, view) for use in users[0].uses)
         if path in reasons or len(users) > 1 or users[0].path in reasons or not at_every_use:
             shared.add(path)
-        entries = torch.zeros(by_path[path].shape, dtype=torch.int8)
+        entries = torch.zeros(by_path[path].shape, dtype=torch.int8, device="cpu")
         for other, part in biases:
             if other == path:
                 apply_view(part, entries).add_(1)
@@ -206,7 +208,8 @@ def _names(groups: list[_Group], paths: Collection[str]) -> list[str]:
     """Return names: the path without its last part unless that is empty or shared; with the view for a part."""
     often = Counter(group.path for group in groups)
     long = [group.sites[0][0] if often[group.path] > 1 else group.path for group in groups]
-    short = [group.path.rpartition(".")[0] if often[group.path] == 1 else group.sites[0][0] for group in groups]
+    plain = [often[group.path] == 1 and group.uses[0].call.kind is not BIAS for group in groups]
+    short = [g.path.rpartition(".")[0] if one else g.sites[0][0] for g, one in zip(groups, plain, strict=True)]
     shared = Counter([*short, *paths])
     return [s if s and shared[s] == 1 else full for s, full in zip(short, long, strict=True)]
 

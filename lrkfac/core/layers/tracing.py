@@ -92,8 +92,8 @@ class Follow(TorchFunctionMode):
         return self.used(func, args, kwargs, call, result)
 
     def known(self, x: Any) -> bool:
-        """Return whether an argument is a parameter, or a view of one."""
-        return self.place(x) is not None
+        """Return whether an argument is a parameter with entries, or a view of one."""
+        return self.place(x) is not None and x.numel() > 0
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
         """Return the result of a function that has run, changed or not."""
