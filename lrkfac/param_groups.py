@@ -118,7 +118,7 @@ class ChainFactory:
 
 def plain_rate(rate: Any) -> Any:
     """Return a NumPy scalar as a number, and anything else as it is."""
-    return float(rate) if isinstance(rate, Real) and not isinstance(rate, int | float) else rate
+    return float(rate) if isinstance(rate, Real) and type(rate) not in (bool, int, float) else rate
 
 
 def checked_rate(rate: Any) -> float | Tensor:
