@@ -44,7 +44,7 @@ public(
 )
 valid(
     "LowRankKFAC.evaluate",
-    OPTIMIZER.evaluate,
+    lambda **arguments: (OPTIMIZER.zero_grad(), OPTIMIZER.evaluate(**arguments), OPTIMIZER.zero_grad()),
     {"inputs": X, "targets": Y, "statistics": True},
     inputs=NOT_INPUTS,
     targets=NOT_TARGETS,
