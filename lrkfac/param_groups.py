@@ -118,7 +118,8 @@ class ChainFactory:
 
 def plain_rate(rate: Any) -> Any:
     """Return a NumPy scalar as a number, and anything else as it is."""
-    return float(rate) if isinstance(rate, Real) and type(rate) not in (bool, int, float) else rate
+    is_plain = isinstance(rate, int) or type(rate) is float
+    return float(rate) if isinstance(rate, Real) and not is_plain else rate
 
 
 def checked_rate(rate: Any) -> float | Tensor:

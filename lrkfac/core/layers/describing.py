@@ -74,10 +74,15 @@ def describe(
         layers.append(_layer(name, group, by_path, bias if with_bias else None))
         if bias is not None and not with_bias:
             layers.append(_bias_layer(group, by_path, bias, layers[-1]))
+    layers += [
+        _shared_bias_layer(groups, by_path[path])
+        for path in dict.fromkeys([path for path, _ in biases])
+        if path in shared and path not in reasons and _is_separable(path, uses, groups)
+    ]
     covered = {p.path for layer in layers for p in (layer.weight, layer.bias) if p is not None}
     for parameter in parameters:
         if parameter.path not in covered:
-            partly = "the bias of an operation whose weight is not covered, of several weights, or not at every use"
+            partly = "the bias of an operation whose weight is not covered, or in parts of several"
             is_bias = any(path == parameter.path for path, _ in biases)
             reasons.setdefault(parameter.path, partly if is_bias else "not used by the model")
     uncovered = tuple((p, reasons[p.path]) for p in parameters if p.path not in covered)
@@ -233,6 +238,31 @@ def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tup
         options=tuple(tuple(use.call.options) for use in group.uses),
         sites=tuple(group.sites),
         batched=all(use.batched for use in group.uses),
+    )
+
+
+def _is_separable(path: str, uses: Mapping[str, list[Use]], groups: list[_Group]) -> bool:
+    """Return whether a bias, as a whole, is everywhere the bias of products whose weights are covered."""
+    everywhere = [use.bias for of_label in uses.values() for use in of_label if use.bias and use.bias[0] == path]
+    covered = [use for group in groups for use in group.uses if use.bias == (path, ())]
+    return len(covered) == len(everywhere) and not any(use.call.kind.unit_wise for use in covered)
+
+
+def _shared_bias_layer(groups: list[_Group], bias: Parameter) -> Layer:
+    """Return the layer of a bias that some uses of one weight have, or those of several."""
+    pairs = [(use, site) for group in groups for use, site in zip(group.uses, group.sites, strict=True)]
+    pairs = [(use, site) for use, site in pairs if use.bias == (bias.path, ())]
+    return Layer(
+        name=bias.path,
+        kinds=(BIAS.name,) * len(pairs),
+        weight=bias,
+        bias=None,
+        d_in=1,
+        d_out=math.prod(bias.shape),
+        groups=1,
+        options=tuple((use.call.kind.name, tuple(use.call.options)) for use, _ in pairs),
+        sites=tuple(site for _, site in pairs),
+        batched=all(use.batched for use, _ in pairs),
     )
 
 

@@ -69,6 +69,59 @@ def test_all_are_covered_and_their_blocks_are_those_of_the_fisher_matrix():
     torch.testing.assert_close(evaluation.grads, grads, rtol=1e-9, atol=1e-12)
 
 
+class Tied(nn.Module):
+    """One weight twice, with its bias at the first use, the second, or, of two weights, at both."""
+
+    def __init__(self, biased):
+        super().__init__()
+        self.one, self.bias, self.head = nn.Linear(4, 4, bias=False), nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+        self.other = nn.Linear(4, 4, bias=False) if all(biased) else self.one
+        self.biased = biased
+
+    def forward(self, x):
+        for part, biased in zip((self.one, self.other), self.biased, strict=True):
+            x = F.linear(x, part.weight, self.bias if biased else None).tanh()
+        return self.head(x)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, numbers):
+        return self.head(self.embedding(numbers).tanh())
+
+
+SHARED = {
+    "the first use": (lambda: Tied((True, False)), "bias"),
+    "the second use": (lambda: Tied((False, True)), "bias"),
+    "two weights": (lambda: Tied((True, True)), "bias"),
+    "tied embedding": (LanguageModel, "head.bias"),
+}
+
+
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+@pytest.mark.parametrize(("make", "name"), SHARED.values(), ids=SHARED)
+def test_a_bias_at_some_uses_of_a_weight_or_of_several_is_a_layer(make, name, bias):
+    torch.manual_seed(0)
+    net, y = make().double(), torch.arange(6) % 3
+    x = torch.randint(7, (6,)) if isinstance(net, LanguageModel) else torch.randn(6, 4).double()
+    model, params = lrkfac.from_module(net)
+    layers = lrkfac.find_layers(model, params, x, strict=True, bias=bias)
+    assert layers[name].kind == "bias" and not layers.uncovered
+    tx, expected = lrkfac.precondition_by_fisher(layers, layer_wise(), damping=0.1), fisher(model, params, x)
+    grads = dict(zip(params, torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters())), strict=True))
+    for thin in (False, True):
+        evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact", thin=thin)
+        for statistics in (False, True):
+            evaluation = evaluate(params, x, y, statistics=statistics)
+            torch.testing.assert_close(lrkfac.materialize(evaluation.grads), grads, rtol=1e-9, atol=1e-12)
+        state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)[1]
+        torch.testing.assert_close(state.factors[name].block.matrix, expected[name], rtol=1e-8, atol=1e-12)
+
+
 def _trained(net):
     return [p for p in net.parameters() if p.requires_grad]
 
