@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lrkfac
+from lrkfac.linalg import Dense, Diagonal, Kronecker, LowRankPlusDiagonal
 
-NAN, INF = math.nan, math.inf
+NAN, INF, EYE = math.nan, math.inf, torch.eye(2)
 
 
 class Other(NamedTuple):
@@ -31,25 +32,19 @@ def number(low=-INF, high=INF, includes_low=True, optional=False, tensor=True, s
     """No finite number, nor tensor of one, in [low, high) or (low, high); where trees are fine, none of such."""
     others = [x for x in NOTHING if not (optional and x is None) and not (schedule and callable(x))]
     if trees:
-        others = [x for x in others if x not in ([1.0], {"x": 1})] + [
-            {"x": NAN},
-            [INF],
-            {"x": None},
-            ([1j],),
-            {"x": "1"},
-        ]
+        others = [x for x in others if x not in ([1.0], {"x": 1})]
+        others += [{"x": NAN}, [INF], {"x": None}, ([1j],), {"x": "1"}]
     tensors = [torch.ones(2), torch.ones(1, 1), torch.tensor(1j), torch.tensor(True), torch.ones((), device="meta")]
-    outside = [st.just(NAN), st.just(INF), st.just(-INF)]
+    kinds = among("1", "", True, False, *tensors, *others)
+    outside = [among(NAN, INF, -INF)]
     if low > -INF:
         outside.append(st.floats(max_value=low, exclude_max=includes_low, allow_nan=False))
     if high < INF:
         outside.append(st.floats(min_value=high, allow_nan=False))
     values = st.one_of(outside)
     if tensor:
-        values = st.one_of(values, values.map(lambda x: torch.tensor(x, dtype=torch.float64)))
-    else:
-        tensors.append(torch.tensor(0.5))
-    return st.one_of(values, among("1", "", True, False, *tensors, *others))
+        return st.one_of(values, values.map(lambda x: torch.tensor(x, dtype=torch.float64)), kinds)
+    return st.one_of(values, kinds, st.just(torch.tensor(0.5)))
 
 
 def integer(low=1, optional=False):
@@ -62,8 +57,9 @@ def one_of(*names):
     return st.one_of(st.text(max_size=8).filter(lambda x: x not in names), among(1, True, *NOTHING))
 
 
-_OTHERS = torch.int64, torch.complex64, torch.bool, torch.bfloat16, torch.float16
-DTYPE = among(1, "float32", torch.Tensor, *_OTHERS, *NOTHING)
+DTYPE = among(
+    *(1, "float32", torch.Tensor, torch.int64, torch.complex64, torch.bool, torch.bfloat16, torch.float16, *NOTHING)
+)
 """Nothing in which factors can be held."""
 FLAG = among(0, 1, "yes", "", 1.0, torch.tensor(True), torch.ones(2), *NOTHING)
 FUNCTION = among(1, "x", torch.ones(2), True, *[x for x in NOTHING if not callable(x)])
@@ -72,39 +68,23 @@ TRANSFORMATION = among(
 )
 LIKELIHOOD = among(1, "categorical", torch.ones(2), lrkfac.categorical, nn.CrossEntropyLoss(), *NOTHING)
 EVALUATION = among(1, "x", True, torch.ones(()), torch.ones(2), *NOTHING)
-FACTOR = among(
-    1,
-    "dense",
-    torch.ones(2),
-    lrkfac.structures.dense,
-    lrkfac.structures.full,
-    lrkfac.linalg.Dense(torch.eye(2)),
-    *NOTHING,
-)
+FACTOR = among(1, "dense", torch.ones(2), lrkfac.structures.dense, lrkfac.structures.full, Dense(EYE), *NOTHING)
 PATH = among(1.5, 1j, object(), {}, [], None)
 
-META = torch.ones(2, 2, device="meta")
-EYE = torch.eye(2)
+VECTOR, COUNTS = torch.ones(2), torch.ones(2).long()
+NOT_MATRICES = ("x", None, 1.0, VECTOR, torch.ones(2, 3), torch.ones(2, 2).long(), EYE.to(torch.complex64), EYE.bool())
 OPERATORS = [
-    *[
-        lrkfac.linalg.Dense(x)
-        for x in ("x", None, 1.0, torch.ones(2), torch.ones(2, 3), torch.ones(2, 2, dtype=torch.int64))
-    ],
-    *[lrkfac.linalg.Dense(x) for x in (EYE.to(torch.complex64), EYE.bool(), torch.ones(2, 2, 2), torch.ones(()))],
-    *[lrkfac.linalg.Diagonal(x) for x in ("x", 1, EYE, torch.ones(2).long(), torch.ones(()))],
-    lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(3), torch.ones(2)),
-    lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(2), torch.ones(3)),
-    lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(2), None),
-    lrkfac.linalg.LowRankPlusDiagonal(torch.ones(2), torch.ones(2), torch.ones(2)),
-    lrkfac.linalg.LowRankPlusDiagonal(META, torch.ones(2), torch.ones(2)),
-    lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(2).long(), torch.ones(2)),
-    lrkfac.linalg.Kronecker(lrkfac.linalg.Dense(EYE), "x"),
-    lrkfac.linalg.Kronecker(None, lrkfac.linalg.Dense(EYE)),
-    lrkfac.linalg.Kronecker(EYE, EYE),
-    lrkfac.linalg.Kronecker(lrkfac.linalg.Dense(torch.ones(2, 3)), lrkfac.linalg.Dense(EYE)),
+    *[Dense(x) for x in (*NOT_MATRICES, torch.ones(2, 2, 2), torch.ones(()))],
+    *[Diagonal(x) for x in ("x", 1, EYE, COUNTS, torch.ones(()))],
+    LowRankPlusDiagonal(EYE, torch.ones(3), VECTOR),
+    *[LowRankPlusDiagonal(EYE, VECTOR, x) for x in (torch.ones(3), None)],
+    *[LowRankPlusDiagonal(x, VECTOR, VECTOR) for x in (VECTOR, torch.ones(2, 2, device="meta"))],
+    LowRankPlusDiagonal(EYE, COUNTS, VECTOR),
+    *[Kronecker(x, y) for x, y in ((Dense(EYE), "x"), (None, Dense(EYE)), (EYE, EYE))],
+    Kronecker(Dense(torch.ones(2, 3)), Dense(EYE)),
 ]
-OPERATOR = among(1, "x", EYE, torch.ones(2), lrkfac.structures.dense(), lrkfac.linalg.Dense, *OPERATORS, *NOTHING)
-LOW_RANK = among(lrkfac.linalg.Dense(EYE), lrkfac.linalg.Diagonal(torch.ones(2)), *OPERATORS, *NOTHING)
+OPERATOR = among(1, "x", EYE, VECTOR, lrkfac.structures.dense(), Dense, *OPERATORS, *NOTHING)
+LOW_RANK = among(Dense(EYE), Diagonal(VECTOR), *OPERATORS, *NOTHING)
 
 
 def other_leaf(x):

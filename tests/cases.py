@@ -27,7 +27,6 @@ class LayerSpec(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """The number of groups of a convolution, 1 for a linear layer."""
         return self.options.get("groups", 1)
 
 
@@ -42,11 +41,8 @@ Params = dict[str, Tensor]
 
 
 class Case(NamedTuple):
-    """One network, its batch and its likelihood; ``case._replace(params=...)`` is the same case further on.
-
-    ``likelihood`` is "categorical", "gaussian" or "bernoulli"; ``likelihood_options`` holds ``variance`` for
-    the second. The loss is the mean over the likelihood terms: classes are the last axis of the outputs, the
-    other axes count terms; "gaussian" and "bernoulli" sum over all axes but the first.
+    """One network, its batch and its likelihood: "categorical" (classes are the last axis of the outputs, the others
+    count terms), "gaussian" (``likelihood_options``: ``variance``) or "bernoulli" (both sum over all axes but one).
     """
 
     name: str
@@ -65,7 +61,6 @@ class Case(NamedTuple):
 
 
 def apply_stage(stage: Stage, name: str, params: Params, x: Tensor) -> Tensor:
-    """The activations after one stage."""
     if isinstance(stage, Shift):
         return x - params[f"{name}.shift"]
     if not isinstance(stage, LayerSpec):
@@ -76,10 +71,9 @@ def apply_stage(stage: Stage, name: str, params: Params, x: Tensor) -> Tensor:
 
 def apply_stages(stages: tuple[Stage, ...], params: Params, inputs: Tensor) -> Tensor:
     """The outputs of the network; with ``stages`` bound it is the pure function ``model(params, inputs)``."""
-    x = inputs
     for position, stage in enumerate(stages):
-        x = apply_stage(stage, str(position), params, x)
-    return x
+        inputs = apply_stage(stage, str(position), params, inputs)
+    return inputs
 
 
 def make_case(
@@ -91,9 +85,8 @@ def make_case(
     **likelihood_options: float,
 ) -> Case:
     """Draws parameters (normal, variance 1 / fan-in), inputs (normal) and targets that fit the likelihood."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, params = torch.Generator().manual_seed(seed), {}
     normal = partial(torch.randn, generator=generator, dtype=torch.float64)
-    params = {}
     for position, stage in enumerate(stages):
         if isinstance(stage, LayerSpec):
             shape = stage.weight_shape
@@ -117,56 +110,34 @@ def make_case(
 
 
 def linear(d_in: int, d_out: int, bias: bool = True) -> LayerSpec:
-    """A linear layer on the last axis, whatever the leading ones."""
     return LayerSpec("linear", (d_out, d_in), bias)
 
 
 def conv2d(channels_in: int, channels_out: int, kernel: tuple[int, int], bias: bool = True, **options) -> LayerSpec:
-    """A two-dimensional convolution; ``options`` as in ``torch.nn.functional.conv2d``."""
     return LayerSpec("conv2d", (channels_out, channels_in // options.get("groups", 1), *kernel), bias, options)
 
 
-def flatten(x: Tensor) -> Tensor:
-    """[N, ...] to [N, features]."""
-    return x.flatten(1)
-
-
-def scalar(x: Tensor) -> Tensor:
-    """[N, 1] to [N]."""
-    return x.squeeze(-1)
-
-
-def global_average(x: Tensor) -> Tensor:
-    """[N, C, H, W] to [N, C]."""
-    return x.mean((2, 3))
-
-
-def position_average(x: Tensor) -> Tensor:
-    """[N, T, F] to [N, F]."""
-    return x.mean(1)
-
-
-def causal_sum(x: Tensor) -> Tensor:
-    """[N, T, F] to itself: position t holds the sum up to t, so that terms of one example share positions."""
-    return x.cumsum(1)
-
-
 tanh = torch.tanh
+flatten = partial(torch.flatten, start_dim=1)
+scalar = partial(torch.squeeze, dim=-1)
+global_average = partial(torch.mean, dim=(2, 3))
+position_average = partial(torch.mean, dim=1)
+# [N, T, F] to itself: position t holds the sum up to t, so that terms of one example share positions.
+causal_sum = partial(torch.cumsum, dim=1)
+
+
+def with_tanh(*layers: LayerSpec) -> tuple[Stage, ...]:
+    return tuple(stage for layer in layers for stage in (layer, tanh))
+
 
 # K-FAC (exact estimator) equals the block of the Gauss-Newton matrix: linear networks with squared loss (the
 # Jacobians of the outputs are the same for all rows), and networks without weight sharing on one example.
+PARTLY_BIASED = linear(4, 5), linear(5, 3, bias=False), linear(3, 2)
 EXACT = (
     # linear 4 -> 5 -> 3 -> 2, inputs [6, 4]
     make_case("deep_linear", (linear(4, 5), linear(5, 3), linear(3, 2)), (6, 4), "gaussian", 1, variance=1.0),
     # the same without the middle bias and with variance 0.25
-    make_case(
-        "deep_linear_partly_biased",
-        (linear(4, 5), linear(5, 3, bias=False), linear(3, 2)),
-        (6, 4),
-        "gaussian",
-        seed=2,
-        variance=0.25,
-    ),
+    make_case("deep_linear_partly_biased", PARTLY_BIASED, (6, 4), "gaussian", seed=2, variance=0.25),
     # linear 3 -> 4 -> 2 on sequences [4, 3, 3], outputs [4, 3, 2]: four likelihood terms of three rows each
     make_case("deep_linear_sequence", (linear(3, 4), linear(4, 2)), (4, 3, 3), "gaussian", 3, variance=1.0),
     # inputs [1, 4], with tanh
@@ -189,86 +160,33 @@ LINEAR = (
     make_case("uncovered_shift", (linear(4, 5), Shift((5,)), tanh, linear(5, 3)), (6, 4), seed=15),
 )
 
+AVERAGED = linear(5, 6), tanh, linear(6, 4), position_average, linear(4, 3)
 SEQUENCE = (
     # inputs [4, 3, 5]; averaged over the three positions: one likelihood term an example, three rows each
-    make_case(
-        "sequence_averaged",
-        (linear(5, 6), tanh, linear(6, 4), position_average, linear(4, 3)),
-        (4, 3, 5),
-        seed=20,
-    ),
+    make_case("sequence_averaged", AVERAGED, (4, 3, 5), seed=20),
     # outputs [4, 3, 3]: one term a position, depending on that position alone
     make_case("sequence_of_terms", (linear(5, 6), tanh, linear(6, 3)), (4, 3, 5), seed=21),
     # outputs [4, 3, 3]: one term a position, depending on that position and all earlier ones
     make_case("sequence_of_coupled_terms", (linear(5, 4), tanh, causal_sum, linear(4, 3)), (4, 3, 5), seed=22),
 )
 
+STRIDED = conv2d(2, 3, (3, 3), stride=2, padding=1)
+VALID = conv2d(2, 3, (3, 3), padding="valid")
+SAME = conv2d(2, 3, (2, 4), padding="same"), conv2d(3, 2, (3, 2), bias=False, padding="same", dilation=(1, 2))
+DILATED = conv2d(2, 3, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), conv2d(3, 2, (2, 2), dilation=2)
+GROUPED = conv2d(4, 6, (3, 3), padding=1, groups=2), conv2d(6, 2, (2, 2), bias=False, stride=2, groups=2)
+DEPTHWISE = conv2d(3, 6, (3, 3), padding="same", groups=3), conv2d(6, 3, (1, 1))
 CONVOLUTION = (
-    # 3x3, stride 2, padding 1: [5, 2, 6, 6] -> [5, 3, 3, 3]; then a linear layer on the flattened image
-    make_case(
-        "conv_stride",
-        (conv2d(2, 3, (3, 3), stride=2, padding=1), tanh, flatten, linear(27, 3)),
-        (5, 2, 6, 6),
-        seed=30,
-    ),
-    # padding "same" with kernels 2x4 and 3x2 (one more zero after than before), then "valid" 3x3
-    make_case(
-        "conv_same_even",
-        (
-            conv2d(2, 3, (2, 4), padding="same"),
-            tanh,
-            conv2d(3, 2, (3, 2), bias=False, padding="same", dilation=(1, 2)),
-            tanh,
-            conv2d(2, 3, (3, 3), padding="valid"),
-            tanh,
-            global_average,
-        ),
-        (3, 2, 5, 4),
-        seed=31,
-    ),
-    # every option a pair: kernel 2x3, stride (2, 1), padding (1, 2), dilation (1, 2), to [3, 3, 3, 6]
-    make_case(
-        "conv_dilation",
-        (
-            conv2d(2, 3, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
-            tanh,
-            conv2d(3, 2, (2, 2), dilation=2),
-            tanh,
-            flatten,
-        ),
-        (3, 2, 5, 6),
-        "gaussian",
-        seed=32,
-        variance=0.5,
-    ),
-    # two groups: weights [6, 2, 3, 3] and [2, 3, 2, 2]
-    make_case(
-        "conv_groups",
-        (
-            conv2d(4, 6, (3, 3), padding=1, groups=2),
-            tanh,
-            conv2d(6, 2, (2, 2), bias=False, stride=2, groups=2),
-            tanh,
-            flatten,
-            linear(8, 2),
-        ),
-        (4, 4, 4, 4),
-        "bernoulli",
-        seed=33,
-    ),
-    # depthwise with channel multiplier 2 (weight [6, 1, 3, 3]), then pointwise 1x1
-    make_case(
-        "conv_depthwise",
-        (
-            conv2d(3, 6, (3, 3), padding="same", groups=3),
-            tanh,
-            conv2d(6, 3, (1, 1)),
-            tanh,
-            global_average,
-        ),
-        (4, 3, 4, 4),
-        seed=34,
-    ),
+    # [5, 2, 6, 6] -> [5, 3, 3, 3]; then a linear layer on the flattened image
+    make_case("conv_stride", (*with_tanh(STRIDED), flatten, linear(27, 3)), (5, 2, 6, 6), seed=30),
+    # one more zero after than before; then none at all
+    make_case("conv_same_even", (*with_tanh(*SAME, VALID), global_average), (3, 2, 5, 4), seed=31),
+    # every option a pair, to [3, 3, 3, 6]
+    make_case("conv_dilation", (*with_tanh(*DILATED), flatten), (3, 2, 5, 6), "gaussian", seed=32, variance=0.5),
+    # weights [6, 2, 3, 3] and [2, 3, 2, 2]
+    make_case("conv_groups", (*with_tanh(*GROUPED), flatten, linear(8, 2)), (4, 4, 4, 4), "bernoulli", seed=33),
+    # channel multiplier 2 (weight [6, 1, 3, 3]), then pointwise 1x1
+    make_case("conv_depthwise", (*with_tanh(*DEPTHWISE), global_average), (4, 3, 4, 4), seed=34),
 )
 
 ALL = EXACT + LINEAR + SEQUENCE + CONVOLUTION

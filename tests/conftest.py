@@ -23,20 +23,13 @@ torch.set_num_threads(1)
 class _TorchRandom:
     """torch's global generator in the terms of ``random.Random``."""
 
-    def seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def getstate(self) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def setstate(self, state: torch.Tensor) -> None:
-        torch.set_rng_state(state)
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
 
 
-# Each example of hypothesis starts from the same seed; else one that fails need not fail again. Hypothesis
-# holds the object weakly.
-_torch_random = _TorchRandom()
-register_random(_torch_random)
+# Each example of hypothesis starts from the same seed; else one that fails need not fail again.
+register_random(_TorchRandom)
 
 check_shapes("lrkfac", checked_within="lrkfac.core")
 

@@ -14,34 +14,23 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        # Views that only broadcast hold no memory.
-        sizes = [
-            x.untyped_storage().nbytes() // x.element_size()
-            for x in optree.tree_leaves(result)
-            if isinstance(x, torch.Tensor)
-        ]
-        self.numel = max([self.numel, *sizes])
+        self.numel = max([self.numel, *[size for _, _, size in _storages(result)]])
         return result
 
 
-class MatrixCount(LargestTensor):
+class MatrixCount(TorchDispatchMode):
     """Counts the operations that make a matrix of a size, and notes the largest tensor of others."""
 
     def __init__(self, size):
         super().__init__()
-        self.size, self.made = size, 0
+        self.size, self.made, self.numel = size, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {_key(x) for x in optree.tree_leaves((args, kwargs or {})) if isinstance(x, torch.Tensor)}
+        given = {key for key, _, _ in _storages((args, kwargs or {}))}
         result = func(*args, **(kwargs or {}))
-        for x in optree.tree_leaves(result):
-            if not isinstance(x, torch.Tensor) or _key(x) in given:
-                continue
-            held = x.untyped_storage().nbytes() // x.element_size()
-            if held >= self.size:
-                self.made += 1
-            else:
-                self.numel = max(self.numel, held)
+        sizes = [size for key, _, size in _storages(result) if key not in given]
+        self.made += sum(size >= self.size for size in sizes)
+        self.numel = max([self.numel, *[size for size in sizes if size < self.size]])
         return result
 
 
@@ -54,10 +43,9 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        given = {_key(x) for x in optree.tree_leaves((args, kwargs or {})) if isinstance(x, torch.Tensor)}
-        for x in optree.tree_leaves(result):
-            if isinstance(x, torch.Tensor) and (key := _key(x)) not in given and key not in self.held:
-                storage = x.untyped_storage()
+        given = {key for key, _, _ in _storages((args, kwargs or {}))}
+        for key, storage, _ in _storages(result):
+            if key not in given and key not in self.held:
                 self.now += storage.nbytes()
                 self.held[key] = weakref.finalize(storage, self._freed, key, storage.nbytes())
         self.peak = max(self.peak, self.now)
@@ -68,5 +56,9 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-def _key(x):
-    return x.untyped_storage()._cdata
+def _storages(tree):
+    """Key, storage and number of elements of each tensor: views that only broadcast hold no memory."""
+    storages = [
+        (x.untyped_storage(), x.element_size()) for x in optree.tree_leaves(tree) if isinstance(x, torch.Tensor)
+    ]
+    return [(storage._cdata, storage, storage.nbytes() // size) for storage, size in storages]

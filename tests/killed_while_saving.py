@@ -3,6 +3,7 @@
 python -m tests.killed_while_saving 200 FOLDER
 """
 
+import itertools
 import os
 import random
 import signal
@@ -17,13 +18,14 @@ import lrkfac
 SIZE = 2**20  # numbers in each of two tensors: 8 MiB, of which most of the time goes into writing
 
 
-def tree(number):
-    return {"w": torch.full((SIZE,), float(number)), "number": number}
+def save(path, number):
+    full = torch.full((SIZE,), float(number))
+    lrkfac.checkpoint.save(path, {"w": full, "number": number}, (full.clone(),))
 
 
 def read(path):
     """The number of the checkpoint, which is whole."""
-    params, state = lrkfac.checkpoint.load(path, tree(0), (torch.zeros(SIZE),))
+    params, state = lrkfac.checkpoint.load(path, {"w": torch.zeros(SIZE), "number": 0}, (torch.zeros(SIZE),))
     assert (params["w"] == params["number"]).all() and (state[0] == params["number"]).all()
     return params["number"]
 
@@ -31,26 +33,22 @@ def read(path):
 def main(kills, folder):
     torch.set_num_threads(1)
     path = Path(folder) / "run.safetensors"
-    lrkfac.checkpoint.save(path, tree(0), (torch.zeros(SIZE),))
     start = time.perf_counter()
-    for i in range(5):
-        lrkfac.checkpoint.save(path, tree(i), (torch.full((SIZE,), float(i)),))
+    for _ in range(5):
+        save(path, 0)
     seconds = (time.perf_counter() - start) / 5
     last, replaced, during = read(path), 0, 0
     for _ in range(kills):
         child = os.fork()
         if child == 0:
-            number = last
-            while True:
-                number += 1
-                lrkfac.checkpoint.save(path, tree(number), (torch.full((SIZE,), float(number)),))
+            for number in itertools.count(last + 1):
+                save(path, number)
         time.sleep(random.uniform(0, 4 * seconds))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        number = read(path)
-        assert number >= last
-        replaced += number > last
-        last = number
+        before, last = last, read(path)
+        assert last >= before
+        replaced += last > before
         left = list(Path(folder).glob(".run.safetensors.*.tmp"))
         during += len(left) > 0
         for file in left:

@@ -16,24 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lrkfac
-from tests.bad_values import (
-    EYE,
-    FACTOR,
-    FLAG,
-    FUNCTION,
-    INF,
-    LIKELIHOOD,
-    LOW_RANK,
-    NAN,
-    NOTHING,
-    OPERATOR,
-    PATH,
-    among,
-    integer,
-    number,
-    one_of,
-    tree,
-)
+from tests import bad_values as values
+from tests.bad_values import EYE, FLAG, FUNCTION, INF, NAN, NOTHING, among, integer, number, one_of, tree
 from tests.public import BY_SHORT_NAME
 
 
@@ -96,10 +80,9 @@ def container(name: str) -> None:
 
 
 # fmt: off
-OPERATORS = ("Dense", "Diagonal", "Kronecker", "LowRankPlusDiagonal")
-for name in (*OPERATORS, "FactorStructure", "Evaluation", "Statistics", "Weights", "LazyMatrix", "Layer", "Layers"):
+for name in ("Dense", "Diagonal", "Kronecker", "LowRankPlusDiagonal", "FactorStructure", "Evaluation", "Statistics",
+        "Weights", "LazyMatrix", "Layer", "Layers", "GradientTransformation"):
     container(name)
-container("GradientTransformation")
 public("Likelihood", {"name": "x", "negative_log_likelihood": torch.sub, "sample": torch.add, "square_root": torch.mul},
     name=among(1, *NOTHING), event_axes=among(1, "x", (0,), (1.5,), [1], (True,), 1j, object()),
     **{name: FUNCTION for name in ("negative_log_likelihood", "sample", "square_root")},
@@ -117,7 +100,7 @@ public("LayerKind", {"name": "x", "function": torch.sub, "operation": torch.add}
     weight_axis=among("0", 1.0, True, torch.tensor(1), *[x for x in NOTHING if x is not None]),
     channel=among(0, 1, "-1", -1.0, True, torch.tensor(-1), *NOTHING))
 public("evaluator", {"model": MODEL, "likelihood": lrkfac.categorical(), "layers": LAYERS}, model=FUNCTION,
-    likelihood=LIKELIHOOD, layers=NOT_LAYERS, estimator=one_of("mc", "exact", "empirical", "forward_only"),
+    likelihood=values.LIKELIHOOD, layers=NOT_LAYERS, estimator=one_of("mc", "exact", "empirical", "forward_only"),
     samples=integer(), has_aux=FLAG, thin=FLAG)
 valid("evaluator()", EVALUATE, {"params": P, "inputs": X, "targets": Y}, params=NOT_TREES, inputs=NOT_INPUTS,
     targets=NOT_TARGETS, statistics=NOT_STATISTICS, layers=NOT_NAMES, examples=NOT_EXAMPLES, noise=NOT_NOISE)
@@ -149,8 +132,8 @@ for name, y in {"bernoulli": torch.rand(6, 2), "poisson": torch.ones(6, 2), "gau
         {"params": P, "inputs": X, "targets": y}, targets=among(*outside[name], *shapes))
 
 # Linear algebra.
-public("kronecker", {"input": lrkfac.structures.dense(), "output": lrkfac.structures.dense()}, input=FACTOR,
-    output=FACTOR, treatment=one_of("expand", "reduce"), corrected=FLAG)
+public("kronecker", {"input": lrkfac.structures.dense(), "output": lrkfac.structures.dense()}, input=values.FACTOR,
+    output=values.FACTOR, treatment=one_of("expand", "reduce"), corrected=FLAG)
 LOW = {"rank": integer(), "iterations": integer(), "method": one_of("subspace", "power"),
     "weight": number(0, tensor=False)}
 public("low_rank", {"rank": 2}, **LOW, residual=one_of("isotropic", "none"))
@@ -158,10 +141,10 @@ public("low_rank_plus_diagonal", {"rank": 2}, **LOW, fit=one_of("alternating", "
 for name in ("dense", "diagonal", "unit_wise", "layer_wise", "full"):
     public(name)
 LOW_RANK_OPERATOR = lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(2), torch.ones(2))
-public("to_dense", {"operator": LOW_RANK_OPERATOR}, operator=OPERATOR)
-public("inverse", {"operator": lrkfac.linalg.Dense(EYE)}, operator=OPERATOR, damping=number(0))
-public("woodbury", {"operator": LOW_RANK_OPERATOR}, operator=LOW_RANK)
-public("sherman_morrison", {"operator": LOW_RANK_OPERATOR}, operator=LOW_RANK)
+public("to_dense", {"operator": LOW_RANK_OPERATOR}, operator=values.OPERATOR)
+public("inverse", {"operator": lrkfac.linalg.Dense(EYE)}, operator=values.OPERATOR, damping=number(0))
+public("woodbury", {"operator": LOW_RANK_OPERATOR}, operator=values.LOW_RANK)
+public("sherman_morrison", {"operator": LOW_RANK_OPERATOR}, operator=values.LOW_RANK)
 ITERATED = {"matvec": FUNCTION,
     "start": among("x", 1, torch.ones(3), torch.ones(3, 2).long(), torch.ones(3, 2) * 1j, torch.ones(2, 3),
         torch.ones(3, 0), torch.ones(0, 2), torch.ones(2, 3, 2), *NOTHING),
@@ -182,8 +165,8 @@ public("from_state_dict", {"like": FLAT, "state_dict": FLAT}, like=NOT_LEAVES,
 NOT_FOLDERS = among("", str(FOLDER), str(FOLDER / "none" / "x"), FOLDER)
 NOT_CHECKPOINTS = {"params": NOT_LEAVES, "state": NOT_LEAVES, "layers": NOT_LAYERS.filter(lambda x: x is not None)}
 public("save", {"path": FOLDER / "x", "params": P, "state": (FLAT,), "layers": LAYERS},
-    path=st.one_of(PATH, NOT_FOLDERS), **NOT_CHECKPOINTS)
+    path=st.one_of(values.PATH, NOT_FOLDERS), **NOT_CHECKPOINTS)
 public("load", {"path": SAVED, "params": P, "state": (FLAT,), "layers": LAYERS},
-    path=st.one_of(PATH, NOT_FOLDERS, among(FOLDER / "none", __file__)),
+    path=st.one_of(values.PATH, NOT_FOLDERS, among(FOLDER / "none", __file__)),
     params=st.one_of(NOT_LEAVES, tree(P, optional=True)), state=st.one_of(NOT_LEAVES, among((), FLAT, (FLAT, 1))),
     layers=NOT_CHECKPOINTS["layers"])

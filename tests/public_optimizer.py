@@ -4,20 +4,9 @@ import torch
 from hypothesis import strategies as st
 
 import lrkfac
+from tests import public_calls as of
 from tests.bad_values import FLAG, FUNCTION, LIKELIHOOD, among, integer, number
-from tests.public_calls import (
-    NET,
-    NOT_EXAMPLES,
-    NOT_INPUTS,
-    NOT_NAMES,
-    NOT_STATISTICS,
-    NOT_TARGETS,
-    VALID,
-    X,
-    Y,
-    public,
-    valid,
-)
+from tests.public_calls import NET, VALID, X, Y, public, valid
 
 OPTIMIZER = lrkfac.LowRankKFAC(NET, lrkfac.categorical(), X, 0.1, rank=1)
 NOT_STATE_DICTS = among(
@@ -26,9 +15,11 @@ NOT_STATE_DICTS = among(
     lrkfac.LowRankKFAC(NET, lrkfac.categorical(), X, transformation=lrkfac.adaptive_low_rank_kfac).state_dict(),
     {**OPTIMIZER.state_dict(), "param_groups": []},
 )
+STATISTICS = of.NOT_STATISTICS.filter(lambda x: x is not None)
 public(
     "LowRankKFAC",
     {"module": NET, "likelihood": lrkfac.categorical(), "inputs": X, "lr": 0.1},
+    **{name: VALID["evaluator"].bad[name] for name in ("estimator", "samples")},
     module=VALID["from_module"].bad["module"],
     likelihood=LIKELIHOOD,
     inputs=VALID["find_layers"].bad["inputs"],
@@ -39,28 +30,20 @@ public(
     ),
     transformation=st.one_of(FUNCTION, st.just(lambda *_: 1)),
     statistics_every=integer(),
-    **{name: VALID["evaluator"].bad[name] for name in ("estimator", "samples")},
     thin=FLAG.filter(lambda x: x is not None),
 )
-valid(
-    "LowRankKFAC.evaluate",
-    lambda **arguments: (OPTIMIZER.zero_grad(), OPTIMIZER.evaluate(**arguments), OPTIMIZER.zero_grad()),
-    {"inputs": X, "targets": Y, "statistics": True},
-    inputs=NOT_INPUTS,
-    targets=NOT_TARGETS,
-    statistics=NOT_STATISTICS.filter(lambda x: x is not None),
-    layers=NOT_NAMES,
-    examples=NOT_EXAMPLES,
-)
-valid(
-    "LowRankKFAC.step",
-    OPTIMIZER.step,
-    {"closure": X, "targets": Y, "statistics": True},
-    targets=NOT_TARGETS.filter(lambda x: x is not None),
-    statistics=NOT_STATISTICS.filter(lambda x: x is not None),
-    layers=NOT_NAMES,
-    examples=NOT_EXAMPLES,
-)
+BAD = {"statistics": STATISTICS, "layers": of.NOT_NAMES, "examples": of.NOT_EXAMPLES}
+EVALUATED = {"inputs": X, "targets": Y, "statistics": True}
+
+
+def evaluate(**arguments):
+    OPTIMIZER.evaluate(**arguments)
+    OPTIMIZER.zero_grad()
+
+
+valid("LowRankKFAC.evaluate", evaluate, EVALUATED, inputs=of.NOT_INPUTS, targets=of.NOT_TARGETS, **BAD)
+TARGETS, STEPPED = of.NOT_TARGETS.filter(lambda x: x is not None), {"closure": X, "targets": Y, "statistics": True}
+valid("LowRankKFAC.step", OPTIMIZER.step, STEPPED, targets=TARGETS, **BAD)
 PART = lrkfac.LowRankKFAC(NET, lrkfac.categorical(), X, 0.1, params=NET[0].parameters(), rank=1)
 valid(
     "LowRankKFAC.add_param_group",
@@ -68,9 +51,5 @@ valid(
     {"param_group": {"params": NET[2].parameters()}},
     param_group=among(1, "x", None, {}, [], NET[2].parameters(), {"lr": 0.1}),
 )
-valid(
-    "LowRankKFAC.load_state_dict",
-    OPTIMIZER.load_state_dict,
-    {"state_dict": OPTIMIZER.state_dict()},
-    state_dict=NOT_STATE_DICTS,
-)
+LOADED = {"state_dict": OPTIMIZER.state_dict()}
+valid("LowRankKFAC.load_state_dict", OPTIMIZER.load_state_dict, LOADED, state_dict=NOT_STATE_DICTS)

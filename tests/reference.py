@@ -8,9 +8,6 @@ examples times positions. ``A`` is the mean over all R rows of ``a aᵀ``, with 
 is a bias (joint bias); ``B`` is the sum over all rows of ``g gᵀ``, divided by M (K-FAC-expand). Factors are
 ``[groups, d, d]``, one pair for each group of a convolution; a linear layer has one group. The block of a
 group's ``[W b]`` (row-major) is ``B ⊗ A``.
-
-Here are the formulas; ``reference_networks.py`` has the quantities of whole networks,
-``reference_optimizers.py`` the transformations of gradients.
 """
 
 import torch
@@ -19,31 +16,24 @@ from torch.nn import functional
 
 from tests.cases import LayerSpec
 
-# ------------------------------------------------------------------------------------------- rows and factors
-
 
 def linear_input_rows(inputs: Tensor, bias: bool) -> Tensor:
-    """The rows a of a linear layer with inputs [N, ..., d_in].
-
-    Returns [1, R, d_in], or [1, R, d_in + 1] with trailing ones.
-    """
+    """The rows a of a linear layer with inputs [N, ..., d_in]: [1, R, d_in], or [1, R, d_in + 1] with trailing ones."""
     rows = inputs.double().reshape(1, -1, inputs.shape[-1])
     return torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if bias else rows
 
 
 def conv2d_input_rows(inputs, weight_shape, stride=1, padding=0, dilation=1, groups=1, bias=True) -> Tensor:
-    """The patches of inputs [N, C, H, W] that a convolution with weight [d_out, C / groups, kh, kw] uses.
-
-    Returns [groups, N * positions, C / groups * kh * kw (+ 1)], ordered as in weight.reshape(d_out, -1).
+    """The patches of inputs [N, C, H, W] that a convolution with weight [d_out, C / groups, kh, kw] uses:
+    [groups, N * positions, C / groups * kh * kw (+ 1)], ordered as in weight.reshape(d_out, -1).
     """
     kernel = tuple(weight_shape[2:])
     stride, dilation = _pair(stride), _pair(dilation)
+    before = (0, 0) if isinstance(padding, str) else _pair(padding)
+    total = [2 * b for b in before]
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         before = [t // 2 for t in total]
-    else:
-        before = [0, 0] if padding == "valid" else list(_pair(padding))
-        total = [2 * b for b in before]
     (top, left), (height, width) = before, total
     padded = functional.pad(inputs.double(), (left, width - left, top, height - top))
     patches = functional.unfold(padded, kernel, dilation=dilation, stride=stride)
@@ -54,66 +44,44 @@ def conv2d_input_rows(inputs, weight_shape, stride=1, padding=0, dilation=1, gro
 
 
 def linear_output_rows(output_gradients: Tensor) -> Tensor:
-    """The rows g of a linear layer with output gradients [N, ..., d_out].
-
-    Returns [1, R, d_out].
-    """
+    """The rows g, [1, R, d_out], of a linear layer with output gradients [N, ..., d_out]."""
     return output_gradients.double().reshape(1, -1, output_gradients.shape[-1])
 
 
 def conv2d_output_rows(output_gradients: Tensor, groups: int = 1) -> Tensor:
-    """The rows g of a convolution with output gradients [N, d_out, H, W].
-
-    Returns [groups, N * H * W, d_out / groups], positions in the order of ``conv2d_input_rows``.
-    """
+    """The rows g, [groups, N * H * W, d_out / groups], positions in the order of ``conv2d_input_rows``."""
     count, channels, height, width = output_gradients.shape
     split = output_gradients.double().reshape(count, groups, channels // groups, height * width)
     return split.permute(1, 0, 3, 2).reshape(groups, count * height * width, channels // groups)
 
 
 def linear_input_factor(inputs: Tensor, bias: bool) -> Tensor:
-    """A = (1/R) Σ_rows a aᵀ of a linear layer with inputs [N, ..., d_in].
-
-    Returns [1, d_in (+ 1), d_in (+ 1)].
-    """
+    """A = (1/R) Σ_rows a aᵀ: [1, d_in (+ 1), d_in (+ 1)]."""
     return second_moment(linear_input_rows(inputs, bias))
 
 
 def conv2d_input_factor(inputs, weight_shape, stride=1, padding=0, dilation=1, groups=1, bias=True) -> Tensor:
-    """A = (1/R) Σ_rows a aᵀ over the patches of inputs [N, C, H, W], for each group.
-
-    Returns [groups, d, d] with d = C / groups * kh * kw (+ 1).
-    """
+    """A = (1/R) Σ_rows a aᵀ over the patches: [groups, d, d] with d = C / groups * kh * kw (+ 1)."""
     return second_moment(conv2d_input_rows(inputs, weight_shape, stride, padding, dilation, groups, bias))
 
 
 def linear_output_factor(output_gradients: Tensor, number_of_terms: int) -> Tensor:
-    """B = (1/M) Σ_rows g gᵀ of a linear layer with output gradients [N, ..., d_out].
-
-    Returns [1, d_out, d_out].
-    """
-    rows = linear_output_rows(output_gradients)
-    return second_moment(rows) * rows.shape[1] / number_of_terms
+    """B = (1/M) Σ_rows g gᵀ: [1, d_out, d_out]."""
+    return second_moment(rows := linear_output_rows(output_gradients)) * rows.shape[1] / number_of_terms
 
 
 def conv2d_output_factor(output_gradients: Tensor, number_of_terms: int, groups: int = 1) -> Tensor:
-    """B = (1/M) Σ_rows g gᵀ of a convolution with output gradients [N, d_out, H, W], for each group.
-
-    Returns [groups, d_out / groups, d_out / groups].
-    """
-    rows = conv2d_output_rows(output_gradients, groups)
-    return second_moment(rows) * rows.shape[1] / number_of_terms
+    """B = (1/M) Σ_rows g gᵀ: [groups, d_out / groups, d_out / groups]."""
+    return second_moment(rows := conv2d_output_rows(output_gradients, groups)) * rows.shape[1] / number_of_terms
 
 
 def layer_input_rows(layer: LayerSpec, inputs: Tensor) -> Tensor:
-    """The rows a of either kind of layer: [groups, R, d_in (+ 1)]."""
     if layer.kind == "linear":
         return linear_input_rows(inputs, layer.bias)
     return conv2d_input_rows(inputs, layer.weight_shape, bias=layer.bias, **layer.options)
 
 
 def layer_output_rows(layer: LayerSpec, output_gradients: Tensor) -> Tensor:
-    """The rows g of either kind of layer: [groups, R, d_out / groups]."""
     if layer.kind == "linear":
         return linear_output_rows(output_gradients)
     return conv2d_output_rows(output_gradients, layer.groups)
@@ -128,22 +96,13 @@ def second_moment(rows: Tensor) -> Tensor:
     return torch.einsum("gri,grj->gij", rows, rows) / rows.shape[1]
 
 
-# ------------------------------------------------------------------------------------------------ likelihoods
-
-
 def terms(likelihood: str, outputs: Tensor) -> Tensor:
-    """The outputs term by term, [M, K]: K is the last axis of [*, K] for "categorical".
-
-    For "gaussian" and "bernoulli", whose terms are the examples, K is all axes but the first of [M, ...].
-    """
+    """The outputs term by term, [M, K]: K is the last axis for "categorical", all axes but the first for the others."""
     return outputs.reshape(-1, outputs.shape[-1] if likelihood == "categorical" else outputs[0].numel())
 
 
 def negative_log_likelihood(likelihood: str, outputs: Tensor, targets: Tensor, variance: float = 1.0) -> Tensor:
-    """-log p(target | output) of each term; for "gaussian" without the constant: ‖f - y‖² / (2 variance).
-
-    Outputs are logits or means, targets are classes [*] or have the outputs' shape; returns [M].
-    """
+    """-log p(target | output) of each term, [M]; for "gaussian" without the constant: ‖f - y‖² / (2 variance)."""
     f = terms(likelihood, outputs)
     if likelihood == "categorical":
         return -f.log_softmax(-1).gather(-1, targets.reshape(-1, 1)).squeeze(-1)
@@ -154,10 +113,7 @@ def negative_log_likelihood(likelihood: str, outputs: Tensor, targets: Tensor, v
 
 
 def output_hessian(likelihood: str, outputs: Tensor, variance: float = 1.0) -> Tensor:
-    """The Hessian of each term with respect to its outputs: diag(p) - p pᵀ, diag(p (1 - p)) or I / variance.
-
-    Returns [M, K, K].
-    """
+    """The Hessians of the terms in their outputs, [M, K, K]: diag(p) - p pᵀ, diag(p (1 - p)) or I / variance."""
     f = terms(likelihood, outputs)
     if likelihood == "categorical":
         p = f.softmax(-1)
@@ -169,19 +125,13 @@ def output_hessian(likelihood: str, outputs: Tensor, variance: float = 1.0) -> T
 
 
 def output_hessian_root(likelihood: str, outputs: Tensor, variance: float = 1.0) -> Tensor:
-    """S with S Sᵀ = the output Hessian of each term, by its eigendecomposition; columns are the last axis.
-
-    Returns [M, K, K].
-    """
+    """S, [M, K, K], with S Sᵀ = the output Hessian of each term, by its eigendecomposition."""
     values, vectors = torch.linalg.eigh(output_hessian(likelihood, outputs, variance))
     return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
 
 
 def label_distribution(likelihood: str, outputs: Tensor) -> tuple[list[Tensor], Tensor]:
-    """All L possible labels of a term and their probabilities: K classes, or 2^K binary vectors.
-
-    Returns L labels, each [] or [K], and probabilities [M, L].
-    """
+    """All L possible labels of a term, K classes or 2^K binary vectors, and their probabilities [M, L]."""
     f = terms(likelihood, outputs)
     if likelihood == "categorical":
         labels = list(torch.arange(f.shape[-1]))
@@ -193,17 +143,9 @@ def label_distribution(likelihood: str, outputs: Tensor) -> tuple[list[Tensor], 
     return labels, torch.exp(-torch.stack(nll, -1))
 
 
-# -------------------------------------------------------------------------- damping, averages, approximations
-
-
 def damping_split(A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """δ_A = π √damping and δ_B = √damping / π, with π = √(mean eigenvalue of A / mean eigenvalue of B).
-
-    A [*, d, d], B [*, e, e], neither zero; returns two [*].
-    """
-    mean_A = torch.linalg.eigvalsh(A).mean(-1)
-    mean_B = torch.linalg.eigvalsh(B).mean(-1)
-    pi = (mean_A / mean_B).sqrt()
+    """δ_A = π √damping and δ_B = √damping / π, with π = √(mean eigenvalue of A / mean eigenvalue of B)."""
+    pi = (torch.linalg.eigvalsh(A).mean(-1) / torch.linalg.eigvalsh(B).mean(-1)).sqrt()
     return pi * damping**0.5, damping**0.5 / pi
 
 
@@ -219,20 +161,14 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
 
 
 def kronecker_preconditioned(G: Tensor, A: Tensor, B: Tensor, damping: float) -> Tensor:
-    """(B + δ_B I)⁻¹ G (A + δ_A I)⁻¹ with the split damping, for each group.
-
-    G [*, d_out, d_in], A [*, d_in, d_in], B [*, d_out, d_out].
-    """
+    """(B + δ_B I)⁻¹ G (A + δ_A I)⁻¹ with the split damping, for each group."""
     delta_A, delta_B = damping_split(A, B, damping)
     left = torch.linalg.solve(damped(B, delta_B), G)
     return torch.linalg.solve(damped(A, delta_A), left.mT).mT
 
 
 def running_averages(matrices: list[Tensor], decay: float) -> list[Tensor]:
-    """ρ_t previous + (1 - ρ_t) matrix_t with ρ_t = (decay - decay^t) / (1 - decay^t), t = 1, 2, ...
-
-    This is Σ_s decay^(t-s) matrix_s / Σ_s decay^(t-s), unbiased; returns the average after each matrix.
-    """
+    """Σ_s decay^(t-s) matrix_s / Σ_s decay^(t-s), unbiased, after each matrix t = 1, 2, ..."""
     averages = []
     for t, matrix in enumerate(matrices, start=1):
         rho = (decay - decay**t) / (1 - decay**t)
@@ -241,15 +177,13 @@ def running_averages(matrices: list[Tensor], decay: float) -> list[Tensor]:
 
 
 def truncated(matrix: Tensor, rank: int, residual: str = "none") -> Tensor:
-    """The best rank-r approximation V Λ Vᵀ of a symmetric [d, d], by magnitude of the eigenvalues.
-
-    residual="isotropic" adds σ (I - V Vᵀ) with σ = (tr matrix - tr Λ) / (d - r), which keeps the trace.
+    """The best rank-r approximation V Λ Vᵀ, by magnitude of the eigenvalues; residual="isotropic" adds σ (I - V Vᵀ)
+    with σ = (tr matrix - tr Λ) / (d - r), which keeps the trace.
     """
     values, vectors = torch.linalg.eigh(matrix)
     kept = values.abs().argsort(descending=True)[:rank]
     values, vectors = values[kept], vectors[:, kept]
-    result = vectors @ torch.diag(values) @ vectors.T
-    d = len(matrix)
+    result, d = vectors @ torch.diag(values) @ vectors.T, len(matrix)
     if residual == "isotropic" and rank < d:
         sigma = (matrix.trace() - values.sum()) / (d - rank)
         result = result + sigma * (torch.eye(d, dtype=matrix.dtype) - vectors @ vectors.T)
@@ -259,8 +193,6 @@ def truncated(matrix: Tensor, rank: int, residual: str = "none") -> Tensor:
 def low_rank_plus_diagonal_dense(matrix: Tensor, rank: int, iterations: int = 2000, tolerance: float = 1e-12):
     """Minimises ‖matrix - V Λ Vᵀ - diag(d)‖_F, Λ and d ≥ 0, by turns from d = 0 until d rests: V, Λ = the r
     largest eigenpairs of matrix - diag(d), Λ clipped at 0; then d = max(0, diag(matrix) - diag(V Λ Vᵀ)).
-
-    matrix [d, d]; returns vectors [d, r], values [r] (descending), diagonal [d].
     """
     diagonal = torch.zeros_like(matrix.diagonal())
     for _ in range(iterations):

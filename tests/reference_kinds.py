@@ -43,14 +43,15 @@ class Operation(NamedTuple):
 
 def operations() -> dict[str, Operation]:
     """All kinds, with and without groups and joint biases."""
-    generator = torch.Generator().manual_seed(0)
+    generator, found = torch.Generator().manual_seed(0), {}
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    def of_matrices(kind, apply, params, inputs, *matrices, **options) -> Operation:
+    def add(name, kind, apply, shapes, inputs, *matrices, **options) -> None:
         units = [lambda p, m=m: m(p).flatten(0, 1) for m in matrices]
-        return Operation(kind, apply, params, inputs, units, list(matrices), **options)
+        params = {k: normal(*shape) for k, shape in shapes.items()}
+        found[name] = Operation(kind, apply, params, normal(*inputs), units, list(matrices), **options)
 
     def joint(groups: int, transposed: bool = False) -> Arrangement:
         def matrix(p: Params) -> Tensor:
@@ -63,69 +64,26 @@ def operations() -> dict[str, Operation]:
     def linear(p: Params, x: Tensor) -> Tensor:
         return F.linear(x, p["w"], p.get("b"))
 
-    found = {
-        "linear": of_matrices("linear", linear, {"w": normal(3, 4)}, normal(4, 2, 4), joint(1)),
-        "linear, bias": of_matrices("linear", linear, {"w": normal(3, 4), "b": normal(3)}, normal(4, 2, 4), joint(1)),
-        "bias": of_matrices(
-            "linear",
-            linear,
-            {"w": normal(3, 4), "b": normal(3)},
-            normal(4, 2, 4),
-            lambda p: p["w"][None],
-            lambda p: p["b"][None, :, None],
-        ),
-        "embedding": Operation(
-            "embedding",
-            lambda p, x: F.embedding(x, p["w"]),
-            {"w": normal(5, 3)},
-            torch.randint(5, (4, 3), generator=generator),
-            [lambda p: p["w"]],
-            [lambda p: p["w"].mT[None]],
-            one_hot=True,
-        ),
-        "scale": Operation(
-            "scale",
-            lambda p, x: F.layer_norm(x, x.shape[-1:], p["w"], p["b"]),
-            {"w": normal(3), "b": normal(3)},
-            normal(4, 2, 3),
-            [lambda p: torch.stack([p["w"], p["b"]], -1)],
-        ),
-        "shift": Operation(
-            "shift", lambda p, x: x + p["w"], {"w": normal(2, 3)}, normal(4, 2, 3), [lambda p: p["w"].reshape(-1, 1)]
-        ),
-    }
-    for axes, convolution, transposed in (
-        (1, F.conv1d, F.conv_transpose1d),
-        (2, F.conv2d, F.conv_transpose2d),
-        (3, F.conv3d, F.conv_transpose3d),
-    ):
-        kernel, size = (2, 1, 2)[:axes], (3, 2, 2)[:axes]
-        params = {"w": normal(3, 2, *kernel), "b": normal(3)}
-        found[f"conv{axes}d"] = of_matrices(
-            f"conv{axes}d",
-            lambda p, x, f=convolution: f(x, p["w"], p["b"], stride=2, padding=1),
-            params,
-            normal(4, 2, *size),
-            joint(1),
-            channel=1,
-        )
-        params = {"w": normal(2, 3, *kernel), "b": normal(3)}
-        found[f"conv_transpose{axes}d"] = of_matrices(
-            f"conv_transpose{axes}d",
-            lambda p, x, f=transposed: f(x, p["w"], p["b"]),
-            params,
-            normal(4, 2, *size),
-            joint(1, transposed=True),
-            channel=1,
-        )
-    found["conv1d, groups"] = of_matrices(
-        "conv1d",
-        lambda p, x: F.conv1d(x, p["w"], groups=2),
-        {"w": normal(4, 1, 2)},
-        normal(4, 2, 3),
-        joint(2),
-        channel=1,
-    )
+    add("linear", "linear", linear, {"w": (3, 4)}, (4, 2, 4), joint(1))
+    add("linear, bias", "linear", linear, {"w": (3, 4), "b": (3,)}, (4, 2, 4), joint(1))
+    parts = (lambda p: p["w"][None], lambda p: p["b"][None, :, None])
+    add("bias", "linear", linear, {"w": (3, 4), "b": (3,)}, (4, 2, 4), *parts)
+    tokens, table = torch.randint(5, (4, 3), generator=generator), {"w": normal(5, 3)}
+    units, matrices = [lambda p: p["w"]], [lambda p: p["w"].mT[None]]
+    embedding = lambda p, x: F.embedding(x, p["w"])  # noqa: E731
+    found["embedding"] = Operation("embedding", embedding, table, tokens, units, matrices, one_hot=True)
+    norm, units = lambda p, x: F.layer_norm(x, (3,), p["w"], p["b"]), [lambda p: torch.stack([p["w"], p["b"]], -1)]
+    found["scale"] = Operation("scale", norm, {"w": normal(3), "b": normal(3)}, normal(4, 2, 3), units)
+    shift, units = lambda p, x: x + p["w"], [lambda p: p["w"].reshape(-1, 1)]
+    found["shift"] = Operation("shift", shift, {"w": normal(2, 3)}, normal(4, 2, 3), units)
+    for axes in (1, 2, 3):
+        kernel, size, names = (2, 1, 2)[:axes], (3, 2, 2)[:axes], (f"conv{axes}d", f"conv_transpose{axes}d")
+        run = lambda p, x, name=names[0]: getattr(F, name)(x, p["w"], p["b"], stride=2, padding=1)  # noqa: E731
+        add(names[0], names[0], run, {"w": (3, 2, *kernel), "b": (3,)}, (4, 2, *size), joint(1), channel=1)
+        run = lambda p, x, name=names[1]: getattr(F, name)(x, p["w"], p["b"])  # noqa: E731
+        add(names[1], names[1], run, {"w": (2, 3, *kernel), "b": (3,)}, (4, 2, *size), joint(1, True), channel=1)
+    grouped = lambda p, x: F.conv1d(x, p["w"], groups=2)  # noqa: E731
+    add("conv1d, groups", "conv1d", grouped, {"w": (4, 1, 2)}, (4, 2, 3), joint(2), channel=1)
     return found
 
 
@@ -191,10 +149,8 @@ def output_rows(operation: Operation, params: Params, cotangent: Tensor, groups:
     return g.reshape(*g.shape[:2], -1, groups, g.shape[-1] // groups).movedim(3, 0)
 
 
-def moments(a: Tensor, g: Tensor | None, d_out: int, reduce: bool) -> tuple[Tensor, Tensor]:
+def moments(a: Tensor, g: Tensor | None, d_out: int) -> tuple[Tensor, Tensor]:
     """``A`` and ``B`` of each group; ``B = I`` without gradients."""
-    if reduce:
-        a, g = a.mean(2, keepdim=True), None if g is None else g.sum(3, keepdim=True)
     a = a.flatten(1, 2)
     A = a.mT @ a / a.shape[1]
     if g is None:
@@ -208,15 +164,17 @@ def factors(
 ) -> tuple[Tensor, Tensor]:
     """``A`` and ``B`` of a layer of the operation."""
     groups, d_out, _ = matrix(params).shape
+    a = input_rows(operation, {name: p for name, p in params.items() if name != "head"}, matrix)
     g = None if cotangent is None else output_rows(operation, params, cotangent, groups)
-    own = {name: p for name, p in params.items() if name != "head"}
-    return moments(input_rows(operation, own, matrix), g, d_out, reduce)
+    if reduce:
+        a, g = a.mean(2, keepdim=True), None if g is None else g.sum(3, keepdim=True)
+    return moments(a, g, d_out)
 
 
 def head_factors(operation: Operation, params: Params, cotangent: Tensor | None) -> tuple[Tensor, Tensor]:
     """``A`` and ``B`` of the head, whose output gradients are the cotangents."""
     a = hidden(operation, params, operation.inputs)[None, :, None]
-    return moments(a, None if cotangent is None else cotangent[None, :, :, None], CLASSES, reduce=False)
+    return moments(a, None if cotangent is None else cotangent[None, :, :, None], CLASSES)
 
 
 def held(factor: Tensor, structure: str) -> Tensor:

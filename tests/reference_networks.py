@@ -2,6 +2,7 @@
 Gauss-Newton matrix and a K-FAC step. Conventions as in ``tests/reference.py``; never imports lrkfac.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from tests.cases import Case, LayerSpec, Params, apply_stage
 from tests.reference import (
     kronecker_preconditioned,
-    label_distribution,
     layer_input_rows,
     layer_output_rows,
     negative_log_likelihood,
@@ -42,7 +42,6 @@ def forward(case: Case, probes: Params | None = None) -> tuple[Tensor, Params]:
 
 
 def number_of_terms(case: Case) -> int:
-    """M, the number of likelihood terms in the batch."""
     return len(terms(case.likelihood, case.model(case.params, case.inputs)))
 
 
@@ -58,108 +57,59 @@ def gradients(case: Case) -> Params:
 
 
 def output_gradients(case: Case, cotangents: Tensor | None = None) -> Params:
-    """g of each layer: the derivative of Σ cotangents * outputs in the layer's output (its shape).
+    """g of each layer: the derivative of Σ cotangents * outputs, or of Σ_m -log p(y_m | f_m), in the layer's output."""
 
-    Without cotangents (shape of the outputs): of Σ_m -log p(y_m | f_m) at the true targets (empirical).
-    """
-    probes = {name: probe.requires_grad_() for name, probe in _zero_probes(case).items()}
-    outputs, _ = forward(case, probes)
-    if cotangents is None:
-        nll = negative_log_likelihood(case.likelihood, outputs, case.targets, **case.likelihood_options)
-        total = nll.sum()
-    else:
-        total = (cotangents * outputs).sum()
-    return dict(zip(probes, torch.autograd.grad(total, list(probes.values())), strict=True))
+    def total(probes: Params) -> Tensor:
+        outputs, _ = forward(case, probes)
+        if cotangents is not None:
+            return (cotangents * outputs).sum()
+        return negative_log_likelihood(case.likelihood, outputs, case.targets, **case.likelihood_options).sum()
+
+    return torch.func.grad(total)(_zero_probes(case))
 
 
 def output_jacobians(case: Case) -> Params:
     """The Jacobian of each output of each term with respect to each layer's output s: [M, K, *s.shape]."""
-
     return torch.func.jacrev(lambda probes: terms(case.likelihood, forward(case, probes)[0]))(_zero_probes(case))
-
-
-def input_factors(case: Case) -> Params:
-    """A of each layer, [groups, d_in (+ 1), d_in (+ 1)]."""
-    _, inputs = forward(case)
-    return {name: second_moment(layer_input_rows(layer, inputs[name])) for name, layer in case.layers.items()}
 
 
 def empirical_output_factors(case: Case) -> Params:
     """B of each layer from the gradients at the true targets, [groups, d_out, d_out]."""
-    return {
-        name: _factor_of_all(case.layers[name], [g], number_of_terms(case))
-        for name, g in output_gradients(case).items()
-    }
+    M = number_of_terms(case)
+    return {name: _factor(case.layers[name], [g], M) for name, g in output_gradients(case).items()}
 
 
 def exact_output_factors(case: Case) -> Params:
     """B = (1/M) Σ_m Σ_c Σ_rows g gᵀ with g = J_mᵀ S_m[:, c] and S Sᵀ the output Hessian (type 2)."""
-    outputs = case.model(case.params, case.inputs)
-    roots = output_hessian_root(case.likelihood, outputs, **case.likelihood_options)
-    return _expected_factors(case, roots)
-
-
-def identity_output_factors(case: Case) -> Params:
-    """B = I of each layer, [groups, d_out, d_out]."""
-    sizes = {name: (layer.groups, layer.weight_shape[0] // layer.groups) for name, layer in case.layers.items()}
-    return {name: torch.eye(d, dtype=torch.float64).expand(groups, d, d) for name, (groups, d) in sizes.items()}
-
-
-def expected_monte_carlo_output_factors(case: Case) -> Params:
-    """E[B] of the Monte-Carlo estimator: every label of every term enumerated, weighted by its probability.
-
-    g is linear in the derivatives of the terms, which are independent with mean 0, so cross terms vanish.
-    """
-    outputs = case.model(case.params, case.inputs)
-    f = terms(case.likelihood, outputs)
-    labels, probabilities = label_distribution(case.likelihood, outputs)
-    columns = []
-    for label, p in zip(labels, probabilities.unbind(-1), strict=True):
-        targets = label.expand(len(f), *label.shape)
-        derivative = torch.func.grad(
-            lambda f, y=targets: negative_log_likelihood(case.likelihood, f, y, **case.likelihood_options).sum()
-        )(f)
-        columns.append(derivative * p.sqrt().unsqueeze(-1))
-    return _expected_factors(case, torch.stack(columns, -1))
-
-
-def factors(case: Case, estimator: str) -> dict[str, Factors]:
-    """(A, B) of each layer; estimator "exact", "empirical", "expected_mc" or "forward_only" (B = I)."""
-    output = {
-        "forward_only": identity_output_factors,
-        "exact": exact_output_factors,
-        "empirical": empirical_output_factors,
-        "expected_mc": expected_monte_carlo_output_factors,
-    }[estimator](case)
-    return {name: Factors(A, output[name]) for name, A in input_factors(case).items()}
-
-
-def _zero_probes(case: Case) -> Params:
-    x, probes = case.inputs, {}
-    for position, stage in enumerate(case.stages):
-        x = apply_stage(stage, str(position), case.params, x)
-        if str(position) in case.layers:
-            probes[str(position)] = torch.zeros_like(x)
-    return probes
-
-
-def _expected_factors(case: Case, columns: Tensor) -> Params:
-    result = {}
+    outputs, result = case.model(case.params, case.inputs), {}
+    columns = output_hessian_root(case.likelihood, outputs, **case.likelihood_options)
     for name, jacobian in output_jacobians(case).items():
         vectors = torch.einsum("mkc,mk...->mc...", columns, jacobian).flatten(0, 1)
-        result[name] = _factor_of_all(case.layers[name], vectors, len(jacobian))
+        result[name] = _factor(case.layers[name], vectors, len(jacobian))
     return result
 
 
-def _factor_of_all(layer: LayerSpec, all_gradients, number_of_terms: int) -> Tensor:
-    total = 0.0
-    for gradient in all_gradients:
-        rows = layer_output_rows(layer, gradient)
-        total = total + torch.einsum("gri,grj->gij", rows, rows)
-    return total / number_of_terms
+def factors(case: Case, estimator: str) -> dict[str, Factors]:
+    """(A, B) of each layer; estimator "exact", "empirical" or "forward_only" (B = I)."""
+    _, inputs = forward(case)
+    B = {"exact": exact_output_factors, "empirical": empirical_output_factors}.get(estimator, lambda case: {})(case)
+    result = {}
+    for name, layer in case.layers.items():
+        d = layer.weight_shape[0] // layer.groups
+        identity = torch.eye(d, dtype=torch.float64).expand(layer.groups, d, d)
+        result[name] = Factors(second_moment(layer_input_rows(layer, inputs[name])), B.get(name, identity))
+    return result
 
 
-# --------------------------------------------------------------------------- gradients and blocks as matrices
+def _zero_probes(case: Case) -> Params:
+    _, inputs = forward(case)
+    outputs = {name: apply_stage(layer, name, case.params, inputs[name]) for name, layer in case.layers.items()}
+    return {name: torch.zeros_like(s) for name, s in outputs.items()}
+
+
+def _factor(layer: LayerSpec, all_gradients: Iterable[Tensor], number_of_terms: int) -> Tensor:
+    rows = [layer_output_rows(layer, gradient) for gradient in all_gradients]
+    return sum(torch.einsum("gri,grj->gij", r, r) for r in rows) / number_of_terms
 
 
 def flatten(tree: Params) -> Tensor:
@@ -169,73 +119,48 @@ def flatten(tree: Params) -> Tensor:
 
 def gradient_matrix(case: Case, name: str, tree: Params) -> Tensor:
     """The entries of a layer as [W b]: [groups, d_out / groups, d_in (+ 1)], d_in = C / groups * kh * kw."""
-    layer = case.layers[name]
-    weight = tree[f"{name}.weight"]
+    layer, weight = case.layers[name], tree[f"{name}.weight"]
     matrix = weight.reshape(layer.groups, len(weight) // layer.groups, -1)
-    if not layer.bias:
-        return matrix
-    return torch.cat([matrix, tree[f"{name}.bias"].reshape(layer.groups, -1, 1)], -1)
+    return torch.cat([matrix, tree[f"{name}.bias"].reshape(layer.groups, -1, 1)], -1) if layer.bias else matrix
 
 
 def layer_gradients(case: Case, name: str, matrix: Tensor) -> Params:
     """The inverse of ``gradient_matrix``: the layer's weight and bias in their shapes, by parameter name."""
     layer = case.layers[name]
-    if not layer.bias:
-        return {f"{name}.weight": matrix.reshape(layer.weight_shape)}
-    weight = matrix[..., :-1].reshape(layer.weight_shape)
-    return {f"{name}.weight": weight, f"{name}.bias": matrix[..., -1].reshape(-1)}
-
-
-def parameter_jacobians(case: Case) -> Params:
-    """The Jacobian of each output of each term with respect to each parameter: [M, K, *parameter.shape]."""
-
-    return torch.func.jacrev(lambda p: terms(case.likelihood, case.model(p, case.inputs)))(case.params)
+    weight = matrix[..., :-1] if layer.bias else matrix
+    bias = {f"{name}.bias": matrix[..., -1].reshape(-1)} if layer.bias else {}
+    return {f"{name}.weight": weight.reshape(layer.weight_shape), **bias}
 
 
 def gauss_newton_matrix(case: Case) -> Tensor:
-    """(1/M) Σ_m J_mᵀ H_m J_m over all parameters in the order of ``flatten``: the exact Fisher of this batch.
-
-    Returns [P, P]; the product with a tangent is this matrix times ``flatten(tangent)``.
-    """
-    jacobian = torch.cat([j.flatten(2) for j in parameter_jacobians(case).values()], -1)
-    return _gauss_newton(case, jacobian)
-
-
-def gauss_newton_blocks(case: Case, name: str) -> Tensor:
-    """The block of the Gauss-Newton matrix for [W b] of each group of a layer, in row-major order.
-
-    Returns [groups, D, D] with D = d_out / groups * (d_in (+ 1)): what B ⊗ A approximates.
-    """
-    jacobians = parameter_jacobians(case)
-    matrices = torch.func.vmap(torch.func.vmap(lambda j: gradient_matrix(case, name, j)))(jacobians)
-    return torch.stack([_gauss_newton(case, matrix.flatten(2)) for matrix in matrices.unbind(2)])
-
-
-def _gauss_newton(case: Case, jacobian: Tensor) -> Tensor:
+    """(1/M) Σ_m J_mᵀ H_m J_m over all parameters in the order of ``flatten``, [P, P]: the exact Fisher."""
+    jacobians = torch.func.jacrev(lambda p: terms(case.likelihood, case.model(p, case.inputs)))(case.params)
+    jacobian = torch.cat([j.flatten(2) for j in jacobians.values()], -1)
     outputs = case.model(case.params, case.inputs)
     hessian = output_hessian(case.likelihood, outputs, **case.likelihood_options)
     return torch.einsum("mki,mkl,mlj->ij", jacobian, hessian, jacobian) / len(jacobian)
 
 
-# ----------------------------------------------------------------------------------------- a whole K-FAC step
+def gauss_newton_blocks(case: Case, name: str) -> Tensor:
+    """The block for [W b] of each group of a layer, in row-major order, [groups, D, D]: what B ⊗ A approximates."""
+    matrix, sizes = gauss_newton_matrix(case), [p.numel() for p in case.params.values()]
+    numbers = zip(case.params.items(), torch.arange(sum(sizes)).split(sizes), strict=True)
+    places = gradient_matrix(case, name, {name: part.reshape(p.shape) for (name, p), part in numbers})
+    return torch.stack([matrix[group][:, group] for group in places.flatten(1)])
 
 
 class DenseState(NamedTuple):
-    """What one dense K-FAC step leaves for the next: refreshes so far, averaged factors, momentum trace."""
+    """Refreshes so far and averaged factors."""
 
     refreshes: int
     averages: dict[str, Factors]
-    velocity: Params
 
 
 class DenseStep(NamedTuple):
-    """The results of one step, each on its way: from the loss at the old parameters to the new parameters."""
+    """The results of one step."""
 
-    loss: Tensor
     gradients: Params
-    factors: dict[str, Factors]
     preconditioned: Params
-    updates: Params
     params: Params
     state: DenseState
 
@@ -254,30 +179,17 @@ def dense_kfac_step(
     state: DenseState | None = None,
     *,
     estimator: str = "exact",
-    learning_rate: float = 0.1,
     damping: float = 1e-2,
     decay: float = 0.95,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
 ) -> DenseStep:
-    """K-FAC with joint bias: average the factors, precondition, trace, add decayed weights, descend.
-
-    u = preconditioned + momentum * velocity; params - learning_rate * (u + weight_decay * params). The next
-    step is ``dense_kfac_step(case._replace(params=step.params), step.state, ...)``.
-    """
-    value, grads, batch = loss(case), gradients(case), factors(case, estimator)
-    if state is None:
-        zeros = {name: torch.zeros_like(p) for name, p in case.params.items()}
-        nothing = {name: Factors(0 * A, 0 * B) for name, (A, B) in batch.items()}
-        state = DenseState(0, nothing, zeros)
-    t = state.refreshes + 1
+    """Average the factors (with joint bias), precondition, and descend with rate 0.1."""
+    grads, averages = gradients(case), factors(case, estimator)
+    t = 1 if state is None else state.refreshes + 1
     rho = (decay - decay**t) / (1 - decay**t)
-    averages = {}
-    for name, (A, B) in batch.items():
-        old = state.averages[name]
-        averages[name] = Factors(rho * old.A + (1 - rho) * A, rho * old.B + (1 - rho) * B)
-    preconditioned = preconditioned_gradients(case, grads, averages, damping)
-    velocity = {name: u + momentum * state.velocity[name] for name, u in preconditioned.items()}
-    updates = {name: -learning_rate * (velocity[name] + weight_decay * p) for name, p in case.params.items()}
-    params = {name: p + updates[name] for name, p in case.params.items()}
-    return DenseStep(value, grads, batch, preconditioned, updates, params, DenseState(t, averages, velocity))
+    if state is not None:
+        for name, new in averages.items():
+            pairs = zip(state.averages[name], new, strict=True)
+            averages[name] = Factors(*[rho * old + (1 - rho) * batch for old, batch in pairs])
+    natural = preconditioned_gradients(case, grads, averages, damping)
+    params = {name: p - 0.1 * natural[name] for name, p in case.params.items()}
+    return DenseStep(grads, natural, params, DenseState(t, averages))

@@ -12,10 +12,7 @@ from tests.cases import Params
 
 
 def momentum_trace(gradients: list[Params], decay: float, nesterov: bool = False) -> list[Params]:
-    """t = g + decay * t from t = 0; the update is t, or g + decay * t (the new t) with Nesterov.
-
-    One dictionary in, one out, per step.
-    """
+    """t = g + decay * t from t = 0; the update is t, or g + decay * t (the new t) with Nesterov."""
     trace = {name: torch.zeros_like(g) for name, g in gradients[0].items()}
     updates = []
     for step in gradients:
@@ -25,12 +22,8 @@ def momentum_trace(gradients: list[Params], decay: float, nesterov: bool = False
 
 
 def adam(gradients: list[Params], b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> list[Params]:
-    """m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g²; update (m / (1 - b1^t)) / (√(v / (1 - b2^t)) + eps).
-
-    One dictionary in, one out, per step t = 1, 2, ...; without a learning rate.
-    """
-    first = {name: torch.zeros_like(g) for name, g in gradients[0].items()}
-    second = {name: torch.zeros_like(g) for name, g in gradients[0].items()}
+    """m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g²; update (m / (1 - b1^t)) / (√(v / (1 - b2^t)) + eps)."""
+    first, second = ({name: torch.zeros_like(g) for name, g in gradients[0].items()} for _ in range(2))
     updates = []
     for t, step in enumerate(gradients, start=1):
         update = {}
@@ -56,16 +49,12 @@ def clipped_by_global_norm(updates: Params, max_norm: float) -> Params:
 
 
 def kl_clip_factor(updates: Params, gradients: Params, learning_rate: float, kl_clip: float) -> float:
-    """min(1, √(kl_clip / (lr² Σ u·g))), where u = F⁻¹ g makes lr² Σ u·g twice the divergence of the step.
-
-    1 where Σ u·g is not positive.
-    """
+    """min(1, √(kl_clip / (lr² Σ u·g))), the sum over all entries of all parameters; 1 where it is not positive."""
     inner = sum(float((u * gradients[name]).sum()) for name, u in updates.items())
     return min(1.0, math.sqrt(kl_clip / (learning_rate**2 * inner))) if inner > 0 else 1.0
 
 
 def clipped_by_kl(updates: Params, gradients: Params, learning_rate: float, kl_clip: float) -> Params:
-    """u * min(1, √(kl_clip / (lr² Σ u·g))), the sum over all entries of all parameters."""
     factor = kl_clip_factor(updates, gradients, learning_rate, kl_clip)
     return {name: factor * u for name, u in updates.items()}
 
@@ -73,10 +62,7 @@ def clipped_by_kl(updates: Params, gradients: Params, learning_rate: float, kl_c
 def warmup_cosine_decay_schedule(
     step: int, peak: float, warmup_steps: int, total_steps: int, initial: float = 0.0, final: float = 0.0
 ) -> float:
-    """Linear from initial (step 0) to peak (warmup_steps), then half a cosine to final (total_steps).
-
-    Constant after total_steps; total_steps includes the warm-up.
-    """
+    """Linear from initial (step 0) to peak (warmup_steps), then half a cosine to final (total_steps) and constant."""
     if step < warmup_steps:
         return initial + (peak - initial) * step / warmup_steps
     fraction = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
@@ -84,13 +70,9 @@ def warmup_cosine_decay_schedule(
 
 
 def exponential_decay(step: int, initial: float, rate: float, interval: int = 1) -> float:
-    """initial * rate^(step / interval)."""
     return initial * rate ** (step / interval)
 
 
 def piecewise_constant_schedule(step: int, boundaries: list[int], values: list[float]) -> float:
-    """values[i] with i the number of boundaries that are ≤ step (boundaries ascending).
-
-    One value more than there are boundaries.
-    """
+    """values[i] with i the number of boundaries that are ≤ step (boundaries ascending)."""
     return values[sum(boundary <= step for boundary in boundaries)]

@@ -1,6 +1,6 @@
 """Checks the package's shape annotations while its tests run.
 
-A function of ``lrkfac.core`` whose annotations name shapes, such as ``Float[Tensor, "d k"]``, is replaced
+A function or method of ``lrkfac.core`` whose annotations name shapes, such as ``Float[Tensor, "d k"]``, is replaced
 by one that checks them. The package itself does not check: users' training steps pay nothing for it.
 """
 
@@ -23,11 +23,7 @@ _typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check_shapes(package: str, checked_within: str) -> list[str]:
-    """Replaces each function with annotated shapes, wherever the package holds it.
-
-    Args:
-        package: Name of the package; all its modules are imported.
-        checked_within: Prefix of the names of the modules whose functions are to be checked.
+    """Replaces each function with annotated shapes of the modules ``checked_within``, wherever the package holds it.
 
     Returns:
         The qualified names of the functions that are checked from now on.
@@ -35,21 +31,27 @@ def check_shapes(package: str, checked_within: str) -> list[str]:
     Raises:
         RuntimeError: If there is none, that is, if the checks were off without anyone noticing.
     """
-    modules = list(_modules(package))
-    places = [place for module in modules for place in (module, *_classes(module))]
     checked: dict[FunctionType, Callable[..., Any]] = {}
-    for place in places:
+    for place in _places(package):
         for name, value in list(vars(place).items()):
-            for function in _functions(value):
-                inside = f"{function.__module__}.".startswith(f"{checked_within}.")
-                if inside and function not in checked and _has_shapes(function):
-                    checked[function] = _checking(function)
-            replacement = _replaced(value, checked)
-            if replacement is not value:
-                setattr(place, name, replacement)
+            if not isinstance(value, FunctionType) or not f"{value.__module__}.".startswith(f"{checked_within}."):
+                continue
+            if value not in checked and _has_shapes(value):
+                checked[value] = _checking(value)
+            if value in checked:
+                setattr(place, name, checked[value])
     if not checked:
         raise RuntimeError(f"no function of {checked_within} has shapes in its annotations")
     return sorted(f"{function.__module__}.{function.__qualname__}" for function in checked)
+
+
+def _places(package: str) -> Iterator[ModuleType | type]:
+    """All modules of the package, and their classes."""
+    for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        importlib.import_module(found.name)
+    for module in [x for name, x in sys.modules.items() if f"{name}.".startswith(f"{package}.")]:
+        yield module
+        yield from [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
 
 
 def _checking(function: FunctionType) -> Callable[..., Any]:
@@ -77,38 +79,6 @@ def _refusal(function: FunctionType, args: Any, kwargs: Any) -> Exception | None
     except Exception:
         return None  # a failure of some operation inside, which says less than the check
     return None
-
-
-def _modules(package: str) -> Iterator[ModuleType]:
-    root = importlib.import_module(package)
-    for found in pkgutil.walk_packages(root.__path__, f"{package}."):
-        importlib.import_module(found.name)
-    for name, module in list(sys.modules.items()):
-        if f"{name}.".startswith(f"{package}."):
-            yield module
-
-
-def _classes(module: ModuleType) -> list[type]:
-    return [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
-
-
-def _functions(value: object) -> list[FunctionType]:
-    if isinstance(value, property):
-        accessors = [value.fget, value.fset, value.fdel]
-    else:
-        accessors = [value.__func__ if isinstance(value, classmethod | staticmethod) else value]
-    return [x for x in accessors if isinstance(x, FunctionType)]
-
-
-def _replaced(value: Any, checked: dict[FunctionType, Callable[..., Any]]) -> Any:
-    if not any(function in checked for function in _functions(value)):
-        return value
-    if isinstance(value, property):
-        accessors = [checked.get(x, x) for x in (value.fget, value.fset, value.fdel)]
-        return property(*accessors, doc=value.__doc__)
-    if isinstance(value, classmethod | staticmethod):
-        return type(value)(checked[value.__func__])
-    return checked[value]
 
 
 def _has_shapes(function: FunctionType) -> bool:

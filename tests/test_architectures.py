@@ -2,38 +2,17 @@
 
 import optree
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import vmap
+from torch.func import grad, vmap
 
-import lrkfac
-from lrkfac import evaluator, find_layers, precondition_by_fisher
+from lrkfac import evaluator, find_layers
 from lrkfac.core.curvature.examples import example_gradients
 from lrkfac.core.layers.matrix import layer_matrix, split_groups
-from lrkfac.linalg import to_dense
-from lrkfac.structures import kronecker
 from lrkfac.testing import architectures, gradients
-from tests.test_training_step import NeverDense, NeverDensePlusDiagonal
 
 double = architectures(dtype=torch.float64)
 estimators = st.sampled_from(["mc", "exact", "empirical"])
-DENSE = kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())
-
-
-def loss(case, outputs):
-    """The mean negative log-likelihood in plain torch."""
-    if case.likelihood.name == "categorical":
-        return F.cross_entropy(outputs.flatten(0, -2), case.targets.flatten())
-    if case.likelihood.name == "gaussian":
-        return (outputs - case.targets).square().sum() / (2 * len(outputs))
-    return F.binary_cross_entropy_with_logits(outputs, case.targets, reduction="sum") / len(outputs)
-
-
-def plain_gradients(case):
-    leaves = optree.tree_map(lambda p: p.clone().requires_grad_(), case.params)
-    found = torch.autograd.grad(loss(case, case.model(leaves, case.inputs)), optree.tree_leaves(leaves))
-    return optree.tree_unflatten(optree.tree_structure(case.params), found)
 
 
 def close(found, expected, tolerance):
@@ -49,7 +28,7 @@ def close(found, expected, tolerance):
 def test_gradients_are_those_of_autograd(case, estimator, bias):
     """``mean of g aᵀ`` is the gradient, layer by layer, and the free parameters' is as it is."""
     layers = find_layers(case.model, case.params, case.inputs, bias=bias)
-    expected = plain_gradients(case)
+    expected = grad(lambda p: case.likelihood.loss(case.model(p, case.inputs), case.targets))(case.params)
     evaluate = evaluator(case.model, case.likelihood, layers, estimator)
     tolerance = 1e-10 if optree.tree_leaves(case.params)[0].dtype == torch.float64 else 1e-4
     for statistics in (True, False):
@@ -85,42 +64,3 @@ def test_exact_statistics_make_up_the_fisher_matrix(case, seed):
         expected, product = e.quadratic(tree, tree), optree.tree_leaves(e.product(tree))
         torch.testing.assert_close(e.statistics.scale * z.square().sum(), expected, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(sum((leaves[i] * product[i]).sum() for i in own), expected)
-
-
-def preconditioned(case, layers, structure, estimator):
-    """After two batches."""
-    noise = torch.rand(1, *case.model(case.params, case.inputs).shape, dtype=torch.float64)
-    tx = precondition_by_fisher(layers, structure, damping=0.1, decay=0.9)
-    state, evaluate = tx.init(case.params), evaluator(case.model, case.likelihood, layers, estimator)
-    for inputs in (case.inputs, case.inputs.flip(-1)):
-        e = evaluate(case.params, inputs, case.targets, noise=noise if estimator == "mc" else None)
-        updates, state = tx.update(e.grads, state, case.params, evaluation=e)
-    return updates, state
-
-
-@given(double, estimators)
-def test_rank_d_is_dense(case, estimator):
-    layers = find_layers(case.model, case.params, case.inputs)
-    with torch.random.fork_rng():
-        expected, _ = preconditioned(case, layers, DENSE, estimator)
-    for structure in (
-        kronecker(NeverDense(1000), NeverDensePlusDiagonal(1000)),
-        kronecker(NeverDensePlusDiagonal(1000), NeverDense(1000)),
-    ):
-        with torch.random.fork_rng():
-            found, _ = preconditioned(case, layers, structure, estimator)
-        close(found, expected, 1e-7)
-
-
-@given(architectures(), estimators, st.integers(1, 3))
-def test_damped_inverse_is_positive_definite(case, estimator, rank):
-    layers = find_layers(case.model, case.params, case.inputs)
-    structure = kronecker(NeverDense(rank), NeverDensePlusDiagonal(rank))
-    _, state = preconditioned(case, layers, structure, estimator)
-    for layer in layers:
-        inverse, factors = state.inverses[layer.name], isinstance(state.inverses[layer.name], lrkfac.linalg.Kronecker)
-        for operator in inverse if factors else (inverse,):
-            # Stacked: Kronecker factors by groups, other blocks by units.
-            stacked = layer.groups > 1 or not factors
-            matrices = vmap(to_dense)(operator) if stacked else to_dense(operator)
-            assert bool((torch.linalg.eigvalsh(matrices.double()) > 0).all()), layer

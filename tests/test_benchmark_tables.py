@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 def command(tmp_path, monkeypatch, capsys):
     """Runs a benchmark and returns what it wrote and printed."""
 
-    def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmark", "--threads", "1", "--output", str(tmp_path), *arguments])
+    def run(module, arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--threads", "1", "--output", str(tmp_path), *arguments.split()])
         module.main()
         (path,) = tmp_path.glob("*.json")
         assert path.with_suffix(".png").stat().st_size > 1000
@@ -39,40 +39,37 @@ def check_ratios(one, sizes):
     for row in one["rows"]:
         assert row["seconds"] > 0 and row["ratio"] > 0
         if "mean ratio" in row:
-            between = sorted((row["ratio"], row["refresh ratio"]))
-            assert between[0] <= row["mean ratio"] <= between[1]
+            assert sorted((row["ratio"], row["mean ratio"], row["refresh ratio"]))[1] == row["mean ratio"]
             # What a library reads is not known, so that its steps have no floor.
             assert (row["floor"] is None) == (row["step"] in LIBRARIES)
             if row["floor"] is not None:
                 assert 0 < row["floor"] < row["refresh floor"] and row["mean floor"] <= row["refresh floor"]
-    assert {name for name, row in by_name(one).items() if "mean ratio" in row} >= sizes
+    assert {row["step"] for row in one["rows"] if "mean ratio" in row} >= sizes
 
 
-def by_name(one):
-    return {row["step"]: row for row in one["rows"]}
+def names(one):
+    return {row["step"] for row in one["rows"]}
+
+
+def gpt_of(**options):
+    return partial(gpt, width=8, heads=2, **options)
 
 
 @pytest.mark.slow
 def test_the_table_of_steps(command):
-    options = ("--widths", "12", "16", "--ranks", "2", "3", "--repeats", "2", "--batch-size", "4", "--variants")
-    content, out = command(step, *options, "--dense-up-to", "12")
+    content, out = command(step, "--widths 12 16 --ranks 2 3 --repeats 2 --batch-size 4 --variants --dense-up-to 12")
     small, large = content["measured"]
     check_ratios(small, {"rank 2", "rank 3", "rank 2, gradients formed", "dense K-FAC"})
-    assert set(by_name(small)) > set(by_name(large)) and "dense K-FAC" not in by_name(large)
+    assert names(small) > names(large) and "dense K-FAC" not in names(large)
     assert small["capture ratio"] > 0 and "empirical statistics / plain gradient" in out
     assert content["environment"]["operations per second"] > 1e8
 
 
 @pytest.mark.slow
 def test_the_table_of_compiled_steps(command, monkeypatch):
-    compiled = []
-
-    def asked(function, **options):  # that steps are one graph is for their own tests
-        compiled.append(options)
-        return function
-
-    monkeypatch.setattr(torch, "compile", asked)
-    content, _ = command(step, "--widths", "8", "--ranks", "2", "--repeats", "2", "--batch-size", "4", "--compile")
+    compiled = []  # that steps are one graph is for their own tests
+    monkeypatch.setattr(torch, "compile", lambda function, **options: (function, compiled.append(options))[0])
+    content, _ = command(step, "--widths 8 --ranks 2 --repeats 2 --batch-size 4 --compile")
     check_ratios(content["measured"][0], {"rank 2"})
     assert len(compiled) == 6 and all(options["fullgraph"] for options in compiled)
 
@@ -83,28 +80,27 @@ def test_the_tables_of_networks(command, monkeypatch, tmp_path):
         images = torch.randn(batch_size, 3, 8, 8)
         return Work(ResNet18(10, (4, 4, 8, 8)), images, torch.randint(10, (batch_size,)))
 
-    options = ("--batch-sizes", "2", "--ranks", "2", "--repeats", "2")
+    options = "--batch-sizes 2 --ranks 2 --repeats 2"
     monkeypatch.setattr(convolutions, "resnet18", tiny)
-    check_ratios(command(convolutions, *options)[0]["measured"][0], {"rank 2", "dense K-FAC"})
+    check_ratios(command(convolutions, options)[0]["measured"][0], {"rank 2", "dense K-FAC"})
     (tmp_path / "convolutions_eager_cpu.json").unlink()
-    monkeypatch.setattr(transformer, "gpt", partial(gpt, blocks=1, width=8, heads=2, context=4))
-    check_ratios(command(transformer, *options, "--no-dense")[0]["measured"][0], {"rank 2"})
+    monkeypatch.setattr(transformer, "gpt", gpt_of(blocks=1, context=4))
+    check_ratios(command(transformer, f"{options} --no-dense")[0]["measured"][0], {"rank 2"})
 
 
 def test_gpt_is_causal():
-    work = gpt(2, CPU, blocks=2, width=8, heads=2, context=5)
+    work = gpt_of(blocks=2, context=5)(2, CPU)
     changed = work.inputs.clone()
     changed[:, 3] = (changed[:, 3] + 1) % 256
     same, other = work.module(work.inputs), work.module(changed)
     torch.testing.assert_close(same[:, :3], other[:, :3])
-    assert not torch.allclose(same[:, 3:], other[:, 3:])
-    assert torch.equal(work.inputs[:, 1:], work.targets[:, :-1])
+    assert not torch.allclose(same[:, 3:], other[:, 3:]) and torch.equal(work.inputs[:, 1:], work.targets[:, :-1])
 
 
 @pytest.mark.slow
 def test_the_table_of_refreshes(command):
-    content, _ = command(refresh, "--widths", "16", "24", "32", "--rank", "2", "--repeats", "2", "--batch-size", "8",
-                         "--dense-up-to", "24", "--eigen-up-to", "16")  # fmt: skip
+    limits = "--dense-up-to 24 --eigen-up-to 16"
+    content, _ = command(refresh, f"--widths 16 24 32 --rank 2 --repeats 2 --batch-size 8 {limits}")
     compared = [set(one["ratios"]) for one in content["widths"]]
     assert compared == [{refresh.CHOLESKY, refresh.EIGEN}, {refresh.CHOLESKY}, set()]
     assert all(floor > 0 for one in content["widths"] for floor in one["floors"].values())
@@ -112,9 +108,7 @@ def test_the_table_of_refreshes(command):
 
 @pytest.mark.slow
 def test_the_operations_of_a_refresh_do_not_depend_on_depth(command):
-    content, out = command(
-        depth, "--depths", "2", "6", "--width", "8", "--rank", "2", "--repeats", "2", "--batch-size", "4"
-    )
+    content, out = command(depth, "--depths 2 6 --width 8 --rank 2 --repeats 2 --batch-size 4")
     assert content["growth"] <= depth.LIMIT and "ms per layer" in out
     first, last = (one["operations"] for one in content["depths"])
     assert first["SGD"] < last["SGD"] < last["step"] < last["refresh step"]
@@ -123,7 +117,7 @@ def test_the_operations_of_a_refresh_do_not_depend_on_depth(command):
 
 @pytest.mark.slow
 def test_the_table_of_quality(command):
-    content, _ = command(quality, "--steps", "3", "--refreshes", "2", "--ranks", "1", "32", "--damping", "0.1")
+    content, _ = command(quality, "--steps 3 --refreshes 2 --ranks 1 32 --damping 0.1")
     rows = {(row["rank"], row["name"]): row for row in content["measured"][0]["rows"]}
     assert {rank for rank, _ in rows} == {0, 1, 32, 129}
     for name in (quality.OURS, quality.BEST):
@@ -137,18 +131,18 @@ def test_the_table_of_quality(command):
 
 @pytest.mark.parametrize("width, rank", [(20, 1), (41, 3), (90, 9), (64, 32), (12, 9)])
 def test_a_layer_holds_at_most_the_promised_numbers(width, rank):
-    found = memory_steps.state_numbers(width, rank, batch_size=2)
-    assert 2 * rank * width < found["numbers"] <= found["promise"]
+    counted = memory_steps.state_numbers(width, rank, batch_size=2)
+    assert 2 * rank * width < counted["numbers"] <= counted["promise"]
 
 
 @pytest.mark.slow
 def test_the_tables_of_memory(command, monkeypatch):
-    here = lambda method, width, limit=0, **options: {  # noqa: E731
-        "method": method, "width": width, **memory_steps.child(method, width, limit=0, **options)
-    }  # fmt: skip
+    def here(method, width, limit=0, **options):
+        return {"method": method, "width": width, **memory_steps.child(method, width, limit=0, **options)}
+
     monkeypatch.setattr(memory_steps, "in_child", here)
-    content, out = command(memory, "--parts", "steps", "largest", "--widths", "24", "--dense-up-to", "24",
-                           "--batch-size", "4", "--rank", "2", "--largest", "16", "24")  # fmt: skip
+    options = "--parts steps largest --widths 24 --dense-up-to 24 --batch-size 4 --rank 2 --largest 16 24"
+    content, out = command(memory, options)
     rows = {row["method"]: row for row in content["steps"]}
     assert all(row["finite"] and row["peak"] >= 0 and row["floor"] > 0 for row in content["steps"])
     parameters = rows[memory_steps.SGD]["parameters"]
@@ -172,11 +166,14 @@ def test_costs_are_those_of_known_operations():
     assert cost(lambda: a @ b, (a, b), again=a) == Cost(2 * 3 * 4 * 5, 4 * (12 + 20 + 12 + 15))
     assert cost(lambda: (a, a[0]), a).bytes == 48  # nothing new is written
     s = torch.eye(6)
-    assert cost(lambda: torch.linalg.cholesky(s), ()).operations == pytest.approx(6**3 / 3)
-    assert cost(lambda: torch.cholesky_inverse(s), ()).operations == pytest.approx(2 * 6**3 / 3)
-    assert cost(lambda: torch.linalg.eigh(s), ()).operations == 9 * 6**3
-    # Householder vectors, 2 m n² - 2/3 n³, and as many again for Q.
-    assert cost(lambda: torch.linalg.qr(torch.ones(2, 8, 3)), ()).operations == pytest.approx(2 * 2 * (2 * 72 - 18))
+    for operation, matrix, operations in (
+        (torch.linalg.cholesky, s, 6**3 / 3),
+        (torch.cholesky_inverse, s, 2 * 6**3 / 3),
+        (torch.linalg.eigh, s, 9 * 6**3),
+        # Householder vectors, 2 m n² - 2/3 n³, and as many again for Q.
+        (torch.linalg.qr, torch.ones(2, 8, 3), 2 * 2 * (2 * 72 - 18)),
+    ):
+        assert cost(partial(operation, matrix), ()).operations == pytest.approx(operations)
     assert Cost(10, 30).floor(Rates(5, 10)) == 3
 
 
@@ -205,8 +202,8 @@ def test_steps_start_from_the_same_parameters_and_change_nothing():
     functional = Functional(work)
     before = [p.clone() for p in work.module.parameters()]
     ours = functional.low_rank(2)
-    first, second = ours.plain(), ours.plain()
-    assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
+    first, second = ours.plain()[0], ours.plain()[0]
+    assert all(torch.equal(first[name], second[name]) for name in first)
     ours.refresh()
     assert all(map(torch.equal, before, work.module.parameters()))
     assert isinstance(work.module[0], nn.Linear)

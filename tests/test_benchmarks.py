@@ -62,16 +62,14 @@ def test_every_method_takes_three_steps_on_every_problem(name, method):
 def test_starts_and_batches_depend_on_the_seed_alone(name):
     problem, _ = setup(name)
     for seed, same in ((0, True), (1, False)):
-        first, second = next(problem.batches(16, 0)), next(problem.batches(16, seed))
-        assert torch.equal(first, second) is same
+        assert torch.equal(next(problem.batches(16, 0)), next(problem.batches(16, seed))) is same
         assert (problem.loss(problem.init(0)) == problem.loss(problem.init(seed))) is same
 
 
 def test_an_epoch_sees_every_example_once():
     problem, _ = setup("digits_classifier")
     batches = problem.batches(500, 0)
-    epoch = torch.cat([next(batches) for _ in range(3)])
-    assert torch.equal(epoch.sort().values, torch.arange(1500))
+    assert torch.equal(torch.cat([next(batches) for _ in range(3)]).sort().values, torch.arange(1500))
     with pytest.raises(ValueError, match="at most 1500 examples, got 1501"):
         next(problem.batches(1501, 0))
 
@@ -87,8 +85,8 @@ def test_both_kinds_of_trainers_compute_the_same_steps():
     leaves = METHODS["adam"].make(start, {"learning_rate": 0.01})
     tx = lrkfac.chain(lrkfac.scale_by_adam(), lrkfac.scale_by_learning_rate(0.01))
     functional = Functional(start, tx)
-    for batch, _ in zip(problem.batches(32, 0), range(3), strict=False):
-        for trainer in (leaves, functional):
+    for trainer in (leaves, functional):
+        for batch, _ in zip(problem.batches(32, 0), range(3), strict=False):
             trainer.step(problem.inputs[batch], problem.targets[batch])
     for name, leaf in leaves.params().items():
         torch.testing.assert_close(leaf, functional.params()[name], rtol=0, atol=1e-4)  # of steps of 1e-2
@@ -132,35 +130,31 @@ def curve(method, settings, seed, loss, diverged=False):
 
 
 def test_results_survive_and_are_replaced_by_key(tmp_path):
-    results = Results(tmp_path / "results.json")
-    results.add([curve("sgd", {"a": 1.0, "b": 2}, seed, [3.0, 2.0]) for seed in (0, 1)], {"command": "first"})
-    results.write()
-    read = Results(tmp_path / "results.json")
-    assert read.runs == results.runs and read.environments == [{"command": "first"}]
-    read.add([curve("sgd", {"b": 2, "a": 1.0}, seed, [3.0, 1.0]) for seed in (0, 1)], {"command": "second"})
-    read.write()
-    again = Results(tmp_path / "results.json")
-    assert [run.final_loss for run in again.runs.values()] == [1.0, 1.0]
-    assert again.environments == [{"command": "second"}]
-    assert {run.environment for run in again.runs.values()} == {0}
+    def saved(loss, command, settings):
+        results = Results(tmp_path / "results.json")
+        results.add([curve("sgd", settings, seed, [3.0, loss]) for seed in (0, 1)], {"command": command})
+        results.write()
+        read = Results(tmp_path / "results.json")
+        assert read.runs == results.runs and read.environments == [{"command": command}]
+        assert [(run.final_loss, run.environment) for run in read.runs.values()] == [(loss, 0)] * 2
+
+    saved(2.0, "first", {"a": 1.0, "b": 2})
+    saved(1.0, "second", {"b": 2, "a": 1.0})
 
 
 def test_the_best_settings_have_the_least_median_among_those_with_most_seeds(tmp_path):
     results = Results(tmp_path / "results.json")
-    runs = [curve("sgd", {"x": 1}, seed, [9.0, loss]) for seed, loss in enumerate([1.0, 2.0, 9.0])]
-    runs += [curve("sgd", {"x": 2}, seed, [9.0, loss]) for seed, loss in enumerate([1.5, 1.5, 1.5])]
-    runs += [curve("sgd", {"x": 3}, 0, [9.0, 0.1])]
+    losses = {1: [1.0, 2.0, 9.0], 2: [1.5, 1.5, 1.5], 3: [0.1]}
+    runs = [curve("sgd", {"x": x}, seed, [9.0, y]) for x, many in losses.items() for seed, y in enumerate(many)]
     runs += [curve("sgd", {"x": 4}, seed, [0.5], diverged=True) for seed in range(3)]
     results.add(runs, {})
     assert {run.settings["x"] for run in results.best("sgd")} == {2}
     assert math.isinf(runs[-1].final_loss)
 
 
-def test_the_target_is_reached_between_points(tmp_path):
+def test_the_target_is_reached_between_points():
     line = Line("sgd", "SGD", [curve("sgd", {}, 0, [4.0, 2.0, 1.0])])
-    assert line.reaches(3.0) == pytest.approx((5.0, 0.05))
-    assert line.reaches(4.0) == (0, 0.0)
-    assert line.reaches(0.5) == (math.inf, math.inf)
+    assert [line.reaches(x) for x in (3.0, 4.0, 0.5)] == [pytest.approx((5.0, 0.05)), (0, 0.0), (math.inf, math.inf)]
 
 
 def test_a_loss_that_rounds_to_its_lower_bound_is_drawn(tmp_path):
@@ -172,20 +166,18 @@ def test_a_loss_that_rounds_to_its_lower_bound_is_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
-    common = ["--problem", "regression", "--steps", "6", "--points", "2", "--output", str(tmp_path), "--rank", "1", "4"]
     path = tmp_path / "time_to_loss-regression-batch128-steps6-cpu.json"
 
-    def main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["time_to_loss", *common, *arguments])
+    def main(arguments):
+        common = f"time_to_loss --problem regression --steps 6 --points 2 --output {tmp_path} --rank 1 4 --method sgd"
+        monkeypatch.setattr(sys, "argv", f"{common} low_rank_kfac {arguments}".split())
         time_to_loss.main()
-        return capsys.readouterr().out
+        return Results(path), capsys.readouterr().out
 
-    main("--method", "sgd", "low_rank_kfac", "--grid")
-    first = Results(path)
+    first, _ = main("--grid")
     assert len(first.runs) == GRID_SIZE * 3  # two ranks
-    out = main("--method", "sgd", "low_rank_kfac", "adam", "--seeds", "2")
+    second, out = main("adam --seeds 2")
     assert "rank 1" in out and "rank 4" in out
-    second = Results(path)
     assert len(second.runs) == len(first.runs) + 3 + 2  # the second seed of three, and two of Adam
     assert all(second.runs[key].loss == run.loss for key, run in first.runs.items())
     assert {line.label: len(line.runs) for line in lines(second)}["SGD, Nesterov momentum"] == 2
@@ -205,12 +197,10 @@ def test_images_are_read_from_idx_files(tmp_path, compressed):
     images, described = training_images(tmp_path)
     torch.testing.assert_close(images, torch.tensor(pixels).flatten(1).float() / 255)
     assert described.startswith("5 images")
-    (tmp_path / "cut").write_bytes(content[:-1])
-    with pytest.raises(ValueError, match="cut or too long"):
-        read_idx(tmp_path / "cut")
-    (tmp_path / "other").write_bytes(b"PK\x03\x04")
-    with pytest.raises(ValueError, match="starting with 00 00 08, got 50 4b 03"):
-        read_idx(tmp_path / "other")
+    for wrong, words in (content[:-1], "cut or too long"), (b"PK\x03\x04", "starting with 00 00 08, got 50 4b 03"):
+        (tmp_path / "wrong").write_bytes(wrong)
+        with pytest.raises(ValueError, match=words):
+            read_idx(tmp_path / "wrong")
 
 
 def test_missing_images_are_named_and_without_a_folder_digits_are_enlarged(tmp_path):

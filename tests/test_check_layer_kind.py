@@ -22,8 +22,9 @@ def test_the_checker_passes_what_is_right(name):
     check_layer_kind(KINDS[name], *args, **kwargs)
 
 
-TANH = lambda a, w: F.conv1d(a, w.unflatten(1, (-1, 3))).tanh()  # noqa: E731
-CENTRED = lambda a, w: F.conv1d(a - a.mean(0), w.unflatten(1, (-1, 3)))  # noqa: E731
+CONV = lambda a, w: F.conv1d(a, w.unflatten(1, (-1, 3)))  # noqa: E731
+CENTRED = {"function": lambda x, w: patches(x - x.mean(0), w), "operation": lambda a, w: CONV(a - a.mean(0), w)}
+TANH = {"function": lambda x, w: patches(x, w).tanh(), "operation": lambda a, w: CONV(a, w).tanh()}
 SCALED = {"function": lambda x, w: patches(x * w.sum(), w), "parts": lambda x, w: (x * w.sum(), w)}
 APART = {
     "function": lambda x, y, w, b: pairs(x, y, w, b) * torch.arange(1, 5),
@@ -36,9 +37,9 @@ WRONG = [
     ("pairs", {"operation": lambda a, w: a @ w.mT if len(w) == 4 else a @ w.mT.flip(1)}, "its own row"),
     ("pairs", APART, "operation"),
     ("pairs", {"parts": lambda x, y, w, b: (*KINDS["pairs"].parts(x, y, w, b)[:2], b[:1])}, "bias"),
-    ("patches", {"function": lambda x, w: patches(x - x.mean(0), w), "operation": CENTRED}, "each example by itself"),
+    ("patches", CENTRED, "each example by itself"),
     ("patches", SCALED, "does not depend on the weight"),
-    ("patches", {"function": lambda x, w: patches(x, w).tanh(), "operation": TANH}, "linear in W"),
+    ("patches", TANH, "linear in W"),
     ("patches", {"parts": lambda x, w: (x, w * 1)}, "one of the arguments"),
 ]
 

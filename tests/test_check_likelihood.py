@@ -11,9 +11,6 @@ from tests.core.likelihoods.test_protocol import FAMILIES, problem
 
 OUTPUTS = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TARGETS = torch.rand(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-CLASSES = torch.tensor([3, 0, 2])
-
-
 CATEGORICAL = "categorical axis=1 ignore=-100 weights=True smoothing=0.3"
 
 
@@ -36,63 +33,37 @@ def test_a_fisher_matrix_that_is_not_the_hessian_passes():
     check_likelihood(LAPLACE, OUTPUTS, TARGETS)
 
 
-B, P, C = bernoulli(), poisson(), categorical()
-WEIGHT = lambda value, hessian=None: lambda f, y: Weights(value(f, y), (hessian or value)(f, y))  # noqa: E731
-WRONG = {
-    "biased sample": (
-        replace(B, sample=lambda f, u: (u < f.sigmoid() + 0.05).double()), "sample: the gradient .* has mean 0"),
-    "sample of another variance": (
-        replace(P, sample=lambda f, u: f.exp() + torch.where(u < 0.5, -1.0, 1.0) * f.exp()),
-        "E\\[g gᵀ\\] = S Sᵀ.*sample: .* wrong covariance",
-    ),
-    "correlated draws": (
-        replace(B, sample=lambda f, u: B.sample(f, u[:, :1].expand(f.shape))), "E\\[g gᵀ\\] = S Sᵀ.*sample:"),
-    "hidden noise": (
-        replace(B, sample=lambda f, u: B.sample(f, torch.rand_like(f))),
-        "sample: equal outputs and noise give equal targets"),
-    "root of another scale": (
-        replace(B, square_root=lambda f, z: 1.1 * B.square_root(f, z), product=None),
-        "E\\[g gᵀ\\] = S Sᵀ.*square_root: S Sᵀ is not the Hessian",
-    ),
-    "root of something else": (
-        replace(LAPLACE, square_root=lambda f, z: 1.5 * z), "square_root, sample and negative_log_likelihood disagree"),
-    "root that is not linear": (
-        replace(B, square_root=lambda f, z: B.square_root(f, z) + 1e-3, product=None), "square_root: linear"),
-    "root across terms": (
-        replace(B, square_root=lambda f, z: B.square_root(f, z.flip(0)), product=None), "square_root: acts on each"),
-    "root of another shape": (
-        replace(B, square_root=lambda f, z: z[:, :2], product=None), r"square_root: of the shape of outp.* \(3, 2\)"),
-    "product": (replace(B, product=lambda f, t: f.sigmoid() * t), "product: H tangent = S Sᵀ tangent"),
-    "mean instead of one number a term": (
-        replace(B, negative_log_likelihood=lambda f, y: B.negative_log_likelihood(f, y).mean()),
-        "negative_log_likelihood: one number for each term.* one .* for each of 3 terms, got the shape \\(\\)",
-    ),
-    "terms that depend on each other": (
-        replace(B, negative_log_likelihood=lambda f, y: B.negative_log_likelihood(f, y) + f.mean()),
-        "negative_log_likelihood: terms depend on outputs of their own alone",
-    ),
-    "likelihood of another distribution": (
-        replace(B, negative_log_likelihood=P.negative_log_likelihood), "sample: the gradient .* has mean 0"),
-    "infinite loss": (
-        replace(B, negative_log_likelihood=lambda f, y: B.negative_log_likelihood(f, y) / 0), "loss: a finite number"),
-    "check that refuses its targets": (
-        replace(B, check=lambda f, y: C.check(f, y)), "check: takes these targets: categorical: expected targets"),
-    "sample of another shape": (
-        replace(B, sample=lambda f, u: B.sample(f, u)[:, :2]), "sample: targets of the shape of these"),
-    "check that takes any shape": (
-        replace(B, check=lambda f, y: None), "check: takes targets of twice as many examples"),
-    "negative weights": (replace(B, weights=WEIGHT(lambda f, y: y[:, 0] - 2)), "weights: mean is nonnegative, got -"),
-    "weights of outputs": (
-        replace(B, weights=WEIGHT(lambda f, y: f[:, 0].exp())), "weights: do not depend on the values of outputs"),
-    "weights of entries": (replace(B, weights=WEIGHT(lambda f, y: y)), "weights: one mean for each term"),
-    "another weight of the Hessian": (
-        replace(B, weights=WEIGHT(lambda f, y: y[:, 0], lambda f, y: y[:, 1])), "weights: mean and hessian are equal"),
-}  # fmt: skip
+B, P = bernoulli(), poisson()
+ROOT, SUM, WITHOUT = B.square_root, B.negative_log_likelihood, replace(B, product=None)
+WEIGHT = lambda value, hessian=None: {"weights": lambda f, y: Weights(value(f, y), (hessian or value)(f, y))}  # noqa: E731
+WRONG = [
+    (B, {"sample": lambda f, u: (u < f.sigmoid() + 0.05).double()}, "sample: the gradient .* has mean 0"),
+    (B, {"sample": lambda f, u: B.sample(f, u[:, :1].expand(f.shape))}, r"E\[g gᵀ\] = S Sᵀ.*sample:"),
+    (B, {"sample": lambda f, u: B.sample(f, torch.rand_like(f))}, "sample: equal outputs and noise give equal targets"),
+    (B, {"sample": lambda f, u: B.sample(f, u)[:, :2]}, "sample: targets of the shape of these"),
+    (P, {"sample": lambda f, u: f.exp() + torch.where(u < 0.5, -1.0, 1.0) * f.exp()}, "sample: .* wrong covariance"),
+    (WITHOUT, {"square_root": lambda f, z: 1.1 * ROOT(f, z)}, "square_root: S Sᵀ is not the Hessian"),
+    (WITHOUT, {"square_root": lambda f, z: ROOT(f, z) + 1e-3}, "square_root: linear"),
+    (WITHOUT, {"square_root": lambda f, z: ROOT(f, z.flip(0))}, "square_root: acts on each"),
+    (WITHOUT, {"square_root": lambda f, z: z[:, :2]}, r"square_root: of the shape of outp.* \(3, 2\)"),
+    (LAPLACE, {"square_root": lambda f, z: 1.5 * z}, "square_root, sample and negative_log_likelihood disagree"),
+    (B, {"product": lambda f, t: f.sigmoid() * t}, "product: H tangent = S Sᵀ tangent"),
+    (B, {"negative_log_likelihood": lambda f, y: SUM(f, y).mean()}, r"one .* for each of 3 terms, got the shape \(\)"),
+    (B, {"negative_log_likelihood": lambda f, y: SUM(f, y) + f.mean()}, "depend on outputs of their own alone"),
+    (B, {"negative_log_likelihood": P.negative_log_likelihood}, "sample: the gradient .* has mean 0"),
+    (B, {"negative_log_likelihood": lambda f, y: SUM(f, y) / 0}, "loss: a finite number"),
+    (B, {"check": categorical().check}, "check: takes these targets: categorical: expected targets"),
+    (B, {"check": lambda f, y: None}, "check: takes targets of twice as many examples"),
+    (B, WEIGHT(lambda f, y: y[:, 0] - 2), "weights: mean is nonnegative, got -"),
+    (B, WEIGHT(lambda f, y: f[:, 0].exp()), "weights: do not depend on the values of outputs"),
+    (B, WEIGHT(lambda f, y: y), "weights: one mean for each term"),
+    (B, WEIGHT(lambda f, y: y[:, 0], lambda f, y: y[:, 1]), "weights: mean and hessian are equal"),
+]
 
 
-@pytest.mark.parametrize(("likelihood", "message"), WRONG.values(), ids=WRONG.keys())
-def test_what_is_wrong_is_named(likelihood, message):
-    with pytest.raises(AssertionError, match=f"(?s)law broken: .*{message}"):
-        check_likelihood(likelihood, OUTPUTS, TARGETS)
-    with pytest.raises(AssertionError, match=f"(?s)law broken: .*{message}"):
-        check_likelihood(joint([B, likelihood]), [OUTPUTS, OUTPUTS], [TARGETS, TARGETS], seed=1)
+@pytest.mark.parametrize(("likelihood", "changes", "message"), WRONG, ids=[message for *_, message in WRONG])
+def test_what_is_wrong_is_named(likelihood, changes, message):
+    wrong = replace(likelihood, **changes)
+    for arguments in (wrong, OUTPUTS, TARGETS), (joint([B, wrong]), [OUTPUTS] * 2, [TARGETS] * 2):
+        with pytest.raises(AssertionError, match=f"(?s)law broken: .*{message}"):
+            check_likelihood(*arguments, seed=1)

@@ -3,27 +3,25 @@
 import os
 import subprocess
 import sys
-from itertools import pairwise
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import optree
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import nn
 
 import lrkfac
 from lrkfac.checkpoint import from_state_dict, state_dict
 from lrkfac.structures import kronecker, low_rank
+from tests.core.curvature.test_refresh import deep
 
 safetensors = pytest.importorskip("safetensors", reason="the extra `checkpoint`")
-WIDTHS = (5, 8, 8, 8, 3)  # layers of equal form are refreshed together
 CHAINS = {
-    "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=3, kl_clip=1e-2),
+    "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=2, kl_clip=1e-2),
     "dense": lambda layers: lrkfac.kfac(layers, lrkfac.schedules.warmup_cosine_decay_schedule(0.0, 0.1, 2, 20)),
-    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3),
+    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=2),
     "corrected": lambda layers: lrkfac.precondition_by_fisher(layers, kronecker(*[low_rank(2)] * 2, corrected=True)),
     "units": lambda layers: lrkfac.precondition_by_fisher(layers, lrkfac.structures.unit_wise()),
     "wrapped": lambda layers: lrkfac.apply_if_finite(
@@ -32,71 +30,42 @@ CHAINS = {
 }
 
 
-class Run:
-    """A training run: everything that a checkpoint must hold, and what it is for."""
-
-    def __init__(self, chain="low rank", widths=WIDTHS, dtype=torch.float32, seed=0):
-        torch.manual_seed(seed)
-        stages = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in pairwise(widths)]
-        model, self.params = lrkfac.from_module(nn.Sequential(*stages).to(dtype))
-        self.data = [(torch.randn(16, widths[0], dtype=dtype), torch.randint(3, (16,))) for _ in range(4)]
-        self.layers = lrkfac.find_layers(model, self.params, self.data[0][0])
-        self.evaluate = lrkfac.evaluator(model, lrkfac.categorical(), self.layers)
-        self.tx = CHAINS[chain](self.layers)
-        self.state, self.step = self.tx.init(self.params), 0
-
-    def train(self, steps):
-        for _ in range(steps):
-            e = self.evaluate(self.params, *self.data[self.step % 4], statistics=self.step % 3 == 0)
-            updates, self.state = self.tx.update(e.grads, self.state, self.params, evaluation=e)
-            self.params, self.step = lrkfac.apply_updates(self.params, updates), self.step + 1
-        return self
-
-    @property
-    def progress(self):
-        return {"params": self.params, "step": self.step, "generator": torch.get_rng_state()}
+def run(chain="low rank", steps=0, begun=None, **options):
+    """Parameters and number of steps, state and layers, after some steps from the start or from the first two."""
+    layers, params, evaluate = deep(3, **options)  # layers of equal form are refreshed together
+    tx = CHAINS[chain](layers)
+    progress, state = begun or ({"params": params, "step": 0}, tx.init(params))
+    for _ in range(steps):
+        params, step = progress.values()
+        e = evaluate(params, statistics=step % 3 == 0)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        progress = {"params": lrkfac.apply_updates(params, updates), "step": step + 1}
+    return progress, state, layers
 
 
-def by_save(run, new, folder):
-    lrkfac.checkpoint.save(folder / "run.safetensors", run.progress, run.state, run.layers)
-    return lrkfac.checkpoint.load(folder / "run.safetensors", new.progress, new.state, new.layers)
+def by_save(half, new, folder):
+    lrkfac.checkpoint.save(folder / "run.safetensors", *half)
+    return lrkfac.checkpoint.load(folder / "run.safetensors", *new)
 
 
-def by_torch(run, new, folder):
-    torch.save({"progress": run.progress, "state": state_dict(run.state)}, folder / "run.pt")
-    parts = torch.load(folder / "run.pt", weights_only=True)
-    return parts["progress"], from_state_dict(new.state, parts["state"])
-
-
-def by_distributed_checkpoint(run, new, folder):
+def by_distributed_checkpoint(half, new, folder):
     from torch.distributed import checkpoint
 
-    saved, read = ({"progress": state_dict(x.progress), "state": state_dict(x.state)} for x in (run, new))
+    saved, read = ({"progress": state_dict(x[0]), "state": state_dict(x[1])} for x in (half, new))
     checkpoint.save(saved, checkpoint_id=folder / "run")
     checkpoint.load(read, checkpoint_id=folder / "run")
-    return from_state_dict(new.progress, read["progress"]), from_state_dict(new.state, read["state"])
+    return from_state_dict(new[0], read["progress"]), from_state_dict(new[1], read["state"])
 
 
 # torch warns of its own: no process group, its storage.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("chain", "way"), [*((c, by_save) for c in CHAINS), ("low rank", by_torch), ("wrapped", by_distributed_checkpoint)]
-)
+@pytest.mark.parametrize(("chain", "way"), [*((c, by_save) for c in CHAINS), ("wrapped", by_distributed_checkpoint)])
 def test_resuming_equals_not_stopping_bit_for_bit(chain, way, tmp_path):
-    expected = Run(chain, dtype=torch.float64).train(8)
-    new, half = Run(chain, dtype=torch.float64, seed=1), Run(chain, dtype=torch.float64).train(4)
-    progress, new.state = way(half, new, tmp_path)
-    new.params, new.step, new.data = progress["params"], progress["step"], half.data
-    torch.set_rng_state(progress["generator"])
-    new.train(4)
-    same_tree((new.params, new.state), (expected.params, expected.state))
+    begun = way(run(chain, 4), run(chain), tmp_path)
+    same_tree(run(chain, 4, begun)[:2], run(chain, 8)[:2])
 
 
-class Pair(NamedTuple):
-    left: object
-    right: object
-
-
+Pair = namedtuple("Pair", ["left", "right"])
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 
 
@@ -112,25 +81,22 @@ LEAVES = st.one_of(tensors(), st.integers(-5, 5), st.floats(allow_nan=False), st
 KEYS = st.sampled_from(["a", "a.b", "b", "0", "", "a#1", "ü"])
 TREES = st.recursive(
     LEAVES,
-    lambda inner: (
-        st.dictionaries(KEYS, inner, max_size=3)
-        | st.lists(inner, max_size=3)
-        | st.lists(inner, max_size=3).map(tuple)
-        | st.tuples(inner, inner).map(lambda both: Pair(*both))
+    lambda inner: st.one_of(
+        st.dictionaries(KEYS, inner, max_size=3),
+        *[st.lists(inner, max_size=3).map(kind) for kind in (list, tuple)],
+        st.builds(Pair, inner, inner),
     ),
     max_leaves=8,
 )
 
 
-def equal(x, y):
-    if isinstance(x, torch.Tensor):
-        return torch.equal(x, y) and x.dtype == y.dtype and x.is_contiguous() >= y.is_contiguous()
-    return type(x) is type(y) and x == y
-
-
 def same_tree(tree, expected):
     assert optree.tree_structure(tree) == optree.tree_structure(expected)
-    assert all(map(equal, optree.tree_leaves(tree), optree.tree_leaves(expected)))
+    for x, y in zip(optree.tree_leaves(tree), optree.tree_leaves(expected), strict=True):
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, y) and x.dtype == y.dtype and x.is_contiguous() >= y.is_contiguous()
+        else:
+            assert type(x) is type(y) and x == y
 
 
 def zeroed(x):
@@ -152,29 +118,32 @@ def test_any_tree_comes_back(tmp_path_factory, tree):
 
 
 def test_a_flat_dictionary_is_a_copy():
-    run = Run()
-    kept = optree.tree_map(torch.clone, run.state)
-    for x in state_dict(run.state).values():
+    _, state, _ = run()
+    kept = optree.tree_map(torch.clone, state)
+    for x in state_dict(state).values():
         x.add_(1)
-    assert optree.tree_all(optree.tree_map(torch.equal, run.state, kept))
+    assert optree.tree_all(optree.tree_map(torch.equal, state, kept))
 
 
 def test_matrices_lie_in_memory_as_they_did(tmp_path):
     x = torch.randn(4, 3)
     state = {"columns": x.mT, "repeated": x[:3, :1].expand(3, 5), "part": x[1:3]}
+    state["turned"] = torch.randn(2, 3, 4).permute(1, 2, 0)
     lrkfac.checkpoint.save(tmp_path / "x", {}, state)
     _, loaded = lrkfac.checkpoint.load(tmp_path / "x", {}, optree.tree_map(torch.zeros_like, state))
-    strides = {"columns": (1, 3), "repeated": (1, 0), "part": (3, 1)}
+    strides = {"columns": (1, 3), "repeated": (1, 0), "part": (3, 1), "turned": (4, 1, 12)}
     assert {name: x.stride() for name, x in loaded.items()} == strides
+    assert all(torch.equal(x, loaded[name]) for name, x in state.items())
     assert os.path.getsize(tmp_path / "x") < 2000
 
 
 def test_written_then_forced_to_disk_then_renamed_then_the_folder(tmp_path, monkeypatch):
-    calls, fsync, replace = [], os.fsync, os.replace
+    """A failure leaves the last one."""
+    calls, fsync, replace, path = [], os.fsync, os.replace, tmp_path / "x"
 
     def seen_fsync(number):
         is_folder = os.path.isdir(f"/proc/self/fd/{number}")
-        calls.append(("folder" if is_folder else "file", os.path.exists(tmp_path / "x")))
+        calls.append(("folder" if is_folder else "file", os.path.exists(path)))
         fsync(number)
 
     def seen_replace(source, target):
@@ -182,24 +151,18 @@ def test_written_then_forced_to_disk_then_renamed_then_the_folder(tmp_path, monk
         calls.append("rename")
         replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", seen_fsync)
-    monkeypatch.setattr(os, "replace", seen_replace)
-    lrkfac.checkpoint.save(tmp_path / "x", {"w": torch.ones(3)}, ())
-    assert calls == [("file", False), "rename", ("folder", True)]
-    assert os.listdir(tmp_path) == ["x"]
-
-
-def test_a_failure_leaves_the_last_one(tmp_path, monkeypatch):
-    lrkfac.checkpoint.save(tmp_path / "x", {"w": torch.ones(3)}, ())
-
     def fails(*_):
         raise OSError("no space left on device")
 
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "replace", seen_replace)
+    lrkfac.checkpoint.save(path, {"w": torch.ones(3)}, ())
+    assert calls == [("file", False), "rename", ("folder", True)]
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="no space"):
-        lrkfac.checkpoint.save(tmp_path / "x", {"w": torch.zeros(3)}, ())
+        lrkfac.checkpoint.save(path, {"w": torch.zeros(3)}, ())
     assert os.listdir(tmp_path) == ["x"]
-    assert lrkfac.checkpoint.load(tmp_path / "x", {"w": torch.zeros(3)}, ())[0]["w"].sum() == 3
+    assert lrkfac.checkpoint.load(path, {"w": torch.zeros(3)}, ())[0]["w"].sum() == 3
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 
 import json
 import pickle
-import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,33 +13,63 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrkfac
-from tests.test_checkpoint import Run
+from tests.test_checkpoint import run
 
 save_file = pytest.importorskip("safetensors.torch", reason="the extra `checkpoint`").save_file
 
 
-def saved(tmp_path):
-    run = Run().train(2)
-    lrkfac.checkpoint.save(tmp_path / "run", run.params, run.state, run.layers)
-    return tmp_path / "run"
+def load(path, layers=True, **options):
+    progress, state, described = run(**options)
+    return lrkfac.checkpoint.load(path, progress["params"], state, described if layers else None)
 
 
-def load(path, run):
-    return lrkfac.checkpoint.load(path, run.params, run.state, run.layers)
+def rewritten(path, dtype=None, **changes):
+    """The file with another description beside its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}
+        description = json.loads(file.metadata()["lrkfac"])
+    save_file(tensors, path, metadata={"lrkfac": json.dumps(description | changes)})
 
 
-OTHERS = {
-    "wider": ({"widths": (5, 8, 9, 8, 3)}, r"params: expected '1\.0\.bias'.*shape \(9,\), got .*\(8,\)"),
-    "another dtype": ({"dtype": torch.float64}, r"params: expected '0\.0\.bias'.*float64.*, got .*float32"),
-    "another chain": ({"chain": "adaptive"}, r"state: .*missing .*unexpected"),
+class Trap:
+    def __reduce__(self):
+        return (pytest.fail, ("unpickled",))
+
+
+def as_saved(path):
+    pass
+
+
+WIDER, NO_FILE = {"width": 7}, r"path: expected a file that.* damaged"
+REFUSED = {
+    "wider": (as_saved, WIDER | {"layers": False}, r"params: expected 'l0\.b'.*\(7,\), got .*\(6,\)"),
+    "wider layers": (as_saved, WIDER, r"layers: .*\['l0', 'linear'.*\[7, 7\].*, got \['l0'.*\[6, 6\]"),
+    "another dtype": (as_saved, {"dtype": torch.float32}, r"params: expected 'l0\.b'.*float32.*, got .*float64"),
+    "another chain": (as_saved, {"chain": "adaptive"}, r"state: .*missing .*unexpected"),
+    "without layers": (lambda path: lrkfac.checkpoint.save(path, {}, ()), {}, "layers: the file has none"),
+    "older": (partial(rewritten, version="0.2.0"), {}, "got one of lrkfac 0.2.0 in format 2"),
+    "newer": (partial(rewritten, version="1.1.0"), {}, "got one of lrkfac 1.1.0 in format 2"),
+    "another format": (partial(rewritten, format=1), {}, "in format 1"),
+    "no version": (partial(rewritten, version=None), {}, "got one of lrkfac None"),
+    "torch.save": (lambda path: torch.save(Trap(), path), {}, NO_FILE),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps(Trap())), {}, NO_FILE),
+    "another of safetensors": (lambda path: save_file({"w": torch.ones(3)}, path), {}, NO_FILE),
+    "other dtypes than described": (partial(rewritten, dtype=torch.float32), {}, NO_FILE),
 }
 
 
-@pytest.mark.parametrize(("options", "match"), OTHERS.values(), ids=OTHERS)
-def test_of_another_run(options, match, tmp_path):
-    path, other = saved(tmp_path), Run(**options)
-    with pytest.raises(ValueError, match=match):
-        lrkfac.checkpoint.load(path, other.params, other.state)
+@pytest.mark.parametrize(("change", "options", "words"), REFUSED.values(), ids=REFUSED)
+def test_other_files_and_runs(change, options, words, tmp_path):
+    (progress, state, layers), path = run(steps=2), tmp_path / "run"
+    lrkfac.checkpoint.save(path, progress["params"], state, layers)
+    major, minor, *_ = lrkfac.__version__.split(".")
+    rewritten(path, format=2, version=f"{major}.{minor}.99")
+    load(path)
+    change(path)
+    with pytest.raises(ValueError, match=words):
+        load(path, **options)
 
 
 def test_other_classes(tmp_path):
@@ -48,67 +78,9 @@ def test_other_classes(tmp_path):
     lrkfac.checkpoint.save(tmp_path / "x", params, lrkfac.trace(0.9).init(params))
     with pytest.raises(ValueError, match=r"state: .*missing"):
         lrkfac.checkpoint.load(tmp_path / "x", params, lrkfac.ema_params().init(params))
+    lrkfac.checkpoint.save(tmp_path / "y", params, [torch.ones(3)])
     with pytest.raises(ValueError, match=r"state: expected .*'tuple'.* got .*'list'"):
-        lrkfac.checkpoint.save(tmp_path / "y", params, [torch.ones(3)])
         lrkfac.checkpoint.load(tmp_path / "y", params, (torch.ones(3),))
-
-
-def test_other_layers(tmp_path):
-    with pytest.raises(ValueError, match=r"layers: expected \['1\.0', 'linear'.*\[9, 8\].*, got \['1\.0'.*\[8, 8\]"):
-        load(saved(tmp_path), Run(widths=(5, 8, 9, 8, 3)))
-    lrkfac.checkpoint.save(tmp_path / "x", {}, ())
-    with pytest.raises(ValueError, match="layers: the file has none"):
-        lrkfac.checkpoint.load(tmp_path / "x", {}, (), Run().layers)
-
-
-def rewritten(path, change, dtype=None):
-    """The file with another description beside its tensors."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}
-        description = json.loads(file.metadata()["lrkfac"])
-    save_file(tensors, path, metadata={"lrkfac": json.dumps(change(description))})
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"version": "0.2.0"}, "got one of lrkfac 0.2.0 in format 2"),
-        ({"version": "1.1.0"}, "got one of lrkfac 1.1.0 in format 2"),
-        ({"format": 1}, "in format 1"),
-        ({"version": None}, "got one of lrkfac None"),
-    ],
-)
-def test_other_versions(change, match, tmp_path):
-    path = saved(tmp_path)
-    rewritten(path, lambda description: description | change)
-    with pytest.raises(ValueError, match=re.escape(match)):
-        load(path, Run())
-    major, minor, *_ = lrkfac.__version__.split(".")
-    rewritten(path, lambda description: description | {"format": 2, "version": f"{major}.{minor}.99"})
-    load(path, Run())
-
-
-class Trap:
-    def __reduce__(self):
-        return (pytest.fail, ("unpickled",))
-
-
-FILES = {
-    "torch.save": lambda path: torch.save(Trap(), path),
-    "pickle": lambda path: path.write_bytes(pickle.dumps(Trap())),
-    "another of safetensors": lambda path: save_file({"w": torch.ones(3)}, path),
-    "other dtypes than described": lambda path: rewritten(path, lambda description: description, torch.float64),
-}
-
-
-@pytest.mark.parametrize("write", FILES.values(), ids=FILES)
-def test_other_files(write, tmp_path):
-    path = saved(tmp_path)
-    write(path)
-    with pytest.raises(ValueError, match=r"path: expected a file that.* damaged"):
-        load(path, Run())
 
 
 PARAMS, STATE = {"w": torch.ones(3, 2)}, (torch.ones(2), 7)
@@ -116,24 +88,31 @@ PARAMS, STATE = {"w": torch.ones(3, 2)}, (torch.ones(2), 7)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """The file of another content, and the content of a whole one with the length of its description."""
     folder = tmp_path_factory.mktemp("whole")
     lrkfac.checkpoint.save(folder / "x", PARAMS, STATE)
-    return folder / "y", (folder / "x").read_bytes()
+    content = (folder / "x").read_bytes()
+    return folder / "y", content, int.from_bytes(content[:8], "little")
 
 
-@given(share=st.floats(0, 1, exclude_max=True))
-def test_a_part_of_a_file(whole, share):
-    path, content = whole
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match="damaged"):
-        lrkfac.checkpoint.load(path, PARAMS, STATE)
+@given(share=st.floats(0, 1, exclude_max=True), place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_a_part_of_a_file_and_damaged_numbers(whole, share, place, bit):
+    """Any bit that is another in any tensor is seen."""
+    path, content, length = whole
+    place = 8 + length + place % (len(content) - 8 - length)
+    flipped = content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :]
+    numbers = r"damaged .*numbers of .* are not those that were written"
+    for damaged, words in ((content[: int(share * len(content))], "damaged"), (flipped, numbers)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=words):
+            lrkfac.checkpoint.load(path, PARAMS, STATE)
 
 
 @given(place=st.integers(8, 10**6), value=st.integers(0, 255))
 def test_a_damaged_description(whole, place, value):
     """It is refused as a ``ValueError``, whatever has changed, or describes the same."""
-    path, content = whole
-    place = 8 + (place - 8) % int.from_bytes(content[:8], "little")
+    path, content, length = whole
+    place = 8 + (place - 8) % length
     path.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
     try:
         params, state = lrkfac.checkpoint.load(path, PARAMS, STATE)
@@ -141,17 +120,6 @@ def test_a_damaged_description(whole, place, value):
         assert str(error)
     else:
         assert params["w"].shape == (3, 2) and state[0].shape == (2,) and params["w"].dtype == state[0].dtype
-
-
-@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
-def test_damaged_numbers(whole, place, bit):
-    """A bit that is another in any tensor is seen."""
-    path, content = whole
-    start = 8 + int.from_bytes(content[:8], "little")
-    place = start + place % (len(content) - start)
-    path.write_bytes(content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :])
-    with pytest.raises(ValueError, match=r"damaged .*numbers of .* are not those that were written"):
-        lrkfac.checkpoint.load(path, PARAMS, STATE)
 
 
 @pytest.mark.slow

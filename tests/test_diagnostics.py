@@ -8,8 +8,9 @@ import torch
 from torch.func import vmap
 
 import lrkfac
-from lrkfac import diagnose, low_rank_kfac, precondition_by_fisher, ranks_by_trace
+from lrkfac import diagnose, low_rank_kfac, precondition_by_fisher
 from lrkfac.linalg import to_dense
+from lrkfac.structures import diagonal, full, kronecker, layer_wise, low_rank, unit_wise
 from tests import cases
 from tests.transforms.test_precondition import STRUCTURES, each_structure, layers_and_evaluate, some_cases
 
@@ -40,20 +41,16 @@ def test_numbers_are_those_of_dense_matrices(case, structure):
     layers, _ = layers_and_evaluate(case)
     states, updates = trained(precondition_by_fisher(layers, structure, damping=0.05), case)
     found = diagnose(states[-1], layers, previous=states[1], updates=updates)
-    assert found.chain == {"since_statistics": torch.tensor(1)}
-    assert all(layer.numbers["F"]["since_statistics"] == 1 for layer in found.layers.values())
     for layer in layers:
         numbers = found.layers[layer.name].numbers
         fitted = structure.fitted(layer.d_in, layer.d_out)
         operator = fitted.operator if layer.groups == 1 else vmap(fitted.operator)
         now, old = (blocks(operator(s.factors[layer.name]), layer) for s in (states[-1], states[1]))
         inverses = blocks(states[-1].inverses[layer.name], layer)
-        effective = torch.stack(
-            [(B @ C).trace() * (A @ D).trace() for (B, A), (C, D) in zip(now, inverses, strict=True)]
-        )
-        torch.testing.assert_close(numbers["F"]["effective_dimension"], effective.sum(), rtol=1e-6, atol=1e-9)
-        spectra = [1 / torch.linalg.eigvalsh(torch.kron(C, D)) for C, D in inverses]
-        condition = torch.cat(spectra).amax() / torch.cat(spectra).amin()
+        effective = sum((B @ C).trace() * (A @ D).trace() for (B, A), (C, D) in zip(now, inverses, strict=True))
+        torch.testing.assert_close(numbers["F"]["effective_dimension"], effective, rtol=1e-6, atol=1e-9)
+        spectra = torch.cat([1 / torch.linalg.eigvalsh(torch.kron(C, D)) for C, D in inverses])
+        condition = spectra.amax() / spectra.amin()
         assert numbers["F"]["condition"] >= condition * (1 - 1e-6)
         if structure in (STRUCTURES["dense"], STRUCTURES["diagonal"]):
             torch.testing.assert_close(numbers["F"]["condition"], condition, rtol=1e-6, atol=0)
@@ -63,11 +60,9 @@ def test_numbers_are_those_of_dense_matrices(case, structure):
             held = found.layers[layer.name].eigenvalues[side]
             assert numbers[side]["rank"] == len(held) <= len(M)
             torch.testing.assert_close(numbers[side]["captured"], held.sum() / M.trace(), rtol=1e-9, atol=1e-12)
-            expected = states[-1].dampings[layer.name][..., i].mean()
-            assert numbers[side]["damping"] == expected
+            assert numbers[side]["damping"] == states[-1].dampings[layer.name][..., i].mean()
         own = [updates[p.path] for p in (layer.weight, layer.bias) if p is not None]
-        norm = torch.cat([x.reshape(-1) for x in own]).norm()
-        torch.testing.assert_close(numbers["F"]["update_norm"], norm)
+        torch.testing.assert_close(numbers["F"]["update_norm"], torch.cat([x.reshape(-1) for x in own]).norm())
 
 
 LAYERS, EVALUATE = layers_and_evaluate(MLP)
@@ -81,17 +76,16 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("tx", CHAINS.values(), ids=CHAINS.keys())
-def test_the_preconditioner_is_found_in_any_chain(tx):
-    expected, found = (diagnose(trained(one, MLP)[0][-1], LAYERS).metrics() for one in (KFAC, tx))
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_preconditioner_is_found_in_any_chain(name):
+    expected, found = (diagnose(trained(tx, MLP)[0][-1], LAYERS).metrics() for tx in (KFAC, CHAINS[name]))
     more = {"inject": {"lrkfac/hyperparameters/learning_rate"}, "apply if finite": {"lrkfac/left_out"}}
-    wanted = next((more[name] for name in more if CHAINS[name] is tx), set())
-    assert found.keys() - expected.keys() == wanted
-    for name, x in expected.items():
-        assert x.shape == () and torch.allclose(found[name], x, rtol=1e-9)
+    assert found.keys() - expected.keys() == more.get(name, set())
+    for key, x in expected.items():
+        assert x.shape == () and torch.allclose(found[key], x, rtol=1e-9)
 
 
-def test_the_adaptive_chain_tells_what_it_has_chosen():
+def test_the_adaptive_chain_tells_what_it_has_chosen_also_of_an_ensemble():
     states, updates = trained(lrkfac.adaptive_low_rank_kfac(LAYERS, rank=2), MLP)
     found, model = diagnose(states[-1], LAYERS), states[-1][0]
     for name in ("learning_rate", "momentum", "damping", "factor_damping", "reduction_ratio", "rejected"):
@@ -100,18 +94,18 @@ def test_the_adaptive_chain_tells_what_it_has_chosen():
     for name, x in found.metrics().items():
         torch.testing.assert_close(given.metrics()[name], x)
     assert "update_norm" in found.layers["0"].numbers["F"]
+    both = optree.tree_map(lambda *x: torch.stack(x), *states[-2:])
+    mapped = vmap(lambda s: diagnose(s, LAYERS).metrics())(both)
+    for i, state in enumerate(states[-2:]):
+        torch.testing.assert_close({k: x[i] for k, x in mapped.items()}, diagnose(state, LAYERS).metrics())
+    with pytest.raises(ValueError, match=r"state: expected factors of .* for layer '0'.*vmap"):
+        diagnose(both, LAYERS)
 
 
-@pytest.mark.parametrize(
-    "structure",
-    [
-        lrkfac.structures.kronecker(lrkfac.structures.low_rank(2), lrkfac.structures.low_rank(1), corrected=True),
-        lrkfac.structures.unit_wise(),
-        lrkfac.structures.layer_wise(),
-        lrkfac.structures.full(),
-        lrkfac.structures.diagonal(),
-    ],
-)
+EXACT = [kronecker(low_rank(2), low_rank(1), corrected=True), unit_wise(), layer_wise(), full(), diagonal()]
+
+
+@pytest.mark.parametrize("structure", EXACT)
 @pytest.mark.parametrize("case", [MLP, GROUPS], ids=lambda case: case.name)
 def test_exact_and_corrected_blocks(structure, case):
     """The effective dimension is the trace of the block's average times its inverse."""
@@ -131,57 +125,17 @@ def test_exact_and_corrected_blocks(structure, case):
         assert numbers["captured"] <= 1 + 1e-9
 
 
-def test_an_ensemble_by_vmap():
-    states, _ = trained(lrkfac.adaptive_low_rank_kfac(LAYERS, rank=2), MLP)
-    both = optree.tree_map(lambda *x: torch.stack(x), *states[-2:])
-    found = vmap(lambda s: diagnose(s, LAYERS).metrics())(both)
-    for i, state in enumerate(states[-2:]):
-        torch.testing.assert_close({k: x[i] for k, x in found.items()}, diagnose(state, LAYERS).metrics())
-    with pytest.raises(ValueError, match=r"state: expected factors of .* for layer '0'.*vmap"):
-        diagnose(both, LAYERS)
-
-
-def test_ranks_by_trace_make_a_chain():
-    states, _ = trained(
-        precondition_by_fisher(
-            LAYERS, lrkfac.structures.kronecker(lrkfac.structures.dense(), lrkfac.structures.dense())
-        ),
-        MLP,
-    )
-    ranks = ranks_by_trace(states[-1], LAYERS, 0.9)
-    for name, rank in ranks.items():
-        spectra = diagnose(states[-1], LAYERS).layers[name].eigenvalues.values()
-        enough = [all(x[:r].sum() >= 0.9 * x.sum() for x in spectra) for r in range(1, 20)]
-        assert rank == 1 + enough.index(True)
-    assert low_rank_kfac(LAYERS, 0.1, rank=ranks).init(MLP.params)
-    for share in (0, 1.0, -1, float("nan")):
-        with pytest.raises(ValueError, match="share: expected a finite number"):
-            ranks_by_trace(states[-1], LAYERS, share)
-    with pytest.raises(ValueError, match="state: expected one after some statistics, got one without any of layer"):
-        ranks_by_trace(states[0], LAYERS)
-
-
 def test_layers_in_turns_are_of_different_age():
     tx, asked = precondition_by_fisher(LAYERS, rank=2), lrkfac.round_robin_refresh(LAYERS, 4)
-    state, last = tx.init(MLP.params), {}
-    every = lrkfac.evaluator(MLP.model, lrkfac.categorical(), LAYERS)
+    state = tx.init(MLP.params)
     for step in range(7):
-        e = every(MLP.params, MLP.inputs, MLP.targets, layers=asked(step))
+        e = EVALUATE(MLP.params, layers=asked(step))
         _, state = tx.update(e.grads, state, MLP.params, evaluation=e)
-        names = asked(step)
-        last |= dict.fromkeys([x.name for x in LAYERS] if names is True else names or (), step)
-    found = diagnose(state, LAYERS)
+    found, last = diagnose(state, LAYERS), {name: step for step in range(7) for name in asked(step)}
     ages = {name: int(layer.numbers["F"]["since_statistics"]) for name, layer in found.layers.items()}
     assert ages == {name: 6 - step for name, step in last.items()} and len(set(ages.values())) > 1
     assert found.chain["since_statistics"] == max(ages.values())
     assert found.metrics()["lrkfac/0/F/since_statistics"] == ages["0"]
-
-
-def test_a_later_state_is_no_previous_one():
-    states, _ = trained(KFAC, MLP)
-    assert diagnose(states[1], LAYERS, previous=states[1])
-    with pytest.raises(ValueError, match="previous: expected an earlier state than state, got a later one"):
-        diagnose(states[1], LAYERS, previous=states[-1])
 
 
 def test_tables():
@@ -195,27 +149,14 @@ def test_tables():
     assert "A | B" in stream.getvalue() and str(diagnose(KFAC.init(MLP.params), LAYERS))
 
 
-STATE = KFAC.init(MLP.params)
-OTHER, _ = layers_and_evaluate(GROUPS)
-
-
-@pytest.mark.parametrize(
-    "make, error, words",
-    [
-        (lambda: diagnose(STATE, list(LAYERS)), TypeError, "layers: expected what find_layers"),
-        (lambda: diagnose((), LAYERS), ValueError, "state: expected the state of precondition_by_fisher"),
-        (lambda: diagnose(lrkfac.trace(0.9).init(MLP.params), LAYERS), ValueError, "state: expected .* chain_state"),
-        (lambda: diagnose(STATE, OTHER), ValueError, "state: expected"),
-        (lambda: diagnose((STATE, STATE), LAYERS), ValueError, "state: layer '0' has two preconditioners"),
-        (lambda: diagnose(STATE, LAYERS, previous=()), ValueError, "previous: expected the state"),
-        (lambda: diagnose(STATE, LAYERS, updates={}), ValueError, r"updates: .*missing \['0.bias'"),
-        (
-            lambda: diagnose(STATE, LAYERS, previous=low_rank_kfac(LAYERS, 0.1, rank=1).init(MLP.params)),
-            ValueError,
-            "previous: expected an earlier state of the same transformation",
-        ),
-    ],
-)
-def test_refusals(make, error, words):
-    with pytest.raises(error, match=words):
-        make()
+def test_states_that_do_not_fit_are_refused():
+    """Bad values of single arguments: ``tests/test_public_calls.py``."""
+    other, _ = layers_and_evaluate(GROUPS)
+    (state, later), rank_1 = trained(KFAC, MLP, steps=1)[0], low_rank_kfac(LAYERS, 0.1, rank=1).init(MLP.params)
+    for layers, previous, words in (
+        (other, None, "state: expected"),
+        (LAYERS, rank_1, "previous: expected an earlier state of the same transformation"),
+        (LAYERS, later, "previous: expected an earlier state than state, got a later one"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            diagnose(state, layers, previous=previous)

@@ -22,11 +22,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-def with_code():
-    return [page for page in PAGES if CODE.search(page.read_text())]
+WITH_CODE = [page for page in PAGES if CODE.search(page.read_text())]
 
 
-@pytest.mark.parametrize("page", with_code(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_code_blocks_run_one_after_another(page, tmp_path, monkeypatch):
     """In one namespace and an empty folder. Compiled functions are traced whole, but run without the compiler."""
     monkeypatch.chdir(tmp_path)
@@ -39,14 +38,10 @@ def test_code_blocks_run_one_after_another(page, tmp_path, monkeypatch):
         exec(compile("\n" * lines + block.group(1), str(page), "exec"), names)
 
 
-def test_there_is_code_on_the_pages_that_show_how():
-    assert {"README", "index", "tutorial", "modules", "structures", "recipes", "diagnostics", "reproducibility"} <= {
-        page.stem for page in with_code()
-    }
-
-
-def test_code_is_marked_as_python_or_not_at_all():
+def test_code_is_on_the_pages_that_show_how_and_marked_as_python_or_not_at_all():
     """A block in another spelling would not be run."""
+    showing = {"README", "index", "tutorial", "modules", "structures", "recipes", "diagnostics", "reproducibility"}
+    assert showing <= {page.stem for page in WITH_CODE}
     for page in PAGES:
         assert set(re.findall(r"^```(\S+)$", page.read_text(), re.MULTILINE)) <= {"python"}, page.name
 
@@ -57,20 +52,13 @@ def test_the_two_commands_stand_on_the_first_screen():
         assert f"python -m pip install -c constraints.txt -e '.[{extra}]' && {command}\n" in first_screen
 
 
-def test_every_public_name_is_on_the_page_of_the_api():
+def test_every_public_name_page_and_example_is_listed():
     listed = re.findall(r"^::: lrkfac\.([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert {name for name, _ in public_names()} <= set(listed)
-
-
-def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
     assert set(re.findall(r"(\w+\.md)", navigation)) == {page.name for page in PAGES[1:]}
-
-
-def test_every_example_is_on_the_first_page():
     examples = {path.stem for path in (ROOT / "examples").glob("*.py") if "def main(" in path.read_text()}
-    listed = re.findall(r"`python -m examples\.(\w+)`", (ROOT / "docs" / "index.md").read_text())
-    assert set(listed) == examples
+    assert set(re.findall(r"`python -m examples\.(\w+)`", (ROOT / "docs" / "index.md").read_text())) == examples
 
 
 MODULES = [name for _, name, _ in pkgutil.walk_packages(lrkfac.__path__, "lrkfac.") if not name.endswith("__main__")]
@@ -93,14 +81,13 @@ def sections(thing):
 @pytest.mark.parametrize(("name", "thing"), public_names(), ids=[name for name, _ in public_names()])
 def test_every_public_name_has_a_full_docstring_with_an_example(name, thing):
     text = inspect.getdoc(thing) or ""
-    first = text.split("\n\n")[0]
+    first, signature = text.split("\n\n")[0], inspect.signature(thing)
     assert first.endswith((".", ":")), "no first sentence"
     assert not re.match(r"(What|Those|That of|Whether|Refuses|Returns)\b", first), "it begins with no imperative"
     assert ">>> " in text and "Examples" in sections(thing), "no example"
     if inspect.isclass(thing):
         assert sections(thing) & {"Args", "Attributes"} or not getattr(thing, "__annotations__", {}), "no Args"
         return
-    signature = inspect.signature(thing)
     if signature.parameters:
         assert "Args" in sections(thing), "no Args"
         documented = set(re.findall(r"^ +\*{0,2}(\w+): ", text.split("Args:")[1], re.MULTILINE))
@@ -113,12 +100,11 @@ def test_every_public_name_has_a_full_docstring_with_an_example(name, thing):
 def messages():
     """The strings of the package, what is filled in replaced by an ellipsis."""
     strings = []
-    for path in (ROOT / "lrkfac").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                strings.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                strings.append(re.sub(r"\{[^{}]*\}", "…", node.value))
+    for node in (x for path in (ROOT / "lrkfac").rglob("*.py") for x in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.JoinedStr):
+            strings.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.append(re.sub(r"\{[^{}]*\}", "…", node.value))
     return [message.replace("'…'", "…") for message in strings]
 
 

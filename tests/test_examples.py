@@ -15,20 +15,16 @@ SHORT = {
     "fine_tuning": ["--steps", "2"],
     "training_loop": ["--epochs", "2"],
 }
-MODULES = {m.__name__.rpartition(".")[2]: m for m in
-           (language_model, ensemble, physics_informed, fine_tuning, training_loop)}  # fmt: skip
+MODULES = (language_model, ensemble, physics_informed, fine_tuning, training_loop)
+MODULES = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 
-SLOW = pytest.param("language_model", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", [SLOW, *(name for name in MODULES if name != "language_model")])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "language_model")) for n in MODULES])
 def test_runs(name, tmp_path, capsys):
     MODULES[name].main([*SHORT[name], "--output", str(tmp_path)])
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "wrote" in printed
-    assert ("bit for bit" in printed) == (name == "training_loop")
+    assert "wrote" in printed and ("bit for bit" in printed) == (name == "training_loop")
 
 
 def test_rows_carried_forward_are_the_derivatives():
@@ -50,8 +46,7 @@ def test_rows_carried_forward_are_the_derivatives():
 
 def test_each_weight_of_the_physics_informed_network_is_one_layer():
     layers = lrkfac.find_layers(physics_informed.residual, physics_informed.init(0), torch.rand(5, 2))
-    assert [layer.kind for layer in layers] == ["linear"] * 4
-    assert layers.uncovered == ()
+    assert [layer.kind for layer in layers] == ["linear"] * 4 and layers.uncovered == ()
 
 
 def test_adapters_change_nothing_at_first_and_alone_are_trained():
@@ -69,6 +64,5 @@ def test_a_character_depends_on_those_before_it_alone():
     params = init_transformer(0, vocabulary, context=8, width=8, blocks=2)
     changed = inputs.clone()
     changed[:, 5] = (changed[:, 5] + 1) % vocabulary
-    same = transformer(params, inputs)[:, :5] == transformer(params, changed)[:, :5]
-    assert same.all()
-    assert not torch.equal(transformer(params, inputs)[:, 5:], transformer(params, changed)[:, 5:])
+    before, after = transformer(params, inputs), transformer(params, changed)
+    assert torch.equal(before[:, :5], after[:, :5]) and not torch.equal(before[:, 5:], after[:, 5:])

@@ -1,4 +1,7 @@
-"""Models of many styles: every parameter is covered, gradients are autograd's, and a step goes downhill."""
+"""Models of many styles: every parameter is covered, gradients are autograd's, and a step goes downhill.
+
+Spellings of layers and trees of parameters are drawn in ``tests/test_architectures.py``.
+"""
 
 from typing import NamedTuple
 
@@ -10,7 +13,6 @@ from torch import nn
 from torch.func import grad
 
 import lrkfac
-from examples.resnet import ResNet
 
 CLASSES, VOCABULARY, HEADS = 3, 11, 2
 
@@ -25,54 +27,6 @@ class Dense(NamedTuple):
 
 
 # Written out ------------------------------------------------------------------------------------------
-
-
-def dictionaries():
-    """A perceptron of dictionaries and ``@``."""
-    sizes = (5, 6, 4, CLASSES)
-    params = {f"layer{i}": {"w": normal(*sizes[i : i + 2]), "b": normal(sizes[i + 1])} for i in range(3)}
-
-    def model(params, x):
-        for i in range(2):
-            x = torch.tanh(x @ params[f"layer{i}"]["w"] + params[f"layer{i}"]["b"])
-        return x @ params["layer2"]["w"] + params["layer2"]["b"]
-
-    return model, params, normal(7, 5)
-
-
-def einsum():
-    """Attention heads as axes of the weights."""
-    params = {"q": normal(6, HEADS, 3), "v": normal(HEADS, 3, 6), "o": normal(HEADS, 3, CLASSES)}
-
-    def model(params, x):
-        q = torch.einsum("ntd,dhk->nthk", x, params["q"]).tanh()
-        v = torch.einsum("hkd,...d->...hk", params["v"], x)
-        return torch.einsum("nthk,hkc->ntc", q * v, params["o"]).mean(1)
-
-    return model, params, normal(4, 3, 6)
-
-
-def columns():
-    """``w @ x``, the examples as columns of a matrix for each."""
-    params = {"w": normal(6, 5), "head": normal(CLASSES, 6)}
-
-    def model(params, x):
-        return (params["head"] @ torch.tanh(params["w"] @ x)).mean(-1)
-
-    return model, params, normal(4, 5, 3)
-
-
-def nested():
-    """NamedTuples, lists and tuples."""
-    params = ([Dense(normal(6, 5), normal(6)), (Dense(normal(6, 6), normal(6)),)], {"head": (normal(CLASSES, 6),)})
-
-    def model(params, x):
-        (first, (second,)), rest = params
-        x = torch.tanh(F.linear(x, first.weight, first.bias))
-        x = torch.tanh(F.linear(x, *second))
-        return F.linear(x, rest["head"][0])
-
-    return model, params, normal(7, 5)
 
 
 def recurrent():
@@ -124,71 +78,16 @@ def vision_transformer():
     return model, params, normal(3, 2, 4, 4)
 
 
-def dictionary_inputs():
-    """Inputs of two kinds."""
-    params = {"image": Dense(normal(4, 5), normal(4)), "word": normal(VOCABULARY, 4), "head": normal(CLASSES, 4)}
-
-    def model(params, inputs):
-        x = F.linear(inputs["image"], *params["image"]) + F.embedding(inputs["word"], params["word"])
-        return F.linear(torch.tanh(x), params["head"])
-
-    return model, params, {"image": normal(5, 5), "word": torch.randint(VOCABULARY, (5,))}
-
-
-def low_rank_adaptation():
-    """A constant weight and a trained correction of low rank."""
-    constant = normal(5, 6)
-    params = {"a": normal(5, 2), "b": normal(2, 6), "head": normal(6, CLASSES)}
-
-    def model(params, x):
-        return torch.tanh(x @ constant + 0.5 * (x @ params["a"] @ params["b"])) @ params["head"]
-
-    return model, params, normal(7, 5)
-
-
-def views():
-    """Transposes, reshapes, chunks and slices of the parameters."""
-    params = {
-        "t": normal(5, 6), "flat": normal(36), "packed": Dense(normal(12, 6), normal(12)), "sliced": normal(8, 6),
-        "head": normal(6, CLASSES),
-    }  # fmt: skip
-
-    def model(params, x):
-        x = torch.tanh(F.linear(x, params["t"].T))
-        x = torch.tanh(x @ params["flat"].reshape(6, 6))
-        parts = zip(params["packed"].weight.chunk(2), params["packed"].bias.chunk(2), strict=True)
-        x, gate = (F.linear(x, w, b) for w, b in parts)
-        y = torch.cat([F.linear(x, params["sliced"][:3]), F.linear(gate, params["sliced"][3:6])], dim=-1)
-        return (y * F.linear(x, params["sliced"][6:]).sum(-1, keepdim=True)) @ params["head"]
-
-    return model, params, normal(7, 5)
-
-
 # Modules ----------------------------------------------------------------------------------------------
 
 
-class UNet(nn.Module):
+class Norms(nn.Module):
+    """Convolutions with norms of all kinds."""
+
     def __init__(self):
         super().__init__()
-        self.enter, self.down = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 2, stride=2)
-        self.middle, self.up = nn.Conv2d(4, 4, 3, padding=1), nn.ConvTranspose2d(4, 3, 2, stride=2)
-        self.leave, self.grouped = nn.Conv2d(6, CLASSES, 1), nn.ConvTranspose2d(4, 4, 3, padding=1, groups=2)
-
-    def forward(self, x):
-        x = torch.tanh(self.enter(x))
-        y = torch.tanh(self.grouped(torch.tanh(self.middle(torch.tanh(self.down(x))))))
-        return self.leave(torch.cat([x, torch.tanh(self.up(y))], dim=1)).movedim(1, -1)
-
-
-class Norms(nn.Module):
-    """Convolutions over one or three axes with norms of all kinds."""
-
-    def __init__(self, axes):
-        super().__init__()
-        convolution = {1: nn.Conv1d, 3: nn.Conv3d}[axes]
-        instance = {1: nn.InstanceNorm1d, 3: nn.InstanceNorm3d}[axes]
-        self.first, self.second = convolution(2, 4, 2), convolution(4, 4, 2, groups=2, bias=False)
-        self.group, self.instance = nn.GroupNorm(2, 4), instance(4, affine=True)
+        self.first, self.second = nn.Conv1d(2, 4, 2), nn.Conv1d(4, 4, 2, groups=2, bias=False)
+        self.group, self.instance = nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True)
         self.rms, self.head = nn.RMSNorm(4), nn.Linear(4, CLASSES)
 
     def forward(self, x):
@@ -197,48 +96,74 @@ class Norms(nn.Module):
         return self.head(self.rms(x).square().mean(1))
 
 
-class Encoder(nn.Module):
-    def __init__(self):
+class BasicBlock(nn.Module):
+    """As torchvision writes it: one in-place ReLU for two places, and an in-place sum."""
+
+    def __init__(self, inplanes, planes, stride=1, downsample=None):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(4, HEADS, 6, dropout=0.0, batch_first=True)
-        self.body, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(4, CLASSES)
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = downsample
 
     def forward(self, x):
-        return self.head(self.body(x).mean(1))
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
 
 
-def depthwise():
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding="same", groups=3), nn.Tanh(), nn.Conv2d(6, 4, 1), nn.Tanh(), nn.Flatten(),
-        nn.Linear(64, CLASSES),
-    )  # fmt: skip
+class CrossAttention(nn.Module):
+    """Keys and values of other sizes: three separate projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=5, batch_first=True)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, q, k, v):
+        return self.head(self.attention(q, k, v, need_weights=False)[0])
 
 
-def of_module(make, *shape):
+def encoder():
+    """As it is by default, with dropout, switched off by ``eval()``: where torch has a fast path."""
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, norm_first=True)
+    body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.Sequential(body, nn.Linear(4, CLASSES)).eval()
+
+
+def of_module(make, draw):
     def build():
         model, params = lrkfac.from_module(make().double())
         # Scales that are all 1 and shifts that are all 0 would hide errors.
-        return model, optree.tree_map(lambda p: p + 0.1 * torch.randn_like(p), params), normal(*shape)
+        return model, optree.tree_map(lambda p: p + 0.1 * torch.randn_like(p), params), draw()
 
     return build
 
 
 def residual():
     """With BatchNorm as in training, its running averages beside the images."""
-    model, params, buffers = lrkfac.from_module(ResNet(widths=(3, 4)).double(), buffers=True)
-    return model, params, (buffers, normal(3, 3, 6, 6))
+    stem = [nn.Conv2d(3, 2, 7, 2, 3, bias=False), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    shorter = nn.Sequential(nn.Conv2d(2, 4, 1, 2, bias=False), nn.BatchNorm2d(4))
+    blocks = [BasicBlock(2, 2), BasicBlock(2, 4, 2, shorter), BasicBlock(4, 4)]
+    net = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(4, CLASSES))
+    model, params, buffers = lrkfac.from_module(net.double(), buffers=True)
+    return model, optree.tree_map(lambda p: p + 0.05 * torch.randn_like(p), params), (buffers, normal(4, 3, 32, 32))
 
 
 MODELS = {
-    **{f.__name__: f for f in (
-        dictionaries, einsum, columns, nested, recurrent, tied, vision_transformer, dictionary_inputs,
-        low_rank_adaptation, views, residual,
-    )},
-    "unet": of_module(UNet, 2, 2, 4, 4), "conv1d": of_module(lambda: Norms(1), 4, 2, 6),
-    "conv3d": of_module(lambda: Norms(3), 4, 2, 4, 3, 4), "transformer": of_module(Encoder, 4, 3, 4),
-    "depthwise": of_module(depthwise, 4, 3, 4, 4),
-}  # fmt: skip
-each_model = pytest.mark.parametrize("name", MODELS)
+    **{f.__name__: f for f in (recurrent, tied, vision_transformer, residual)},
+    "conv1d": of_module(Norms, lambda: normal(4, 2, 6)),
+    "transformer": of_module(encoder, lambda: normal(4, 3, 4)),
+    "cross attention": of_module(
+        CrossAttention, lambda: {"q": normal(4, 2, 4), "k": normal(4, 3, 3), "v": normal(4, 3, 5)}
+    ),
+}
 
 
 def make(name):
@@ -252,9 +177,9 @@ def make(name):
 
 # The exact estimator maps the backward pass over columns, and torch maps its fused attention one by one.
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@each_model
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("estimator", ["mc", "exact", "empirical"])
-def test_every_parameter_is_covered_and_gradients_are_right(name, estimator):
+def test_every_parameter_is_covered_gradients_are_right_and_a_step_goes_downhill(name, estimator):
     model, params, inputs, targets, has_aux = make(name)
     layers = lrkfac.find_layers(model, params, inputs, strict=True)
     e = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator, has_aux=has_aux)(params, inputs, targets)
@@ -265,21 +190,13 @@ def test_every_parameter_is_covered_and_gradients_are_right(name, estimator):
         return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
     torch.testing.assert_close(e.loss, loss(params))
-    leaves = zip(optree.tree_leaves(e.grads), optree.tree_leaves(grad(loss)(params)), strict=True)
-    scale = max(g.abs().max() for g in optree.tree_leaves(e.grads))
+    grads = optree.tree_leaves(e.grads)
+    leaves, scale = zip(grads, optree.tree_leaves(grad(loss)(params)), strict=True), max(g.abs().max() for g in grads)
     for parameter, (found, expected) in zip(layers.parameters, leaves, strict=True):
         assert (found - expected).abs().max() <= 1e-10 * scale, parameter.path
-
-
-@each_model
-def test_a_step_goes_downhill(name):
-    model, params, inputs, targets, has_aux = make(name)
-    layers = lrkfac.find_layers(model, params, inputs)
-    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, has_aux=has_aux)
     tx = lrkfac.low_rank_kfac(layers, 0.05, rank=2)
-    e = evaluate(params, inputs, targets)
     updates, _ = tx.update(e.grads, tx.init(params), params, evaluation=e)
-    changes, grads = optree.tree_leaves(updates), optree.tree_leaves(e.grads)
+    changes = optree.tree_leaves(updates)
     assert all(bool(change.isfinite().all()) for change in changes)
     assert sum((u * g).sum() for u, g in zip(changes, grads, strict=True)) < 0
     assert e.loss_at(lrkfac.apply_updates(params, updates)) < e.loss

@@ -31,7 +31,6 @@ def partly_frozen(dtype):
 
 
 MODELS = {"plain": plain, "BatchNorm": normalised, "partly frozen": partly_frozen}
-CHAIN = partial(lrkfac.low_rank_kfac, learning_rate=0.2)
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
@@ -41,40 +40,36 @@ def batches(number, dtype=torch.float64, size=5):
 
 def functional(net, data, make, rates=None, every=3, thin=False, **options):
     """The loop of the README, with BatchNorm's buffers; parameters and buffers after it."""
-    model, params, buffers = lrkfac.from_module(net, buffers=True)
-    with_buffers = bool(buffers)
-    if not with_buffers:
-        model, params = lrkfac.from_module(net)
-    with_inputs = lambda x: (buffers, x) if with_buffers else x  # noqa: E731
+    with_buffers = any(True for _ in net.buffers())
+    model, params, *buffers = lrkfac.from_module(net, buffers=with_buffers)
+    with_inputs = lambda x: (*buffers, x) if with_buffers else x  # noqa: E731
     layers = lrkfac.find_layers(model, params, with_inputs(data[0][0]))
     evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, has_aux=with_buffers, thin=thin)
     state = make(layers, *(rates or [])[:1], **options).init(params)
     for i, (x, y) in enumerate(data):
-        tx = make(layers, **options) if rates is None else make(layers, rates[i], **options)
+        tx = make(layers, *(rates or [])[i : i + 1], **options)
         e = evaluate(params, with_inputs(x), y, statistics=i % every == 0)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
-        params, buffers = lrkfac.apply_updates(params, updates), e.aux if with_buffers else {}
-    return params | buffers
+        params, buffers = lrkfac.apply_updates(params, updates), [e.aux] * with_buffers
+    return params | (buffers[0] if with_buffers else {})
 
 
-def plain_descent(layers, lr):
-    return lrkfac.scale_by_learning_rate(lr)
-
-
-def by_class(net, data, **options):
+def by_class(net, data, scheduled=False, **options):
     optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], statistics_every=3, **options)
-    for x, y in data:
-        optimizer.step(x, y)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) if scheduled else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where it sees no step between two of the scheduler
+        for x, y in data:
+            optimizer.step(x, y)
+            if scheduled:
+                scheduler.step()
     return optimizer
 
 
 def trained(net):
     """Everything that training changes."""
-    return {n: x.detach() for n, x in (*net.named_parameters(), *net.named_buffers()) if n not in _frozen(net)}
-
-
-def _frozen(net):
-    return {n for n, p in net.named_parameters() if not p.requires_grad}
+    frozen = {n for n, p in net.named_parameters() if not p.requires_grad}
+    return {n: x.detach() for n, x in (*net.named_parameters(), *net.named_buffers()) if n not in frozen}
 
 
 def same(actual, expected):
@@ -88,49 +83,57 @@ def wide(make, dtype):
     return net
 
 
-def momentum_alone(layers, lr):
-    return lrkfac.chain(lrkfac.trace(0.5), lrkfac.scale(-0.1))
-
-
-@pytest.mark.parametrize(("dtype", "thin"), [(torch.float32, True), (torch.float64, False)], ids=["thin", ""])
+@pytest.mark.parametrize(
+    ("dtype", "thin", "number"),
+    [
+        (torch.float32, True, None),
+        (torch.float64, False, None),
+        (torch.float64, True, float),
+        (torch.float64, True, partial(torch.tensor, dtype=torch.float64)),
+    ],
+    ids=["thin", "", "scheduled", "scheduled tensor"],
+)
 @each_model
-def test_equals_the_functional_loop_bit_for_bit(make, thin, dtype):
+def test_equals_the_functional_loop_bit_for_bit(make, dtype, thin, number):
+    """Also where a scheduler changes the learning rate, a number or a tensor."""
     net, data = wide(make, dtype) if thin else make(dtype), batches(7, dtype)
-    constants = {n: net.state_dict()[n].clone() for n in _frozen(net)}
+    constants = {n: x.clone() for n, x in net.state_dict().items() if n not in trained(net)}
+    rates = [number(0.2 * 0.5 ** (i // 2)) for i in range(7)] if number else [0.2] * 7
     torch.manual_seed(1)
-    expected = functional(copy.deepcopy(net), data, CHAIN, thin=thin, **OPTIONS)
+    expected = functional(copy.deepcopy(net), data, lrkfac.low_rank_kfac, rates=rates, thin=thin, **OPTIONS)
     torch.manual_seed(1)
-    by_class(net, data, lr=0.2, thin=thin, **OPTIONS)
+    by_class(net, data, scheduled=number is not None, lr=rates[0], thin=thin, **OPTIONS)
     same(trained(net), expected)
     same({n: net.state_dict()[n] for n in constants}, constants)
+
+
+def descent(layers, lr):
+    return lrkfac.scale_by_learning_rate(lr)
+
+
+def momentum_alone(layers):
+    return lrkfac.chain(lrkfac.trace(0.5), lrkfac.scale(-0.1))
 
 
 @pytest.mark.parametrize("transformation", [momentum_alone, lrkfac.adaptive_low_rank_kfac])
 def test_any_chain(transformation):
     net, data = plain(torch.float64), batches(6)
-    alone = transformation is momentum_alone
-    rate, rates = ({"lr": 0.2}, [0.2] * 6) if alone else ({}, None)
     torch.manual_seed(1)
     # By default the class takes gradients by rows for ready-made chains.
-    expected = functional(copy.deepcopy(net), data, transformation, rates=rates, thin=not alone)
+    expected = functional(copy.deepcopy(net), data, transformation, thin=transformation is not momentum_alone)
     torch.manual_seed(1)
-    by_class(net, data, transformation=transformation, **rate)
+    by_class(net, data, transformation=transformation)
     same(trained(net), expected)
 
 
-@pytest.mark.parametrize(
-    ("options", "by_rows"),
-    [
-        ({"lr": 0.2}, True),
-        ({"lr": 0.2, "transformation": lrkfac.kfac}, True),
-        ({"transformation": CHAIN}, False),
-        ({"lr": 0.2, "thin": False}, False),
-    ],
-)
+BY_ROWS = [({}, True), ({"transformation": lrkfac.kfac}, True), ({"thin": False}, False)]
+
+
+@pytest.mark.parametrize(("options", "by_rows"), [*BY_ROWS, ({"transformation": descent}, False)])
 def test_gradients_by_rows_are_for_ready_made_chains_and_steps_alone(options, by_rows):
     """A custom chain gets tensors, unless it asks for something else."""
     net, ((x, y),), kinds = wide(plain, torch.float64), batches(1), []
-    optimizer = LowRankKFAC(net, lrkfac.categorical(), x, **options)
+    optimizer = LowRankKFAC(net, lrkfac.categorical(), x, lr=0.2, **options)
     tx = optimizer.transformation
 
     def update(grads, *args, **extra):
@@ -142,23 +145,6 @@ def test_gradients_by_rows_are_for_ready_made_chains_and_steps_alone(options, by
     optimizer.step()
     optimizer.step(x, y)
     assert kinds == [False, by_rows]
-
-
-@pytest.mark.parametrize("number", [float, partial(torch.tensor, dtype=torch.float64)], ids=["number", "tensor"])
-def test_schedulers_set_the_learning_rate_of_each_step(number):
-    net, data = plain(torch.float64), batches(6)
-    rates = [number(0.2 * 0.5 ** (i // 2)) for i in range(6)]
-    torch.manual_seed(1)
-    expected = functional(copy.deepcopy(net), data, lrkfac.low_rank_kfac, rates=rates, thin=True, **OPTIONS)
-    torch.manual_seed(1)
-    optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], lr=number(0.2), statistics_every=3, **OPTIONS)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns where it sees no step between two of the scheduler
-        for x, y in data:
-            optimizer.step(x, y)
-            scheduler.step()
-    same(trained(net), expected)
 
 
 @each_model
@@ -184,16 +170,12 @@ def test_between_evaluate_and_step_gradients_are_those_of_the_module(make, scale
 def test_gradients_may_be_changed_in_place_one_by_one():
     """Also where two parameters have the same gradient, for all entries the same number."""
 
-    class Shifted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
-
-        def forward(self, x):
+    class Shifted(nn.ParameterDict):
+        def __call__(self, x):
             return x + self.one + self.two
 
-    net, x = Shifted(), torch.randn(4, 3)
-    optimizer = LowRankKFAC(net, lrkfac.gaussian(1.0), x, lr=1.0, transformation=plain_descent)
+    net, x = Shifted({"one": torch.zeros(3), "two": torch.zeros(3)}), torch.randn(4, 3)
+    optimizer = LowRankKFAC(net, lrkfac.gaussian(1.0), x, lr=1.0, transformation=descent)
     evaluation = optimizer.evaluate(x, torch.zeros(4, 3))
     grads = {n: g.clone() for n, g in evaluation.grads.items()}
     net.one.grad.mul_(2)
@@ -204,22 +186,21 @@ def test_gradients_may_be_changed_in_place_one_by_one():
 
 
 def test_three_ways_to_step_are_one():
+    """The first of them equals the functional loop."""
     ways = [
         lambda o, x, y: o.step(x, y),
         lambda o, x, y: o.step(lambda: o.evaluate(x, y)),
         lambda o, x, y: o.step(closure=lambda: o.evaluate(x, y)),
         lambda o, x, y: (o.zero_grad(), o.evaluate(x, y), o.step()),
     ]
-    data, start, results = batches(4), normalised(torch.float64), []
-    for step in ways:
-        net = copy.deepcopy(start)
+    data, start = batches(4), normalised(torch.float64)
+    nets = [copy.deepcopy(start) for _ in ways]
+    for net, step in zip(nets, ways, strict=True):
         optimizer = LowRankKFAC(net, lrkfac.categorical(), data[0][0], lr=0.2, statistics_every=3, **OPTIONS)
         torch.manual_seed(1)
         for x, y in data:
             step(optimizer, x, y)
-        results.append(trained(net))
-    for other in results[1:]:
-        same(other, results[0])
+        same(trained(net), trained(nets[0]))
 
 
 def test_autocast_is_for_the_model_alone():

@@ -36,50 +36,46 @@ def after(change):
     return lambda o, x, y: (change(o._module), o.step(x, y))
 
 
-def loss(o, x, y):
-    return torch.nn.functional.cross_entropy(o._module(x), y)
+def losing(o, x, y):
+    o.step(lambda: torch.nn.functional.cross_entropy(o._module(x), y))
 
 
 NOTHING = "step: nothing to step with"
+CLIMBING = (lambda o, x, y: (o.param_groups[0].update(lr=-0.1), o.step(x, y)), ValueError)
+WITHOUT = (lambda o, x, y: (o.evaluate(x, y), o.zero_grad(), o.step()), ValueError)
+OTHER_LAYER = (after(lambda net: net.__setitem__(3, torch.nn.Linear(8, 3).double())), ValueError)
+FROZEN = (after(lambda net: net[0].weight.requires_grad_(False)), ValueError)
 REFUSED = {
-    "a loss": (
-        *(lambda o, x, y: o.step(lambda: loss(o, x, y)), TypeError),
-        "step: expected a closure that returns an Evaluation, got Tensor",
-    ),
+    "a loss": (losing, TypeError, "step: expected a closure that returns an Evaluation, got Tensor"),
     "nothing": (lambda o, x, y: o.step(), TypeError, NOTHING),
     "nothing new": (lambda o, x, y: (o.step(x, y), o.step()), TypeError, NOTHING),
     "nothing newer": (lambda o, x, y: (o.evaluate(x, y), o.step(), o.step()), TypeError, NOTHING),
     "inputs alone": (lambda o, x, y: o.step(x), TypeError, "step: expected a closure"),
     "statistics alone": (lambda o, x, y: o.step(statistics=True), TypeError, "step: statistics"),
-    "no gradient": (
-        *(lambda o, x, y: (o.evaluate(x, y), o.zero_grad(), o.step()), ValueError),
-        r"step: .* have no \.grad",
-    ),
-    "a rate that climbs": (
-        *(lambda o, x, y: (o.param_groups[0].update(lr=-0.1), o.step(x, y)), ValueError),
-        r"lr: expected a finite number in \[0",
-    ),
+    "no gradient": (*WITHOUT, r"step: .* have no \.grad"),
+    "a rate that climbs": (*CLIMBING, r"lr: expected a finite number in \[0"),
     "another mode": (after(lambda net: net[1].eval()), ValueError, "module: '1' is in eval mode"),
-    "another layer": (
-        *(after(lambda net: net.__setitem__(3, torch.nn.Linear(8, 3).double())), ValueError),
-        r"module: \['3\.weight', '3\.bias'\] have been replaced",
-    ),
-    "frozen later": (
-        *(after(lambda net: net[0].weight.requires_grad_(False)), ValueError),
-        r"module: \['0\.weight'\] have been replaced or frozen",
-    ),
+    "another layer": (*OTHER_LAYER, r"module: \['3\.weight', '3\.bias'\] have been replaced"),
+    "frozen later": (*FROZEN, r"module: \['0\.weight'\] have been replaced or frozen"),
 }
 
 
 @pytest.mark.parametrize(("call", "error", "match"), REFUSED.values(), ids=REFUSED)
 def test_refused(call, error, match):
-    net, ((x, y), *_) = normalised(torch.float64), batches(1)
+    net, ((x, y),) = normalised(torch.float64), batches(1)
     optimizer = LowRankKFAC(net, lrkfac.categorical(), x, lr=0.2, **OPTIONS)
     with pytest.raises(error, match=match):
         call(optimizer, x, y)
 
 
 def test_wrong_arguments():
-    for match, options in {"lr: missing": {}, "momentun": {"lr": 0.1, "momentun": 0.5}}.items():
-        with pytest.raises(TypeError, match=match):
-            LowRankKFAC(plain(torch.float64), lrkfac.categorical(), batches(1)[0][0], **options)
+    net, ((x, _),) = plain(torch.float64), batches(1)
+    one = {"params": net[0].parameters(), "lr": 0.1}
+    for match, options in {
+        "lr: missing": {},
+        "momentun": {"lr": 0.1, "momentun": 0.5},
+        "a group sets no .*lr": {"params": [one, {"params": net[2].parameters()}]},
+        "lr: adaptive_low_rank_kfac finds": {"params": [one], "transformation": lrkfac.adaptive_low_rank_kfac},
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=match):
+            LowRankKFAC(net, lrkfac.categorical(), x, **options)

@@ -75,8 +75,8 @@ def test_evaluations_since_the_last_step_make_one_batch(options):
     expected = plain_loop(net, [joined(parts) for parts in data], options)
     optimizer = optimizer_of(net, options)
     for parts in data:
-        for i, part in enumerate(parts):
-            optimizer.evaluate(*part)
+        for i in range(len(parts)):
+            optimizer.evaluate(*parts[i])
             x, y = joined(parts[: i + 1])
             grads = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
             torch.testing.assert_close([p.grad for p in net.parameters()], list(grads), rtol=1e-9, atol=1e-11)
@@ -166,8 +166,7 @@ def test_what_is_done_between_evaluations_counts():
     """Each micro-batch's gradient is clipped when it is added, as where ``.grad`` accumulates."""
     net, ((one, two),) = network(), batches(1, (5, 3))
     grads = [torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters())) for x, y in (one, two)]
-    first = clipped(dict(enumerate(grads[0])))
-    expected = [(5 * first[i] + 3 * g) / 8 for i, g in enumerate(grads[1])]
+    expected = [(5 * f + 3 * g) / 8 for f, g in zip(clipped(dict(enumerate(grads[0]))).values(), grads[1], strict=True)]
     optimizer = optimizer_of(net)
     optimizer.evaluate(*one)
     clip_grad_norm_(net.parameters(), NORM)

@@ -32,24 +32,22 @@ def test_a_curve_for_each_layer_and_factor(tmp_path, found, picture, label):
 def test_history(tmp_path):
     damping, size, share = plot.history(FOUND, [1, 2, 3, 4]).axes
     assert [len(axis.lines) for axis in (damping, size, share)] == [2, 0, 2]
-    assert (
-        damping.get_yscale() == "log"
-        and share.get_ylim()[1] > 100
-        and list(damping.lines[0].get_xdata()) == [1, 2, 3, 4]
-    )
+    assert damping.get_yscale() == "log" and list(damping.lines[0].get_xdata()) == [1, 2, 3, 4]
+    assert share.get_ylim()[1] > 100
     blocks = diagnose(trained(precondition_by_fisher(LAYERS, unit_wise()), MLP)[0][-1], LAYERS)
     plot.history([blocks]).savefig(tmp_path / "history.png")
     assert len(plot.spectra(blocks).axes) == 1
 
 
 def test_refusals(monkeypatch):
-    for picture in (plot.spectra, plot.captured, lambda x: plot.history([x])):
+    for arguments in ([[]], [FOUND, [1]]):
+        with pytest.raises(ValueError, match="diagnoses: expected at least one, and as many as steps"):
+            plot.history(*arguments)
+    pictures = plot.spectra, plot.captured, lambda x: plot.history([x])
+    for picture in pictures:
         with pytest.raises(TypeError, match="diagnosis: expected what diagnose"):
             picture(STATES[0])
-    for arguments in ([], [FOUND, [1]]):
-        with pytest.raises(ValueError, match="diagnoses: expected at least one, and as many as steps"):
-            plot.history(*(arguments or [[]]))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for picture in (plot.spectra, plot.captured, lambda x: plot.history([x])):
+    for picture in pictures:
         with pytest.raises(ImportError, match=r"matplotlib: .* not installed; python -m pip install 'lrkfac\[plot\]'"):
             picture(FOUND[0])

@@ -29,10 +29,8 @@ def check_schedule(schedule, expected, number=25):
 
 @given(values, st.integers(0, 10), st.integers(1, 12), values, values)
 def test_warmup_cosine(peak, warmup, more, initial, final):
-    schedule = warmup_cosine_decay_schedule(initial, peak, warmup, warmup + more, final)
-    check_schedule(
-        schedule, lambda step: reference.warmup_cosine_decay_schedule(step, peak, warmup, warmup + more, initial, final)
-    )
+    schedule, steps = warmup_cosine_decay_schedule(initial, peak, warmup, warmup + more, final), (warmup, warmup + more)
+    check_schedule(schedule, lambda i: reference.warmup_cosine_decay_schedule(i, peak, *steps, initial, final))
     assert schedule(torch.tensor(warmup)).item() == pytest.approx(peak)
     assert schedule(torch.tensor(10**6)).item() == pytest.approx(final)
 
@@ -70,22 +68,18 @@ def test_joined(lengths, data):
     check_schedule(whole, lambda step: expected(step) if step < 30 else 7, number=35)
 
 
-COSINE, EXPONENTIAL = reference.warmup_cosine_decay_schedule, reference.exponential_decay
 SCHEDULES = {
-    "constant": (constant_schedule(0.3), lambda step: 0.3),
-    "cosine": (warmup_cosine_decay_schedule(0.0, 0.5, 2, 5), lambda s: COSINE(s, 0.5, 2, 5)),
     "joined": (
         join_schedules([exponential_decay(0.5, 1, 0.8), constant_schedule(0.1)], [3]),
-        lambda s: EXPONENTIAL(s, 0.5, 0.8) if s < 3 else 0.1,
+        lambda step: 0.5 * 0.8**step if step < 3 else 0.1,
     ),
     "the user's own": (lambda step: 1 / (1 + step), lambda step: 1 / (1 + step)),
     "a number": (0.25, lambda step: 0.25),
     "a tensor": (torch.tensor(0.25), lambda step: 0.25),
 }
-each_schedule = pytest.mark.parametrize("rate, expected", SCHEDULES.values(), ids=SCHEDULES)
 
 
-@each_schedule
+@pytest.mark.parametrize("rate, expected", SCHEDULES.values(), ids=SCHEDULES)
 def test_learning_rate_of_each_step(rate, expected):
     for dtype in (torch.float64, torch.bfloat16):
         check_transformation(scale_by_learning_rate(rate), nested(dtype))
@@ -103,17 +97,17 @@ def test_scale(factor, dtype):
         close(updates, {k: float(factor) * g for k, g in flat(grads).items()}, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "make, error, words",
-    [
-        (lambda: warmup_cosine_decay_schedule(0.0, 1.0, 2, 2), ValueError, "warmup_steps: .* decay_steps = 2, got 2"),
-        (lambda: join_schedules([], []), ValueError, "boundaries: expected 0 for 0 schedules, at least one, got 0"),
-        (lambda: join_schedules([abs, abs], []), ValueError, "boundaries: expected 1 for 2 schedules"),
-        (lambda: join_schedules([abs, 0.1], [1]), TypeError, "schedules: .* use constant_schedule"),
-        (lambda: join_schedules([abs] * 3, [2, 2]), ValueError, r"boundaries: .*\(2, inf\), got 2"),
-    ],
-)
-def test_arguments_are_checked(make, error, words):
+REFUSED = [
+    ("warmup_steps: .* decay_steps = 2, got 2", lambda: warmup_cosine_decay_schedule(0.0, 1.0, 2, 2)),
+    ("boundaries: expected 0 for 0 schedules, at least one, got 0", lambda: join_schedules([], [])),
+    ("boundaries: expected 1 for 2 schedules", lambda: join_schedules([abs, abs], [])),
+    ("schedules: .* use constant_schedule", lambda: join_schedules([abs, 0.1], [1])),
+    (r"boundaries: .*\(2, inf\), got 2", lambda: join_schedules([abs] * 3, [2, 2])),
+]
+
+
+@pytest.mark.parametrize(("words", "make"), REFUSED)
+def test_arguments_are_checked(words, make):
     """What the table of bad calls does not say: whole messages, and values that depend on each other."""
-    with pytest.raises(error, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         make()

@@ -3,6 +3,7 @@
 import sys
 import textwrap
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -26,13 +27,8 @@ CORE = """
         def matvec(self, x: Float[Tensor, "d *k"]) -> Float[Tensor, "d *k"]:
             return (self.scale * x.mT).mT if x.ndim > 1 else self.scale * x
 
-        @property
-        def wrong(self) -> Float[Tensor, "1 d"]:
-            return self.scale
-
-        @staticmethod
-        def square(x: Float[Tensor, "d d"], power: float = 1.0) -> Float[Tensor, "d d"]:
-            return x * power
+    def square(x: Float[Tensor, "d d"], power: float = 1.0) -> Float[Tensor, "d d"]:
+        return x * power
 
     def add(x: Float[Tensor, "d"], y: Float[Tensor, "d"]) -> Float[Tensor, "d"]:
         if y.ndim > 1:
@@ -42,7 +38,7 @@ CORE = """
     def unannotated(x):
         return x
 """
-USER = "from toy_package.core.algebra import Scaling, add, unannotated"
+USER = "from toy_package.core.algebra import Scaling, add, square, unannotated"
 
 
 def energy(user, operator, x):
@@ -50,38 +46,33 @@ def energy(user, operator, x):
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
+def toy():
     """A package with the layout of ours: core, and a module that imports from it."""
-    folder = tmp_path_factory.mktemp("toy")
-    files = {"__init__.py": "", "core/__init__.py": "", "core/algebra.py": CORE, "user.py": USER}
-    for name, text in files.items():
-        path = folder / "toy_package" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(textwrap.dedent(text))
-    sys.path.insert(0, str(folder))
-    checked = check_shapes("toy_package", checked_within="toy_package.core")
-    yield sys.modules["toy_package.user"], checked
-    sys.path.remove(str(folder))
-    for name in [name for name in sys.modules if name.split(".")[0] == "toy_package"]:
-        del sys.modules[name]
+    texts = {"toy_package": "", "toy_package.core": "", "toy_package.core.algebra": CORE, "toy_package.user": USER}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, text in texts.items():
+            module = ModuleType(name)
+            module.__path__ = []
+            patch.setitem(sys.modules, name, module)
+            exec(textwrap.dedent(text), vars(module))
+        checked = check_shapes("toy_package", checked_within="toy_package.core")
+        yield sys.modules["toy_package.user"], checked
 
 
 def test_a_wrong_shape_raises_also_where_the_function_was_imported_to(toy):
     user, checked = toy
-    names = ["Scaling.matvec", "Scaling.square", "Scaling.wrong", "add"]
-    assert checked == [f"toy_package.core.algebra.{name}" for name in names]
+    assert checked == [f"toy_package.core.algebra.{name}" for name in ("Scaling.matvec", "add", "square")]
     for match, call in (
         ("parameter 'y'", lambda: user.add(torch.ones(3), torch.ones(1))),
         ("parameter 'x'", lambda: user.Scaling(torch.ones(())).matvec(torch.ones(()))),
         ("return value", lambda: user.Scaling(torch.ones(2, 3)).matvec(torch.ones(3))),
-        ("return value", lambda: user.Scaling(torch.ones(2)).wrong),
-        ("parameter 'x'", lambda: user.Scaling.square(torch.ones(2, 3))),
+        ("parameter 'x'", lambda: user.square(torch.ones(2, 3))),
         ("parameter 'y'", lambda: vmap(user.add)(torch.rand(5, 3), torch.rand(5, 1))),
         ("return value", lambda: Diagonal(torch.ones(3)).matvec(torch.ones(1))),  # of the package itself
     ):
         with pytest.raises(TypeCheckError, match=match):
             call()
-    assert user.Scaling.square(torch.ones(2, 2), 3).sum() == 12
+    assert user.square(torch.ones(2, 2), 3).sum() == 12
     with pytest.raises(ValueError, match="y: expected a vector"):  # its own refusal is seen
         user.add(torch.ones(3), torch.ones(3, 1))
     with pytest.raises(RuntimeError, match="no function"):

@@ -21,62 +21,38 @@ from lrkfac.testing import (
     low_rank_plus_diagonals,
 )
 
+BECAME = "class: LowRankPlusDiagonal became Dense"
 PARAMS = {"w": torch.ones(3, 2, dtype=torch.float64), "b": [torch.zeros(2, dtype=torch.float64)]}
 
 
 def test_a_wrong_inverse_is_named(monkeypatch):
     operator = LowRankPlusDiagonal(torch.eye(3)[:, :1], torch.ones(1), torch.ones(3))
     check_inverse(operator, 0.1)
-    broken = lambda op, damping=0.0: LowRankPlusDiagonal(op.vectors, -op.values / 3, 1 / op.diagonal)  # noqa: E731
-    monkeypatch.setattr("lrkfac.testing.laws.inverse", broken)
-    with pytest.raises(AssertionError, match=r"law broken: inverse = dense inverse: error .*, allowed"):
-        check_inverse(operator, 0.1)
-    monkeypatch.setattr("lrkfac.testing.laws.inverse", lambda op, damping=0.0: Dense(torch.eye(3)))
-    with pytest.raises(AssertionError, match="law broken: class: LowRankPlusDiagonal became Dense"):
-        check_inverse(operator, 0.1)
-
-
-def test_an_indefinite_operator_is_named():
     with pytest.raises(AssertionError, match=r"not positive definite: smallest eigenvalue -9.00e-01"):
         check_inverse(Dense(-torch.eye(2)), 0.1)
+    broken = operator._replace(values=-operator.values / 3)
+    for wrong, law in (broken, r"inverse = dense inverse: error .*, allowed"), (Dense(torch.eye(3)), BECAME):
+        monkeypatch.setattr("lrkfac.testing.laws.inverse", lambda op, damping=0.0, wrong=wrong: wrong)
+        with pytest.raises(AssertionError, match=f"law broken: {law}"):
+            check_inverse(operator, 0.1)
 
 
-class InPlace(DenseStructure):
-    def update(self, state, covariance, decay):
-        state.matrix.add_(covariance.dense())
-        return state._replace(steps=state.steps + 1)
+def structure(base, *arguments, **methods):
+    return type("Broken", (base,), methods)(*arguments)
 
 
-class Indefinite(LowRankStructure):
-    def operator(self, state):
-        return super().operator(state).shifted(-1.0)
+def in_place(self, state, covariance, decay):
+    return state._replace(matrix=state.matrix.add_(covariance.dense()), steps=state.steps + 1)
 
 
-class WrongScale(DenseStructure):
-    def operator(self, state):
-        return Dense(state.matrix.square())
-
-
-class WrongInverse(DenseStructure):
-    def inverse(self, state, damping):
-        return super().inverse(state, 2 * damping)
-
-
-STRUCTURES = {
-    "update leaves its arguments unchanged": InPlace(),
-    "the average is positive semi-definite": Indefinite(2),
-    "batches 16 times as large": WrongScale(),
-    "inverse = inverse of the average plus damping": WrongInverse(),
-}
-
-
-@pytest.mark.parametrize("law", STRUCTURES)
-def test_a_broken_structure_is_named(law):
-    with pytest.raises(AssertionError, match=f"law broken: {law}"):
-        check_structure(STRUCTURES[law])
-
-
-UPDATES = {
+DENSE, LOW = DenseStructure, LowRankStructure
+BROKEN = {
+    "update leaves its arguments unchanged": structure(DENSE, update=in_place),
+    "the average is positive semi-definite": structure(LOW, 2, operator=lambda *x: LOW.operator(*x).shifted(-1.0)),
+    "batches 16 times as large": structure(DENSE, operator=lambda self, state: Dense(state.matrix.square())),
+    "inverse = inverse of the average plus damping": structure(
+        DENSE, inverse=lambda self, state, damping: DENSE.inverse(self, state, 2 * damping)
+    ),
     "update leaves its updates argument unchanged": lambda g, s: ({**g, "w": g["w"].add_(1)}, s),
     "updates have the form of the parameters": lambda g, s: ({"w": g["w"]}, s),
     "update keeps the form of the state": lambda g, s: (g, (*s, torch.zeros(()))),
@@ -84,11 +60,14 @@ UPDATES = {
 }
 
 
-@pytest.mark.parametrize("law", UPDATES)
-def test_a_broken_transformation_is_named(law):
-    broken = GradientTransformation(scale(1.0).init, lambda g, s, params=None, **extra: UPDATES[law](g, s))
+@pytest.mark.parametrize(("law", "broken"), BROKEN.items(), ids=BROKEN)
+def test_a_broken_structure_or_transformation_is_named(law, broken):
+    update = lambda g, s, params=None, **extra: broken(g, s)  # noqa: E731
     with pytest.raises(AssertionError, match=f"law broken: {law}"):
-        check_transformation(broken, PARAMS)
+        if callable(broken):
+            check_transformation(GradientTransformation(scale(1.0).init, update), PARAMS)
+        else:
+            check_structure(broken)
 
 
 @given(st.data())

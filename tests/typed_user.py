@@ -62,5 +62,4 @@ def own_transformation(factor: float) -> lrkfac.GradientTransformation:
 
 
 def inverted(operator: lrkfac.linalg.LowRankPlusDiagonal) -> Tensor:
-    found = lrkfac.linalg.inverse(operator, damping=0.1)
-    return lrkfac.linalg.to_dense(found)
+    return lrkfac.linalg.to_dense(lrkfac.linalg.inverse(operator, damping=0.1))

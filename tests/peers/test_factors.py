@@ -26,8 +26,6 @@ pytestmark = pytest.mark.peers
 
 
 class Mean(nn.Module):
-    """[N, T, F] to [N, F]."""
-
     def forward(self, x):
         return x.mean(1)
 
@@ -66,27 +64,42 @@ def make(name, likelihood):
     return net, inputs, LOSSES[likelihood][2](inputs.shape[0])
 
 
-def places(net):
-    """The place of each entry of each parameter in one vector, and the length of that."""
-    numbers, start = {}, 0
-    for name, parameter in net.named_parameters():
-        numbers[name] = torch.arange(start, start + parameter.numel()).reshape(parameter.shape)
-        start += parameter.numel()
-    return numbers, start
-
-
-def our_factors(net, inputs, targets, likelihood, estimator, treatment="expand", noise=None):
-    """``{layer name: (A, B)}``."""
+def evaluated(net, inputs, targets, likelihood, estimator, noise=None):
     model, params = lrkfac.from_module(net)
     layers = lrkfac.find_layers(model, params, inputs, strict=True)
     samples = {} if noise is None else {"samples": len(noise)}
-    evaluation = lrkfac.evaluator(model, likelihood, layers, estimator, **samples)(params, inputs, targets, noise=noise)
+    evaluate = lrkfac.evaluator(model, likelihood, layers, estimator, **samples)
+    return layers, evaluate(params, inputs, targets, noise=noise), params
+
+
+def our_factors(layers, evaluation, treatment="expand"):
+    """``{layer name: (A, B)}``."""
     inputs_of, gradients, scale = evaluation.statistics
-    found = {
-        layer.name: factors_of(layer, inputs_of[layer.name], gradients[layer.name], scale, treatment)
-        for layer in layers
-    }
-    return layers, {name: (both.input.dense(), both.output.dense()) for name, both in found.items()}
+    factors = {x.name: factors_of(x, inputs_of[x.name], gradients[x.name], scale, treatment) for x in layers}
+    return {name: (both.input.dense(), both.output.dense()) for name, both in factors.items()}
+
+
+def our_state(layers, evaluation, params, structure):
+    tx = lrkfac.precondition_by_fisher(layers, structure)
+    return tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)[1].factors
+
+
+def check_blocks(operator_of, net, data, layers, blocks, loss, **options):
+    """Places the blocks of the layers' joint matrices among all parameters, and compares."""
+    curvlinops = pytest.importorskip("curvlinops", reason="the extra 'peers' is not installed")
+    sizes = [p.numel() for p in net.parameters()]
+    numbers = torch.arange(sum(sizes)).split(sizes)
+    numbers = {name: x.reshape(p.shape) for x, (name, p) in zip(numbers, net.named_parameters(), strict=True)}
+    expected = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
+    for layer in layers:
+        place = layer_matrix(layer, [numbers[p.path] for p in layers.parameters]).joined().flatten()
+        expected[place[:, None], place[None]] = blocks[layer.name]
+    options |= {"separate_weight_and_bias": False, "check_deterministic": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        operator = getattr(curvlinops, operator_of)(net, loss, list(net.parameters()), [data], **options)
+        actual = operator @ torch.eye(sum(sizes), dtype=torch.float64)
+    assert (actual - expected).norm() <= 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("net_name", NETS)
@@ -97,33 +110,18 @@ def test_blocks_equal_those_of_curvlinops(net_name, loss_name, estimator, theirs
     curvlinops = pytest.importorskip("curvlinops", reason="the extra 'peers' is not installed")
     net, inputs, targets = make(net_name, loss_name)
     likelihood, loss, _, (of_hessian, of_gradients) = LOSSES[loss_name]
-    noise, samples = None, {}
+    noise, options, labels = None, {"fisher_type": theirs, "kfac_approx": treatment}, iter(())
     if estimator == "mc":
-        noise, samples = torch.rand(SAMPLES, len(inputs), 4, dtype=torch.float64), {"mc_samples": SAMPLES}
-        outputs = net(inputs).detach()
+        noise, outputs = torch.rand(SAMPLES, len(inputs), 4, dtype=torch.float64), net(inputs).detach()
         drawn = [likelihood.sample(outputs, u) for u in noise]
-        if loss_name == "gaussian":
-            drawn = [outputs + (y - outputs) / 2**0.5 for y in drawn]
-        labels = iter(drawn)
+        labels = iter([outputs + (y - outputs) / 2**0.5 for y in drawn] if loss_name == "gaussian" else drawn)
         monkeypatch.setattr(curvlinops.KFACLinearOperator, "draw_label", lambda self, output: next(labels))
-    layers, factors = our_factors(net, inputs, targets, likelihood, estimator, treatment, noise)
-    numbers, start = places(net)
-    expected = torch.zeros(start, start, dtype=torch.float64)
-    for layer in layers:
-        place = layer_matrix(layer, [numbers[p.path] for p in layers.parameters]).joined().flatten()
-        a, b = factors[layer.name]
-        scale = {"empirical": of_gradients, "forward_only": 1.0}.get(estimator, of_hessian)
-        expected[place[:, None], place[None]] = scale * torch.kron(b, a)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        operator = curvlinops.KFACLinearOperator(
-            net, loss, list(net.parameters()), [(inputs, targets)],
-            fisher_type=theirs, kfac_approx=treatment, separate_weight_and_bias=False, check_deterministic=False,
-            **samples,
-        )  # fmt: skip
-        found = operator @ torch.eye(start, dtype=torch.float64)
-    assert estimator != "mc" or not list(labels), "all samples were taken"
-    assert (found - expected).norm() <= 1e-6 * expected.norm()
+        options["mc_samples"] = SAMPLES
+    layers, evaluation, _ = evaluated(net, inputs, targets, likelihood, estimator, noise)
+    scale = {"empirical": of_gradients, "forward_only": 1.0}.get(estimator, of_hessian)
+    blocks = {name: scale * torch.kron(b, a) for name, (a, b) in our_factors(layers, evaluation, treatment).items()}
+    check_blocks("KFACLinearOperator", net, (inputs, targets), layers, blocks, loss, **options)
+    assert not list(labels), "all samples were taken"
 
 
 @pytest.mark.parametrize("loss_name", LOSSES)
@@ -135,51 +133,41 @@ def test_corrected_blocks_equal_those_of_curvlinops(net_name, loss_name, estimat
     """Among equal eigenvalues a basis is arbitrary: the mean patches of a convolution often have the eigenvalue 0
     several times where the patches have not.
     """
-    curvlinops = pytest.importorskip("curvlinops", reason="the extra 'peers' is not installed")
     net, inputs, targets = make(net_name, loss_name)
     likelihood, loss, _, (of_hessian, of_gradients) = LOSSES[loss_name]
-    model, params = lrkfac.from_module(net)
-    layers = lrkfac.find_layers(model, params, inputs, strict=True)
-    evaluation = lrkfac.evaluator(model, likelihood, layers, estimator)(params, inputs, targets)
-    structure = lrkfac.structures.kronecker(
-        lrkfac.structures.dense(), lrkfac.structures.dense(), treatment, corrected=True
-    )
-    tx = lrkfac.precondition_by_fisher(layers, structure)
-    _, state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
-    numbers, start = places(net)
-    scale = of_gradients if estimator == "empirical" else of_hessian
-    expected = torch.zeros(start, start, dtype=torch.float64)
-    for layer in layers:
-        place = layer_matrix(layer, [numbers[p.path] for p in layers.parameters]).joined().flatten()
-        expected[place[:, None], place[None]] = scale * state.factors[layer.name].average.to_dense()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        operator = curvlinops.EKFACLinearOperator(
-            net, loss, list(net.parameters()), [(inputs, targets)], fisher_type=theirs, kfac_approx=treatment,
-            separate_weight_and_bias=False, check_deterministic=False,
-        )  # fmt: skip
-        found = operator @ torch.eye(start, dtype=torch.float64)
-    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    layers, evaluation, params = evaluated(net, inputs, targets, likelihood, estimator)
+    dense, scale = lrkfac.structures.dense(), of_gradients if estimator == "empirical" else of_hessian
+    structure = lrkfac.structures.kronecker(dense, dense, treatment, corrected=True)
+    factors = our_state(layers, evaluation, params, structure)
+    blocks = {name: scale * state.average.to_dense() for name, state in factors.items()}
+    options = {"fisher_type": theirs, "kfac_approx": treatment}
+    check_blocks("EKFACLinearOperator", net, (inputs, targets), layers, blocks, loss, **options)
 
 
-@pytest.mark.parametrize("net_name", ["linear", "undilated"])
-@pytest.mark.parametrize("estimator, theirs", [("exact", "fisher_exact"), ("empirical", "fisher_emp")])
-def test_factors_equal_those_of_asdl(net_name, estimator, theirs):
+def with_asdl(net, inputs, targets, kind, shape, **options):
+    """Gives the modules of the net their Fisher matrices."""
     asdl = pytest.importorskip("asdl", reason="the extra 'peers' is not installed")
-    net, inputs, targets = make(net_name, "categorical")
-    layers, factors = our_factors(net, inputs, targets, lrkfac.categorical(), estimator)
-    config = asdl.FisherConfig(theirs, [asdl.SHAPE_KRON], loss_type=asdl.LOSS_CROSS_ENTROPY, data_size=inputs.shape[0])
-    maker = asdl.get_fisher_maker(net, config)
-    outputs = maker.setup_model_call(net, inputs)
-    maker.setup_loss_call(nn.functional.cross_entropy, outputs, targets)
+    options |= {"loss_type": asdl.LOSS_CROSS_ENTROPY, "data_size": len(inputs)}
+    maker = asdl.get_fisher_maker(net, asdl.FisherConfig(kind, [getattr(asdl, shape)], **options))
+    maker.setup_loss_call(nn.functional.cross_entropy, maker.setup_model_call(net, inputs), targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         maker.forward_and_backward()
-    for layer in layers:
-        kron = net[int(layer.name)].fisher.kron
-        a, b = factors[layer.name]
-        a = a[:-1, :-1] if layer.bias is not None else a
+
+
+each_kind = pytest.mark.parametrize("estimator, theirs", [("exact", "fisher_exact"), ("empirical", "fisher_emp")])
+
+
+@pytest.mark.parametrize("net_name", ["linear", "undilated"])
+@each_kind
+def test_factors_equal_those_of_asdl(net_name, estimator, theirs):
+    net, inputs, targets = make(net_name, "categorical")
+    layers, evaluation, _ = evaluated(net, inputs, targets, lrkfac.categorical(), estimator)
+    with_asdl(net, inputs, targets, theirs, "SHAPE_KRON")
+    for name, (a, b) in our_factors(layers, evaluation).items():
+        kron = net[int(name)].fisher.kron
         product = torch.kron(kron.B, kron.A)
+        a = a[:-1, :-1] if layers[name].bias is not None else a
         assert (product - torch.kron(b, a)).norm() <= 1e-6 * product.norm()
 
 
@@ -194,10 +182,9 @@ NORMALISED = {
 
 
 @pytest.mark.parametrize("name", NORMALISED)
-@pytest.mark.parametrize("estimator, theirs", [("exact", "fisher_exact"), ("empirical", "fisher_emp")])
+@each_kind
 def test_unit_wise_blocks_equal_those_of_asdl(name, estimator, theirs):
     """In evaluation mode: in training mode a BatchNorm mixes examples."""
-    asdl = pytest.importorskip("asdl", reason="the extra 'peers' is not installed")
     torch.manual_seed(0)
     make_net, shape = NORMALISED[name]
     net, inputs, targets = make_net().double().eval(), torch.randn(shape).double(), torch.randint(4, shape[:1])
@@ -205,20 +192,8 @@ def test_unit_wise_blocks_equal_those_of_asdl(name, estimator, theirs):
         for x in (net[1].weight, net[1].bias, *net[1].buffers()):
             if x.is_floating_point():
                 x.copy_(torch.rand_like(x) + 0.5)
-    model, params = lrkfac.from_module(net)
-    layers = lrkfac.find_layers(model, params, inputs, strict=True)
-    evaluation = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)(params, inputs, targets)
-    tx = lrkfac.precondition_by_fisher(layers, lrkfac.structures.unit_wise())
-    _, state = tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
-    config = asdl.FisherConfig(
-        theirs, [asdl.SHAPE_UNIT_WISE], loss_type=asdl.LOSS_CROSS_ENTROPY, data_size=len(inputs),
-        ignore_modules=[nn.Linear, nn.Conv2d],
-    )  # fmt: skip
-    maker = asdl.get_fisher_maker(net, config)
-    maker.setup_loss_call(nn.functional.cross_entropy, maker.setup_model_call(net, inputs), targets)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        maker.forward_and_backward()
+    layers, evaluation, params = evaluated(net, inputs, targets, lrkfac.categorical(), estimator)
+    actual = our_state(layers, evaluation, params, lrkfac.structures.unit_wise())["1"].block.matrix
+    with_asdl(net, inputs, targets, theirs, "SHAPE_UNIT_WISE", ignore_modules=[nn.Linear, nn.Conv2d])
     expected = net[1].fisher.unit.data
-    found = state.factors["1"].block.matrix
-    assert found.shape == expected.shape and (found - expected).norm() <= 1e-6 * expected.norm()
+    assert actual.shape == expected.shape and (actual - expected).norm() <= 1e-6 * expected.norm()

@@ -21,35 +21,29 @@ class Logits(nn.Module):
         return self.body(inputs).logits
 
 
-def gpt2(transformers):
-    config = transformers.GPT2Config(
-        vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, use_cache=False
-    )
-    return transformers.GPT2LMHeadModel(config), torch.randint(13, (3, 5))
+SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+WORDS = {"vocab_size": 13, "max_position_embeddings": 8}
 
 
-def bert(transformers):
-    config = transformers.BertConfig(
-        vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
-        max_position_embeddings=8, num_labels=3,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config), torch.randint(1, 13, (3, 5))
+def gpt2(lib):
+    sizes = {"vocab_size": 13, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    config = lib.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False)
+    return lib.GPT2LMHeadModel(config), torch.randint(13, (3, 5))
 
 
-def llama(transformers):
-    config = transformers.LlamaConfig(
-        vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=12, max_position_embeddings=8, use_cache=False,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config), torch.randint(3, 13, (3, 5))
+def bert(lib):
+    config = lib.BertConfig(**SMALL, **WORDS, num_labels=3)
+    return lib.BertForSequenceClassification(config), torch.randint(1, 13, (3, 5))
 
 
-def vit(transformers):
-    config = transformers.ViTConfig(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
-        num_labels=3,
-    )  # fmt: skip
-    return transformers.ViTForImageClassification(config), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+def llama(lib):
+    config = lib.LlamaConfig(**SMALL, **WORDS, num_key_value_heads=1, use_cache=False)
+    return lib.LlamaForCausalLM(config), torch.randint(3, 13, (3, 5))
+
+
+def vit(lib):
+    config = lib.ViTConfig(**SMALL, image_size=8, patch_size=4, num_labels=3)
+    return lib.ViTForImageClassification(config), torch.randn(3, 3, 8, 8, dtype=torch.float64)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrkfac import Evaluation, clip, clip_by_global_norm, clip_by_kl
-from lrkfac.schedules import exponential_decay, warmup_cosine_decay_schedule
 from lrkfac.testing import seeds
 from tests import reference_optimizers as reference
-from tests.transforms.test_base import close, flat, nested, replayed, steps
+from tests.transforms.test_base import close, flat, nested, replayed
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 bounds = st.floats(-4, 4).map(lambda x: 10**x)
@@ -54,24 +53,6 @@ def test_kl_equals_the_reference(kl_clip, rate, seed):
     grads, updates = nested(seed=seed), nested(seed=seed + 1)
     (found,) = replayed(clip_by_kl(kl_clip, rate), [updates], evaluation=evaluated(grads))
     close(found, reference.clipped_by_kl(flat(updates), flat(grads), rate, kl_clip))
-
-
-@pytest.mark.parametrize(
-    "schedule, expected",
-    [
-        (warmup_cosine_decay_schedule(0.0, 0.5, 2, 5), lambda s: reference.warmup_cosine_decay_schedule(s, 0.5, 2, 5)),
-        (exponential_decay(2.0, 1, 0.5), lambda s: reference.exponential_decay(s, 2.0, 0.5)),
-        (torch.tensor(0.3, dtype=torch.float64), lambda s: 0.3),
-    ],
-)
-def test_kl_takes_the_learning_rate_of_each_step(schedule, expected):
-    grads = nested()
-    updates = [optree.tree_map(torch.add, grads, g) for g in steps(6)]
-    for i, found in enumerate(replayed(clip_by_kl(0.01, schedule), updates, evaluation=evaluated(grads))):
-        rate = expected(i)
-        factor = reference.kl_clip_factor(flat(updates[i]), flat(grads), rate, 0.01) if rate else 1.0
-        assert factor < 1 or rate == 0
-        close(found, {k: factor * u for k, u in flat(updates[i]).items()})
 
 
 @dtypes

@@ -1,9 +1,14 @@
 """``inject_hyperparams``: the same as a transformation made with these values, which may change in the state."""
 
+import copy
+import dataclasses
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
 import optree
 import pytest
 import torch
-from torch.func import vmap
 
 import lrkfac
 from lrkfac import apply_updates, chain, inject_hyperparams, low_rank_kfac, scale, trace
@@ -41,39 +46,36 @@ def test_equals_the_transformation_with_these_values(factory, options):
         close(updates, expected)
 
 
-def test_kfac_with_schedules_and_live_changes():
-    """In each step as the chain that is made with the values of this step, on one state."""
+@pytest.mark.parametrize("make", [partial(low_rank_kfac, rank=2), lrkfac.kfac])
+def test_kfac_with_schedules_and_live_changes(make):
+    """In each step as the chain that is made with the values of this step, on one state.
+
+    What follows a schedule is set anew; the factory runs when it is injected, and never again.
+    """
+    calls = []
+
+    def counted(layers, **options):
+        calls.append(options)
+        return make(layers, **options)
+
     layers, evaluate = layers_and_evaluate(MLP)
-    rate, damping = exponential_decay(0.1, 1, 0.5), lambda step: 0.1 / (1 + step)
-    tx = inject_hyperparams(low_rank_kfac)(
-        layers, learning_rate=rate, rank=2, **{**OPTIONS, "damping": damping, "kl_clip": 1e9}
-    )
+    rate, damping = exponential_decay(0.1, 1, 0.5), lambda step: 0.1 / (1 + step.double())
+    tx = inject_hyperparams(counted)(layers, learning_rate=rate, **{**OPTIONS, "damping": damping})
     params, state = MLP.params, tx.init(MLP.params)
-    inner = state.inner
+    inner, made = state.inner, len(calls)
     assert sorted(state.hyperparameters) == sorted([*OPTIONS, "learning_rate"])
     for i in range(4):
         e = evaluate(params)
-        values = {**OPTIONS, "learning_rate": 0.1 * 0.5**i, "damping": 0.1 / (1 + i), "kl_clip": 1e9}
+        live = {"momentum": 0.2, "decay": 0.6, "weight_decay": 0.1, "kl_clip": 1e9} if i >= 2 else {}
+        values = {**OPTIONS, **live, "learning_rate": 0.1 * 0.5**i, "damping": 0.1 / (1 + i)}
         if i == 2:
-            state = changed(state, momentum=0.2)
-        if i >= 2:
-            values["momentum"] = 0.2
-        by_hand = low_rank_kfac(layers, rank=2, **values)
-        expected, inner = by_hand.update(e.grads, inner, params, evaluation=e)
+            state = changed(state, **live, damping=100.0)
+        expected, inner = make(layers, **values).update(e.grads, inner, params, evaluation=e)
         updates, state = tx.update(e.grads, state, params, evaluation=e)
-        close(updates, expected, rtol=1e-6)  # the damping of the schedule, 1 over an integer, is float32
+        close(updates, expected, rtol=1e-12)
         assert {k: pytest.approx(float(x), rel=1e-6) for k, x in state.hyperparameters.items()} == values
         params = apply_updates(params, updates)
-    assert state.steps == 4
-
-
-def test_what_follows_a_schedule_is_set_anew():
-    tx = inject_hyperparams(scale)(factor=lambda step: 2.0 + step)
-    grads, state = nested(), tx.init(nested())
-    for i in range(3):
-        updates, state = tx.update(grads, changed(state, factor=100.0), grads)
-        close(updates, optree.tree_map(lambda g, i=i: (2.0 + i) * g, grads))
-        assert state.hyperparameters["factor"] == 2.0 + i
+    assert state.steps == 4 and len(calls) == made
 
 
 @pytest.mark.parametrize("value", [3, torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)])
@@ -88,23 +90,72 @@ def test_what_is_put_into_the_state_gets_its_dtype(value, dtype):
     assert state.hyperparameters["factor"].dtype == held
 
 
-def test_a_grid_of_hyperparameters_by_vmap():
+class Factor(NamedTuple):
+    factor: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Multiplies by a factor that stands in some object."""
+
+    holder: Any
+
+    def init(self, params):
+        return ()
+
+    def update(self, updates, state, params=None, **extra):
+        return updates * self.holder.factor, state
+
+
+def product(holder):
+    return lrkfac.GradientTransformation((link := Product(holder)).init, link.update)
+
+
+def closed(rate):
+    return lrkfac.GradientTransformation(lambda params: (), lambda u, s, params=None, **extra: (u * rate, s))
+
+
+@pytest.mark.parametrize(
+    "second, square",
+    [
+        (lambda rate: lrkfac.scale(rate / 2), 8.0),
+        (lambda rate: lrkfac.scale(torch.stack([torch.as_tensor(rate)] * 2).sum()), 32.0),
+        (lambda rate: lrkfac.scale(torch.neg(input=torch.as_tensor(rate))), -16.0),
+        (lambda rate: lrkfac.scale(float(rate)), 16.0),
+        (lambda rate: lrkfac.scale(torch.tensor(rate)), 16.0),
+        (lambda rate: lrkfac.scale(float(f"{rate:.3f}")), 16.0),
+        (lambda rate: lrkfac.scale(copy.deepcopy(rate)), 16.0),
+        (closed, 16.0),
+        (lambda rate: product(Factor(rate)), 16.0),
+        (lambda rate: product(SimpleNamespace(factor=rate)), 16.0),
+        (lambda rate: lrkfac.scale_by_learning_rate(lambda step: rate), -16.0),
+        (lambda rate: lrkfac.scale_by_learning_rate(partial(lambda rate, step: rate, rate)), -16.0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:To copy construct")
+def test_a_new_value_reaches_all_that_a_factory_makes_of_it(second, square):
+    """Also a derived value, a closure, or an object that cannot be looked into: there the factory is called again."""
+    tx = lrkfac.inject_hyperparams(lambda rate: lrkfac.chain(lrkfac.scale(rate), second(rate)))(rate=1.0)
+    state = tx.init(torch.zeros(1))._replace(hyperparameters={"rate": torch.tensor(4.0)})
+    assert tx.update(torch.ones(1), state)[0] == square
+
+
+CHECKED = {
+    **{name: FACTORIES[name] for name in ("adam", "decay", "learning rate", "value", "norm", "average")},
+    "low_rank_kfac": (low_rank_kfac, {"learning_rate": 0.2, **OPTIONS}),
+    "adaptive": (lrkfac.adaptive_low_rank_kfac, {"weight_decay": 0.1, "kl_clip": 1.0}),
+}
+
+
+@pytest.mark.parametrize("factory, values", CHECKED.values(), ids=CHECKED.keys())
+def test_a_new_value_is_checked_like_the_first(factory, values):
     layers, evaluate = layers_and_evaluate(MLP)
-    tx, e = inject_hyperparams(low_rank_kfac)(layers, learning_rate=0.1, damping=0.1, rank=2), evaluate(MLP.params)
-    damping = torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64)
-    rate = torch.tensor([0.5, 0.1], dtype=torch.float64)
-
-    def step(damping, rate):
-        state = changed(tx.init(MLP.params))
-        state = state._replace(hyperparameters={"damping": damping, "learning_rate": rate})
-        return tx.update(e.grads, state, MLP.params, evaluation=e)[0]
-
-    found = vmap(vmap(step, (None, 0)), (0, None))(damping, rate)
-    for i, one in enumerate(damping):
-        for j, other in enumerate(rate):
-            by_hand = low_rank_kfac(layers, other.item(), damping=one.item(), rank=2)
-            expected, _ = by_hand.update(e.grads, by_hand.init(MLP.params), MLP.params, evaluation=e)
-            close(optree.tree_map(lambda x, i=i, j=j: x[i, j], found), expected, rtol=1e-9)
+    of_layers = [layers] if factory in (low_rank_kfac, lrkfac.adaptive_low_rank_kfac) else []
+    tx, e = inject_hyperparams(factory)(*of_layers, **values), evaluate(MLP.params)
+    state = tx.init(MLP.params)
+    for name in values:
+        with pytest.raises(ValueError, match=r"expected a finite number in .* got -1"):
+            tx.update(e.grads, changed(state, **{name: -1.0}), MLP.params, evaluation=e)
 
 
 @pytest.mark.slow
@@ -128,8 +179,16 @@ def test_compiled_once_for_all_values():
 
 
 def kfac(**options):
-    layers, _ = layers_and_evaluate(MLP)
-    return inject_hyperparams(low_rank_kfac)(layers, **options)
+    return lambda: inject_hyperparams(low_rank_kfac)(layers_and_evaluate(MLP)[0], learning_rate=0.1, **options)
+
+
+def scaled(values):
+    tx = inject_hyperparams(scale)(factor=1.0)
+    return lambda: tx.update(nested(), tx.init(nested())._replace(hyperparameters=values))
+
+
+def traced_by(**options):
+    return lambda: inject_hyperparams(trace)(**options)
 
 
 @pytest.mark.parametrize(
@@ -137,26 +196,17 @@ def kfac(**options):
     [
         (lambda: inject_hyperparams(lambda decay: decay)(decay=1.0), TypeError, "factory: .* got float"),
         (lambda: inject_hyperparams(trace)(0.9), TypeError, "expected a number, .* by keyword, .*got none"),
-        (lambda: inject_hyperparams(trace)(decay=1.5), ValueError, "decay: expected a finite number in .* got 1.5"),
-        (lambda: inject_hyperparams(trace)(decay=lambda step: 1.5), ValueError, "decay: expected .* got 1.5"),
-        (lambda: inject_hyperparams(trace)(decay=lambda layer: layer.name), TypeError, "decay: .* a schedule"),
-        (lambda: inject_hyperparams(trace)(decay=lambda step: "a"), TypeError, "decay: .* a schedule"),
+        (traced_by(decay=1.5), ValueError, "decay: expected a finite number in .* got 1.5"),
+        (traced_by(decay=lambda step: 1.5), ValueError, "decay: expected .* got 1.5"),
+        (traced_by(decay=lambda layer: layer.name), TypeError, "decay: .* a schedule"),
+        (traced_by(decay=lambda step: "a"), TypeError, "decay: .* a schedule"),
         (lambda: inject_hyperparams(lrkfac.accumulate)(trace(0.9), every=2), TypeError, "every: .* got Tensor"),
-        (lambda: kfac(learning_rate=0.1, rank=torch.tensor(3)), ValueError, "rank: expected a fixed integer.*shapes"),
-        (lambda: kfac(learning_rate=0.1, rank=lambda step: 3), ValueError, "rank: expected a fixed integer.*shapes"),
-        (lambda: scaled({"rate": 1.0}), ValueError, r"hyperparameters: expected \['factor'\], got \['rate'\]"),
-        (
-            lambda: scaled({"factor": torch.ones(2)}),
-            ValueError,
-            r"factor: expected a number or .* got the shape \(2,\)",
-        ),
+        (kfac(rank=torch.tensor(3)), ValueError, "rank: expected a fixed integer.*shapes"),
+        (kfac(rank=lambda step: 3), ValueError, "rank: expected a fixed integer.*shapes"),
+        (scaled({"rate": 1.0}), ValueError, r"hyperparameters: expected \['factor'\], got \['rate'\]"),
+        (scaled({"factor": torch.ones(2)}), ValueError, r"factor: expected a number or .* got the shape \(2,\)"),
     ],
 )
 def test_bad_input(make, error, words):
     with pytest.raises(error, match=words):
         make()
-
-
-def scaled(values):
-    tx = inject_hyperparams(scale)(factor=1.0)
-    return tx.update(nested(), tx.init(nested())._replace(hyperparameters=values))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrkfac
-from lrkfac import apply_updates, chain, identity, masked, partition, scale, scale_by_adam, trace
+from lrkfac import chain, identity, masked, partition, scale, scale_by_adam, trace
 from lrkfac.testing import seeds
 from tests import cases
 from tests.transforms.test_base import Pair, close, flat, nested, replayed, steps
@@ -67,22 +67,6 @@ def kfac_and_adam(layers):
     return partition(
         {"kfac": lrkfac.low_rank_kfac(layers, 0.1, rank=2), "adam": chain(scale_by_adam(), scale(-0.01))}, covered
     )
-
-
-def test_kfac_for_what_layers_cover_and_adam_for_the_rest():
-    """The one uncovered parameter counts in neither the clip nor the momentum of K-FAC."""
-    layers, evaluate = layers_and_evaluate(SHIFT)
-    tx, params = kfac_and_adam(layers), SHIFT.params
-    kfac = chain(masked(identity(), True), lrkfac.low_rank_kfac(layers, 0.1, rank=2))
-    state, alone, adam = tx.init(params), kfac.init(params), scale_by_adam().init(params)
-    for i in range(3):
-        e = evaluate(params, statistics=i != 1)
-        updates, state = tx.update(e.grads, state, params, evaluation=e)
-        without = {**e.grads, "1.shift": torch.zeros_like(e.grads["1.shift"])}
-        expected, alone = kfac.update(without, alone, params, evaluation=e._replace(grads=without))
-        other, adam = scale_by_adam().update(e.grads, adam)
-        close(updates, {**expected, "1.shift": -0.01 * other["1.shift"]})
-        params = apply_updates(params, updates)
 
 
 def test_the_evaluation_is_that_of_the_own_parameters():

@@ -62,27 +62,6 @@ def test_the_clip_bounds_the_length_of_the_step_that_is_taken(rates):
         torch.testing.assert_close(clipped, {n: factor * u for n, u in natural.items()}, rtol=1e-12, atol=0)
 
 
-def test_gradients_by_rows():
-    """``thin`` gradients go through a chain with trees as formed ones do."""
-    net = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 2)).double()
-    model, params = lrkfac.from_module(net)
-    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(2, (4,))
-    layers = lrkfac.find_layers(model, params, x)
-    decay = {n: 0.1 * i for i, n in enumerate(params)}
-    tx = lrkfac.low_rank_kfac(layers, {n: 0.1 + d for n, d in decay.items()}, 2, momentum=decay, weight_decay=decay)
-    found = []
-    for thin in (False, True):
-        torch.manual_seed(0)
-        evaluate, state, p = lrkfac.evaluator(model, lrkfac.categorical(), layers, thin=thin), tx.init(params), params
-        for _ in range(3):
-            e = evaluate(p, x, y)
-            assert any(isinstance(g, lrkfac.LazyMatrix) for g in e.grads.values()) == thin
-            updates, state = tx.update(e.grads, state, p, evaluation=e)
-            p = lrkfac.apply_updates(p, updates)
-        found.append(p)
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
-
-
 @each
 def test_trees_that_do_not_fit(make):
     params = {"a": torch.ones(2), "b": torch.ones(3)}

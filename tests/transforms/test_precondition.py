@@ -1,4 +1,4 @@
-"""``precondition_by_fisher``: dense factors equal the reference, whatever is held is what is applied."""
+"""``precondition_by_fisher``: whatever is held is what is applied; tests/test_training_step.py has the reference."""
 
 import optree
 import pytest
@@ -10,7 +10,7 @@ from lrkfac import precondition_by_fisher
 from lrkfac.linalg import to_dense
 from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 from tests import cases, reference, reference_networks
-from tests.transforms.test_base import close
+from tests.transforms.test_base import close, trained
 
 DENSE = kronecker(dense(), dense())
 STRUCTURES = {
@@ -22,7 +22,6 @@ STRUCTURES = {
     "by power iteration": kronecker(low_rank(2, method="power"), low_rank_plus_diagonal(1, fit="off_diagonal")),
 }
 MLP, SHIFT, STRIDE, GROUPS = cases.LINEAR[0], cases.LINEAR[6], cases.CONVOLUTION[0], cases.CONVOLUTION[3]
-each_case = pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
 some_cases = pytest.mark.parametrize("case", [MLP, SHIFT, STRIDE, GROUPS], ids=lambda case: case.name)
 each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
 
@@ -41,33 +40,9 @@ def cast(case, dtype):
     return case._replace(**optree.tree_map(to, {k: getattr(case, k) for k in ("params", "inputs", "targets")}))
 
 
-def updates_of(tx, case, evaluate, steps=1, **options):
-    """The updates of the last of some steps at fixed parameters."""
-    state = tx.init(case.params)
-    for _ in range(steps):
-        e = evaluate(case.params, **options)
-        updates, state = tx.update(e.grads, state, case.params, evaluation=e)
-    return updates
-
-
-@each_case
-@pytest.mark.parametrize("estimator", ["empirical", "exact"])
-def test_dense_factors_equal_the_reference(case, estimator):
-    """Over three refreshes, with a step on the old inverses after each."""
-    layers, evaluate = layers_and_evaluate(case, estimator)
-    tx, reached = precondition_by_fisher(layers, DENSE, damping=0.03, decay=0.8), None
-    state = tx.init(case.params)
-    for _ in range(3):
-        e = evaluate(case.params)
-        updates, state = tx.update(e.grads, state, case.params, evaluation=e)
-        step = reference_networks.dense_kfac_step(case, reached, estimator=estimator, damping=0.03, decay=0.8)
-        close({k: updates[k] for k in step.preconditioned}, step.preconditioned, rtol=1e-10)
-        case, reached = case._replace(params=step.params), step.state
-        e = evaluate(case.params, statistics=False)
-        updates, state = tx.update(e.grads, state, case.params, evaluation=e)
-        grads = reference_networks.gradients(case)
-        stale = reference_networks.preconditioned_gradients(case, grads, reached.averages, 0.03)
-        close({k: updates[k] for k in stale}, stale, rtol=1e-10)
+def updates_of(tx, case, evaluate, number=1, every=1):
+    """The updates of the last of some steps."""
+    return trained(tx, case.params, evaluate, number, every)[-1].updates
 
 
 @some_cases
@@ -75,37 +50,24 @@ def test_dense_factors_equal_the_reference(case, estimator):
 @pytest.mark.parametrize("damping", [1e-4, 1.0])
 def test_what_the_state_holds_is_inverted_and_applied(case, structure, damping):
     layers, evaluate = layers_and_evaluate(case)
-    tx = precondition_by_fisher(layers, structure, damping=damping, decay=0.8)
-    state, params = tx.init(case.params), case.params
-    for _ in range(3):
-        e = evaluate(params)
-        updates, state = tx.update(e.grads, state, params, evaluation=e)
-        params = optree.tree_map(lambda p, g: p - 0.1 * g, params, e.grads)
+    tx = lrkfac.chain(precondition_by_fisher(layers, structure, damping=damping, decay=0.8), lrkfac.scale(-0.01))
+    *_, (e, updates, (state, _), _) = trained(tx, case.params, evaluate, every=1)
     expected = dict(e.grads)
     for layer in layers:
-        close(state.dampings[layer.name].prod(dim=-1), torch.full((layer.groups,), damping).double().squeeze(), 1e-6)
-        fitted = structure.fitted(layer.d_in, layer.d_out)
-
-        def factors(state, fitted=fitted):
-            return optree.tree_map(to_dense, tuple(fitted.operator(state)), is_leaf=_is_operator)
-
-        held = state.factors[layer.name]
-        one = optree.tree_map(lambda x: x[None], held) if layer.groups == 1 else held
-        B, A = vmap(factors)(one)
-        inverses = state.inverses[layer.name]
-        inverses = optree.tree_map(lambda x: x[None], inverses) if layer.groups == 1 else inverses
-        inverted = vmap(lambda i: optree.tree_map(to_dense, tuple(i), is_leaf=_is_operator))(inverses)
-        for M, shift, inverse in zip((B, A), state.dampings[layer.name].reshape(-1, 2).T, inverted, strict=True):
-            found = inverse @ (M + shift[:, None, None] * torch.eye(M.shape[-1], dtype=M.dtype))
-            close(found, torch.eye(M.shape[-1], dtype=M.dtype).expand_as(found), 1e-6)
+        dampings = state.dampings[layer.name]
+        close(dampings.prod(dim=-1), torch.full((layer.groups,), damping).double().squeeze(), 1e-6)
+        operator = structure.fitted(layer.d_in, layer.d_out).operator
+        trees = state.factors[layer.name], state.inverses[layer.name]
+        factors, inverses = trees if layer.groups > 1 else optree.tree_map(lambda x: x[None], trees)
+        matrices = vmap(lambda x, operator=operator: tuple(map(to_dense, operator(x))))(factors)
+        inverted = vmap(lambda x: tuple(map(to_dense, x)))(inverses)
+        for M, shift, inverse in zip(matrices, dampings.reshape(-1, 2).T, inverted, strict=True):
+            eye = torch.eye(M.shape[-1], dtype=M.dtype)
+            close(inverse @ (M + shift[:, None, None] * eye), eye.expand_as(M), 1e-6)
         G = reference_networks.gradient_matrix(case, layer.name, e.grads)
-        natural = reference.kronecker_preconditioned(G, A, B, damping)
+        natural = reference.kronecker_preconditioned(G, *reversed(matrices), damping)
         expected.update(reference_networks.layer_gradients(case, layer.name, natural))
-    close(updates, expected, rtol=1e-8)
-
-
-def _is_operator(x):
-    return isinstance(x, lrkfac.linalg.Dense | lrkfac.linalg.Diagonal | lrkfac.linalg.LowRankPlusDiagonal)
+    close(updates, {name: -0.01 * u for name, u in expected.items()}, rtol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -134,17 +96,21 @@ def test_structure_by_name_pattern(patterns, chosen):
 def test_uncovered_parameters_pass_or_take_the_fallback():
     layers, evaluate = layers_and_evaluate(SHIFT)
     assert [p.path for p, _ in layers.uncovered] == ["1.shift"]
-    grads = evaluate(SHIFT.params).grads
-    plain = updates_of(precondition_by_fisher(layers), SHIFT, evaluate)
-    assert torch.equal(plain["1.shift"], grads["1.shift"])
     fallback = lrkfac.chain(lrkfac.scale_by_adam(), lrkfac.trace(0.9), lrkfac.add_decayed_weights(0.1))
-    found = updates_of(precondition_by_fisher(layers, fallback=fallback), SHIFT, evaluate, steps=3)
-    state, own = fallback.init([SHIFT.params["1.shift"]]), [grads["1.shift"]]
+    tx, plain = precondition_by_fisher(layers, fallback=fallback), precondition_by_fisher(layers)
+    params, before, (state, plain_state) = (
+        SHIFT.params,
+        fallback.init([SHIFT.params["1.shift"]]),
+        (tx.init(SHIFT.params), plain.init(SHIFT.params)),
+    )
     for _ in range(3):
-        (expected,), state = fallback.update(own, state, [SHIFT.params["1.shift"]])
-    assert torch.equal(found.pop("1.shift"), expected)
-    plain = updates_of(precondition_by_fisher(layers), SHIFT, evaluate, steps=3)
-    close(found, {k: u for k, u in plain.items() if k != "1.shift"}, rtol=0)
+        e = evaluate(params)
+        found, state = tx.update(e.grads, state, params, evaluation=e)
+        passed, plain_state = plain.update(e.grads, plain_state, params, evaluation=e)
+        assert torch.equal(passed["1.shift"], e.grads["1.shift"])
+        (expected,), before = fallback.update([e.grads["1.shift"]], before, [params["1.shift"]])
+        close(found, {**passed, "1.shift": expected}, rtol=0)
+        params = lrkfac.apply_updates(params, found)
 
 
 @pytest.mark.parametrize("fallback", [lrkfac.scale_by_adam(), lrkfac.clip_by_global_norm(1.0)])
@@ -156,28 +122,20 @@ def test_fallback_without_a_parameter_of_its_own(fallback):
 
 @some_cases
 @each_structure
-def test_before_the_first_statistics_gradients_pass(case, structure):
+def test_without_statistics_gradients_pass_at_first_and_later_factors_and_inverses_stay(case, structure):
     layers, evaluate = layers_and_evaluate(case)
-    tx = precondition_by_fisher(layers, structure)
-    found = updates_of(tx, case, evaluate, statistics=False)
-    close(found, evaluate(case.params, statistics=False).grads, rtol=1e-13)
-
-
-@some_cases
-@each_structure
-def test_without_statistics_factors_and_inverses_stay(case, structure):
-    layers, evaluate = layers_and_evaluate(case)
-    tx = precondition_by_fisher(layers, structure)
-    e = evaluate(case.params)
-    _, refreshed = tx.update(e.grads, tx.init(case.params), case.params, evaluation=e)
-    e = evaluate(case.params, statistics=False)
-    updates, kept = tx.update(e.grads, refreshed, case.params, evaluation=e)
-    assert (kept.since == 1).all() and (refreshed.since == 0).all() and len(kept.since) == len(layers)
-    assert optree.tree_all(optree.tree_map(torch.equal, kept._replace(since=refreshed.since), refreshed))
-    _, again = tx.update(e.grads, kept, case.params, evaluation=e._replace(grads=None))
-    assert (again.since == 2).all()
-    assert optree.tree_all(optree.tree_map(torch.equal, again._replace(since=refreshed.since), refreshed))
-    close(updates, updates_of(tx, case, evaluate), rtol=1e-10)
+    tx, e = precondition_by_fisher(layers, structure), evaluate(case.params)
+    none = evaluate(case.params, statistics=False)
+    passed, _ = tx.update(none.grads, tx.init(case.params), case.params, evaluation=none)
+    close(passed, none.grads, rtol=1e-13)
+    expected, refreshed = tx.update(e.grads, tx.init(case.params), case.params, evaluation=e)
+    assert (refreshed.since == 0).all() and len(refreshed.since) == len(layers)
+    updates, kept = tx.update(none.grads, refreshed, case.params, evaluation=none)
+    _, again = tx.update(none.grads, kept, case.params, evaluation=none._replace(grads=None))
+    for i, state in enumerate((kept, again), 1):
+        assert (state.since == i).all()
+        assert optree.tree_all(optree.tree_map(torch.equal, state._replace(since=refreshed.since), refreshed))
+    close(updates, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("case", [MLP, cases.SEQUENCE[0], *cases.CONVOLUTION], ids=lambda case: case.name)
@@ -203,21 +161,6 @@ def test_separate_bias(case):
             B, G = torch.einsum("gri,grj->gij", g, g) / terms, grads[f"{name}.bias"][None, :, None]
             natural = reference.kronecker_preconditioned(G, torch.ones(1, 1, 1).double(), B, 0.03)
             close([found[f"{name}.bias"]], [natural.flatten()], rtol=1e-10)
-
-
-@pytest.mark.parametrize("structure", [DENSE, STRUCTURES["low rank"]], ids=["dense", "low rank"])
-def test_damping_and_decay_may_be_tensors(structure):
-    layers, evaluate = layers_and_evaluate(GROUPS)
-    numbers = precondition_by_fisher(layers, structure, damping=0.03, decay=0.8)
-    expected = updates_of(numbers, GROUPS, evaluate, steps=3)
-
-    def mapped(damping, decay):
-        tx = precondition_by_fisher(layers, structure, damping=damping, decay=decay)
-        return updates_of(tx, GROUPS, evaluate, steps=3)
-
-    values = torch.tensor([[0.03, 0.5], [0.8, 0.0]], dtype=torch.float64)
-    close(mapped(*values[:, 0]), expected, rtol=1e-10)
-    close(optree.tree_map(lambda x: x[0], vmap(mapped)(*values)), expected, rtol=1e-10)
 
 
 def test_statistics_of_other_layers_are_refused():

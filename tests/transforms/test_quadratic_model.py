@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 import lrkfac
 from lrkfac import precondition_by_fisher, scale_by_quadratic_model
-from lrkfac.structures import dense, kronecker
+from lrkfac.structures import dense, kronecker, low_rank
 from lrkfac.transforms.quadratic_model import ADAPTATION, RAISED
 from tests import cases, reference_networks
-from tests.transforms.test_base import close
+from tests.transforms.test_base import close, trained
 from tests.transforms.test_precondition import cast, layers_and_evaluate
 
 MLP, GAUSSIAN, SHIFT, STRIDE = cases.LINEAR[0], cases.LINEAR[1], cases.LINEAR[6], cases.CONVOLUTION[0]
@@ -34,14 +34,12 @@ def make(case, structure=DENSE, **options):
     return scale_by_quadratic_model(precondition_by_fisher(layers, structure, decay=0.8), **options), evaluate
 
 
-def run(tx, case, evaluate, steps, every=2):
-    """The states and evaluations of some steps, each at the parameters that the ones before led to."""
-    params, state = case.params, tx.init(case.params)
-    for i in range(steps):
-        e = evaluate(params, statistics=i % every == 0)
-        updates, new = tx.update(e.grads, state, params, evaluation=e)
-        yield params, state, e, updates, new
-        params, state = lrkfac.apply_updates(params, updates), new
+def run(tx, case, evaluate, number, every=2):
+    """Each step's parameters, the state before it, the evaluation, the updates and the state after it."""
+    before = case.params, tx.init(case.params)
+    for e, updates, state, params in trained(tx, case.params, evaluate, number, every):
+        yield (*before, e, updates, state)
+        before = params, state
 
 
 def model_of(case, params, damping, decay):
@@ -68,18 +66,17 @@ def test_each_step_minimises_the_explicit_model(case, weight_decay):
         span = ADAPTATION ** (int(old.since) + 1)
         tried = [old.factor_damping / span, old.factor_damping, old.factor_damping * span]
         last = row(case, old.last)
-        best = None
+        candidates = []
         for damping in tried if e.statistics else [old.factor_damping]:
-            found, _ = evaluate_preconditioner(case, old, e, grads, params, damping)
+            pre = precondition_by_fisher(layers_and_evaluate(case)[0], DENSE, damping=float(damping), decay=0.8)
+            found, _ = pre.update(grads, old.preconditioner, params, evaluation=e)
             columns = -flat(case, found)[:, None]
             if last.norm() > 0:
                 columns = torch.cat([columns, last[:, None]], dim=1)
             x = torch.linalg.solve(columns.mT @ matrix @ columns, -columns.mT @ slope)
             step = columns @ x
-            value = 0.5 * step @ matrix @ step + slope @ step
-            if best is None or value < best[0]:
-                best = value, step, x, damping
-        value, step, x, damping = best
+            candidates.append((0.5 * step @ matrix @ step + slope @ step, step, x, damping))
+        value, step, x, damping = min(candidates, key=lambda candidate: candidate[0])
         close(flat(case, updates), step, rtol=1e-5, atol=1e-8)
         close(new.predicted, value, rtol=1e-8)
         close(new.learning_rate, x[0], rtol=1e-5)
@@ -97,27 +94,17 @@ def test_each_step_minimises_the_explicit_model(case, weight_decay):
         assert new.rejected == 0 and new.since == (0 if e.statistics else old.since + 1)
 
 
-def evaluate_preconditioner(case, state, e, grads, params, damping):
-    layers, _ = layers_and_evaluate(case)
-    pre = precondition_by_fisher(layers, DENSE, damping=float(damping), decay=0.8)
-    return pre.update(grads, state.preconditioner, params, evaluation=e)
-
-
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_batch_that_is_not_finite_changes_nothing(statistics, bad):
-    layers, evaluate = layers_and_evaluate(GAUSSIAN)
-    tx = scale_by_quadratic_model(precondition_by_fisher(layers, rank=2))
+    tx, evaluate = make(GAUSSIAN, kronecker(low_rank(2), dense()))
     *_, (_, _, _, updates, state) = run(tx, GAUSSIAN, evaluate, 2)
-    f = lrkfac.evaluator(GAUSSIAN.model, lrkfac.gaussian(0.25), layers, "exact")
     inputs = GAUSSIAN.inputs.clone()
     inputs[0, 0] = bad
-    e = f(GAUSSIAN.params, inputs, GAUSSIAN.targets, statistics=statistics)
+    e = layers_and_evaluate(GAUSSIAN._replace(inputs=inputs))[1](GAUSSIAN.params, statistics=statistics)
     assert not e.grads["0.weight"].isfinite().all()
     updates, new = tx.update(e.grads, state, GAUSSIAN.params, evaluation=e)
-    zero = optree.tree_map(torch.zeros_like, updates)
-    close(updates, zero, rtol=0, atol=0)
-    close(new, state, rtol=0, atol=0)
+    close((updates, new), (optree.tree_map(torch.zeros_like, updates), state), rtol=0, atol=0)
 
 
 def test_a_step_that_raises_the_loss_is_undone():
@@ -174,11 +161,11 @@ def test_no_run_diverges_in_float32(seed, rank, batch, damping, case):
 
 def test_it_is_written_for_preconditioners_in_chains():
     layers, evaluate = layers_and_evaluate(MLP)
-    inner = lrkfac.chain(precondition_by_fisher(layers, DENSE), lrkfac.scale(2.0))
-    doubled = scale_by_quadratic_model(inner)
-    plain = scale_by_quadratic_model(precondition_by_fisher(layers, DENSE))
-    e = evaluate(MLP.params)
-    (twice, _), (once, _) = (t.update(e.grads, t.init(MLP.params), MLP.params, evaluation=e) for t in (doubled, plain))
+    plain = precondition_by_fisher(layers, DENSE)
+    twice, once = (
+        trained(scale_by_quadratic_model(inner), MLP.params, evaluate, 1)[0].updates
+        for inner in (lrkfac.chain(plain, lrkfac.scale(2.0)), plain)
+    )
     close(twice, once, rtol=1e-8)
 
 
@@ -189,9 +176,7 @@ def test_a_transformation_that_does_not_precondition_is_refused(inner):
 
 
 def test_an_operation_without_forward_derivative_is_named():
-    def model(params, x):
-        return torch.cdist(x @ params["w"], x)
-
+    model = lambda params, x: torch.cdist(x @ params["w"], x)  # noqa: E731
     params, x = {"w": torch.randn(3, 3)}, torch.randn(5, 3)
     layers = lrkfac.find_layers(model, params, x)
     f = lrkfac.evaluator(model, lrkfac.gaussian(), layers)

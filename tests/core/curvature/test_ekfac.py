@@ -27,66 +27,63 @@ FACTORS = {
     "mixed": (low_rank_plus_diagonal(2), dense()),
     "diagonal": (diagonal(), diagonal()),
 }
-each_structure = pytest.mark.parametrize("name", FACTORS)
+CASES = [cases.LINEAR[0], *cases.SEQUENCE[::2], *cases.CONVOLUTION]
 
 
-def evaluate(case):
-    layers, evaluation = layers_and_evaluate(case)
-    return layers, evaluation(case.params)
+def moments(matrix, u, v):
+    """Of a matrix along the vectors of both sides, by all of its entries."""
+    cube = matrix.reshape(len(u), len(v), len(u), len(v))
+    return Moments(
+        torch.einsum("oa,ib,oipj,pa,jb->ab", u, v, cube, u, v),
+        torch.einsum("oa,oipi,pa->a", u, cube, u),
+        torch.einsum("ib,oioj,jb->b", v, cube, v),
+        matrix.trace(),
+    )
 
 
-def refreshed(block, state, statistics, decay):
-    return refresh([block], {block.name: state}, statistics, {block.name: 0.1}, decay)[block.name]
-
-
-def states(case, structure):
-    """``(layer, structure, state)`` of each group of each layer after one batch."""
-    layers, e = evaluate(case)
-    leaves = [case.params[p.path] for p in layers.parameters]
-    for block in blocks(layers, structure, None):
-        state = refreshed(block, initial_state(block, leaves), e.statistics, 0.9).average
-        (layer,) = block.layers
-        for i in range(layer.groups):
-            one = optree.tree_map(lambda x, i=i: x[i], state) if layer.groups > 1 else state
-            yield layer.name, i, block.structure, one
-
-
-def is_the_part_of(block, u, v, found, rtol=1e-9):
-    """``found`` is the nearest to ``block`` of all operators of its form along ``u`` and ``v``."""
-    d_out, d_in, scale = len(u), len(v), block.trace()
-    cube = block.reshape(d_out, d_in, d_out, d_in)
+def is_the_part_of(block, found, rtol=1e-9):
+    """``found`` is the nearest to ``block`` of all operators of its form along its vectors."""
+    u, v = found.output_vectors, found.input_vectors
     for w in (u, v):
         torch.testing.assert_close(w.mT @ w, torch.eye(w.shape[1]).double(), rtol=0, atol=1e-10)
-    others = [torch.eye(len(w)).double() - w @ w.mT for w in (u, v)]
-    kept = torch.einsum("oa,ib,oipj,pa,jb->ab", u, v, cube, u, v)
-    output = torch.einsum("oa,oipj,pa,ij->a", u, cube, u, others[1])
-    input = torch.einsum("ib,oipj,jb,op->b", v, cube, v, others[0])
-    rest = torch.einsum("oipj,op,ij->", cube, *others)
     more_out, more_in = (w.shape[0] - w.shape[1] for w in (u, v))
+    kept, output, input, scale = moments(block, u, v)
+    rest = scale - output.sum() - input.sum() + kept.sum()
+    expected = kept, output - kept.sum(1), input - kept.sum(0), rest, scale
     parts = found.kept, found.output * more_in, found.input * more_out, found.rest * more_out * more_in, found.trace()
-    for one, expected in zip(parts, (kept, output, input, rest, scale), strict=True):
-        assert (one - expected).abs().max() <= rtol * scale
+    for one, value in zip(parts, expected, strict=True):
+        assert (one - value).abs().max() <= rtol * scale
 
 
-@pytest.mark.parametrize(
-    "case", [cases.LINEAR[0], *cases.SEQUENCE[::2], *cases.CONVOLUTION], ids=lambda case: case.name
-)
-@each_structure
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("name", FACTORS)
 def test_average_is_the_diagonal_of_the_explicit_block(case, name):
-    """With and without sharing, for groups, whatever holds the factors; the trace is kept."""
-    for layer, i, _, state in states(case, kronecker(*FACTORS[name], corrected=True)):
-        block = reference_networks.gauss_newton_blocks(case, layer)[i]
-        found = state.average
-        is_the_part_of(block, found.output_vectors, found.input_vectors, found)
-        values = torch.linalg.eigvalsh(found.to_dense())
-        assert values[0] >= -1e-12 * values[-1]
+    """With and without sharing, for groups, whatever holds the factors.
+
+    Two batches with decay ``ρ`` weigh ``ρ / (1 + ρ)`` and ``1 / (1 + ρ)``: the trace exactly, though the bases turn.
+    """
+    layers, evaluate = layers_and_evaluate(case)
+    second, decay = case._replace(params={k: 1.5 * p for k, p in case.params.items()}), 0.6
+    statistics = [evaluate(c.params).statistics for c in (case, second)]
+    for block in blocks(layers, kronecker(*FACTORS[name], corrected=True), None):
+        (layer,), state = block.layers, initial_state(block, [case.params[p.path] for p in layers.parameters])
+        old, new = (reference_networks.gauss_newton_blocks(c, layer.name) for c in (case, second))
+        for one, expected in zip(statistics, (old, (decay * old + new) / (1 + decay)), strict=True):
+            state = refresh([block], {block.name: state}, one, {block.name: 0.1}, decay)[block.name]
+            for i in range(layer.groups):
+                found = optree.tree_map(lambda x, i=i: x[i], state.average) if layer.groups > 1 else state.average
+                torch.testing.assert_close(found.average.trace(), expected[i].trace(), rtol=1e-9, atol=0)
+                values = torch.linalg.eigvalsh(found.average.to_dense())
+                assert values[0] >= -1e-12 * values[-1]
+                if one is statistics[0] or name == "diagonal":  # the only bases that do not turn
+                    is_the_part_of(expected[i], found.average)
 
 
 @pytest.mark.parametrize("case", cases.LINEAR, ids=lambda case: case.name)
 def test_dense_factors_without_sharing_are_textbook_ekfac(case):
     """``U_B ((U_Bᵀ G U_A) / (S + λ)) U_Aᵀ`` with ``S = E (U_Bᵀ G_n U_A)²``."""
-    layers, e = evaluate(case)
-    tx = by_fisher(layers, kronecker(dense(), dense(), corrected=True), damping=0.03)
+    layers, evaluate = layers_and_evaluate(case)
+    tx, e = by_fisher(layers, kronecker(dense(), dense(), corrected=True), damping=0.03), evaluate(case.params)
     found, _ = tx.update(e.grads, tx.init(case.params), case.params, evaluation=e)
     outputs, inputs = reference_networks.forward(case)
     roots = reference_networks.output_hessian_root(case.likelihood, outputs, **case.likelihood_options)
@@ -109,36 +106,10 @@ def test_moments_in_other_bases_are_those_of_the_matrix(operator, data, seed):
         torch.linalg.qr(torch.randn(d, data.draw(st.integers(1, d)), generator=generator).double()).Q
         for d in (len(operator.output_vectors), len(operator.input_vectors))
     )
-    cube = matrix.reshape(len(u), len(v), len(u), len(v))
-    expected = Moments(
-        torch.einsum("oa,ib,oipj,pa,jb->ab", u, v, cube, u, v),
-        torch.einsum("oa,oipi,pa->a", u, cube, u),
-        torch.einsum("ib,oioj,jb->b", v, cube, v),
-        matrix.trace(),
-    )
-    for found, value in zip(operator.moments(u, v), expected, strict=True):
+    for found, value in zip(operator.moments(u, v), moments(matrix, u, v), strict=True):
         torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-11)
     same = operator.moments(operator.output_vectors, operator.input_vectors)
     torch.testing.assert_close(same.kept, operator.kept, rtol=1e-9, atol=1e-11)
-
-
-@each_structure
-def test_traces_are_averaged_exactly(name):
-    """Two batches with decay ``ρ`` weigh ``ρ / (1 + ρ)`` and ``1 / (1 + ρ)``, though the bases turn."""
-    case, decay = cases.CONVOLUTION[0], 0.6
-    second = case._replace(inputs=case.inputs.flip(0) * 2 + 1)
-    layers, e = evaluate(case)
-    _, other = evaluate(second)
-    for block in blocks(layers, kronecker(*FACTORS[name], corrected=True), None):
-        state = initial_state(block, [case.params[p.path] for p in layers.parameters])
-        for one in (e, other):
-            state = refreshed(block, state, one.statistics, decay)
-        found = state.average.average
-        matrices = [reference_networks.gauss_newton_blocks(c, block.name)[0] for c in (case, second)]
-        expected = (decay * matrices[0] + matrices[1]) / (1 + decay)
-        torch.testing.assert_close(found.trace(), expected.trace(), rtol=1e-9, atol=0)
-        if name == "diagonal":  # the only bases that do not turn
-            is_the_part_of(expected, found.output_vectors, found.input_vectors, found)
 
 
 def test_bases_are_orthonormal_where_directions_are_missing():
@@ -148,17 +119,14 @@ def test_bases_are_orthonormal_where_directions_are_missing():
     torch.testing.assert_close(u.mT @ u, torch.eye(3).double())
 
 
-LAWS = [("dense", cases.SEQUENCE[0]), ("low rank", cases.CONVOLUTION[3]), ("mixed", cases.SEQUENCE[0])]
-LAWS += [("low rank plus diagonal", cases.CONVOLUTION[3]), ("diagonal", cases.CONVOLUTION[3])]
-
-
-@pytest.mark.parametrize("name, case", LAWS)
-def test_laws(name, case):
+@pytest.mark.parametrize("name", FACTORS)
+def test_laws(name):
     """With ``"reduce"`` factors of few examples have the eigenvalue 0 often: then a dense basis is arbitrary."""
-    layers, evaluation = layers_and_evaluate(case)
+    case = cases.SEQUENCE[0] if name in ("dense", "mixed") else cases.CONVOLUTION[3]
+    layers, evaluate = layers_and_evaluate(case)
     treatment = "reduce" if name in ("low rank", "diagonal") else "expand"
     tx = by_fisher(layers, kronecker(*FACTORS[name], treatment, corrected=True), damping=0.1, decay=0.7)
-    check_transformation(tx, case.params, lambda p: ((e := evaluation(p)).grads, {"evaluation": e}))
+    check_transformation(tx, case.params, lambda p: ((e := evaluate(p)).grads, {"evaluation": e}))
 
 
 def test_applied_in_float32_the_inverse_stays_positive():
@@ -171,15 +139,17 @@ def test_applied_in_float32_the_inverse_stays_positive():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factors, treatment, corrected", [
-    (FACTORS["low rank plus diagonal"], "expand", True), (FACTORS["dense"], "reduce", False)])  # fmt: skip
-def test_compiled_equals_eager(factors, treatment, corrected):
+@pytest.mark.parametrize(
+    "name, treatment, corrected", [("low rank plus diagonal", "expand", True), ("dense", "reduce", False)]
+)
+def test_compiled_equals_eager(name, treatment, corrected):
     torch.compiler.reset()
     case = cases.CONVOLUTION[3]
-    layers, e = evaluate(case)
-    tx = by_fisher(layers, kronecker(*factors, treatment, corrected))
+    layers, evaluate = layers_and_evaluate(case)
+    tx = by_fisher(layers, kronecker(*FACTORS[name], treatment, corrected))
     step = lambda e, state: tx.update(e.grads, state, evaluation=e)[0]  # noqa: E731
-    e, state = e._replace(product=None, quadratic=None, gram=None, loss_at=None, aux=None), tx.init(case.params)
+    e, state = evaluate(case.params), tx.init(case.params)
+    e = e._replace(product=None, quadratic=None, gram=None, loss_at=None, aux=None)
     found = traced(step)(e, state)
     for key, x in step(e, state).items():
         torch.testing.assert_close(found[key], x, rtol=1e-8, atol=1e-10)

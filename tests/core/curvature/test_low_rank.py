@@ -1,4 +1,4 @@
-"""Low-rank factors: exact in what they promise, and near the best possible in the rest."""
+"""Factors and their averages; low-rank ones: exact in what they promise, near the best possible in the rest."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lrkfac.core.curvature.factors import DenseStructure
 from lrkfac.core.linalg.covariances import RowCovariance
 from lrkfac.linalg import to_dense
-from lrkfac.structures import low_rank, low_rank_plus_diagonal
+from lrkfac.structures import dense, diagonal, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_structure, covariances, dtypes, seeds
 from tests import reference
 
@@ -17,12 +17,15 @@ STRUCTURES = {
     "truncated": lambda rank: low_rank(rank, residual="none"),
     "by power iteration": lambda rank: low_rank(rank, method="power", iterations=3),
     "plus diagonal": low_rank_plus_diagonal,
-    "off-diagonal": lambda rank: low_rank_plus_diagonal(rank, fit="off_diagonal"),
     "plus diagonal by power iteration": lambda rank: low_rank_plus_diagonal(rank, method="power", iterations=2),
     "low rank, weighted": lambda rank: low_rank(rank, weight=2.0),
     "plus diagonal, weighted": lambda rank: low_rank_plus_diagonal(rank, weight=0.5),
+    "off-diagonal": lambda rank: low_rank_plus_diagonal(rank, fit="off_diagonal"),
+    "dense": lambda rank: dense(),
+    "diagonal": lambda rank: diagonal(),
 }
-EVERY = pytest.mark.parametrize("make", STRUCTURES.values(), ids=STRUCTURES.keys())
+EXACT = [make for name, make in STRUCTURES.items() if name != "off-diagonal"]
+BOTH = pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
 
 
 def averaged(structure, batches, decay=0.9):
@@ -33,134 +36,111 @@ def averaged(structure, batches, decay=0.9):
     return state, reference.running_averages([batch.dense().double() for batch in batches], decay)[-1]
 
 
-def changing(d, n, steps, dtype=torch.float64, seed=0):
-    """Batches from one distribution with a decaying spectrum in a rotated basis."""
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
-    scales = torch.logspace(0, -2, d, dtype=torch.float64)
-    rows = torch.randn(steps, n, d, generator=generator, dtype=torch.float64) * scales @ basis
-    return [RowCovariance(x.to(dtype), torch.tensor(1 / n, dtype=dtype)) for x in rows]
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@EVERY
+def mean_of(rows):
+    return RowCovariance(rows, torch.tensor(1 / len(rows), dtype=rows.dtype))
+
+
+@pytest.mark.parametrize("make", STRUCTURES.values(), ids=STRUCTURES.keys())
 @settings(max_examples=8)
 @given(dimension=st.integers(1, 8), rank=st.integers(1, 9), dtype=dtypes, seed=seeds)
 def test_laws(make, dimension, rank, dtype, seed):
     check_structure(make(rank), dimension, dtype=dtype, seed=seed)
 
 
-@pytest.mark.parametrize("make", [make for name, make in STRUCTURES.items() if name != "off-diagonal"])
+@pytest.mark.parametrize("make", EXACT)
 @settings(max_examples=8)
 @given(covariance=covariances(12, torch.float64), decay=st.floats(0, 0.99))
 def test_full_rank_is_exact(make, covariance, decay):
-    structure = make(covariance.rows.shape[1])
-    state, expected = averaged(structure, [covariance, RowCovariance(2 * covariance.rows, covariance.scale)], decay)
+    """The bias-corrected average, or its diagonal. Factors of half precision are float32."""
+    structure, d = make(covariance.rows.shape[1]), covariance.rows.shape[1]
+    batches = [RowCovariance(scale * covariance.rows, covariance.scale) for scale in (1, 2, 0.5)]
+    state, expected = averaged(structure, batches, decay)
+    expected = torch.diag(expected.diagonal()) if structure == diagonal() else expected
     assert (to_dense(structure.operator(state)) - expected).norm() <= 1e-12 * expected.norm()
-
-
-@given(covariances(16), st.integers(1, 6), st.floats(0, 0.99), st.floats(0, 10))
-def test_a_weight_multiplies_what_is_left_out_of_the_vectors_and_nothing_else(covariance, rank, decay, weight):
-    """The average goes on unweighted."""
-    batches = [covariance, RowCovariance(covariance.rows.flip(1), covariance.scale)]
-    for make in (low_rank, low_rank_plus_diagonal):
-        plain, weighted = make(rank), make(rank, weight=weight)
-        (state, _), (same, _) = averaged(plain, batches, decay), averaged(weighted, batches, decay)
-        assert all(torch.equal(x, y) for x, y in zip(state, same, strict=True))
-        V, values = state.vectors, state.values
-        d, identity = len(V), torch.eye(len(V), dtype=V.dtype)
-        rest = torch.diag(state.diagonal) if make is low_rank_plus_diagonal else state.residual * (identity - V @ V.mT)
-        expected = V * values @ V.mT + weight * rest
-        tolerance = 100 * d * torch.finfo(V.dtype).eps * (1 + weight)
-        assert (to_dense(weighted.operator(state)) - expected).norm() <= tolerance * expected.norm()
+    assert structure.init(d, covariance.rows.bfloat16())[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal, STRUCTURES["off-diagonal"]])
-@given(covariances(16), st.integers(1, 6), st.floats(0, 0.99))
-def test_low_rank_keeps_the_trace_and_with_a_diagonal_this(make, covariance, rank, decay):
+@given(covariances(16), st.integers(1, 6), st.floats(0, 0.99), st.floats(0, 10))
+def test_what_is_left_out_keeps_the_trace_or_diagonal_and_may_be_weighted(make, covariance, rank, decay, weight):
+    """A weight multiplies it and nothing else: the average goes on unweighted."""
     batches = [covariance, RowCovariance(covariance.rows.flip(1), covariance.scale)]
-    state, expected = averaged(make(rank), batches, decay)
-    tolerance = 100 * torch.finfo(covariance.rows.dtype).eps
-    kept = to_dense(make(rank).operator(state)).double()
-    assert (kept.trace() - expected.trace()).abs() <= tolerance * expected.trace()
+    state, average = averaged(make(rank), batches, decay)
+    kept, tolerance = to_dense(make(rank).operator(state)).double(), 100 * torch.finfo(covariance.rows.dtype).eps
+    assert (kept.trace() - average.trace()).abs() <= tolerance * average.trace()
     if make is not low_rank:
         assert (state.diagonal >= 0).all() and (state.values >= 0).all()
-        assert (kept - expected).diagonal().abs().max() <= tolerance * expected.diagonal().max()
+        assert (kept - average).diagonal().abs().max() <= tolerance * average.diagonal().max()
+    if make is STRUCTURES["off-diagonal"]:
+        return
+    weighted = make(rank, weight=weight)
+    same, _ = averaged(weighted, batches, decay)
+    assert all(torch.equal(x, y) for x, y in zip(state, same, strict=True))
+    V, d = state.vectors, len(state.vectors)
+    identity = torch.eye(d, dtype=V.dtype)
+    rest = state.residual * (identity - V @ V.mT) if make is low_rank else torch.diag(state.diagonal)
+    expected = V * state.values @ V.mT + weight * rest
+    error = (to_dense(weighted.operator(state)) - expected).norm()
+    assert error <= d * tolerance * (1 + weight) * expected.norm()
 
 
 @pytest.mark.parametrize("rank", [2, 5, 10])
-def test_low_rank_is_near_the_best_truncation(rank):
-    state, average = averaged(low_rank(rank), changing(30, 20, 15))
+def test_near_the_best(rank):
+    """Low rank to the best truncation; plus diagonal to the fit iterated to convergence."""
+    basis, scales = torch.linalg.qr(normal(30, 30)).Q, torch.logspace(0, -2, 30, dtype=torch.float64)
+    changing = [mean_of(x) for x in normal(15, 20, 30, seed=1) * scales @ basis]
+    state, average = averaged(low_rank(rank), changing)
     best = reference.truncated(average, rank, residual="isotropic")
-    found = to_dense(low_rank(rank).operator(state))
-    assert (found - average).norm() <= 1.1 * (best - average).norm()
+    assert (to_dense(low_rank(rank).operator(state)) - average).norm() <= 1.1 * (best - average).norm()
 
-
-@pytest.mark.parametrize("rank", [2, 5, 10])
-def test_low_rank_plus_diagonal_is_near_the_fit_iterated_to_convergence(rank):
-    generator = torch.Generator().manual_seed(1)
-    loadings = torch.randn(30, rank, generator=generator, dtype=torch.float64)
-    noise = torch.randn(400, 30, generator=generator, dtype=torch.float64)
-    scales = torch.logspace(-1, 0.5, 30, dtype=torch.float64)
-    rows = torch.randn(400, rank, generator=generator, dtype=torch.float64) @ loadings.mT + noise * scales
-    batch = RowCovariance(rows, torch.tensor(1 / 400, dtype=torch.float64))
-    structure = low_rank_plus_diagonal(rank)
-    state, average = averaged(structure, [batch] * 160)
-    vectors, values, diagonal = reference.low_rank_plus_diagonal_dense(average, rank)
-    best = (vectors * values) @ vectors.mT + torch.diag(diagonal)
-    truncated = reference.truncated(average, rank, residual="isotropic")
-    found = to_dense(structure.operator(state))
-    assert (found - average).norm() <= 1.1 * (best - average).norm()
-    assert (found - average).norm() < (truncated - average).norm()
+    noise = normal(400, 30, seed=2) * torch.logspace(-1, 0.5, 30, dtype=torch.float64)
+    batch = mean_of(normal(400, rank, seed=3) @ normal(rank, 30, seed=1) + noise)
+    state, average = averaged(low_rank_plus_diagonal(rank), [batch] * 160)
+    vectors, values, rest = reference.low_rank_plus_diagonal_dense(average, rank)
+    error = (to_dense(low_rank_plus_diagonal(rank).operator(state)) - average).norm()
+    assert error <= 1.1 * ((vectors * values) @ vectors.mT + torch.diag(rest) - average).norm()
+    assert error < (reference.truncated(average, rank, residual="isotropic") - average).norm()
 
 
 @pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal, STRUCTURES["by power iteration"]])
 def test_a_new_direction_is_found_from_a_warm_basis(make):
     """The new direction is orthogonal to the warm basis: only fresh columns can find it."""
-    d = 20
-    first, second = torch.zeros(8, d, dtype=torch.float64), torch.zeros(8, d, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    first[:, :3] = torch.randn(8, 3, generator=generator, dtype=torch.float64)
-    second[:, 10:13] = torch.randn(8, 3, generator=generator, dtype=torch.float64)
-    batches = [RowCovariance(x, torch.tensor(1 / 8, dtype=torch.float64)) for x in [first] * 5 + [second] * 60]
+    first, second = torch.zeros(2, 8, 20, dtype=torch.float64)
+    first[:, :3], second[:, 10:13] = normal(2, 8, 3)
     structure = make(3)
-    state, average = averaged(structure, batches, decay=0.8)
+    state, average = averaged(structure, [mean_of(x) for x in [first] * 5 + [second] * 60], decay=0.8)
     assert (to_dense(structure.operator(state)) - average).norm() < 0.02 * average.norm()
 
 
-@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
+@BOTH
 @pytest.mark.parametrize("damping", [1e-2, 1e-6])
 def test_float32_preconditions_as_float64_where_one_direction_stands_out(make, damping):
     """Raw pixels: fewer rows than columns, the mean's eigenvalue 1e9 times the damping."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, 256, (16, 784), generator=generator).double()
-    gradient = rows.mT @ torch.randn(16, 1, generator=generator, dtype=torch.float64)
-    found = {}
+    rows = torch.randint(0, 256, (16, 784), generator=torch.Generator().manual_seed(0)).double()
+    gradient, found = rows.mT @ normal(16, 1), []
     for dtype in (torch.float32, torch.float64):
-        batch = RowCovariance(rows.to(dtype), torch.tensor(1 / 16, dtype=dtype))
-        structure = make(32)
-        state = structure.init(784, batch.rows)
-        for _ in range(3):
-            state = structure.update(state, batch, 0.95)
-        found[dtype] = structure.inverse(state, damping).matvec(gradient.to(dtype)).double()
+        state, _ = averaged(make(32), [mean_of(rows.to(dtype))] * 3, 0.95)
+        found.append(make(32).inverse(state, damping).matvec(gradient.to(dtype)).double())
     # Never longer; the diagonal, which is rounding here, may make it shorter.
-    assert found[torch.float32].norm() <= 1.1 * found[torch.float64].norm()
+    assert found[0].norm() <= 1.1 * found[1].norm()
     if make is low_rank:
-        assert (found[torch.float32] - found[torch.float64]).norm() <= 0.1 * found[torch.float64].norm()
+        assert (found[0] - found[1]).norm() <= 0.1 * found[1].norm()
 
 
-@pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
+@BOTH
 def test_small_factors_are_held_densely(make):
-    assert isinstance(make(8).fitted(10), DenseStructure)
+    assert isinstance(make(8).fitted(10), DenseStructure) and isinstance(make(8).fitted(1), DenseStructure)
     assert make(8).fitted(11) == make(8)
-    assert isinstance(make(8).fitted(1), DenseStructure)
 
 
 def test_the_original_fit_takes_eigenpairs_of_what_is_off_the_diagonal():
     """Those of ``B - diag(B)`` that are positive, and no others."""
-    rows = torch.randn(9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.arange(1, 8)
-    matrix = rows.mT @ rows / 9
-    structure = low_rank_plus_diagonal(2, fit="off_diagonal", iterations=100)
-    state = structure.update(structure.init(7, matrix), RowCovariance(rows, torch.tensor(1 / 9).double()), 0.0)
+    rows = normal(9, 7) * torch.arange(1, 8)
+    state, matrix = averaged(low_rank_plus_diagonal(2, fit="off_diagonal", iterations=100), [mean_of(rows)], 0.0)
     values, vectors = torch.linalg.eigh(matrix - torch.diag(matrix.diagonal()))
     expected = (vectors[:, -2:] * values[-2:]) @ vectors[:, -2:].mT
     held = state.vectors / torch.linalg.vector_norm(state.vectors, dim=0)

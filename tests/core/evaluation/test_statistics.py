@@ -2,30 +2,21 @@
 
 from operator import attrgetter
 
-import optree
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.func import vmap
 
 import lrkfac
 from lrkfac import evaluator, find_layers
 from tests import cases
-from tests.compiling import traced
-from tests.core.evaluation.test_evaluator import close, each_estimator, evaluate, flops, layers_and_evaluate, noise_for
+from tests.core.evaluation.test_evaluator import cost, each_estimator, evaluator_of, flops, noise_for
+from tests.tensors import close
 
 CASE = cases.LINEAR[0]
 CASES = [CASE, cases.LINEAR[5], cases.SEQUENCE[2], cases.CONVOLUTION[1], cases.CONVOLUTION[3]]
 each_case = pytest.mark.parametrize("case", CASES, ids=attrgetter("name"))
-
-
-def of_sub_batch(case, estimator, numbers, noise, samples=1):
-    """The whole evaluation of these examples alone."""
-    f = layers_and_evaluate(case, estimator, samples=samples)
-    noise = noise if estimator == "mc" else None
-    return f(case.params, case.inputs[numbers], case.targets[numbers], noise=noise)
 
 
 @each_case
@@ -34,55 +25,27 @@ def of_sub_batch(case, estimator, numbers, noise, samples=1):
 @given(data=st.data())
 def test_statistics_of_some_examples_are_those_of_a_batch_of_them(case, estimator, data):
     """Loss, gradients, outputs and products stay those of the whole batch."""
-    size, samples = len(case.inputs), data.draw(st.integers(1, 2)) if estimator == "mc" else 1
+    size, mc = len(case.inputs), estimator == "mc"
+    samples = data.draw(st.integers(1, 2)) if mc else 1
     chosen = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=size, unique=True))
-    numbers, noise = torch.tensor(chosen), noise_for(case, samples)[:, : len(chosen)]
-    f = layers_and_evaluate(case, estimator, samples=samples)
-    result = f(case.params, case.inputs, case.targets, examples=numbers, noise=noise if estimator == "mc" else None)
-    close(result.statistics, of_sub_batch(case, estimator, numbers, noise, samples).statistics)
+    numbers, noise = torch.tensor(chosen), noise_for(case, samples)[:, : len(chosen)] if mc else None
+    f = evaluator_of(case, estimator, samples=samples)
+    result = f(case.params, case.inputs, case.targets, examples=numbers, noise=noise)
+    close(result.statistics, f(case.params, case.inputs[numbers], case.targets[numbers], noise=noise).statistics)
     whole = f(case.params, case.inputs, case.targets, statistics=False)
     close(result[:3], whole[:3])
-    close(result.product(case.params), whole.product(case.params))
-    close(result.loss_at(case.params), whole.loss)
+    close((result.product(case.params), result.loss_at(case.params)), (whole.product(case.params), whole.loss))
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_some_examples_cost_their_share(n):
     """Beside the gradient of all: a pass forward, for samples one back to the outputs of the layers, too."""
     case = cases.CONVOLUTION[0]
-    forward, size = flops(lambda: case.model(case.params, case.inputs)), len(case.inputs)
-
-    def cost(estimator, examples=None):
-        f = layers_and_evaluate(case, estimator)
-        f(case.params, case.inputs, case.targets, examples=examples)
-        return flops(lambda: f(case.params, case.inputs, case.targets, examples=examples))
-
-    gradient = cost("empirical")
-    assert size * (cost("forward_only", torch.arange(n)) - gradient) == n * forward
-    back = cost("mc") - gradient
-    assert size * (cost("mc", torch.arange(n)) - gradient) == n * (forward + back)
-
-
-@each_estimator
-def test_examples_of_an_ensemble(estimator):
-    """Numbers and parameters may be mapped over."""
-    f, noise = layers_and_evaluate(CASE, estimator), noise_for(CASE)[:, :2]
-    params = optree.tree_map(lambda p: torch.stack([p, p + 0.1]), CASE.params)
-    numbers = torch.tensor([[0, 3], [5, 1]])
-    run = lambda p, i: f(p, CASE.inputs, CASE.targets, examples=i, noise=noise if estimator == "mc" else None)[4]  # noqa: E731
-    result = vmap(run)(params, numbers)
-    for i in range(2):
-        member, alone = (optree.tree_map(lambda x, i=i: x[i], tree) for tree in (result, params))
-        close(member, run(alone, numbers[i]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["mc", "empirical"])
-def test_examples_compiled(estimator):
-    f, noise = layers_and_evaluate(CASE, estimator), noise_for(CASE)[:, :3] if estimator == "mc" else None
-    run = lambda p, i: f(p, CASE.inputs, CASE.targets, examples=i, noise=noise)[:5]  # noqa: E731
-    numbers = torch.tensor([4, 0, 2])
-    close(traced(run)(CASE.params, numbers), run(CASE.params, numbers))
+    forward, size, some = flops(lambda: case.model(case.params, case.inputs)), len(case.inputs), torch.arange(n)
+    gradient = cost(case, "empirical")
+    back = cost(case) - gradient
+    assert size * (cost(case, "forward_only", examples=some) - gradient) == n * forward
+    assert size * (cost(case, examples=some) - gradient) == n * (forward + back)
 
 
 def test_inputs_that_are_shared_by_all_examples_stay_whole():
@@ -106,17 +69,10 @@ def test_inputs_without_the_batch_in_front_are_refused():
 
 def test_named_layers_of_some_examples():
     """Both selections at once; those of other layers are empty; an empty tuple, or ``statistics=False``, takes none."""
-    f, numbers = layers_and_evaluate(CASE, "exact"), torch.tensor([3, 1])
+    f, numbers = evaluator_of(CASE, "exact"), torch.tensor([3, 1])
     run = lambda **selection: f(CASE.params, CASE.inputs, CASE.targets, examples=numbers, **selection).statistics  # noqa: E731
     some, every = run(layers=("2",)), run()
     for part, expected in zip(some[:2], every[:2], strict=True):
         assert part == {**dict.fromkeys(part, ()), "2": part["2"]}
         close(part["2"], expected["2"])
     assert run(layers=()) is None and run(statistics=False, layers=("2",)) is None
-
-
-@each_case
-def test_forward_only_holds_no_output_gradients(case):
-    only, whole = (evaluate(case, estimator).statistics for estimator in ("forward_only", "exact"))
-    assert only.output_gradients == dict.fromkeys(case.layers, ())
-    close(only.inputs, whole.inputs)

@@ -1,4 +1,4 @@
-"""Evaluations under ``vmap`` and the compiler are those of each member and of eager mode."""
+"""Evaluations under ``vmap`` and the compiler are those of each member and of eager mode, of some examples, too."""
 
 from functools import partial
 from operator import itemgetter
@@ -9,34 +9,42 @@ import torch
 from torch.func import vmap
 
 from tests.compiling import traced
-from tests.core.evaluation.test_evaluator import CASE, P, close, each_estimator, layers_and_evaluate, noise_for
+from tests.core.evaluation.test_evaluator import CASE, P, X, Y, each_estimator, evaluator_of, noise_for
 from tests.marks import requires_compiler
+from tests.tensors import close
+
+NUMBERS = torch.tensor([[0, 3], [5, 1]])
 
 
-def results(f, case, noise):
-    """Those of an evaluation that are tensors, as a function of the parameters."""
-    return lambda p: itemgetter(0, 1, 2, 4)(f(p, case.inputs, case.targets, noise=noise))
+def results(estimator, some, drawn=False):
+    """Those of an evaluation that are tensors, as a function of the parameters and the examples."""
+    f, noise = evaluator_of(CASE, estimator), noise_for(CASE)[:, : 2 if some else len(X)]
+    noise = noise if estimator == "mc" and not drawn else None
+    return lambda p, i: itemgetter(0, 1, 2, 4)(f(p, X, Y, noise=noise, examples=i))
 
 
 @each_estimator
-def test_ensemble_under_vmap(estimator):
-    f = layers_and_evaluate(CASE, estimator)
-    params = optree.tree_map(lambda p: torch.stack([p, p + 0.1]), P)
-    run = results(f, CASE, noise_for(CASE) if estimator == "mc" else None)
-    result = vmap(run)(params)
-    member, alone = (optree.tree_map(lambda x: x[1], tree) for tree in (result, params))
-    optree.tree_map(close, member, run(alone))
+@pytest.mark.parametrize("numbers", [NUMBERS, None], ids=["some", "all"])
+def test_ensemble_under_vmap(estimator, numbers):
+    some = numbers is not None
+    run, params = results(estimator, some), optree.tree_map(lambda p: torch.stack([p, p + 0.1]), P)
+    result = vmap(run, (0, 0 if some else None))(params, numbers)
+    for i in range(2):
+        member, alone = (optree.tree_map(lambda x, i=i: x[i], tree) for tree in (result, params))
+        close(member, run(alone, numbers[i] if some else None))
     same = optree.tree_map(lambda p: torch.stack([p, p]), P)
-    drawn = optree.tree_leaves(vmap(results(f, CASE, None), randomness="different")(same)[-1])
+    run = vmap(results(estimator, some, drawn=True), (0, None), randomness="different")
+    drawn = optree.tree_leaves(run(same, numbers[0] if some else None)[-1])
     assert all(torch.equal(g[0], g[1]) for g in drawn) == (estimator != "mc")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("some", [True, False], ids=["some", "all"])
 @pytest.mark.parametrize(
     "estimator, compiled",
     [pytest.param("mc", partial(torch.compile, fullgraph=True), marks=requires_compiler)]
     + [(estimator, traced) for estimator in ("exact", "empirical", "forward_only")],
 )
-def test_compiled_the_same_as_eager(estimator, compiled):
-    run = results(layers_and_evaluate(CASE, estimator), CASE, noise_for(CASE) if estimator == "mc" else None)
-    optree.tree_map(close, compiled(run)(P), run(P))
+def test_compiled_the_same_as_eager(estimator, compiled, some):
+    run, numbers = results(estimator, some), NUMBERS[0] if some else None
+    close(compiled(run)(P, numbers), run(P, numbers))

@@ -1,6 +1,7 @@
 """Custom layer kinds: all that a linear layer on the explicit rows gives."""
 
 from dataclasses import replace
+from operator import itemgetter
 
 import optree
 import pytest
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 import lrkfac
 from lrkfac import LayerKind
 from lrkfac.core.curvature.covariances import kronecker_factors
-from lrkfac.structures import dense, diagonal, kronecker, layer_wise, low_rank, low_rank_plus_diagonal
+from lrkfac.structures import layer_wise
 from tests.compiling import traced
+from tests.tensors import close, normal
 from tests.travelling import each_way
 
 DOUBLE = torch.float64
@@ -89,81 +91,41 @@ MODELS = {
     ),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", KINDS)
-X, Y = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=DOUBLE), torch.tensor([0, 2, 1, 1, 0])
-NOISE = torch.rand(1, 5, 3, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+X, Y = normal(5, 6), torch.tensor([0, 2, 1, 1, 0])
+NOISE = normal(1, 5, 3, seed=1).sigmoid()
 
 
 def made(name, **options):
     """The model with the custom kind, the one with explicit rows, parameters; the layers of both."""
     custom, explicit, shapes = MODELS[name]
-    generator = torch.Generator().manual_seed(2)
-    params = {k: torch.randn(s, generator=generator, dtype=DOUBLE) for k, s in shapes.items()}
-    kinds = (*KINDS.values(),)
-    found = (
-        lrkfac.find_layers(custom, params, X, kinds=kinds, **options),
-        lrkfac.find_layers(explicit, params, X, **options),
-    )
-    return custom, explicit, params, *found
-
-
-def close(found, expected, tolerance=1e-9):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    params = {k: normal(*shape, seed=i) for i, (k, shape) in enumerate(shapes.items(), 2)}
+    layers = lrkfac.find_layers(custom, params, X, kinds=(*KINDS.values(),), **options)
+    return custom, explicit, params, layers, lrkfac.find_layers(explicit, params, X, **options)
 
 
 @each
 @pytest.mark.parametrize("estimator, bias", [("exact", "separate"), ("mc", "joint"), ("forward_only", "joint")])
-def test_gradients_and_factors_are_those_of_the_explicit_rows(name, estimator, bias):
+def test_gradients_factors_and_blocks_are_those_of_the_explicit_rows(name, estimator, bias):
     custom, explicit, params, *both = made(name, bias=bias)
     described = [(x["w"].d_in, x["w"].d_out, x.uncovered) for x in both]
     assert both[0]["w"].kind == name and name in str(both[0]) and described[0] == described[1]
-    noise = {"noise": NOISE} if estimator == "mc" else {}
-    found, expected = (
-        lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)(params, X, Y, **noise)
-        for model, layers in zip((custom, explicit), both, strict=True)
-    )
-    close(found.grads, expected.grads)
-    close(found.grads, torch.func.grad(lambda p: F.cross_entropy(custom(p, X), Y))(params))
-    for treatment in ("expand", "reduce"):
-        of_both = []
-        for layers, e in zip(both, (found, expected), strict=True):
-            of_layer = (e.statistics.inputs["w"], e.statistics.output_gradients["w"], e.statistics.scale)
-            of_both.append(kronecker_factors(layers["w"], *of_layer, treatment))
-        for mine, theirs in zip(*of_both, strict=True):
-            matrix = theirs.dense()
-            close(mine.dense(), matrix)
-            close(mine.diagonal(), matrix.diagonal())
-            close(mine.trace(), matrix.trace())
-            some = torch.randn(len(matrix), 2, dtype=DOUBLE)
-            close(mine.matvec(some), matrix @ some)
-
-
-STRUCTURES = {
-    "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
-    "diagonal": kronecker(low_rank_plus_diagonal(1), diagonal()),
-    "reduce": kronecker(dense(), dense(), treatment="reduce"),
-    "corrected": kronecker(dense(), dense(), corrected=True),
-    "exact block": layer_wise(),
-}
-
-
-# The input factor of "circular" has equal eigenvalues, and so many bases to measure in.
-PAIRS = [(name, x) for name in KINDS for x in STRUCTURES if (name, x) != ("circular", "corrected")]
-
-
-@pytest.mark.parametrize("name, structure", PAIRS)
-def test_steps_are_those_of_the_explicit_rows(name, structure):
-    custom, explicit, params, *both = made(name)
-    paths = []
+    noise, updates, factors = {"noise": NOISE} if estimator == "mc" else {}, [], []
     for model, layers in zip((custom, explicit), both, strict=True):
-        evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact")
-        tx, p = lrkfac.precondition_by_fisher(layers, STRUCTURES[structure]), params
-        state = tx.init(p)
-        for i in range(3):
-            e = evaluate(p, X, Y, statistics=i != 1)
-            updates, state = tx.update(e.grads, state, p, evaluation=e)
-            p = lrkfac.apply_updates(p, lrkfac.scale(-0.1).update(updates, ())[0])
-        paths.append(p)
-    close(*paths, 1e-7)
+        e = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)(params, X, Y, **noise)
+        close(e.grads, torch.func.grad(lambda p: F.cross_entropy(custom(p, X), Y))(params))
+        inputs, gradients, scale = e.statistics
+        of = lambda t, args=(layers["w"], inputs["w"], gradients["w"], scale): kronecker_factors(*args, t)  # noqa: E731
+        factors.append([*of("expand"), *of("reduce")])
+        if estimator == "exact":
+            tx = lrkfac.precondition_by_fisher(layers, layer_wise())
+            updates.append(tx.update(e.grads, tx.init(params), params, evaluation=e)[0])
+    for one, other in zip(*factors, strict=True):
+        matrix = other.dense()
+        some = torch.randn(len(matrix), 2, dtype=DOUBLE)
+        close((one.dense(), one.diagonal(), one.trace()), (matrix, matrix.diagonal(), matrix.trace()))
+        close(one.matvec(some), matrix @ some)
+    if updates:
+        close(*updates, 1e-7, 1e-7)
 
 
 @each
@@ -182,17 +144,13 @@ def test_kinds_and_layers_travel(name, way):
 def test_compiled():
     custom, _, params, layers, _ = made("circular")
     evaluate = lrkfac.evaluator(custom, lrkfac.categorical(), layers, "empirical")
-
-    def gradients(params):
-        e = evaluate(params, X, Y)
-        return e.grads, e.statistics
-
-    close(traced(gradients)(params), gradients(params))
+    run = lambda params: itemgetter("grads", "statistics")(evaluate(params, X, Y)._asdict())  # noqa: E731
+    close(traced(run)(params), run(params))
 
 
 def test_functions_of_torch_in_an_unmodified_module():
     model, params = lrkfac.from_module(torch.nn.Bilinear(3, 4, 2).double())
-    x, y = (torch.randn(5, 3, dtype=DOUBLE), torch.randn(5, 4, dtype=DOUBLE)), torch.tensor([0, 1, 1, 0, 1])
+    x, y = (normal(5, 3), normal(5, 4, seed=1)), torch.tensor([0, 1, 1, 0, 1])
     kind = replace(KINDS["pairs"], name="bilinear", function=F.bilinear)
     layers = lrkfac.find_layers(model, params, x, kinds=[kind], strict=True)
     assert [layer.kind for layer in layers] == ["bilinear"]

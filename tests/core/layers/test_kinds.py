@@ -1,5 +1,7 @@
 """Each kind of layer: a call is parsed to an operation that is torch's and a transpose that is its derivative."""
 
+from itertools import product
+
 import optree
 import pytest
 import torch
@@ -11,16 +13,9 @@ from lrkfac.core.layers.calls import Call
 from lrkfac.core.layers.kinds import CONVOLUTIONS, EMBEDDING, LINEAR, SCALE, SHIFT, LinearOptions
 from lrkfac.core.layers.parsers import PARSERS
 from lrkfac.core.layers.views import apply_view
+from tests.tensors import close, normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 SETTINGS = [
@@ -44,61 +39,45 @@ def by_group(call, a):
     return torch.cat([call.kind.operation(one, w, call.options) for one, w in parts], channel)
 
 
-AXES = {1: (9,), 2: (7, 6), 3: (7, 4, 3)}
+AXES = {1: (9,), 2: (9, 10), 3: (7, 4, 3)}
 OF_ANY_AXES = [{}, {"stride": 2, "padding": 1}, {"padding": "same"}, {"dilation": 2}]
 OUTPUT_PADDING = {"stride": 3, "padding": 1, "output_padding": 1, "dilation": 2}
 
 
-def is_the_call_and_its_gradient(call, expected, function):
-    """``operation`` is ``function`` of the weight, ``transpose`` its derivative, group by group."""
-    kind, groups, channel = call.kind, call.kind.groups(call.options), call.kind.channel(call.options)
+def calls():
+    """Of functions of torch: their names, kernels and settings."""
+    for kernel, settings in product([(3, 3), (1, 1), (2, 4)], SETTINGS):
+        yield "conv2d", kernel, settings
+    for axes in AXES:
+        yield from ((f"conv{axes}d", (4, 2, 2)[:axes], settings) for settings in OF_ANY_AXES)
+        yield from (
+            (f"conv_transpose{axes}d", (3, 2, 2)[:axes], settings) for settings in (*OF_ANY_AXES[:2], OUTPUT_PADDING)
+        )
+
+
+@pytest.mark.parametrize(("name", "kernel", "settings"), list(calls()), ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions(name, kernel, settings, groups):
+    """``operation`` is torch's, ``transpose`` its derivative, group by group, however the arguments are passed."""
+    function, axes, transposed = getattr(F, name), len(kernel), "transpose" in name
+    x, w = normal(2, 4, *AXES[axes]), normal(*((4, 3) if transposed else (6, 4 // groups)), *kernel, seed=1)
+    b = normal(3 * groups if transposed else 6, seed=2)
+    call = parsed(function, x, w, b, groups=groups, **settings)
+    kind, channel = call.kind, call.kind.channel(call.options)
+    assert kind is (kinds.TRANSPOSED_CONVOLUTIONS if transposed else CONVOLUTIONS)[axes]
+    assert call.input is x and call.weight is w and call.bias is b
+    assert kind.groups(call.options) == groups and hash(call.options) is not None
+    expected, pullback = torch.func.vjp(lambda w: function(x, w, groups=groups, **settings), w)
     g = normal(*expected.shape, seed=5)
-    a, prepared = kind.prepare(call.input, g[None], len(call.input), call.options)
+    a, prepared = kind.prepare(x, g[None], len(x), call.options)
     close(by_group(call, a), expected)
-    _, pullback = torch.func.vjp(function, call.weight)
     parts = zip(a.chunk(groups, channel), prepared[0].chunk(groups, channel), strict=True)
-    d = apply_view(call.turn, call.weight).shape[1]
+    d = apply_view(call.turn, w).shape[1]
     found = torch.cat([kind.transpose(one, gradient, d, call.options) for one, gradient in parts])
     close(found, apply_view(call.turn, pullback(g)[0]))
-
-
-@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 4)], ids=str)
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_convolutions(kernel, settings, groups):
-    """However the arguments are passed."""
-    x, w, b = normal(2, 4, 9, 10), normal(8, 4 // groups, *kernel, seed=1), normal(8, seed=2)
-    run = lambda w: F.conv2d(x, w, groups=groups, **settings)  # noqa: E731
-    call = parsed(F.conv2d, x, w, b, groups=groups, **settings)
-    assert call.kind is CONVOLUTIONS[2] and call.input is x and call.weight is w and call.bias is b
-    assert call.kind.groups(call.options) == groups and hash(call.options) is not None
-    is_the_call_and_its_gradient(call, run(w), run)
-    defaults = {"stride": 1, "padding": 0, "dilation": 1}
-    assert parsed(F.conv2d, x, w, b, *(defaults | settings).values(), groups) == call
-    assert parsed(F.conv2d, input=x, weight=w, groups=groups, **settings) == call._replace(bias=None)
-
-
-@pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("settings", OF_ANY_AXES, ids=str)
-def test_convolutions_of_any_number_of_axes(axes, settings):
-    function = getattr(F, f"conv{axes}d")
-    x, w = normal(2, 4, *AXES[axes]), normal(6, 2, *(4, 2, 2)[:axes], seed=1)
-    run = lambda w: function(x, w, groups=2, **settings)  # noqa: E731
-    is_the_call_and_its_gradient(parsed(function, x, w, groups=2, **settings), run(w), run)
-
-
-@pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("settings", [*OF_ANY_AXES[:2], OUTPUT_PADDING], ids=str)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_transposed_convolutions(axes, settings, groups):
-    function = getattr(F, f"conv_transpose{axes}d")
-    x, w = normal(2, 4, *AXES[axes]), normal(4, 3, *(3, 2, 2)[:axes], seed=1)
-    call = parsed(function, x, w, groups=groups, **settings)
-    run = lambda w: function(x, w, groups=groups, **settings)  # noqa: E731
-    assert call.kind is kinds.TRANSPOSED_CONVOLUTIONS[axes] and call.kind.groups(call.options) == groups
-    is_the_call_and_its_gradient(call, run(w), run)
-    defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": groups, "dilation": 1}
-    assert parsed(function, x, w, None, *(defaults | settings).values()) == call
+    more = {"output_padding": 0, "groups": groups, "dilation": 1} if transposed else {"dilation": 1, "groups": groups}
+    assert parsed(function, x, w, b, *({"stride": 1, "padding": 0} | more | settings).values()) == call
+    assert parsed(function, input=x, weight=w, groups=groups, **settings) == call._replace(bias=None)
 
 
 def test_calls_of_linear():
@@ -170,6 +149,5 @@ def test_a_batch_flattened_with_positions_has_the_blocks_of_the_whole(structure)
         layers = lrkfac.find_layers(model, params, x)
         e = lrkfac.evaluator(model, lrkfac.gaussian(), layers, "exact")(params, x, torch.zeros(4, 2).double())
         tx = lrkfac.precondition_by_fisher(layers, structure)
-        states.append(tx.update(e.grads, tx.init(params), params, evaluation=e))
-    for one, other in zip(*map(optree.tree_leaves, states), strict=True):
-        torch.testing.assert_close(one, other)
+        states.append(optree.tree_leaves(tx.update(e.grads, tx.init(params), params, evaluation=e)))
+    torch.testing.assert_close(*states)

@@ -10,14 +10,10 @@ from torch import nn
 
 import lrkfac
 from lrkfac import evaluator, find_layers, from_module
+from tests.tensors import close
 from tests.travelling import each_way
 
-X, IMAGES = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4), torch.arange(6 * 48).sin().double()
-IMAGES, CLASSES = IMAGES.reshape(6, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+X, CLASSES = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 def network(*stages):
@@ -25,52 +21,8 @@ def network(*stages):
     return nn.Sequential(*(stage() for stage in stages)).double()
 
 
-class Block(nn.Module):
-    """Convolutions, normalisation with buffers, activations in place, a shortcut."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
-        self.last = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x):
-        h = self.last(self.act(self.norm(self.conv(x))))
-        h += x
-        return self.act(h)
-
-
 def state_of(net):
     return {name: value.clone() for name, value in net.state_dict().items()}
-
-
-def loss_and_gradients_are_the_modules(net, inputs, call):
-    """Those of ``evaluator`` and those of autograd through the module itself; the module stays as it was."""
-    model, params = from_module(net)
-    kept = state_of(net)
-    layers = find_layers(model, params, inputs)
-    found = evaluator(model, lrkfac.categorical(), layers)(params, inputs, CLASSES)
-    again = evaluator(model, lrkfac.categorical(), layers)(params, inputs, CLASSES, statistics=False)
-    optree.tree_map(close, state_of(net), kept)
-    other = copy.deepcopy(net)
-    outputs = call(other)
-    loss = F.cross_entropy(outputs, CLASSES)
-    expected = dict(zip(params, torch.autograd.grad(loss, list(other.parameters())), strict=True))
-    for evaluation in (found, again):
-        close(evaluation.outputs, outputs.detach())
-        close(evaluation.loss, loss.detach())
-        optree.tree_map(close, evaluation.grads, expected)
-    return layers
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_residual_network(training):
-    net = network(Block, Block, lambda: nn.AvgPool2d(2), nn.Flatten, lambda: nn.Linear(12, 3)).train(training)
-    layers = loss_and_gradients_are_the_modules(net, IMAGES, lambda net: net(IMAGES))
-    kinds = {f"{i}.{part}": kind for i in (0, 1) for part, kind in
-             (("conv", "conv2d"), ("norm", "scale"), ("last", "conv2d"))}  # fmt: skip
-    assert [(layer.name, layer.kind) for layer in layers] == [*kinds.items(), ("4", "linear")]
-    assert not layers.uncovered
-    assert all(layer.bias and layer.bias.path == f"{layer.name}.bias" for layer in layers)
 
 
 class Several(nn.Module):
@@ -96,22 +48,31 @@ INPUTS = {
 
 
 @pytest.mark.parametrize(("inputs", "call"), INPUTS.values(), ids=INPUTS.keys())
-def test_several_arguments(inputs, call):
-    layers = loss_and_gradients_are_the_modules(network(Several)[0], inputs, call)
+def test_loss_and_gradients_are_those_by_autograd_through_the_module(inputs, call):
+    """The module stays as it was."""
+    net = network(Several)[0]
+    model, params = from_module(net)
+    kept, layers, other = state_of(net), find_layers(model, params, inputs), copy.deepcopy(net)
     assert layers["first"].uses == 2 and not layers.uncovered
+    outputs = call(other)
+    loss = F.cross_entropy(outputs, CLASSES)
+    expected = dict(zip(params, torch.autograd.grad(loss, list(other.parameters())), strict=True))
+    evaluate = evaluator(model, lrkfac.categorical(), layers)
+    for statistics in (True, False):
+        e = evaluate(params, inputs, CLASSES, statistics=statistics)
+        close((e.outputs, e.loss, e.grads), (outputs.detach(), loss.detach(), expected))
+    close(state_of(net), kept)
 
 
-def test_weights_that_are_one():
-    """A parameter under two names is one parameter, also after it has changed."""
+def test_a_parameter_under_two_names_is_one():
+    """Also after it has changed."""
     net = network(Several)[0]
     net.last = nn.Linear(4, 4).double()
     net.last.weight = net.first.weight
     model, params = from_module(net)
-    assert set(params) == {"first.weight", "first.bias", "last.bias"}
-    changed = optree.tree_map(lambda p: p + 0.1, params)
+    changed = {name: p + 0.1 for name, p in params.items()}
     expected = copy.deepcopy(net)
-    with torch.no_grad():
-        optree.tree_map(lambda p, value: p.copy_(value), dict(expected.named_parameters()), changed)
+    expected.load_state_dict({**changed, "last.weight": changed["first.weight"]})
     close(model(changed, (X, Y)), expected(X, Y).detach())
     assert find_layers(model, params, (X, Y))["first"].uses == 3
 
@@ -126,43 +87,37 @@ def test_buffers_come_back_as_the_module_would_change_them():
     evaluate = evaluator(model, lrkfac.categorical(), layers, has_aux=True)
     for x in (X, 2 * X, X + 1):
         before = optree.tree_map(torch.clone, buffers)
-        found = evaluate(params, (buffers, x), CLASSES)
-        without = evaluate(params, (buffers, x), CLASSES, statistics=False)
-        optree.tree_map(close, buffers, before)
-        close(found.outputs, expected(x).detach())
-        for evaluation in (found, without):
-            optree.tree_map(close, evaluation.aux, dict(expected.named_buffers()))
+        found, without = (evaluate(params, (buffers, x), CLASSES, statistics=s) for s in (True, False))
+        close((buffers, found.outputs), (before, expected(x).detach()))
+        for e in (found, without):
+            close(e.aux, dict(expected.named_buffers()))
         buffers = found.aux
-    optree.tree_map(close, state_of(net), kept)
+    close(state_of(net), kept)
     assert buffers["1.num_batches_tracked"] == 3 and not net[1].num_batches_tracked
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_what_later_happens_to_the_module_changes_nothing(training):
-    net = network(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3)).train(training)
-    model, params = from_module(net)
-    expected = copy.deepcopy(net)(X).detach()
-    net.train(not training)
-    assert not torch.allclose(copy.deepcopy(net)(X), expected), "the modes differ"
-    net[1].running_var.mul_(4)
-    net.register_forward_hook(lambda *_: X)
-    close(model(params, X), expected)
 
 
 @each_way
 @pytest.mark.parametrize("carried", [False, True])
-def test_function_and_layers_travel(way, carried):
-    """What arrives returns equal bits and needs nothing of the module."""
-    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).double()
+@pytest.mark.parametrize("training", [True, False])
+def test_what_later_happens_to_the_module_changes_nothing(way, carried, training):
+    """Nor where function and layers have travelled: what arrives returns equal bits."""
+    net = network(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3), lambda: nn.Linear(3, 3)).train(training)
     net[0].requires_grad_(False)
     model, params, *buffers = from_module(net, buffers=carried)
     inputs = (*buffers, X) if carried else X
-    layers = find_layers(model, params, inputs)
-    expected = model(params, inputs)
+    layers, expected, outputs = find_layers(model, params, inputs), model(params, inputs), copy.deepcopy(net)(X)
     other, described = way((model, layers))
+    net.train(not training)
+    assert not torch.allclose(copy.deepcopy(net)(X), outputs), "the modes differ"
+    net[1].running_var.mul_(4)
+    net.register_forward_hook(lambda *_: X)
+    close(expected[0] if carried else expected, outputs.detach())
+    assert optree.tree_all(optree.tree_map(torch.equal, model(params, inputs), expected))
     net[0].weight.data.zero_()
     assert optree.tree_all(optree.tree_map(torch.equal, other(params, inputs), expected))
     assert described == layers and str(described) == str(layers)
+    if not carried:
+        assert set(params) == {"1.weight", "1.bias", "2.weight", "2.bias"}, "frozen parameters are constants"
 
 
 class Recurrent(nn.Module):
@@ -180,7 +135,6 @@ class Recurrent(nn.Module):
 
 DROPOUT = {
     "module": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Dropout(0.2))), r"1\.0 \(Dropout\).*p=0\.2"),
-    "alpha": (lambda: nn.Sequential(nn.Linear(4, 3), nn.AlphaDropout(0.2)), r"1 \(AlphaDropout\)"),
     "attention": (lambda: Recurrent(nn.MultiheadAttention), r"part \(MultiheadAttention\).*p=0\.1"),
     "recurrent": (lambda: Recurrent(nn.RNN, num_layers=2), r"part \(RNN\).*p=0\.1"),
 }
@@ -221,11 +175,3 @@ def test_buffers_that_are_replaced_are_not_lost():
     _, after = model(params, (buffers, torch.ones(5, 3)))
     torch.testing.assert_close(after["mean"], torch.full((3,), 0.1))
     assert not net.mean.any() and not buffers["mean"].any()
-
-
-def test_frozen_parameters_are_constants():
-    net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3)
-    net[0].requires_grad_(False)
-    model, params = from_module(net)
-    assert set(params) == {"1.weight", "1.bias"}
-    torch.testing.assert_close(model(params, x), net(x))

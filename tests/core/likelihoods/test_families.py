@@ -1,11 +1,13 @@
-"""The families: samples, extremes and shapes. Their parts fit together: ``tests/test_check_likelihood.py``."""
+"""The families: samples, extremes, shapes, copies. Their parts fit together: ``tests/test_check_likelihood.py``."""
 
 import pytest
 import torch
-from torch.func import vmap
+from torch.func import grad, vmap
 
-from lrkfac import bernoulli, categorical, gaussian
-from tests.core.likelihoods.test_protocol import FAMILIES, close, problem
+from lrkfac import bernoulli, categorical, gaussian, joint, poisson
+from tests.core.likelihoods.test_protocol import FAMILIES, problem
+from tests.tensors import close, normal
+from tests.travelling import each_way
 
 LIKELIHOODS = {"categorical": categorical(), "gaussian": gaussian(0.25), "bernoulli": bernoulli()}
 
@@ -17,8 +19,7 @@ def test_samples_are_quantiles():
     normal = torch.distributions.Normal(outputs, 0.5)
     close(gaussian(0.25).sample(outputs, u), normal.icdf(u))
     labels = bernoulli().sample(outputs, u)
-    assert labels.unique().tolist() == [0, 1]
-    assert abs(labels.mean() - outputs[0].sigmoid()) <= 1 / 1000
+    assert labels.unique().tolist() == [0, 1] and abs(labels.mean() - outputs[0].sigmoid()) <= 1 / 1000
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -58,12 +59,6 @@ def test_targets_that_do_not_fit(likelihood, outputs, targets, message):
         likelihood.check(outputs, targets)
 
 
-def test_labels_may_be_bools():
-    targets = OUTPUTS.bool()
-    bernoulli().check(OUTPUTS, targets)
-    close(*[bernoulli().negative_log_likelihood(OUTPUTS, y) for y in (targets, targets.float())])
-
-
 VMAPPED = [name for name in FAMILIES if not name.startswith("categorical") or "weights=True smoothing=0.3" in name]
 
 
@@ -81,3 +76,24 @@ def test_everything_works_under_vmap(name):
         (likelihood.square_root, (both, noise)),
     ):
         close(vmap(function)(*args)[1], function(*[x[1] for x in args]))
+
+
+HEADS = (categorical(1, -100, [0.5, 1.0, 2.0], 0.1), gaussian(torch.tensor([0.5, 1.0, 2.0])), bernoulli(), poisson())
+
+
+def computed(likelihood):
+    outputs, noise = normal(4, 3), normal(4, 3, seed=1).sigmoid()
+    targets = likelihood.sample(outputs, noise).abs()  # counts are not negative
+    likelihood.check(outputs, targets)
+    loss, gradient = likelihood.loss(outputs, targets), grad(likelihood.loss)(outputs, targets)
+    root, product = (method(outputs, noise) for method in (likelihood.square_root, likelihood.hessian_product))
+    return targets, loss, gradient, root, product, likelihood.weighted_root(outputs, targets, noise)
+
+
+@each_way
+def test_what_arrives_computes_the_same_bits(way):
+    """Likelihoods, and several of them joined, copied, pickled and saved."""
+    arrived = way(joint(HEADS, (0.5,) * 4))
+    assert arrived.weights == (0.5,) * 4
+    for heads in (arrived.heads, [*map(way, HEADS)]):
+        close([*map(computed, heads)], [*map(computed, HEADS)], 0, 0)

@@ -16,6 +16,7 @@ from torch.func import hessian, jacrev
 
 from lrkfac import Likelihood, Weights, bernoulli, categorical, evaluator, find_layers, gaussian, joint, poisson
 from lrkfac.testing import gradients
+from tests.tensors import close
 
 CLASSES = 3
 CLASS_WEIGHTS = torch.tensor([0.3, 1.7, 0.9], dtype=torch.float64)
@@ -52,13 +53,16 @@ def per_example(loss):
     return lambda outputs, targets: loss(outputs, targets).reshape(len(outputs), -1).sum(1).mean()
 
 
+AXES = {-1: ((CLASSES,), (2, CLASSES)), 1: ((CLASSES, 2, 1),), 2: ((2, CLASSES),), -3: ((CLASSES, 2, 1),)}
+
+
 def categoricals():
     for ignore_index, weight, smoothing in product((None, -100, 1), (None, CLASS_WEIGHTS), (0.0, 0.3)):
-        for axis, shapes in ((-1, ((CLASSES,), (2, CLASSES))), (1, ((CLASSES, 2, 1),))):
+        for axis in AXES if ignore_index == -100 and weight is not None else (-1, 1):
             name = f"categorical axis={axis} ignore={ignore_index} weights={weight is not None} smoothing={smoothing}"
             options = {"axis": axis, "ignore_index": ignore_index, "weight": weight, "label_smoothing": smoothing}
             loss = partial(cross_entropy, **options)
-            yield name, Family(categorical(axis, ignore_index, weight, smoothing), loss, shapes)
+            yield name, Family(categorical(axis, ignore_index, weight, smoothing), loss, AXES[axis])
 
 
 ANY = ((1,), (3,), (2, 3))
@@ -75,10 +79,6 @@ FAMILIES = {
         WEIGHTED, lambda f, y: (half_square(f, y) * y[:, 0].abs()).sum() / y[:, 0].abs().sum(), ((3,),)
     ),
 }  # fmt: skip
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def targets_for(name, likelihood, outputs, generator):
@@ -117,41 +117,33 @@ class Problem(NamedTuple):
 
 
 def problem(heads, seed, batch=4):
-    generator = torch.Generator().manual_seed(seed)
+    generator, single = torch.Generator().manual_seed(seed), len(heads) == 1
     normal = partial(torch.randn, generator=generator, dtype=torch.float64)
     sizes = [torch.Size(shape).numel() for _, shape in heads]
     params = {"first.weight": normal(3, 2), "last.weight": normal(sum(sizes), 3), "last.bias": normal(sum(sizes))}
-    inputs = normal(batch, 2)
-    single = len(heads) == 1
+    inputs, names = normal(batch, 2), [f"head {9 - i}" for i in range(len(heads))]
+    families, weights = [FAMILIES[name] for name, _ in heads], [1.0] if single else [0.5 + i for i in range(len(heads))]
+
+    def tree(leaves):
+        """Sorted by optree, in insertion order for torch."""
+        return leaves[0] if single else dict(zip(names, leaves, strict=True))
 
     def model(p, x):
         flat = F.linear(F.linear(x, p["first.weight"]).tanh(), p["last.weight"], p["last.bias"])
-        parts = [part.reshape(-1, *shape) for part, (_, shape) in zip(flat.split(sizes, 1), heads, strict=True)]
-        # Sorted by optree, in insertion order for torch.
-        return parts[0] if single else {f"head {9 - i}": part for i, part in enumerate(parts)}
+        return tree([part.reshape(-1, *shape) for part, (_, shape) in zip(flat.split(sizes, 1), heads, strict=True)])
 
     def leaves(tree):
-        return [tree] if single else [tree[f"head {9 - i}"] for i in range(len(heads))]
+        return [tree] if single else [tree[name] for name in names]
 
-    outputs = leaves(model(params, inputs))
-    found = [
-        targets_for(name, FAMILIES[name].likelihood, f, generator) for (name, _), f in zip(heads, outputs, strict=True)
-    ]
-    weights = [1.0] if single else [0.5 + i for i in range(len(heads))]
+    parts = zip(heads, families, leaves(model(params, inputs)), strict=True)
+    targets = [targets_for(name, family.likelihood, f, generator) for (name, _), family, f in parts]
 
     def loss(outputs):
-        parts = zip(weights, heads, outputs, found, strict=True)
-        return sum(w * FAMILIES[name].loss(f, y) for w, (name, _), f, y in parts)
+        return sum(w * family.loss(f, y) for w, family, f, y in zip(weights, families, outputs, targets, strict=True))
 
-    likelihood, targets = FAMILIES[heads[0][0]].likelihood, found[0]
-    if not single:
-        names = [f"head {9 - i}" for i in range(len(heads))]
-        targets = dict(zip(names, found, strict=True))
-        likelihood = joint(
-            {n: FAMILIES[head].likelihood for n, (head, _) in zip(names, heads, strict=True)},
-            dict(zip(names, weights, strict=True)),
-        )
-    return Problem(likelihood, model, params, inputs, targets, loss, leaves)
+    likelihood = tree([family.likelihood for family in families])
+    likelihood = likelihood if single else joint(likelihood, tree(weights))
+    return Problem(likelihood, model, params, inputs, tree(targets), loss, leaves)
 
 
 def evaluate(p, estimator="exact", statistics=True, noise=None, samples=1):
@@ -190,9 +182,9 @@ def output_factor(p):
     return torch.einsum("ninj->ij", (J.mT @ output_matrix(p) @ J).unflatten(0, s.shape).unflatten(2, s.shape))
 
 
-def rows(evaluation, name="first"):
-    """``[k, N, 3]``."""
-    return evaluation.statistics.output_gradients[name][0]
+def rows(evaluation):
+    """Of the first layer, ``[k, N, 3]``."""
+    return evaluation.statistics.output_gradients["first"][0]
 
 
 def B(evaluation):
@@ -207,16 +199,15 @@ def test_loss_gradient_products_and_statistics_are_those_of_plain_torch(heads):
     loss = lambda q: p.loss(p.leaves(p.model(q, p.inputs)))  # noqa: E731
     grads, matrix = torch.func.grad(loss)(p.params), gauss_newton(p)
     u, v = gradients(p.params, 1), gradients(p.params, 2)
-    x, y = flat(u.values()), flat(v.values())
+    x, y = both = torch.stack([flat(u.values()), flat(v.values())])
+    pair = {name: torch.stack([u[name], v[name]]) for name in u}
     for estimator, statistics in (("mc", False), ("mc", True), ("exact", True), ("empirical", True)):
         found = evaluate(p, estimator, statistics)
-        close(found.loss, loss(p.params))
-        close(found.grads, grads)
-        close(found.loss_at(p.params), found.loss)
+        close((found.loss, found.loss_at(p.params), found.grads), (loss(p.params), loss(p.params), grads))
         close(flat(found.product(u)[name] for name in p.params), matrix @ x)
         close(found.quadratic(u, v), x @ matrix @ y)
-        for a, b in zip(p.leaves(found.outputs), p.leaves(p.model(p.params, p.inputs)), strict=True):
-            assert torch.equal(a, b)
+        close(found.gram(pair), both @ matrix @ both.mT)
+        close(p.leaves(found.outputs), p.leaves(p.model(p.params, p.inputs)), 0, 0)
         if estimator == "exact":
             close(B(found), output_factor(p))
         if estimator == "empirical":
@@ -237,11 +228,8 @@ def test_monte_carlo_is_exact_in_expectation(name, alone):
         inputs=one.inputs.repeat(copies, 1),
         targets=optree.tree_map(lambda y: y.repeat(copies, *[1] * (y.ndim - 1)), one.targets),
     )
-    generator = torch.Generator().manual_seed(1)
-    noise = optree.tree_map(
-        lambda f: torch.rand(1, *f.shape, generator=generator, dtype=torch.float64),
-        many.model(many.params, many.inputs),
-    )
+    outputs = many.model(many.params, many.inputs)
+    noise = optree.tree_map(lambda f: torch.rand(1, *f.shape, dtype=torch.float64), outputs)
     found = evaluate(many, "mc", noise=noise)
     close(found.statistics.scale * copies, evaluate(one).statistics.scale)
     g = rows(found)[0].unflatten(0, (copies, -1))

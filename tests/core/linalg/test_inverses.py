@@ -1,5 +1,6 @@
 """Inverses: one rank-one update after another, in matrix form, and dense, are one and the same."""
 
+import optree
 import pytest
 import torch
 from hypothesis import example, given
@@ -27,17 +28,13 @@ def drawn(d, r, ratio, dtype, seed=0, orthonormal=False):
     return LowRankPlusDiagonal(vectors.to(dtype), values.to(dtype), diagonal.to(dtype))
 
 
-def float64(operator):
-    return LowRankPlusDiagonal(*(x.double() for x in operator))
-
-
 @given(operators(max_condition=1e6), st.floats(1e-6, 10))
 def test_laws_of_the_inverse(operator, damping):
     check_inverse(operator, damping)
 
 
 @given(low_rank_plus_diagonals(dtype=torch.float64, max_condition=1e6))
-@example(drawn(512, 512, 1e6, torch.float64))
+@example(drawn(256, 256, 1e6, torch.float64))
 @example(drawn(512, 64, 1e6, torch.float64, orthonormal=True))
 @example(drawn(300, 1, 1e6, torch.float64))
 def test_rank_one_updates_matrix_form_and_dense_inverse_agree(operator):
@@ -52,7 +49,7 @@ def test_rank_one_updates_matrix_form_and_dense_inverse_agree(operator):
 @example(drawn(512, 512, 1e8, torch.float32))
 @example(drawn(512, 32, 1e8, torch.float32, orthonormal=True))
 def test_float32_inverse_stays_positive_definite(invert, operator):
-    found = to_dense(float64(invert(operator)))
+    found = to_dense(optree.tree_map(torch.Tensor.double, invert(operator)))
     assert torch.linalg.eigvalsh((found + found.mT) / 2)[0] > 0
 
 
@@ -61,16 +58,6 @@ def test_dense_float32_inverse_stays_positive_definite(d, rank, ratio):
     vectors = torch.linalg.qr(torch.randn(d, rank)).Q
     found = inverse(Dense(vectors @ vectors.mT), 1 / ratio).matrix.double()
     assert torch.linalg.eigvalsh((found + found.mT) / 2)[0] > 0
-
-
-@given(low_rank_plus_diagonals(dtype=torch.float64), st.randoms(use_true_random=False))
-def test_the_order_of_updates_does_not_matter(operator, random):
-    order = list(range(operator.values.shape[0]))
-    random.shuffle(order)
-    permuted = LowRankPlusDiagonal(operator.vectors[:, order], operator.values[order], operator.diagonal)
-    for invert in (sherman_morrison, woodbury):
-        found, expected = to_dense(invert(permuted)), to_dense(invert(operator))
-        assert (found - expected).norm() <= 1e-8 * expected.norm()
 
 
 @BOTH
@@ -83,19 +70,12 @@ def test_negative_values_are_closed_under_inversion(invert, operator):
 
 
 @BOTH
-def test_batches_under_vmap(invert):
+def test_no_square_matrix_is_made_of_one_or_of_a_stack(invert):
     operators = [drawn(7, 3, 1e3, torch.float64, seed) for seed in range(3)]
-    stacked = LowRankPlusDiagonal(*(torch.stack(parts) for parts in zip(*operators, strict=True)))
+    stacked = optree.tree_map(lambda *parts: torch.stack(parts), *operators)
     found = vmap(lambda op: to_dense(invert(op)))(stacked)
     torch.testing.assert_close(found, torch.stack([to_dense(invert(op)) for op in operators]))
-
-
-@BOTH
-def test_no_square_matrix_is_made(invert):
     d, r = 2048, 8
-    operator = drawn(d, r, 1e4, torch.float32)
-    largest = LargestTensor()
-    with largest:
-        found = invert(operator)
-    assert largest.numel <= 2 * d * r
-    assert sum(x.numel() for x in found) == d * r + d + r
+    with LargestTensor() as largest:
+        found = invert(drawn(d, r, 1e4, torch.float32))
+    assert largest.numel <= 2 * d * r and sum(x.numel() for x in found) == d * r + d + r
