@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,11 @@ from lrkfac.core.layers.discovery import find_layers
 from lrkfac.core.layers.module import from_module
 from lrkfac.core.likelihoods.joint import Joint
 from lrkfac.core.likelihoods.protocol import Likelihood
+
+NORMALISATIONS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +63,8 @@ class ModuleEvaluator:
         self.has_buffers = next(module.buffers(), None) is not None
         self.modes = [(name, part, part.training) for name, part in module.named_modules()]
         model = self._model()
-        self.layers = find_layers(model, self.params, self._with_buffers(inputs))
+        with self._naming_normalisations():
+            self.layers = find_layers(model, self.params, self._with_buffers(inputs))
         self._function: Callable[..., Evaluation] | None = self._evaluator_of(model)
 
     @property
@@ -75,21 +82,13 @@ class ModuleEvaluator:
         self._check_unchanged()
         if self._function is None:  # in a copy, whose function must be of its own module
             self._function = self._evaluator_of(self._model())
-        evaluation = self._function(self.params, self._with_buffers(inputs), targets, **requests)
+        with self._naming_normalisations():
+            evaluation = self._function(self.params, self._with_buffers(inputs), targets, **requests)
         if self.has_buffers:
             with torch.no_grad():
                 buffers = dict(self.module.named_buffers())
                 copy_all(list(buffers.values()), [evaluation.aux[name] for name in buffers])
         return evaluation
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Return each parameter's ``.grad``, or raise ``ValueError`` if one has none."""
-        absent = [name for name, p in self.parameters.items() if p.grad is None]
-        if absent:
-            raise ValueError(
-                f"step: {absent} have no .grad any more; call zero_grad() before evaluate(), or not at all"
-            )
-        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_function": None}
@@ -105,6 +104,20 @@ class ModuleEvaluator:
 
     def _with_buffers(self, inputs: Tree) -> Tree:
         return (dict(self.module.named_buffers()), inputs) if self.has_buffers else inputs
+
+    @contextmanager
+    def _naming_normalisations(self) -> Iterator[None]:
+        """Say what to do where torch raises of a normalisation that got one value of each channel."""
+        try:
+            yield
+        except ValueError as error:
+            if not str(error).startswith("Expected more than 1"):
+                raise
+            names = [name for name, part, _ in self.modes if isinstance(part, NORMALISATIONS) and part.training]
+            raise ValueError(
+                f"inputs: {names} in train mode take mean and variance over the batch, and it has one value of each "
+                f"channel ({error}); pass two examples or more, also to find the layers, or call eval() on them"
+            ) from error
 
     def _check_unchanged(self) -> None:
         """Raise ``ValueError`` if a part is in another mode, or a parameter has been replaced or frozen."""

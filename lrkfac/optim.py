@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
-from lrkfac.core.base.arguments import check_function, check_integer, check_number
+from lrkfac.chains import low_rank_kfac
+from lrkfac.core.base.arguments import check_integer
 from lrkfac.core.base.dtypes import without_autocast
 from lrkfac.core.base.private_torch import copy_all
 from lrkfac.core.base.trees import materialize
@@ -21,18 +21,13 @@ from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.module import from_module
 from lrkfac.core.likelihoods.joint import Joint
 from lrkfac.core.likelihoods.protocol import Likelihood
+from lrkfac.loss_scaling import told_by_scaler
 from lrkfac.module_evaluator import ModuleEvaluator
-from lrkfac.param_groups import (
-    CHAIN,
-    ChainFactory,
-    check_group,
-    group_defaults,
-    list_params,
-    parameters_of,
-    saved_chain,
-    with_defaults,
-)
-from lrkfac.state_dicts import carry_over, from_state_dict, state_dict
+from lrkfac.optim_arguments import READY_MADE, list_params, settings_of_groups
+from lrkfac.optim_state import Loading, Saved, note_steps, with_chain
+from lrkfac.param_groups import ChainFactory, check_group, parameters_of, with_defaults
+from lrkfac.pending import Pending
+from lrkfac.state_dicts import carry_over
 from lrkfac.transforms.base import GradientTransformation, apply_updates
 
 
@@ -41,10 +36,12 @@ class LowRankKFAC(torch.optim.Optimizer):
 
     A loss alone does not tell the curvature, which needs the model and the likelihood. So ``step(inputs, targets)``
     takes the place of ``zero_grad``, forward pass, backward pass and ``step``. To change ``.grad`` before the step, as
-    ``clip_grad_norm_`` does, call ``evaluate(inputs, targets)`` first and ``step()`` afterwards.
+    ``clip_grad_norm_`` does, or to accumulate micro-batches, call ``evaluate(inputs, targets)`` first, once or several
+    times, and ``step()`` afterwards.
 
     The evaluation runs under the ``torch.autocast`` around it, the linear algebra never does. bfloat16 needs no
-    ``GradScaler``. Each evaluation updates buffers, such as BatchNorm's, as a forward pass does.
+    ``GradScaler``; with one, ``.grad`` is not scaled, and a step with infinity or NaN is left out. Each evaluation
+    updates buffers, such as BatchNorm's, as a forward pass does.
 
     Each step reads ``lr`` from ``param_groups``, so ``torch.optim.lr_scheduler`` works; also ``momentum`` and
     ``weight_decay`` where the transformation takes them. It gets values that differ between groups as a tree, as in
@@ -74,11 +71,10 @@ class LowRankKFAC(torch.optim.Optimizer):
     Attributes:
         transformation: The chain.
         chain_state: Its state; ``chain_state[-1].average`` are the averaged parameters of ``adaptive_low_rank_kfac``.
-        steps: Number of steps so far.
 
     Raises:
         ValueError: If a number is out of range, or as ``from_module``, ``find_layers`` and ``evaluator``.
-        TypeError: If an argument has the wrong type or is missing.
+        TypeError: If an argument has the wrong type, is missing or unknown.
 
     Examples:
         >>> import torch, lrkfac
@@ -92,7 +88,8 @@ class LowRankKFAC(torch.optim.Optimizer):
 
     transformation: GradientTransformation
     _evaluator: ModuleEvaluator
-    _pending: Evaluation | None
+    _pending: Pending
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -110,22 +107,12 @@ class LowRankKFAC(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         groups = None if params is None else list_params(params)
-        defaults = group_defaults(transformation, lr, options)
-        known = list(defaults)
-        if lr is None and any(isinstance(group, dict) and "lr" in group for group in groups or ()):
-            known = ["lr", *defaults]
-        if "lr" not in known and transformation in (low_rank_kfac, kfac):
-            raise TypeError("lr: missing; pass a number, or transformation=adaptive_low_rank_kfac, which needs none")
-        if "lr" in known and transformation is adaptive_low_rank_kfac:
-            raise TypeError("lr: adaptive_low_rank_kfac finds its own step sizes and takes none, nor does a group")
+        defaults, known = settings_of_groups(transformation, lr, groups, options, LowRankKFAC)
         check_integer(statistics_every, "statistics_every")
-        check_function(transformation, "transformation", "a function that makes a GradientTransformation, such as kfac")
-        if lr is not None:
-            check_number(lr, "lr", 0)
         _, trainable = from_module(module)
-        thin = transformation in (low_rank_kfac, kfac, adaptive_low_rank_kfac) if thin is None else thin
+        thin = transformation in READY_MADE if thin is None else thin
         evaluator_options = {"estimator": estimator, "samples": samples, "thin": thin}
-        self._module = module
+        self._module, self._pending = module, Pending()
         self._make_evaluator = partial(ModuleEvaluator, module, likelihood, inputs, evaluator_options)
         fixed = {name: value for name, value in options.items() if name not in defaults}
         self._make_chain = ChainFactory(self, partial(transformation, **fixed), known)
@@ -134,7 +121,8 @@ class LowRankKFAC(torch.optim.Optimizer):
         self._describe()
         self.statistics_every = statistics_every
         self.chain_state = self.transformation.init(self.params)
-        self.steps = self._statistics_since = 0
+        self._progress = {"steps": 0, "statistics since": 0}
+        self.steps = 0
 
     @property
     def layers(self) -> Layers:
@@ -146,8 +134,22 @@ class LowRankKFAC(torch.optim.Optimizer):
         """The trained parameters by name; they share memory with the module's."""
         return self._evaluator.params
 
+    @property
+    def steps(self) -> int:
+        """Number of steps so far."""
+        return self._progress["steps"]
+
+    @steps.setter
+    def steps(self, number: int) -> None:
+        self._progress["steps"] = number
+        note_steps(self.state, self.param_groups, number)
+
     def evaluate(self, inputs: Tree, targets: Tree, statistics: bool | None = None, **selection: Any) -> Evaluation:
         """Evaluate a batch, set each ``.grad`` to a copy of its gradient, and keep the evaluation for ``step()``.
+
+        Evaluations since the last step accumulate: they make one batch, as by ``merge_evaluations``, and ``.grad``
+        becomes the mean over all its examples (of ``.grad`` as it is, clipped or not, and the new gradient).
+        ``zero_grad()`` drops them.
 
         Args:
             inputs: Of the batch.
@@ -157,18 +159,18 @@ class LowRankKFAC(torch.optim.Optimizer):
             **selection: ``layers`` and ``examples``, see ``evaluator``.
 
         Returns:
-            The evaluation; ``merge_evaluations`` makes one of several.
+            The evaluation of this batch alone.
 
         Raises:
-            ValueError: If the module has changed, in its mode or parameters, or as the function of ``evaluator``.
+            ValueError: If the module has changed, in its mode or parameters; if ``.grad`` is there, but not by
+                ``evaluate``; if parameters have changed since evaluations that wait; or as the function of
+                ``evaluator``.
             TypeError: As the function of ``evaluator``.
         """
+        self._pending.prepare()
         evaluation = self._evaluate(inputs, targets, statistics, selection)
         evaluation = evaluation._replace(grads=materialize(evaluation.grads))
-        for name, parameter in self._evaluator.parameters.items():
-            # A copy: several parameters may have the same gradient, and each may be changed in place.
-            parameter.grad = evaluation.grads[name].clone()
-        self._pending = evaluation
+        self._pending.add(evaluation)
         return evaluation
 
     def step(  # type: ignore[override]
@@ -176,10 +178,12 @@ class LowRankKFAC(torch.optim.Optimizer):
     ) -> Tensor:
         """Change the parameters: ``step(inputs, targets)``, ``step(closure)``, or ``step()`` after ``evaluate``.
 
-        The gradients are the evaluation's. Of the one that ``evaluate`` returned last, they are ``.grad`` as it is now.
+        Where ``evaluate`` was called since the last step, gradients are ``.grad`` as it is now, also for what
+        ``merge_evaluations`` makes of all these evaluations.
 
         Args:
-            closure: A function that returns an ``Evaluation``, or the inputs of a batch.
+            closure: The inputs of a batch, or a function that returns an ``Evaluation``; one that calls ``evaluate``
+                may return anything, such as the loss, and ``None`` stands for the evaluations that wait.
             targets: Of the batch.
             statistics: For a batch, as in ``evaluate``; likewise ``selection``.
             **selection: As in ``evaluate``.
@@ -190,29 +194,31 @@ class LowRankKFAC(torch.optim.Optimizer):
         Raises:
             TypeError: If the closure returns something else, such as a loss, which does not tell the curvature; if
                 there is neither batch, closure nor pending evaluation.
-            ValueError: If a ``.grad`` is missing, or as ``evaluate`` and the transformation.
+            ValueError: If a ``.grad`` is missing; if evaluations that wait would be lost; if a ``GradScaler`` has
+                unscaled ``.grad``; or as ``evaluate`` and the transformation.
         """
-        evaluation = self._evaluation_for_step(closure, targets, statistics, selection)
-        if self._make_chain.has_changed():
-            self.transformation = self._make_chain(self.layers, self._evaluator.parameters)
-        params = self.params
-        with torch.no_grad(), without_autocast(evaluation.loss):
-            updates, self.chain_state = self.transformation.update(
-                evaluation.grads, self.chain_state, params, evaluation=evaluation
-            )
-            copy_all(list(params.values()), list(apply_updates(params, updates).values()))
-        self.steps += 1
-        self._pending = None
+        with told_by_scaler(vars(self), evaluates=closure is not None) as overflow:
+            evaluation = self._evaluation_for_step(closure, targets, statistics, selection)
+            if overflow:
+                self._pending.restart(self._evaluator.parameters)
+                return evaluation.loss
+            if self._make_chain.has_changed():
+                self.transformation = self._make_chain(self.layers, self._evaluator.parameters)
+            params = self.params
+            with torch.no_grad(), without_autocast(evaluation.loss):
+                updates, self.chain_state = self.transformation.update(
+                    evaluation.grads, self.chain_state, params, evaluation=evaluation
+                )
+                copy_all(list(params.values()), list(apply_updates(params, updates).values()))
+            self.steps += 1
+            self._pending.restart(self._evaluator.parameters)
         return evaluation.loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers and containers, which ``torch.load(..., weights_only=True)`` reads."""
-        chain = {"state": state_dict(self.chain_state), "steps": self.steps, "started": self._statistics_since}
-        self.state[CHAIN] = chain  # type: ignore[index]
-        try:
+        saved = Saved(self.chain_state, self.steps, self._progress["statistics since"])
+        with self.register_state_dict_post_hook(lambda _, packed: with_chain(saved, packed), prepend=True):
             return super().state_dict()
-        finally:
-            self.state.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the optimizer of a ``state_dict`` was.
@@ -221,13 +227,16 @@ class LowRankKFAC(torch.optim.Optimizer):
             ValueError: If it is of another module, transformation or class of optimizer; nothing has changed then.
             TypeError: If it is no dictionary.
         """
-        chain = saved_chain(state_dict, self.param_groups)
-        state = from_state_dict(self.chain_state, chain["state"])
-        super().load_state_dict(state_dict)
+        loaded = Loading(self.chain_state, self.param_groups, state_dict)
+        # After what users have registered before loading, and before what they have registered after it.
+        before = self.register_load_state_dict_pre_hook(loaded.take)
+        with before, self.register_load_state_dict_post_hook(lambda _: self._continue(loaded.saved), prepend=True):
+            super().load_state_dict(state_dict)
+
+    def _continue(self, saved: Saved) -> None:
         self.param_groups[:] = [with_defaults(group, self.defaults) for group in self.param_groups]
-        self.state.clear()
-        self.chain_state, self.steps, self._pending = state, chain["steps"], None
-        self._statistics_since = chain.get("started", 0)
+        self.chain_state, self._progress["statistics since"], self.steps = saved.state, saved.started, saved.steps
+        self._pending.restart(self._evaluator.parameters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the module that were constant so far, such as a part that was frozen.
@@ -251,16 +260,19 @@ class LowRankKFAC(torch.optim.Optimizer):
             raise
         if is_built:
             self.chain_state = carry_over(self.transformation.init(self.params), self.chain_state)
-            self._statistics_since = self.steps
+            self._progress["statistics since"] = self.steps
+            self.steps = self.steps  # of the new parameters, too
 
     def __getstate__(self) -> dict[str, Any]:
         # Schedulers replace `step` by a function that is bound to this very optimizer.
-        state = {n: x for n, x in vars(self).items() if n != "step" and not n.endswith("_hooks")}
-        return {**state, "_pending": None}
+        return {n: x for n, x in vars(self).items() if n not in ("step", "_pending") and not n.endswith("_hooks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it, and no group of ours may set it
+        if not hasattr(self, "_pending"):
+            self._pending = Pending()
+            self._pending.restart(self._evaluator.parameters)
 
     def _evaluation_for_step(
         self, closure: Any, targets: Any, statistics: bool | None, selection: dict[str, Any]
@@ -270,25 +282,13 @@ class LowRankKFAC(torch.optim.Optimizer):
                 "step: statistics are chosen by evaluate(), or for a batch: step(inputs, targets, statistics)"
             )
         if targets is not None:
+            self._pending.check_free()
             return self._evaluate(closure, targets, statistics, selection)
-        if closure is None and self._pending is None:
-            raise TypeError(
-                "step: nothing to step with; call step(inputs, targets), or evaluate(inputs, targets) first"
-            )
-        evaluation = self._pending if closure is None else closure() if callable(closure) else closure
-        if not isinstance(evaluation, Evaluation):
-            raise TypeError(
-                f"step: expected a closure that returns an Evaluation, got {type(evaluation).__name__}; a loss "
-                "does not tell the curvature: call step(inputs, targets), or "
-                "step(lambda: optimizer.evaluate(inputs, targets))"
-            )
-        if evaluation is self._pending:
-            evaluation = evaluation._replace(grads=self._evaluator.gradients())
-        return evaluation
+        return self._pending.of_closure(closure)
 
     def _evaluate(self, inputs: Tree, targets: Tree, statistics: bool | None, selection: dict[str, Any]) -> Evaluation:
         if statistics is None:
-            due = (self.steps - self._statistics_since) % self.statistics_every == 0
+            due = (self.steps - self._progress["statistics since"]) % self.statistics_every == 0
             statistics = due or selection.get("layers") is not None
         return self._evaluator(inputs, targets, statistics=statistics, **selection)
 
@@ -296,4 +296,5 @@ class LowRankKFAC(torch.optim.Optimizer):
         """Find the layers of the parameters in the groups, and make their evaluator and chain."""
         evaluator = self._make_evaluator(parameters_of(self._module, self.param_groups))
         self.transformation = self._make_chain(evaluator.layers, evaluator.parameters)
-        self._evaluator, self._pending = evaluator, None
+        self._evaluator = evaluator
+        self._pending.restart(evaluator.parameters)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Real
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -15,10 +15,19 @@ from lrkfac.core.base.types import PerParameter
 from lrkfac.core.layers.description import Layers
 from lrkfac.transforms.base import GradientTransformation
 
-Group = dict[str, Any]
 
-CHAIN = "chain"
-"""Key of the state of the chain in the state of the optimizer."""
+class Group(dict[str, Any]):
+    """A group of parameters with its hyperparameters; says what to do where a scheduler asks for a rate it has not."""
+
+    def __missing__(self, key: str) -> Any:
+        if key == "lr":
+            raise TypeError(
+                "lr: the optimizer was made without, so there is none for a scheduler to change; "
+                "adaptive_low_rank_kfac finds its step sizes in each step and needs no scheduler, low_rank_kfac and "
+                "kfac take lr="
+            )
+        raise KeyError(key)
+
 
 PER_GROUP = ("momentum", "weight_decay")
 """Options of a chain that may differ between groups, as ``lr`` may; all others concern the curvature or whole steps."""
@@ -40,7 +49,7 @@ BOOKKEEPING = (
 class HasGroups(Protocol):
     """An optimizer, as far as the chain reads it."""
 
-    param_groups: list[Group]
+    param_groups: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +60,7 @@ class GroupRate:
     index: int
 
     def __call__(self, step: Tensor) -> float | Tensor:
-        rate: float | Tensor = self.optimizer.param_groups[self.index]["lr"]
-        check_number(rate, "lr", 0)
-        return rate
+        return checked_rate(self.optimizer.param_groups[self.index]["lr"])
 
 
 class ChainFactory:
@@ -109,34 +116,24 @@ class ChainFactory:
         return {names[id(p)]: value for group, value in groups for p in group["params"]}
 
 
-def group_defaults(
-    transformation: Callable[..., GradientTransformation], lr: float | Tensor | None, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the values of a group that sets none: ``lr``, and the options of ``PER_GROUP`` that the chain takes."""
-    try:
-        known = dict(inspect.signature(transformation).parameters)
-    except (TypeError, ValueError):  # not every callable has a signature
-        known = {}
-    values = {name: known[name].default for name in PER_GROUP if name in known} | dict(options)
-    per_group = {n: values[n] for n in PER_GROUP if n in values and values[n] is not inspect.Parameter.empty}
-    return per_group if lr is None else {"lr": lr, **per_group}
+def plain_rate(rate: Any) -> Any:
+    """Return a NumPy scalar as a number, and anything else as it is."""
+    is_plain = isinstance(rate, int) or type(rate) is float
+    return float(rate) if isinstance(rate, Real) and not is_plain else rate
 
 
-def list_params(params: Any) -> list[Any]:
-    """Return parameters, or groups of them, as a list.
+def checked_rate(rate: Any) -> float | Tensor:
+    """Return a learning rate as a number or tensor ``[]``; a NumPy scalar or a tensor of one entry is one, too.
 
     Raises:
-        ValueError: If there are none.
-        TypeError: If they are something else.
+        ValueError: If it is out of range.
+        TypeError: If it is no number.
     """
-    if not isinstance(params, Iterable) or isinstance(params, Tensor | str | Mapping):
-        raise TypeError(
-            f"params: expected parameters, or dictionaries of groups, in an iterable, got {type(params).__name__}"
-        )
-    entries = list(params)
-    if not entries:
-        raise ValueError("params: expected at least one parameter, got none")
-    return entries
+    if isinstance(rate, Tensor) and rate.ndim and rate.numel() == 1:
+        rate = rate.reshape(())
+    rate = plain_rate(rate)
+    check_number(rate, "lr", 0)
+    return rate
 
 
 def with_defaults(group: Any, defaults: Mapping[str, Any]) -> Group:
@@ -153,10 +150,10 @@ def with_defaults(group: Any, defaults: Mapping[str, Any]) -> Group:
     if "params" not in group:
         raise ValueError(f"param_group: expected params in it, got {list(group)}")
     copies = {name: x.clone() if isinstance(x, Tensor) else x for name, x in defaults.items()}
-    return {**copies, **group}
+    return Group({**copies, **group, **({"lr": plain_rate(group["lr"])} if "lr" in group else {})})
 
 
-def check_group(group: Group, module: nn.Module, known: Collection[str]) -> None:
+def check_group(group: Mapping[str, Any], module: nn.Module, known: Collection[str]) -> None:
     """Raise unless a group has trainable parameters of the module, and sets only what groups can.
 
     Args:
@@ -188,28 +185,10 @@ def check_group(group: Group, module: nn.Module, known: Collection[str]) -> None
     if missing:
         raise ValueError(f"params: a group sets no {missing}, and the optimizer was made without; set it in each group")
     if "lr" in known:
-        check_number(group["lr"], "lr", 0)
+        checked_rate(group["lr"])
 
 
-def saved_chain(state_dict: Any, groups: Sequence[Group]) -> dict[str, Any]:
-    """Return the part of a ``state_dict`` that concerns the chain.
-
-    Raises:
-        ValueError: If it is of another class of optimizer, or has groups of other sizes than these.
-        TypeError: If it is no dictionary.
-    """
-    if not isinstance(state_dict, dict):
-        raise TypeError(f"state_dict: expected that of a LowRankKFAC, got {type(state_dict).__name__}")
-    chain: dict[str, Any] | None = state_dict.get("state", {}).get(CHAIN)
-    if chain is None:
-        raise ValueError("state_dict: expected that of a LowRankKFAC, got one of another optimizer")
-    sizes, expected = [[len(group["params"]) for group in some] for some in (state_dict["param_groups"], groups)]
-    if sizes != expected:
-        raise ValueError(f"state_dict: expected groups of {expected} parameters, got {sizes}; make the optimizer alike")
-    return chain
-
-
-def parameters_of(module: nn.Module, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
+def parameters_of(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[str, nn.Parameter]:
     """Return the parameters in the groups by name, in the order of the module."""
     ids = {id(p) for group in groups for p in group["params"]}
     return {name: p for name, p in module.named_parameters() if id(p) in ids}

@@ -34,7 +34,14 @@ public(
 )
 BAD = {"statistics": STATISTICS, "layers": of.NOT_NAMES, "examples": of.NOT_EXAMPLES}
 EVALUATED = {"inputs": X, "targets": Y, "statistics": True}
-valid("LowRankKFAC.evaluate", OPTIMIZER.evaluate, EVALUATED, inputs=of.NOT_INPUTS, targets=of.NOT_TARGETS, **BAD)
+
+
+def evaluate(**arguments):
+    OPTIMIZER.evaluate(**arguments)
+    OPTIMIZER.zero_grad()
+
+
+valid("LowRankKFAC.evaluate", evaluate, EVALUATED, inputs=of.NOT_INPUTS, targets=of.NOT_TARGETS, **BAD)
 TARGETS, STEPPED = of.NOT_TARGETS.filter(lambda x: x is not None), {"closure": X, "targets": Y, "statistics": True}
 valid("LowRankKFAC.step", OPTIMIZER.step, STEPPED, targets=TARGETS, **BAD)
 PART = lrkfac.LowRankKFAC(NET, lrkfac.categorical(), X, 0.1, params=NET[0].parameters(), rank=1)

@@ -118,3 +118,10 @@ def operation_counts() -> dict[Any, Callable[..., int]]:
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target in place, in few kernels."""
     torch._foreach_copy_(list(targets), list(sources))
+
+
+def weak_reference(x: Tensor) -> Callable[[], Tensor | None]:
+    """Return a function that returns a tensor as long as something else keeps it alive, ``None`` afterwards."""
+    from torch.utils.weak import TensorWeakRef
+
+    return TensorWeakRef(x)

@@ -98,7 +98,8 @@ def _refresh_stack(
     if len(stack) == 1:
         return {first.name: update.of_groups(each[0], *operands[0])}
     common = all(one is each[0] for one in each)
-    damping = each[0] if common else torch.stack([torch.as_tensor(one) for one in each])
+    device = statistics.scale.device
+    damping = each[0] if common else torch.stack([torch.as_tensor(one, device=device) for one in each])
     average, uses = optree.tree_map(lambda *x: torch.stack(x), *operands)
     if _has_plain_rows(first):
         refreshed = update(damping, average, uses, stacked=True)

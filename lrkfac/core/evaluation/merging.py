@@ -67,10 +67,11 @@ def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
     aux = tuple(part.aux for part in evaluations)
     # Without the trees, which merged functions do not need and would keep in memory.
     functions = [part._replace(grads=None, outputs=None, aux=None, statistics=None) for part in evaluations]
-    products = MergedProducts(tuple(functions), shares)
+    grads = mean(shares, [materialize(part.grads) for part in evaluations])
+    products = MergedProducts(tuple(functions), shares, grads)
     return Evaluation(
         loss=mean(shares, [part.loss for part in evaluations]),
-        grads=mean(shares, [materialize(part.grads) for part in evaluations]),
+        grads=grads,
         outputs=concatenated([part.outputs for part in evaluations], 0, "outputs"),
         aux=None if all(part is None for part in aux) else aux,
         statistics=merged_statistics([part.statistics for part in evaluations], shares),
@@ -89,10 +90,12 @@ class MergedProducts:
     Attributes:
         parts: The evaluations of the micro-batches, of which only functions are used.
         shares: The weight of each, ``[]``; they add up to 1.
+        grads: The gradients of the merged evaluation, by which ``merged_from`` tells them from others.
     """
 
     parts: tuple[Evaluation, ...]
     shares: tuple[Tensor, ...]
+    grads: Tree = None
 
     def product(self, tangent: Tree) -> Tree:
         """Return ``F tangent``."""
@@ -109,6 +112,17 @@ class MergedProducts:
     def loss_at(self, params: Tree) -> Tensor:
         """Return the loss at other parameters, ``[]``."""
         return mean(self.shares, [part.loss_at(params) for part in self.parts])
+
+
+def merged_from(evaluation: Evaluation) -> tuple[tuple[Evaluation, ...], Tree]:
+    """Return the evaluations that were merged into one, without their trees, and the gradients it got then.
+
+    Of an evaluation that was not merged, these are itself and ``None``.
+    """
+    products = next(iter(getattr(evaluation.product, "args", ())), None)
+    if not isinstance(products, MergedProducts):
+        return (evaluation,), None
+    return tuple([one for part in products.parts for one in merged_from(part)[0]]), products.grads
 
 
 def weighted(weight: Tensor, x: Tensor) -> Tensor:

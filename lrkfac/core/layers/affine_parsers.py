@@ -21,9 +21,11 @@ def _normalised(plain: Callable[..., Tensor]) -> Parser:
 
     def parse(known: Known, input: Tensor, *args: Any, **kwargs: Any) -> Call | None:
         scale, shift, without, aligned = plain(input, *args, **kwargs)
-        if scale is None or not known(scale):
-            return None
-        return Call(SCALE, without(), scale, shift, (aligned,), COLUMN)
+        if scale is not None and known(scale):
+            return Call(SCALE, without(), scale, shift, (aligned,), COLUMN)
+        if shift is not None and known(shift):
+            return Call(SHIFT, input.new_ones(()), shift, None, (aligned,), COLUMN)
+        return None
 
     return parse
 

@@ -52,6 +52,7 @@ def describe(
     _check_inputs_unchanged(uses)
     by_path = {p.path: p for p in parameters}
     reasons = {path: f"used by {', '.join(dict.fromkeys(names))}" for path, names in others.items()}
+    reasons |= {p.path: "it has no entries" for p in parameters if 0 in p.shape}
     groups = _groups(uses, by_path)
     for path in {group.path for group in groups}:
         reason = _obstacle([g for g in groups if g.path == path], by_path[path])
@@ -73,10 +74,15 @@ def describe(
         layers.append(_layer(name, group, by_path, bias if with_bias else None))
         if bias is not None and not with_bias:
             layers.append(_bias_layer(group, by_path, bias, layers[-1]))
+    layers += [
+        _shared_bias_layer(groups, by_path[path])
+        for path in dict.fromkeys([path for path, _ in biases])
+        if path in shared and path not in reasons and _is_separable(path, uses, groups)
+    ]
     covered = {p.path for layer in layers for p in (layer.weight, layer.bias) if p is not None}
     for parameter in parameters:
         if parameter.path not in covered:
-            partly = "the bias of an operation whose weight is not covered, of several weights, or not at every use"
+            partly = "the bias of an operation whose weight is not covered, or in parts of several"
             is_bias = any(path == parameter.path for path, _ in biases)
             reasons.setdefault(parameter.path, partly if is_bias else "not used by the model")
     uncovered = tuple((p, reasons[p.path]) for p in parameters if p.path not in covered)
@@ -101,7 +107,8 @@ def _groups(uses: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> 
         for number, use in enumerate(of_label):
             view = (*use.view, *use.call.turn)
             shape = by_path[use.path].shape
-            entries = apply_view(view, torch.arange(math.prod(shape)).reshape(shape)) if often[use.path] > 1 else None
+            numbers = torch.arange(math.prod(shape), device="cpu").reshape(shape)
+            entries = apply_view(view, numbers) if often[use.path] > 1 else None
             for group, other in zip(groups, places, strict=True):
                 same_label = group.sites[0][0] == name
                 if group.path == use.path and (
@@ -118,7 +125,7 @@ def _groups(uses: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> 
 
 def _obstacle(groups: list[_Group], parameter: Parameter) -> str | None:
     """Return the reason why the uses of one parameter make no layers, ``None`` if they do."""
-    counts = torch.zeros(parameter.shape, dtype=torch.int8)
+    counts = torch.zeros(parameter.shape, dtype=torch.int8, device="cpu")
     if len(groups) > 1 or groups[0].view:
         for group in groups:
             _count(group.view[: len(group.uses[0].view)], counts)
@@ -146,8 +153,8 @@ def _count(view: View, counts: Tensor) -> None:
     if part.untyped_storage().data_ptr() == counts.untyped_storage().data_ptr():
         part.add_(1)
     else:  # such as a transposition that is reshaped: a copy
-        entries = apply_view(view, torch.arange(counts.numel()).reshape(counts.shape)).reshape(-1)
-        counts.view(-1).index_add_(0, entries, torch.ones(len(entries), dtype=counts.dtype))
+        entries = apply_view(view, torch.arange(counts.numel(), device=counts.device).reshape(counts.shape)).reshape(-1)
+        counts.view(-1).index_add_(0, entries, torch.ones_like(entries, dtype=counts.dtype))
 
 
 def _biases(uses: Mapping[str, list[Use]]) -> list[tuple[str, View]]:
@@ -169,7 +176,7 @@ def _shared_biases(
         at_every_use = all(use.bias == (path, view) for use in users[0].uses)
         if path in reasons or len(users) > 1 or users[0].path in reasons or not at_every_use:
             shared.add(path)
-        entries = torch.zeros(by_path[path].shape, dtype=torch.int8)
+        entries = torch.zeros(by_path[path].shape, dtype=torch.int8, device="cpu")
         for other, part in biases:
             if other == path:
                 apply_view(part, entries).add_(1)
@@ -182,7 +189,8 @@ def _names(groups: list[_Group], paths: Collection[str]) -> list[str]:
     """Return names: the path without its last part unless that is empty or shared; with the view for a part."""
     often = Counter(group.path for group in groups)
     long = [group.sites[0][0] if often[group.path] > 1 else group.path for group in groups]
-    short = [group.path.rpartition(".")[0] if often[group.path] == 1 else group.sites[0][0] for group in groups]
+    plain = [often[group.path] == 1 and group.uses[0].call.kind is not BIAS for group in groups]
+    short = [g.path.rpartition(".")[0] if one else g.sites[0][0] for g, one in zip(groups, plain, strict=True)]
     shared = Counter([*short, *paths])
     return [s if s and shared[s] == 1 else full for s, full in zip(short, long, strict=True)]
 
@@ -206,6 +214,31 @@ def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tup
         options=tuple(tuple(use.call.options) for use in group.uses),
         sites=tuple(group.sites),
         placements=tuple(use.placement for use in group.uses),
+    )
+
+
+def _is_separable(path: str, uses: Mapping[str, list[Use]], groups: list[_Group]) -> bool:
+    """Return whether a bias, as a whole, is everywhere the bias of products whose weights are covered."""
+    everywhere = [use.bias for of_label in uses.values() for use in of_label if use.bias and use.bias[0] == path]
+    covered = [use for group in groups for use in group.uses if use.bias == (path, ())]
+    return len(covered) == len(everywhere) and not any(use.call.kind.unit_wise for use in covered)
+
+
+def _shared_bias_layer(groups: list[_Group], bias: Parameter) -> Layer:
+    """Return the layer of a bias that some uses of one weight have, or those of several."""
+    pairs = [(use, site) for group in groups for use, site in zip(group.uses, group.sites, strict=True)]
+    pairs = [(use, site) for use, site in pairs if use.bias == (bias.path, ())]
+    return Layer(
+        name=bias.path,
+        kinds=(BIAS.name,) * len(pairs),
+        weight=bias,
+        bias=None,
+        d_in=1,
+        d_out=math.prod(bias.shape),
+        groups=1,
+        options=tuple((use.call.kind.name, tuple(use.call.options)) for use, _ in pairs),
+        sites=tuple(site for _, site in pairs),
+        placements=tuple(use.placement for use, _ in pairs),
     )
 
 

@@ -128,6 +128,7 @@ BIAS = Kind(
     transpose=lambda a, g, d, options: g.reshape(-1, g.shape[-1]).sum(dim=0)[:, None],
     operation=lambda a, w, options: a @ w.mT,
     rows=_linear_rows,
+    places=lambda x, side, options: KINDS[options[0]].places(x, side, options[1]),
 )
 """A bias as a separate layer: its input is the constant 1; its options are kind and options of the weight's layer."""
 

@@ -22,8 +22,8 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
     The function keeps the module's mode (``train`` or ``eval``) of this moment and copies of its buffers. Every call
     works on fresh copies of them, so that BatchNorm in training mode, which changes its buffers in place, is pure too.
     Parameters share memory with the module's, which nothing here changes. Those that do not require a gradient are
-    frozen: constants of the function, not among ``params``. The function copies, pickles and saves where the module
-    does.
+    frozen: constants of the function, not among ``params``. Gradients of embeddings are dense, whatever their
+    ``sparse``. The function copies, pickles and saves where the module does.
 
     Examples:
         >>> import torch
@@ -58,6 +58,9 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
         raise ValueError(f"module: {type(module).__name__} has no parameters that require a gradient")
     shared = {id(x): x for x in (*module.parameters(), *module.buffers())}
     frozen = copy.deepcopy(module, shared)  # the module's mode and structure, without copies of tensors
+    for part in frozen.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            part.sparse = False  # torch.func cannot take sparse gradients
     copies = {name: b.detach().clone() for name, b in module.named_buffers()}
     model = ModuleFunction(frozen, constants, None if buffers else copies)
     return (model, params, copies) if buffers else (model, params)

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrkfac.core.layers.affine_parsers import ADDITIONS, MULTIPLICATIONS, NORMALIZATIONS, REPETITIONS
+from lrkfac.core.layers.affine_parsers import ADDITIONS, COLUMN, MULTIPLICATIONS, NORMALIZATIONS, REPETITIONS
 from lrkfac.core.layers.calls import Call, Known, Parser
 from lrkfac.core.layers.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, ConvolutionOptions
-from lrkfac.core.layers.kinds import EMBEDDING, LINEAR, LinearOptions
-from lrkfac.core.layers.views import Step
+from lrkfac.core.layers.kind import Kind, Options
+from lrkfac.core.layers.kinds import BIAS, EMBEDDING, LINEAR, LinearOptions
+from lrkfac.core.layers.views import Step, View
 
 MATRIX = (Step("flatten", (1,)),)
 
@@ -24,8 +25,19 @@ MATRIX = (Step("flatten", (1,)),)
 TURNED = (Step("t"),)
 
 
+def _with_bias(
+    known: Known, kind: Kind, input: Tensor, weight: Tensor, bias: Tensor | None, options: Options, turn: View
+) -> Call | None:
+    """Return the use of a weight with its bias, or of the bias alone where the weight is no parameter."""
+    if known(weight):
+        return Call(kind, input, weight, bias, options, turn)
+    if bias is not None and known(bias):
+        return Call(BIAS, input, bias, None, (kind.name, tuple(options)), COLUMN)
+    return None
+
+
 def _linear(known: Known, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
-    return Call(LINEAR, input, weight, bias, LinearOptions()) if known(weight) else None
+    return _with_bias(known, LINEAR, input, weight, bias, LinearOptions(), ())
 
 
 def _matmul(known: Known, input: Tensor, other: Tensor, *, out: Any = None) -> Call | None:
@@ -52,9 +64,11 @@ def _mm(known: Known, input: Tensor, mat2: Tensor, *, out: Any = None) -> Call |
 def _addmm(
     known: Known, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Any = None
 ) -> Call | None:
-    if beta != 1 or alpha != 1 or out is not None or not known(mat2):
+    if beta != 1 or alpha != 1 or out is not None:
         return None
-    return Call(LINEAR, mat1, mat2, input, LinearOptions(), TURNED)
+    if not known(mat2) and tuple(input.shape) != tuple(mat2.shape[1:]):
+        return None  # repeated, such as [1, d], or one for each row
+    return _with_bias(known, LINEAR, mat1, mat2, input, LinearOptions(), TURNED)
 
 
 def _einsum(known: Known, equation: str, *operands: Any) -> Call | None:
@@ -106,8 +120,6 @@ def _convolution(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Call | None:
-    if not known(weight):
-        return None
     kernel = tuple(weight.shape[2:])
     axes, dilation = len(kernel), _of_each_axis(dilation, len(kernel))
     if padding == "same":
@@ -116,7 +128,7 @@ def _convolution(
     else:
         sides = tuple((p, p) for p in _of_each_axis(0 if isinstance(padding, str) else padding, axes))
     options = ConvolutionOptions(kernel, _of_each_axis(stride, axes), sides, dilation, groups)
-    return Call(CONVOLUTIONS[axes], input, weight, bias, options, MATRIX)
+    return _with_bias(known, CONVOLUTIONS[axes], input, weight, bias, options, MATRIX)
 
 
 def _transposed_convolution(
@@ -130,8 +142,6 @@ def _transposed_convolution(
     groups: int = 1,
     dilation: int | tuple[int, ...] = 1,
 ) -> Call | None:
-    if not known(weight):
-        return None
     kernel = tuple(weight.shape[2:])
     axes = len(kernel)
     sides = tuple((p, p) for p in _of_each_axis(padding, axes))
@@ -151,7 +161,7 @@ def _transposed_convolution(
         Step("flatten", (0, 1)),
         Step("flatten", (1,)),
     )
-    return Call(TRANSPOSED_CONVOLUTIONS[axes], input, weight, bias, options, turn)
+    return _with_bias(known, TRANSPOSED_CONVOLUTIONS[axes], input, weight, bias, options, turn)
 
 
 def _embedding(

@@ -8,6 +8,7 @@ without hooks and whatever the model does after the operation.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,8 +93,8 @@ class Follow(TorchFunctionMode):
         return self.used(func, args, kwargs, call, result)
 
     def known(self, x: Any) -> bool:
-        """Return whether an argument is a parameter, or a view of one."""
-        return self.place(x) is not None
+        """Return whether an argument is a parameter with entries, or a view of one."""
+        return self.place(x) is not None and x.numel() > 0
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
         """Return the result of a function that has run, changed or not."""
@@ -164,9 +165,10 @@ def run_captured(
     tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
     with Capture(tracked, layers.sources, records, probes, guarded, layers.custom):
         result = model(optree.tree_unflatten(structure, leaves), inputs)
+    numbers = Counter(site for site, _ in {site for layer in layers for site in layer.sites})
     for layer in layers:
         for site in {site for site, _ in layer.sites}:
-            expected, used = sum(name == site for name, _ in layer.sites), len(records.get(site, ()))
+            expected, used = numbers[site], len(records.get(site, ()))
             if used != expected:
                 raise ValueError(
                     f"layer {layer.name!r}: expected {expected} uses of {site!r}, saw {used}; the model takes "

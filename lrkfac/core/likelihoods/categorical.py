@@ -191,7 +191,7 @@ def _checked_class_weights(class_weights: Tensor | Sequence[float]) -> Tensor:
         if isinstance(class_weights, Tensor):
             weights = class_weights.detach()
         else:
-            weights = torch.tensor(class_weights, dtype=torch.float64)
+            weights = torch.tensor(class_weights, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"class_weights: expected real numbers [C], got {class_weights!r} ({error})") from error
     check_values(class_weights=weights)

@@ -38,7 +38,9 @@ def gaussian(variance: float | Tensor = 1.0) -> Likelihood:
     """
     if isinstance(variance, bool) or not isinstance(variance, int | float | Tensor):
         raise TypeError(f"variance: expected a number or a tensor, got {variance!r}")
-    values = variance.detach() if isinstance(variance, Tensor) else torch.tensor(variance, dtype=torch.float64)
+    values = (
+        variance.detach() if isinstance(variance, Tensor) else torch.tensor(variance, dtype=torch.float64, device="cpu")
+    )
     check_values(variance=values)
     if values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"variance: expected a number or a tensor, got one of {values.dtype}")

@@ -157,3 +157,13 @@ def test_within_vmap():
     note(x)
     vmap(vmap(note))(x)
     assert [x.shape for x in shapes] == [(2, 3, 4)] * 2 and all(x.requires_grad for x in shapes)
+
+
+def test_weak_reference():
+    """The gradient of a parameter has no name in Python, and is the same object whenever it is asked for."""
+    x = torch.nn.Parameter(torch.ones(2))
+    x.grad = torch.zeros(2)
+    reference = private_torch.weak_reference(x.grad)
+    assert reference() is x.grad
+    x.grad = None
+    assert reference() is None

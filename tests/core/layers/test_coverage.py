@@ -90,10 +90,8 @@ def test_convolution_used_with_different_settings():
 
 
 SHARED_BIASES = {
-    "bias in one use of two": lambda p, x: F.linear(linear(p, x).relu_(), p["w"]),
     "bias and scale": lambda p, x: linear(p, x) * p["b"],
     "bias in one use of two, and scale": lambda p, x: F.linear(linear(p, x).tanh() * p["b"], p["w"]),
-    "bias of two weights": lambda p, x: F.linear(linear(p, x).tanh(), p["v"], p["b"]),
     "bias of two weights, and scale": lambda p, x: F.linear(linear(p, x).tanh(), p["v"], p["b"]) * p["b"],
     "bias and weight": lambda p, x: F.linear(linear(p, x), p["b"][None]),
     "bias and shift": lambda p, x: linear(p, (x + p["b"]).tanh()),
@@ -107,8 +105,23 @@ SHARED_BIASES = {
         F.linear(x, p["w"][:2], p["b"][:2]) * F.linear(x, p["v"][2:], p["b"][2:]) + F.linear(x, p["w"][2:])
     ),
     "scale and shift of one norm": lambda p, x: F.linear(F.layer_norm(x, (4,), p["b"], p["b"]), p["w"]),
+}
+
+
+SEPARATE_BIASES = {
+    "bias in one use of two": lambda p, x: F.linear(linear(p, x).relu_(), p["w"]),
+    "bias of two weights": lambda p, x: F.linear(linear(p, x).tanh(), p["v"], p["b"]),
     "one of several biases": lambda p, x: F.linear(linear(p, linear(p, x, "c")), p["v"], p["b"]),
 }
+
+
+@pytest.mark.parametrize("model", SEPARATE_BIASES.values(), ids=SEPARATE_BIASES)
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+def test_bias_of_some_uses_or_of_several_weights_is_a_layer(model, bias):
+    layers = gradients_are_those_of_autograd(model, P, X, bias=bias)
+    assert layers["b"].kind == "bias" and not {"b", "c"} & {
+        p.path for p, reason in layers.uncovered if "bias" in reason
+    }
 
 
 @pytest.mark.parametrize("model", SHARED_BIASES.values(), ids=SHARED_BIASES.keys())

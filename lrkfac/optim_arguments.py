@@ -1,0 +1,114 @@
+"""The arguments of ``LowRankKFAC``: what the transformation takes, and what each group of parameters may set."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor
+
+from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
+from lrkfac.core.base.arguments import check_function
+from lrkfac.param_groups import PER_GROUP, checked_rate, plain_rate
+from lrkfac.transforms.base import GradientTransformation
+
+READY_MADE = (low_rank_kfac, kfac, adaptive_low_rank_kfac)
+"""Transformations of the package, which take gradients as lazy matrices."""
+
+
+def settings_of_groups(
+    transformation: Callable[..., GradientTransformation],
+    lr: float | Tensor | None,
+    groups: Sequence[Any] | None,
+    options: Mapping[str, Any],
+    optimizer: type,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of a group that sets none, and the names of what each group sets.
+
+    Args:
+        transformation: Makes the chain.
+        lr: For all groups, ``None`` where there is none, or each group has its own.
+        groups: Parameters, or groups of them.
+        options: For the transformation.
+        optimizer: The class.
+
+    Raises:
+        TypeError: If an option is unknown, ``lr`` no number, missing or too much.
+        ValueError: If ``lr`` is out of range.
+    """
+    check_function(transformation, "transformation", "a function that makes a GradientTransformation, such as kfac")
+    _check_options(transformation, options, [name for name in _arguments_of(optimizer) if name != "options"])
+    if lr is not None:
+        checked_rate(lr)
+    defaults = _group_defaults(transformation, plain_rate(lr), options)
+    known = list(defaults)
+    if lr is None and any(isinstance(group, dict) and "lr" in group for group in groups or ()):
+        known = ["lr", *defaults]
+    if "lr" not in known and transformation in (low_rank_kfac, kfac):
+        raise TypeError("lr: missing; pass a number, or transformation=adaptive_low_rank_kfac, which needs none")
+    if "lr" in known and transformation is adaptive_low_rank_kfac:
+        raise TypeError("lr: adaptive_low_rank_kfac finds its own step sizes and takes none, nor does a group")
+    return defaults, known
+
+
+def list_params(params: Any) -> list[Any]:
+    """Return parameters, or groups of them, as a list.
+
+    Raises:
+        ValueError: If there are none.
+        TypeError: If they are something else.
+    """
+    if not isinstance(params, Iterable) or isinstance(params, Tensor | str | Mapping):
+        raise TypeError(
+            f"params: expected parameters, or dictionaries of groups, in an iterable, got {type(params).__name__}"
+        )
+    entries = list(params)
+    if not entries:
+        raise ValueError("params: expected at least one parameter, got none")
+    return entries
+
+
+def _check_options(
+    transformation: Callable[..., GradientTransformation], options: Mapping[str, Any], arguments: Collection[str]
+) -> None:
+    """Raise ``TypeError`` if an option is neither the optimizer's, which has taken its own, nor the transformation's.
+
+    Args:
+        transformation: Makes the chain.
+        options: For it, by name.
+        arguments: Names of the optimizer's arguments.
+    """
+    known = _arguments_of(transformation)
+    if not known or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
+        return
+    allowed = [name for name in known if name not in ("layers", "learning_rate", "lr")]
+    name = getattr(transformation, "__name__", type(transformation).__name__)
+    for option in options:
+        if option not in allowed:
+            near = get_close_matches(option, [*allowed, *arguments], n=1)
+            hint = f"; did you mean {near[0]!r}" if near else ""
+            if option in ("kinds", "bias", "strict"):
+                hint = "; it is of find_layers, so of the functional loop: from_module, find_layers, evaluator"
+            raise TypeError(
+                f"{option}: LowRankKFAC takes no such argument, and {name} no such option{hint}; the options of {name} "
+                f"are {allowed}, the arguments of LowRankKFAC {list(arguments)}"
+            )
+
+
+def _arguments_of(transformation: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(transformation).parameters)
+    except (TypeError, ValueError):  # not every callable has a signature
+        return {}
+
+
+def _group_defaults(
+    transformation: Callable[..., GradientTransformation], lr: float | Tensor | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the values of a group that sets none: ``lr``, and the options of ``PER_GROUP`` that the chain takes."""
+    known = _arguments_of(transformation)
+    values = {name: known[name].default for name in PER_GROUP if name in known} | dict(options)
+    per_group = {n: values[n] for n in PER_GROUP if n in values and values[n] is not inspect.Parameter.empty}
+    return per_group if lr is None else {"lr": lr, **per_group}

@@ -1,0 +1,288 @@
+"""``LowRankKFAC`` in the hands of frameworks: ``GradScaler``, wrappers, distributed checkpoints, hooks, state dicts.
+
+Lightning and accelerate are not installed for tests: ``Wrapper``, ``CopyingWrapper`` and ``Synchronised`` do to an
+optimizer what their wrappers do.
+"""
+
+import copy
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.utils import clip_grad_norm_
+
+from tests.test_optim_loops import (
+    ADAPTIVE,
+    KFAC,
+    NORM,
+    batches,
+    clipped,
+    close,
+    joined,
+    network,
+    optimizer_of,
+    plain_loop,
+)
+
+
+def data_of(steps=3):
+    return [joined(parts) for parts in batches(steps)]
+
+
+def state_of(net, optimizer):
+    """Everything that a step changes."""
+    return copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+
+
+def equal(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+# GradScaler -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_grad_scaler_changes_no_step(enabled):
+    net, data = network(), data_of()
+    expected = plain_loop(net, data, changed=clipped)
+    optimizer, scaler = optimizer_of(net), torch.amp.GradScaler("cpu", enabled=enabled)
+    for x, y in data:
+        scaler.scale(optimizer.evaluate(x, y).loss)
+        clip_grad_norm_(net.parameters(), NORM)
+        scaler.step(optimizer)
+        scaler.update()
+    close(net, expected)
+    assert optimizer.steps == 3
+
+
+@pytest.mark.parametrize("way", ["inputs", "gradient"])
+def test_infinity_leaves_out_the_step_alone(way):
+    """Nothing changes, the scale falls, and the next step is as if there had been no other."""
+    net, (first, second, _) = network(), data_of()
+    expected = plain_loop(net, [first, second])
+    optimizer, scaler = optimizer_of(net), torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    optimizer.step(*first)
+    before, scale = state_of(net, optimizer), scaler.get_scale()
+    x = second[0].clone()
+    x[1, 2] = float("inf") if way == "inputs" else 0
+    optimizer.evaluate(x, second[1])
+    net[0].bias.grad[1] *= float("nan") if way == "gradient" else 1
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == scale / 2
+    equal(state_of(net, optimizer), before)
+    optimizer.step(*second)
+    close(net, expected)
+
+
+def unscaled(optimizer, scaler, x, y):
+    scaler.scale(optimizer.evaluate(x, y).loss)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+
+
+SCALED = {
+    "unscaled": (unscaled, r"step: unscale_\(\) has divided \.grad"),
+    "a batch": (lambda o, s, x, y: s.step(o, x, y), r"step: a GradScaler looks at \.grad before the step"),
+    "a closure": (lambda o, s, x, y: s.step(o, lambda: o.evaluate(x, y)), "step: a GradScaler looks at"),
+}
+
+
+@pytest.mark.parametrize(("step", "match"), SCALED.values(), ids=SCALED)
+def test_what_a_grad_scaler_cannot_see_is_refused(step, match):
+    net, (first, second, _) = network(), data_of()
+    expected = plain_loop(net, [first, second])
+    optimizer, scaler = optimizer_of(net), torch.amp.GradScaler("cpu")
+    optimizer.step(*first)
+    before = state_of(net, optimizer)
+    scaler.scale(torch.ones(()))
+    with pytest.raises(ValueError, match=match):
+        step(optimizer, scaler, *second)
+    equal(state_of(net, optimizer), before)
+    optimizer.zero_grad()
+    optimizer.evaluate(*second)
+    optimizer.step()  # nothing of the scaler is left behind
+    close(net, expected)
+
+
+# Wrappers ---------------------------------------------------------------------------------------------------------
+
+
+class Wrapper:
+    """Lightning's: its class inherits the optimizer's, attributes are the optimizer's, ``step`` passes a closure."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self.__class__ = type("Wrapped", (self.__class__, type(optimizer)), {})
+
+    def step(self, closure=None, **kwargs):
+        return self._optimizer.step(closure=closure or (lambda: None), **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+class CopyingWrapper(Wrapper):
+    """Lightning 2.0's, whose attributes are those that the optimizer had when it was wrapped."""
+
+    def __init__(self, optimizer):
+        self.__dict__ = {name: x for name, x in vars(optimizer).items() if name != "step"}
+        super().__init__(optimizer)
+
+
+@pytest.mark.parametrize("wrapper", [Wrapper, CopyingWrapper])
+@pytest.mark.parametrize("options", [KFAC, ADAPTIVE], ids=["low rank", "adaptive"])
+def test_what_is_evaluated_through_a_wrapper_is_stepped(wrapper, options):
+    """Micro-batches, clipping, a step without closure, and closures that return nothing, a loss or an evaluation."""
+    net, data = network(), batches(4)
+    expected = plain_loop(net, [joined(parts) for parts in data], options, clipped)
+    wrapped = wrapper(optimizer_of(net, options))
+
+    def evaluated(parts):
+        losses = [wrapped.evaluate(*part).loss for part in parts]
+        clip_grad_norm_(net.parameters(), NORM)
+        return losses
+
+    evaluated(data[0])
+    wrapped.step()
+    wrapped.step(closure=lambda: evaluated(data[1])[:0] or None)
+    wrapped.zero_grad()
+    wrapped.step(closure=lambda: sum(evaluated(data[2])))
+
+    def closure():
+        evaluation = wrapped.evaluate(*joined(data[3]))
+        clip_grad_norm_(net.parameters(), NORM)
+        return evaluation
+
+    wrapped.step(closure)
+    close(net, expected)
+    assert wrapped.steps == wrapped._optimizer.steps == 4
+
+
+class Synchronised:
+    """accelerate's: steps and sets gradients to zero only with the last of some micro-batches."""
+
+    def __init__(self, optimizer, number):
+        self.optimizer, self.number, self.state = optimizer, number, SimpleNamespace(micro_batch=0)
+
+    def step(self, closure=None):
+        self.state.micro_batch += 1
+        if self.state.micro_batch % self.number == 0:
+            self.optimizer.step(closure)
+
+    def zero_grad(self):
+        if self.state.micro_batch % self.number == 0:
+            self.optimizer.zero_grad()
+
+
+def test_accumulation_by_a_trainer():
+    """Its loop calls ``step`` and ``zero_grad`` after every micro-batch."""
+    net, data = network(), batches()
+    expected = plain_loop(net, [joined(parts) for parts in data], changed=clipped)
+    optimizer = optimizer_of(net)
+    wrapped = Synchronised(optimizer, len(data[0]))
+    for parts in data:
+        for i, part in enumerate(parts):
+            optimizer.evaluate(*part)
+            if i == len(parts) - 1:
+                clip_grad_norm_(net.parameters(), NORM)
+            wrapped.step()
+            wrapped.zero_grad()
+    close(net, expected)
+
+
+# States -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("options", [KFAC, ADAPTIVE], ids=["low rank", "adaptive"])
+def test_distributed_state_dicts(options, flat, tmp_path):
+    """Of a fresh optimizer, too; a run that goes on from the files is that which did not stop."""
+    how = StateDictOptions(flatten_optimizer_state_dict=flat)
+    net, data = network(), data_of(4)
+    optimizer, fresh_net = optimizer_of(net, options), copy.deepcopy(net)
+    before = state_of(net, optimizer)
+    get_optimizer_state_dict(net, optimizer, options=how)
+    equal(state_of(net, optimizer), before)
+    assert all(p.grad is None for p in net.parameters())
+    for x, y in data[:2]:
+        optimizer.step(x, y)
+    saved = {"net": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer, options=how)}
+    dcp.save(saved, checkpoint_id=tmp_path)
+    fresh = optimizer_of(fresh_net, options)
+    loaded = {"net": fresh_net.state_dict(), "optimizer": get_optimizer_state_dict(fresh_net, fresh, options=how)}
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    fresh_net.load_state_dict(loaded["net"])
+    set_optimizer_state_dict(fresh_net, fresh, loaded["optimizer"], options=how)
+    equal(state_of(fresh_net, fresh), state_of(net, optimizer))
+    for x, y in data[2:]:
+        optimizer.step(x, y)
+        fresh.step(x, y)
+    equal(state_of(fresh_net, fresh), state_of(net, optimizer))
+
+
+def test_hooks_of_state_dict_and_load_state_dict():
+    """What a hook before loading returns counts for all, and one after it sees all and may add to ``state``."""
+    net, data = network(), data_of()
+    optimizer, other, seen = optimizer_of(net), optimizer_of(copy.deepcopy(net)), []
+    optimizer.step(*data[0])
+    weight, one = net[0].weight, optimizer.state_dict()
+    optimizer.register_state_dict_pre_hook(lambda o: o.state[weight].update(mark=torch.ones(2)))
+    optimizer.register_state_dict_post_hook(lambda o, packed: {**packed, "more": packed["state"][0]["chain"]["steps"]})
+    optimizer.step(*data[1])
+    two = optimizer.state_dict()
+    assert two["more"] == 2 and torch.equal(two["state"][0]["mark"], torch.ones(2))
+    assert set(optimizer.state[weight]) == {"step", "chain", "mark"} and optimizer.state[weight]["step"] == 2
+
+    changed = copy.deepcopy(two)
+    changed["param_groups"][0]["lr"] = 0.7
+    other.register_load_state_dict_pre_hook(lambda o, packed: changed)
+
+    def after(o):
+        seen.append((o.steps, o.param_groups[0]["lr"], o.state_dict()["state"][0]["chain"]["steps"]))
+        o.state["mine"] = {"seen": True}
+
+    other.register_load_state_dict_post_hook(after)
+    groups = [set(group) for group in other.param_groups]
+    other.load_state_dict(one)
+    assert seen == [(2, 0.7, 2)] and other.state["mine"] == {"seen": True}
+    equal(other.state_dict()["state"][0]["chain"], two["state"][0]["chain"])
+    assert [set(group) for group in other.param_groups] == groups
+    assert "differentiable" not in other.defaults
+
+    def raising(o, packed):
+        raise RuntimeError("no")
+
+    before = other.state_dict()
+    other.register_load_state_dict_pre_hook(raising)
+    with pytest.raises(RuntimeError, match="no"):
+        other.load_state_dict(one)
+    equal(other.state_dict(), before)
+
+
+def test_state_dict_is_that_of_torch():
+    """Entries are those of parameters, as tools expect them, and ``torch.load`` reads them with weights only."""
+    net, data = network(), data_of()
+    optimizer = optimizer_of(net)
+    optimizer.step(*data[0])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert list(saved["state"]) == saved["param_groups"][0]["params"] == [0, 1, 2, 3]
+    other_net = copy.deepcopy(net)
+    other = optimizer_of(other_net)
+    other.load_state_dict(saved)
+    for x, y in data[1:]:
+        optimizer.step(x, y)
+        other.step(x, y)
+    equal(other_net.state_dict(), net.state_dict())

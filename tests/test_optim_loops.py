@@ -1,0 +1,300 @@
+"""Loops around ``LowRankKFAC`` as users of ``torch.optim`` write them, against a loop that is written out plainly."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
+
+import lrkfac
+from lrkfac import LowRankKFAC, merge_evaluations
+
+KFAC = {"lr": 0.2, "rank": 3, "damping": 0.05, "momentum": 0.8, "weight_decay": 0.01, "kl_clip": 10.0}
+ADAPTIVE = {"transformation": lrkfac.adaptive_low_rank_kfac, "rank": 3}
+NORM = 0.05
+each_chain = pytest.mark.parametrize("options", [KFAC, ADAPTIVE], ids=["low rank", "adaptive"])
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def batches(steps=3, sizes=(3, 1, 4)):
+    torch.manual_seed(1)
+    return [[(torch.randn(n, 6).double(), torch.randint(3, (n,))) for n in sizes] for _ in range(steps)]
+
+
+def joined(parts):
+    return tuple(torch.cat(some) for some in zip(*parts, strict=True))
+
+
+LIKELIHOOD = lrkfac.categorical(ignore_index=-100)
+
+
+def optimizer_of(net, options=KFAC, every=2):
+    x = torch.zeros(2, 6).double()
+    return LowRankKFAC(net, LIKELIHOOD, x, estimator="exact", statistics_every=every, **options)
+
+
+def plain_loop(net, data, options=KFAC, changed=lambda grads: grads, every=2):
+    """Parameters after one step for each batch, by functions, with autograd's gradients after what is done to them."""
+    options = {name: x for name, x in options.items() if name not in ("lr", "transformation")}
+    rate = () if "momentum" not in options else (KFAC["lr"],)
+    make = lrkfac.low_rank_kfac if rate else lrkfac.adaptive_low_rank_kfac
+    net = copy.deepcopy(net)
+    model, params = lrkfac.from_module(net)
+    layers = lrkfac.find_layers(model, params, data[0][0])
+    evaluate, tx = lrkfac.evaluator(model, LIKELIHOOD, layers, "exact"), make(layers, *rate, **options)
+    state = tx.init(params)
+    for i, (x, y) in enumerate(data):
+        net.load_state_dict(params)
+        grads = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+        grads = changed(dict(zip(params, grads, strict=True)))
+        evaluation = evaluate(params, x, y, statistics=i % every == 0)._replace(grads=grads)
+        updates, state = tx.update(grads, state, params, evaluation=evaluation)
+        params = lrkfac.apply_updates(params, updates)
+    return params
+
+
+def clipped(grads, norm=NORM):
+    """``clip_grad_norm_`` as its documentation says."""
+    total = torch.cat([g.reshape(-1) for g in grads.values()]).norm()
+    return {name: g * min(1.0, norm / (float(total) + 1e-6)) for name, g in grads.items()}
+
+
+def close(net, expected):
+    torch.testing.assert_close(dict(net.named_parameters()), expected, rtol=1e-9, atol=1e-11)
+
+
+@each_chain
+def test_evaluations_since_the_last_step_make_one_batch(options):
+    net, data = network(), batches()
+    expected = plain_loop(net, [joined(parts) for parts in data], options)
+    optimizer = optimizer_of(net, options)
+    for parts in data:
+        for i in range(len(parts)):
+            optimizer.evaluate(*parts[i])
+            x, y = joined(parts[: i + 1])
+            grads = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+            torch.testing.assert_close([p.grad for p in net.parameters()], list(grads), rtol=1e-9, atol=1e-11)
+        loss = F.cross_entropy(net(x), y).detach()
+        torch.testing.assert_close(optimizer.step(), loss)
+    close(net, expected)
+
+
+def accumulated(optimizer, parts, net):
+    for part in parts:
+        optimizer.evaluate(*part)
+    clip_grad_norm_(net.parameters(), NORM)
+    optimizer.step()
+
+
+def merged(optimizer, parts, net):
+    whole = merge_evaluations([optimizer.evaluate(*part) for part in reversed(parts)])
+    clip_grad_norm_(net.parameters(), NORM)
+    optimizer.step(lambda: whole)
+
+
+def merged_twice(optimizer, parts, net):
+    one, *others = [optimizer.evaluate(*part) for part in parts]
+    whole = merge_evaluations([one, merge_evaluations(others)])
+    clip_grad_norm_(net.parameters(), NORM)
+    optimizer.step(whole)
+
+
+def merged_in_the_closure(optimizer, parts, net):
+    def closure():
+        whole = merge_evaluations([optimizer.evaluate(*part) for part in parts])
+        for p in net.parameters():
+            p.grad = p.grad.clone()
+        clip_grad_norm_(net.parameters(), NORM)
+        return whole
+
+    optimizer.step(closure)
+
+
+def last_in_the_closure(optimizer, parts, net):
+    """As trainers do that accumulate: closures of all but the last micro-batch are called apart from the step."""
+    for part in parts[:-1]:
+        optimizer.evaluate(*part)
+
+    def closure():
+        evaluation = optimizer.evaluate(*parts[-1])
+        clip_grad_norm_(net.parameters(), NORM)
+        return evaluation
+
+    optimizer.step(closure)
+
+
+def a_loss_from_the_closure(optimizer, parts, net):
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(optimizer.evaluate(*part).loss for part in parts) / len(parts)
+        clip_grad_norm_(net.parameters(), NORM)
+        return loss
+
+    optimizer.evaluate(*parts[0])
+    optimizer.step(closure)
+
+
+def by_data(optimizer, parts, net):
+    """Changes by way of ``.data`` leave no trace in version counters."""
+    whole = merge_evaluations([optimizer.evaluate(*part) for part in parts])
+    for p, grad in zip(net.parameters(), clipped({p: p.grad for p in net.parameters()}).values(), strict=True):
+        p.grad.data.copy_(grad)
+    optimizer.step(lambda: whole)
+
+
+WAYS = [accumulated, merged, merged_twice, merged_in_the_closure, last_in_the_closure, a_loss_from_the_closure, by_data]
+
+
+@each_chain
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_done_to_gradients_before_a_step_counts(way, options):
+    net, data = network(), batches()
+    expected = plain_loop(net, [joined(parts) for parts in data], options, clipped)
+    optimizer = optimizer_of(net, options)
+    for parts in data:
+        way(optimizer, parts, net)
+    close(net, expected)
+
+
+def test_what_is_done_between_evaluations_counts():
+    """Each micro-batch's gradient is clipped when it is added, as where ``.grad`` accumulates."""
+    net, ((one, two),) = network(), batches(1, (5, 3))
+    grads = [torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters())) for x, y in (one, two)]
+    expected = [(5 * f + 3 * g) / 8 for f, g in zip(clipped(dict(enumerate(grads[0]))).values(), grads[1], strict=True)]
+    optimizer = optimizer_of(net)
+    optimizer.evaluate(*one)
+    clip_grad_norm_(net.parameters(), NORM)
+    optimizer.evaluate(*two)
+    torch.testing.assert_close([p.grad for p in net.parameters()], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_terms_are_the_weights_of_micro_batches():
+    """As in the mean of ``F.cross_entropy``: what is ignored does not count."""
+    net = network()
+    x, y = torch.randn(9, 6).double(), torch.tensor([0, 1, -100, 2, -100, -100, -100, 1, 1])
+    optimizer = optimizer_of(net)
+    for part in (slice(0, 5), slice(5, 9)):
+        optimizer.evaluate(x[part], y[part])
+    grads = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+    torch.testing.assert_close([p.grad for p in net.parameters()], list(grads), rtol=1e-9, atol=1e-11)
+    expected = plain_loop(net, [(x, y)])
+    optimizer.step()
+    close(net, expected)
+
+
+ZEROING = {
+    "the optimizer's": lambda o, net: o.zero_grad(),
+    "in place": lambda o, net: o.zero_grad(set_to_none=False),
+    "the module's": lambda o, net: net.zero_grad(),
+    "the module's in place": lambda o, net: net.zero_grad(set_to_none=False),
+    "by hand": lambda o, net: [setattr(p, "grad", None) for p in net.parameters()],
+}
+
+
+@pytest.mark.parametrize("zero", ZEROING.values(), ids=ZEROING)
+@pytest.mark.parametrize("then", ["evaluate", "step"])
+def test_zero_grad_drops_what_waits(zero, then):
+    net, ((first, *others),) = network(), batches(1)
+    expected = plain_loop(net, [joined(others)])
+    optimizer = optimizer_of(net)
+    optimizer.evaluate(*first)
+    zero(optimizer, net)
+    if then == "step":
+        optimizer.step(*joined(others))
+    else:
+        for part in others:
+            optimizer.evaluate(*part)
+        optimizer.step()
+    close(net, expected)
+
+
+def test_gradients_of_another_evaluation_are_its_own():
+    """One with other gradients than ``evaluate`` returned, merged or not, and one that a function made."""
+    net, (parts,) = network(), batches(1)
+    expected = plain_loop(net, [joined(parts)], changed=clipped)
+
+    def replaced(evaluation):
+        return evaluation._replace(grads=clipped(evaluation.grads))
+
+    model, *_ = lrkfac.from_module(net)
+    evaluate = lrkfac.evaluator(model, LIKELIHOOD, optimizer_of(net).layers, "exact")
+    for way in (
+        lambda o: o.step(replaced(o.evaluate(*joined(parts)))),
+        lambda o: o.step(lambda: replaced(merge_evaluations([o.evaluate(*part) for part in parts]))),
+        lambda o: o.step(lambda: replaced(evaluate(o.params, *joined(parts)))),
+    ):
+        one = copy.deepcopy(net)
+        way(optimizer_of(one))
+        close(one, expected)
+
+
+def added_before(o, net, parts):
+    F.cross_entropy(net(parts[0][0]), parts[0][1]).backward()
+    o.evaluate(*parts[0])
+
+
+def both_changed(o, net, parts):
+    evaluation = o.evaluate(*parts[0])
+    net[0].weight.grad.mul_(2)
+    o.step(evaluation._replace(grads=clipped(evaluation.grads)))
+
+
+def moved(o, net, parts):
+    o.evaluate(*parts[0])
+    with torch.no_grad():
+        net[2].bias.add_(1)
+    o.evaluate(*parts[1])
+
+
+def one_left_out(o, net, parts):
+    o.step(merge_evaluations([o.evaluate(*part) for part in parts][1:]))
+
+
+def an_earlier_one(o, net, parts):
+    evaluations = [o.evaluate(*part) for part in parts]
+    o.step(evaluations[0])
+
+
+def without_one_gradient(o, net, parts):
+    o.evaluate(*parts[0])
+    net[0].bias.grad = None
+    o.evaluate(*parts[1])
+
+
+def some_without_statistics(o, net, parts):
+    o.evaluate(*parts[0], statistics=True)
+    o.evaluate(*parts[1], statistics=False)
+    o.step()
+
+
+REFUSED = {
+    "a gradient before": (added_before, r"evaluate: \['0\.weight', .*\] have a \.grad that is not of evaluate"),
+    "a batch while others wait": (
+        lambda o, net, parts: (o.evaluate(*parts[0]), o.step(*parts[1])),
+        "step: 1 evaluations since the last step wait",
+    ),
+    "both gradients": (both_changed, r"step: both \.grad and the gradients of the evaluation"),
+    "other parameters": (moved, r"evaluate: \['2\.bias'\] have changed"),
+    "one left out": (one_left_out, "step: the evaluation is made of 2 of the 3"),
+    "one of three": (an_earlier_one, "step: the evaluation is made of 1 of the 3"),
+    "one gradient gone": (without_one_gradient, r"evaluate: \['0\.bias'\] have no \.grad"),
+    "some statistics": (some_without_statistics, "evaluations: expected statistics of all or of none"),
+}
+
+
+@pytest.mark.parametrize(("loop", "match"), REFUSED.values(), ids=REFUSED)
+def test_refused_before_anything_changes(loop, match):
+    net, (parts,) = network(), batches(1)
+    optimizer = optimizer_of(net)
+    state = optimizer.chain_state
+    with pytest.raises(ValueError, match=match):
+        loop(optimizer, net, parts)
+    assert optimizer.steps == 0 and optimizer.chain_state is state
+    optimizer.zero_grad()
+    optimizer.step(*parts[0])
