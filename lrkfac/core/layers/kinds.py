@@ -197,7 +197,7 @@ CUSTOM = Kind(
 """A custom layer kind; its ``LayerKind`` stands in the options, so that no table has to grow."""
 
 
-KINDS = {
+KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         LINEAR, *CONVOLUTIONS.values(), *TRANSPOSED_CONVOLUTIONS.values(), EMBEDDING, BIAS, SCALE, SHIFT, CUSTOM,
