@@ -56,7 +56,7 @@ class LowRankKFAC(torch.optim.Optimizer):
     Args:
         module: In the mode (``train`` or ``eval``) in which it is trained; see ``from_module``.
         likelihood: Meaning of the module's outputs.
-        inputs: A batch, to find the layers; a tuple is spread as positional, a dictionary as keyword arguments.
+        inputs: A batch, to find the layers; a tuple is spread as positional, a mapping as keyword arguments.
         lr: Learning rate, for a transformation that takes one.
         params: Parameters, or groups as optimizers of torch take them, ``[{"params": net.head.parameters(), "lr":
             0.1, "weight_decay": 0.0}, ...]``. Parameters in no group are constant. By default all that require a
@@ -68,6 +68,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         samples: See ``evaluator``.
         thin: See ``evaluator``; by default on for lrkfac's own chains. It concerns ``step(inputs, targets)`` alone:
             ``evaluate`` materializes all gradients.
+        output: See ``from_module``.
         statistics_every: Number of steps from one evaluation with statistics to the next.
         **options: For the transformation, such as ``rank=16, damping=1e-3``.
 
@@ -106,6 +107,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         estimator: Estimator = "mc",
         samples: int = 1,
         thin: bool | None = None,
+        output: str | int | None = None,
         statistics_every: int = 10,
         **options: Any,
     ) -> None:
@@ -122,19 +124,17 @@ class LowRankKFAC(torch.optim.Optimizer):
         check_function(transformation, "transformation", "a function that makes a GradientTransformation, such as kfac")
         if lr is not None:
             check_number(lr, "lr", 0)
-        _, trainable = from_module(module)
+        _, trainable = from_module(module, output=output)
         thin = transformation in (low_rank_kfac, kfac, adaptive_low_rank_kfac) if thin is None else thin
-        evaluator_options = {"estimator": estimator, "samples": samples, "thin": thin}
-        self._module = module
+        evaluator_options = {"estimator": estimator, "samples": samples, "thin": thin, "output": output}
+        self._module, self.statistics_every = module, statistics_every
         self._make_evaluator = partial(ModuleEvaluator, module, likelihood, inputs, evaluator_options)
         fixed = {name: value for name, value in options.items() if name not in defaults}
         self._make_chain = ChainFactory(self, partial(transformation, **fixed), known)
         everything = [p for name, p in module.named_parameters() if name in trainable]
         super().__init__(everything if groups is None else groups, defaults)
         self._describe()
-        self.statistics_every = statistics_every
-        self.chain_state = self.transformation.init(self.params)
-        self.steps = self._statistics_since = 0
+        self.chain_state, self.steps, self._statistics_since = self.transformation.init(self.params), 0, 0
 
     @property
     def layers(self) -> Layers:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -95,3 +96,12 @@ def operation_counts() -> dict[Any, Callable[..., int]]:
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target in place, in few kernels."""
     torch._foreach_copy_(list(targets), list(sources))
+
+
+def registered_container(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] | None:
+    """Return how to take a container apart, ``x -> (entries, context)``, and to make one, ``(entries, context) -> x``.
+
+    By what was registered with ``torch.utils._pytree.register_pytree_node``; ``None`` for other types.
+    """
+    node = _pytree.SUPPORTED_NODES.get(kind)
+    return None if node is None else (node.flatten_fn, node.unflatten_fn)

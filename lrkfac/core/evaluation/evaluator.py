@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_flag, check_model, check_values
+from lrkfac.core.base.containers import with_opened_inputs
 from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.tree_checks import check_like
@@ -153,6 +154,10 @@ class Evaluator:
             TypeError: If outputs or targets have another structure than the likelihood, or an argument the wrong type
                 or dtype. Errors of the model pass.
         """
+        model, opened = with_opened_inputs(self.objective.model, inputs)
+        if model is not self.objective.model:
+            same = replace(self, objective=replace(self.objective, model=model))  # with the same cache
+            return same(params, opened, targets, statistics, layers, examples, noise)
         check_like(self.layers.tree, params, "params")
         check_values(params=params, inputs=inputs)
         heads = self.objective.heads
