@@ -15,7 +15,7 @@ from torch import Tensor
 from lrkfac.core.base.private_torch import registered_container
 from lrkfac.core.base.types import Tree
 
-ATOMS = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+ATOMS = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 """Types of leaves that are no containers."""
 
 
@@ -52,8 +52,10 @@ class Container:
         try:
             return self._made({name: tree[name] for name in names} if names is not None else tuple(tree))
         except Exception as error:
-            raise TypeError(f"expected a container that is made anew of its entries, got {self.type.__name__}, of "
-                f"which {type(error).__name__}: {error}; {REMEDY}") from error  # fmt: skip
+            raise TypeError(
+                f"expected a container that is made anew of its entries, got {self.type.__name__}, of "
+                f"which {type(error).__name__}: {error}; {REMEDY}"
+            ) from error
 
     def _made(self, entries: Any) -> Any:
         registered = registered_container(self.type)
@@ -81,12 +83,12 @@ class Form:
     containers: tuple[Container | None, ...]
 
 
-def opened(x: Any, what: str) -> tuple[Tree, Form | None]:
+def opened(x: Any, what: str | None) -> tuple[Tree, Form | None]:
     """Return a tree with dictionaries and tuples in the place of containers that ``optree`` does not know.
 
     Args:
         x: A tree.
-        what: Its name in errors.
+        what: Its name in errors; with ``None``, objects of other types pass.
 
     Returns:
         The tree, and the form with which ``closed`` returns ``x``; ``x`` and ``None`` where there is nothing to open.
@@ -127,14 +129,20 @@ def named_entries(x: Any) -> dict[Any, Any] | None:
 def main_entry(x: Any) -> Any:
     """Return the entry ``logits`` of a container that has one, and anything else as it is."""
     entries = None if isinstance(x, Tensor) else named_entries(x)
-    return x if entries is None else entries.get("logits", x)
+    return x if entries is None or entries.get("logits") is None else entries["logits"]
 
 
 def result_leaves(result: Any) -> list[Any]:
-    """Return the leaves of what a model returned: those of its outputs first, of which ``logits`` stand for all."""
-    if type(result) is tuple and result:  # (outputs, aux)
-        return [leaf for part in (main_entry(result[0]), *result[1:]) for leaf in _leaves(part)]
-    return _leaves(main_entry(result))
+    """Return the leaves of outputs, or of outputs and more: those of the entry ``logits`` first, where there is one."""
+    outputs = result[0] if type(result) is tuple and result else result
+    return [leaf for part in (main_entry(outputs), result) for leaf in optree.tree_leaves(opened(part, None)[0])]
+
+
+def described(x: Any) -> str:
+    """Return the name of the type of an object, with the names of its entries if it has some."""
+    entries = None if isinstance(x, Tensor) else named_entries(x)
+    names = [] if entries is None else [name for name, value in entries.items() if value is not None]
+    return f"{type(x).__name__} with {names}" if names else type(x).__name__
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ def with_opened_inputs(model: Callable[[Tree, Any], Any], inputs: Any) -> tuple[
     return Rebuilding(model, form), tree
 
 
-def _opened_leaf(leaf: Any, what: str) -> tuple[Tree, Container | None]:
+def _opened_leaf(leaf: Any, what: str | None) -> tuple[Tree, Container | None]:
     if isinstance(leaf, ATOMS):
         return leaf, None
     entries = named_entries(leaf)
@@ -176,7 +184,7 @@ def _opened_leaf(leaf: Any, what: str) -> tuple[Tree, Container | None]:
         children, context = registered[0](leaf)
         entries = _names_of(entries, list(children))
     elif entries is None:
-        if not torch.compiler.is_compiling() and _holds_tensors(leaf):
+        if what is not None and not torch.compiler.is_compiling() and _holds_tensors(leaf):
             raise TypeError(f"{what}: {type(leaf).__name__} holds tensors where they cannot be seen; {REMEDY}")
         return leaf, None
     tree, form = opened(tuple(children) if entries is None else entries, what)
@@ -202,13 +210,6 @@ def _mapping(kind: type, entries: dict[Any, Any]) -> Any:
     if len(new) != len(entries):
         raise ValueError(f"its constructor makes {len(new)} entries of {len(entries)}")
     return new
-
-
-def _leaves(x: Any) -> list[Any]:
-    try:
-        return optree.tree_leaves(opened(x, "model")[0])
-    except TypeError:  # holds unknown objects, which are no outputs
-        return optree.tree_leaves(x)
 
 
 def _holds_tensors(x: Any, depth: int = 4) -> bool:

@@ -55,7 +55,8 @@ def evaluator(
 
     Args:
         model: Pure function ``model(params, inputs)``.
-        likelihood: The likelihood of its outputs; ``joint(...)`` where they are a tree.
+        likelihood: The likelihood of its outputs; ``joint(...)`` where they are a tree. Of a dictionary, dataclass or
+            similar container with the entry ``logits``, a single one takes that entry.
         layers: From ``find_layers``.
         estimator: As above.
         samples: Draws per term for ``"mc"``.

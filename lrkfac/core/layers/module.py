@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lrkfac.core.base.arguments import check_flag
-from lrkfac.core.base.containers import named_entries
+from lrkfac.core.base.containers import described, named_entries
 from lrkfac.core.base.types import Tree
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -114,12 +114,17 @@ def entry(outputs: Any, name: str | int) -> Any:
     if isinstance(name, int):
         if isinstance(outputs, tuple | list) and -len(outputs) <= name < len(outputs):
             return outputs[name]
-        size = f" of {len(outputs)}" if isinstance(outputs, tuple | list) else ""
-        raise TypeError(f"output: the module returns no tuple with an entry {name}, but {type(outputs).__name__}{size}")
+        size = f" of length {len(outputs)}" if isinstance(outputs, tuple | list) else ""
+        raise TypeError(
+            f"output: expected a tuple or list with an entry {name} from the module, got "
+            f"{described(outputs)}{size}; pass the number or name of one of its entries"
+        )
     entries = None if isinstance(outputs, Tensor) else named_entries(outputs)
     if entries is None or entries.get(name) is None:
-        names = "" if entries is None else f" with {[key for key, x in entries.items() if x is not None]}"
-        raise TypeError(f"output: the module returns no entry {name!r}, but {type(outputs).__name__}{names}")
+        raise TypeError(
+            f"output: expected a container with the entry {name!r} from the module, got "
+            f"{described(outputs)}; pass the number or name of one of its entries"
+        )
     return entries[name]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
-from lrkfac.core.base.containers import main_entry, named_entries, opened
+from lrkfac.core.base.containers import described, main_entry, named_entries, opened
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.tree_checks import difference
 from lrkfac.core.base.types import Tree
@@ -47,7 +47,7 @@ class Joint:
         """
         if isinstance(self.tree, Likelihood):
             if not isinstance(values, Tensor):
-                raise TypeError(f"{source}: expected {what}a tensor, got {type(values).__name__}")
+                raise TypeError(f"{source}: expected {what}a tensor, got {described(values)}")
             return [values]
         values, _ = opened(values, source)
         leaves: list[Any] = optree.tree_leaves(values)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, jvp, vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import register_pytree_node
 
 from lrkfac.core.base import private_torch
 from tests.compiling import traced
@@ -168,3 +169,18 @@ def test_copy_all():
     pointers = [x.data_ptr() for x in targets]
     private_torch.copy_all(targets, [torch.ones(2), torch.full((3,), 2.0)])
     assert [x.tolist() for x in targets] == [[1, 1], [2, 2, 2]] and [x.data_ptr() for x in targets] == pointers
+
+
+@of_private("registered_container")
+def test_registered_container():
+    class Pair:
+        def __init__(self, left, right):
+            self.left, self.right = left, right
+
+    class Derived(Pair):
+        pass
+
+    register_pytree_node(Pair, lambda x: ([x.left, x.right], "context"), lambda xs, context: (*xs, context))
+    apart, together = private_torch.registered_container(Pair)
+    assert apart(Pair(1, 2)) == ([1, 2], "context") and together([3, 4], "other") == (3, 4, "other")
+    assert private_torch.registered_container(Derived) is None and private_torch.registered_container(int) is None
