@@ -140,8 +140,9 @@ def result_leaves(result: Any) -> list[Any]:
 
 def described(x: Any) -> str:
     """Return the name of the type of an object, with the names of its entries if it has some."""
-    entries = None if isinstance(x, Tensor) else named_entries(x)
-    names = [] if entries is None else [name for name, value in entries.items() if value is not None]
+    if isinstance(x, Tensor):
+        return "a tensor"
+    names = [name for name, value in (named_entries(x) or {}).items() if value is not None]
     return f"{type(x).__name__} with {names}" if names else type(x).__name__
 
 
