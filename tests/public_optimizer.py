@@ -41,6 +41,7 @@ public(
     statistics_every=integer(),
     **{name: VALID["evaluator"].bad[name] for name in ("estimator", "samples")},
     thin=FLAG.filter(lambda x: x is not None),
+    output=among(1.5, True, (), [0], {}, 1j, object(), "logits", 0),
 )
 valid(
     "LowRankKFAC.evaluate",
