@@ -464,8 +464,6 @@ def test_unknown_objects_are_refused_by_name():
     evaluate = lrkfac.evaluator(plain, lrkfac.categorical(), layers)
     with pytest.raises(TypeError, match=r"targets: expected a tensor, got UserDict with \['a'\]"):
         evaluate(PARAMS, (X, SCALE), UserDict(a=Y))
-    evaluate = lrkfac.evaluator(
-        lambda p, x: (plain(p, x), Unknown(plain(p, x))), lrkfac.categorical(), layers, has_aux=True
-    )
+    evaluate = lrkfac.evaluator(lambda p, x: (y := plain(p, x), Unknown(y)), lrkfac.categorical(), layers, has_aux=True)
     with pytest.raises(TypeError, match=r"model: aux: Unknown holds tensors"):
         evaluate(PARAMS, (X, SCALE), Y)
