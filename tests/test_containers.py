@@ -442,6 +442,19 @@ def test_the_optimizer_takes_containers(make, output, expected, kind):
 # ------------------------------------------------------------------------------------------------------ refused
 
 
+def test_outputs_that_grow_with_a_repeated_row_are_refused():
+    """One row for all examples would be a row for each, and the outputs longer: seen in containers, too."""
+
+    def model(params, x):
+        rows = F.linear(x, params["head.weight"]), F.linear(torch.ones_like(x[:1]), params["first.weight"][:3])
+        return UserDict(logits=torch.cat(rows))
+
+    params = {**PARAMS, "head.weight": PARAMS["first.weight"][:3] + 1}
+    layers = lrkfac.find_layers(model, params, X)
+    with pytest.raises(ValueError, match="are applied to one row for all examples"):
+        lrkfac.evaluator(model, lrkfac.categorical(), layers)(params, X, torch.cat([Y, Y[:1]]))
+
+
 def test_unknown_objects_are_refused_by_name():
     model = lambda p, b: plain(p, (b.x, SCALE))  # noqa: E731
     with pytest.raises(TypeError, match=r"inputs: Unknown holds tensors where they cannot be seen; convert it"):

@@ -218,6 +218,23 @@ def test_named_entries():
     assert [named_entries(x) for x in (X, (1, 2), [1], 1, "s", Frozen, None)] == [None] * 7
 
 
+def test_registered_containers_are_opened_by_name_where_their_entries_are_the_fields():
+    """Without those that are ``None``, which transformers leaves out; else in the order of their registration."""
+
+    @dataclass
+    class Optional:
+        x: Any = None
+        y: Any = None
+        z: Any = None
+
+    register = _pytree.register_pytree_node
+    register(Optional, lambda o: ([a for a in (o.x, o.y, o.z) if a is not None], None), lambda xs, _: tuple(xs))
+    assert opened(Optional(z=X, x=Y), "x")[0] == {"x": Y, "z": X}
+    register(half := type("Half", (Optional,), {}), lambda o: ([2 * o.x], None), lambda xs, _: tuple(xs))
+    (tree,) = opened(half(X, Y), "x")[0]
+    assert tree.tolist() == [0.0, 2.0, 4.0]
+
+
 def test_main_entry():
     class Logits(NamedTuple):
         loss: Any
