@@ -446,10 +446,9 @@ def test_outputs_that_grow_with_a_repeated_row_are_refused():
     """One row for all examples would be a row for each, and the outputs longer: seen in containers, too."""
 
     def model(params, x):
-        rows = F.linear(x, params["head.weight"]), F.linear(torch.ones_like(x[:1]), params["first.weight"][:3])
-        return UserDict(logits=torch.cat(rows))
+        return UserDict(logits=torch.cat([F.linear(x, params["v"]), F.linear(torch.ones_like(x[:1]), params["w"])]))
 
-    params = {**PARAMS, "head.weight": PARAMS["first.weight"][:3] + 1}
+    params = {"v": PARAMS["first.weight"][:3], "w": PARAMS["first.weight"][:3] + 1}
     layers = lrkfac.find_layers(model, params, X)
     with pytest.raises(ValueError, match="are applied to one row for all examples"):
         lrkfac.evaluator(model, lrkfac.categorical(), layers)(params, X, torch.cat([Y, Y[:1]]))
