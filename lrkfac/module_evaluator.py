@@ -44,7 +44,7 @@ class ModuleEvaluator:
         module: In the mode in which it is trained.
         likelihood: Meaning of the module's outputs.
         inputs: A batch, to find the layers.
-        options: Of ``evaluator``.
+        options: Of ``evaluator``, and ``output`` of ``from_module``.
         parameters: Trained parameters of the module, by name.
     """
 
@@ -60,6 +60,7 @@ class ModuleEvaluator:
     ) -> None:
         self.module, self.parameters = module, dict(parameters)
         self.likelihood, self.options = likelihood, dict(options)
+        self.output = self.options.pop("output", None)
         self.has_buffers = next(module.buffers(), None) is not None
         self.modes = [(name, part, part.training) for name, part in module.named_modules()]
         model = self._model()
@@ -95,7 +96,7 @@ class ModuleEvaluator:
 
     def _model(self) -> Callable[..., Any]:
         """Return the module as a function of its trained parameters."""
-        model, params, *_ = from_module(self.module, buffers=self.has_buffers)
+        model, params, *_ = from_module(self.module, self.has_buffers, self.output)
         constants = {name: x for name, x in params.items() if name not in self.parameters}
         return WithConstants(model, constants) if constants else model
 

@@ -53,7 +53,7 @@ class LowRankKFAC(torch.optim.Optimizer):
     Args:
         module: In the mode (``train`` or ``eval``) in which it is trained; see ``from_module``.
         likelihood: Meaning of the module's outputs.
-        inputs: A batch, to find the layers; a tuple is spread as positional, a dictionary as keyword arguments.
+        inputs: A batch, to find the layers; a tuple is spread as positional, a mapping as keyword arguments.
         lr: Learning rate, for a transformation that takes one.
         params: Parameters, or groups as optimizers of torch take them, ``[{"params": net.head.parameters(), "lr":
             0.1, "weight_decay": 0.0}, ...]``. Parameters in no group are constant. By default all that require a
@@ -65,6 +65,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         samples: See ``evaluator``.
         thin: See ``evaluator``; by default on for lrkfac's own chains. It concerns ``step(inputs, targets)`` alone:
             ``evaluate`` materializes all gradients.
+        output: See ``from_module``.
         statistics_every: Number of steps from one evaluation with statistics to the next.
         **options: For the transformation, such as ``rank=16, damping=1e-3``.
 
@@ -103,15 +104,16 @@ class LowRankKFAC(torch.optim.Optimizer):
         estimator: Estimator = "mc",
         samples: int = 1,
         thin: bool | None = None,
+        output: str | int | None = None,
         statistics_every: int = 10,
         **options: Any,
     ) -> None:
         groups = None if params is None else list_params(params)
         defaults, known = settings_of_groups(transformation, lr, groups, options, LowRankKFAC)
         check_integer(statistics_every, "statistics_every")
-        _, trainable = from_module(module)
+        _, trainable = from_module(module, output=output)
         thin = transformation in READY_MADE if thin is None else thin
-        evaluator_options = {"estimator": estimator, "samples": samples, "thin": thin}
+        evaluator_options = {"estimator": estimator, "samples": samples, "thin": thin, "output": output}
         self._module, self._pending = module, Pending()
         self._make_evaluator = partial(ModuleEvaluator, module, likelihood, inputs, evaluator_options)
         fixed = {name: value for name, value in options.items() if name not in defaults}

@@ -91,7 +91,8 @@ public("Likelihood", {"name": "x", "negative_log_likelihood": torch.sub, "sample
 # Models, likelihoods, curvature.
 public("from_module", {"module": NET},
     module=among(1, "x", nn.Linear, nn.Identity(), nn.Dropout(0.5),
-        *[x for x in NOTHING if not isinstance(x, nn.Module)]), buffers=FLAG)
+        *[x for x in NOTHING if not isinstance(x, nn.Module)]), buffers=FLAG,
+    output=among(1.5, True, (), [0], {}, 1j, object()))
 public("find_layers", {"model": MODEL, "params": P, "inputs": X}, model=FUNCTION, params=tree(P, shapes=False),
     inputs=among(X.to("meta"), (X.to("meta"),)), strict=FLAG, bias=one_of("joint", "separate"),
     kinds=among(1, "x", [1], [torch.sub], lrkfac.LayerKind, *[x for x in NOTHING if x not in ([], ())]))

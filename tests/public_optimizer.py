@@ -31,6 +31,7 @@ public(
     transformation=st.one_of(FUNCTION, st.just(lambda *_: 1)),
     statistics_every=integer(),
     thin=FLAG.filter(lambda x: x is not None),
+    output=among(1.5, True, (), [0], {}, 1j, object(), "logits", 0),
 )
 BAD = {"statistics": STATISTICS, "layers": of.NOT_NAMES, "examples": of.NOT_EXAMPLES}
 EVALUATED = {"inputs": X, "targets": Y, "statistics": True}

@@ -1,5 +1,7 @@
 """Models of transformers, unmodified, at tiny sizes: every parameter is covered, gradients are autograd's."""
 
+import copy
+
 import optree
 import pytest
 import torch
@@ -71,3 +73,40 @@ def test_every_parameter_is_covered_and_gradients_are_right(make, estimator):
     tx = lrkfac.low_rank_kfac(layers, 0.05, rank=2)
     updates, _ = tx.update(e.grads, tx.init(params), params, evaluation=e)
     assert sum((u * g).sum() for u, g in zip(*map(optree.tree_leaves, (updates, e.grads)), strict=True)) < 0
+
+
+class Text(nn.Module):
+    def __init__(self, body, output):
+        super().__init__()
+        self.body, self.output = body, output
+
+    def forward(self, **inputs):
+        return self.body(**inputs)[self.output]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("make", "output"), [(gpt2, "logits"), (bert, "logits"), (bert, "pooler_output")])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_batch_encodings_and_model_outputs(make, output, labelled):
+    """The steps of a module that takes keywords and returns a tensor; the last batch smaller, a cache beside."""
+    transformers = pytest.importorskip("transformers", reason="the extra 'peers' is not installed")
+    body, ids = make(transformers)
+    body.config.use_cache = make is gpt2
+    net, plain = (copy.deepcopy(body.double().eval()) for _ in range(2))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    targets = torch.randint(3, ids.shape if make is gpt2 else (len(ids),))
+    if output == "pooler_output":
+        net, plain = net.bert, plain.bert
+    elif labelled:
+        batch["labels"] = targets
+    options = {"lr": 0.05, "rank": 2, "statistics_every": 1}
+    named = None if output == "logits" else output
+    first = lrkfac.LowRankKFAC(net, lrkfac.categorical(), transformers.BatchEncoding(batch), output=named, **options)
+    second = lrkfac.LowRankKFAC(Text(plain, output), lrkfac.categorical(), batch, **options)
+    for n in (3, 3, 2):
+        losses = []
+        for optimizer, kind in ((first, transformers.BatchEncoding), (second, dict)):
+            torch.manual_seed(n)
+            losses.append(optimizer.step(kind({name: x[:n] for name, x in batch.items()}), targets[:n]))
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    optree.tree_map(torch.testing.assert_close, dict(net.named_parameters()), dict(plain.named_parameters()))

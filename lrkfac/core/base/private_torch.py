@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -125,3 +126,12 @@ def weak_reference(x: Tensor) -> Callable[[], Tensor | None]:
     from torch.utils.weak import TensorWeakRef
 
     return TensorWeakRef(x)
+
+
+def registered_container(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] | None:
+    """Return how to take a container apart, ``x -> (entries, context)``, and to make one, ``(entries, context) -> x``.
+
+    By what was registered with ``torch.utils._pytree.register_pytree_node``; ``None`` for other types.
+    """
+    node = _pytree.SUPPORTED_NODES.get(kind)
+    return None if node is None else (node.flatten_fn, node.unflatten_fn)

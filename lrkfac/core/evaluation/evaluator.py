@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_flag, check_model, check_values
 from lrkfac.core.base.autograd import recording
+from lrkfac.core.base.containers import with_opened_inputs
 from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.tree_checks import check_like
@@ -58,7 +59,8 @@ def evaluator(
 
     Args:
         model: Pure function ``model(params, inputs)``.
-        likelihood: The likelihood of its outputs; ``joint(...)`` where they are a tree.
+        likelihood: The likelihood of its outputs; ``joint(...)`` where they are a tree. Of a dictionary, dataclass or
+            similar container with the entry ``logits``, a single one takes that entry.
         layers: From ``find_layers``.
         estimator: As above.
         samples: Draws per term for ``"mc"``.
@@ -165,6 +167,10 @@ class Evaluator:
             TypeError: If outputs or targets have another structure than the likelihood, or an argument the wrong type
                 or dtype. Errors of the model pass.
         """
+        model, opened = with_opened_inputs(self.objective.model, inputs)
+        if model is not self.objective.model:
+            same = replace(self, objective=replace(self.objective, model=model))  # with the same cache
+            return same(params, opened, targets, statistics, layers, examples, noise)
         check_like(self.layers.tree, params, "params")
         check_values(params=params, inputs=inputs)
         heads = self.objective.heads

@@ -10,6 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.containers import Rebuilding
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.objective import Objective
 from lrkfac.core.layers.description import Layers
@@ -44,6 +45,8 @@ class SpecCache:
         key = signature(params, inputs)
         if key is None:
             return output_specs(objective.model, layers, params, inputs)
+        if isinstance(objective.model, Rebuilding):
+            key = (*key, objective.model.form)  # the model may ask for the type
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)

@@ -15,6 +15,7 @@ import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.containers import result_leaves
 from lrkfac.core.base.private_torch import is_fake, is_transformed
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
@@ -170,7 +171,7 @@ def _inputs_move(runs: Sequence[Runs], uses: Mapping[str, Sequence[Use]]) -> boo
 
 
 def _first_output(result: Any) -> Tensor:
-    output: Tensor = optree.tree_leaves(result)[0]
+    output: Tensor = result_leaves(result)[0]
     return output
 
 
@@ -210,7 +211,7 @@ def _differ(place: BatchAxis, n: int, result: Any, other: Any) -> Tensor:
     """Return for each example whether its outputs differ, those along the leading axis."""
     lengths = {_first_output(result).shape[0]}
     differ = torch.zeros(n, dtype=torch.bool, device=_first_output(result).device)
-    for x, y in zip(optree.tree_leaves(result), optree.tree_leaves(other), strict=True):
+    for x, y in zip(result_leaves(result), result_leaves(other), strict=True):
         if not isinstance(x, Tensor) or not x.ndim or x.shape[0] not in lengths or x.shape != y.shape:
             continue
         x, y = (place.in_front(_comparable(z), n) for z in (x, y))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_choice, check_flag, check_model, check_values
+from lrkfac.core.base.containers import result_leaves, with_opened_inputs
 from lrkfac.core.base.private_torch import fake_mode, value_errors, version
 from lrkfac.core.base.tree_checks import paths, paths_with_none
 from lrkfac.core.base.types import Tree
@@ -77,6 +78,7 @@ def find_layers(
     check_model(model)
     check_flag(strict, "strict")
     check_choice(bias, "bias", ("joint", "separate"))
+    model, inputs = with_opened_inputs(model, inputs)
     check_values(inputs=inputs)
     custom = _checked_kinds(kinds)
     axes = None if batch_axes is None else _checked_axes(batch_axes, inputs)
@@ -130,7 +132,10 @@ def _batch(
         watching.separate_reused_products()
         return result, watching.uses
 
-    constant = model.constant_paths(inputs) if isinstance(model, ModuleFunction) else ()
+    inner = model
+    while not isinstance(inner, ModuleFunction) and hasattr(inner, "model"):
+        inner = inner.model
+    constant = inner.constant_paths(inputs) if isinstance(inner, ModuleFunction) else ()
     with torch.random.fork_rng():
         return find_batch(run, inputs, recorder.uses, axes, constant)
 
@@ -215,7 +220,7 @@ def _check_unchanged(what: str, names: Iterable[str], tensors: list[Any]) -> Non
 
 
 def _check_attached(result: Any) -> None:
-    tensors = [x for x in optree.tree_leaves(result) if isinstance(x, Tensor)]
+    tensors = [x for x in result_leaves(result) if isinstance(x, Tensor)]
     if tensors and not any(x.requires_grad for x in tensors):
         raise ValueError(
             "model: its outputs depend on no parameter; does it detach() them, or does it use other tensors than "

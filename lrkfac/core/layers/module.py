@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lrkfac.core.base.arguments import check_flag
+from lrkfac.core.base.containers import described, named_entries
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
+def from_module(module: nn.Module, buffers: bool = False, output: str | int | None = None) -> tuple[Any, ...]:
     """Return a module as a pure function ``model(params, inputs)``, and its parameters.
 
     The function keeps the module's mode (``train`` or ``eval``) of this moment and copies of its buffers. Every call
@@ -36,21 +38,27 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
     Args:
         module: Any module without active dropout.
         buffers: Whether the caller carries the buffers along.
+        output: The entry of the module's outputs that the function returns: a name in a mapping, dataclass or
+            NamedTuple, a number in a tuple or list. By default it returns them all; the likelihood then takes the entry
+            ``logits`` of a container that has one.
 
     Returns:
         ``(model, params)`` with ``params`` a dictionary from names to tensors. ``inputs`` is one argument: a tuple is
-        spread as positional, a dictionary as keyword arguments, and anything else is passed as it is.
+        spread as positional, a mapping as keyword arguments, and anything else is passed as it is.
 
         With ``buffers=True``: ``(model, params, buffers)``, where ``model(params, (buffers, inputs))`` returns
         ``(outputs, updated buffers)``; use it with ``evaluator(..., has_aux=True)``.
 
     Raises:
-        TypeError: If ``module`` is no module.
+        TypeError: If ``module`` is no module, ``output`` no name or number; in the function, if the module's outputs
+            have no such entry.
         ValueError: If the module has no parameters, or a submodule draws hidden random numbers for dropout.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
     check_flag(buffers, "buffers")
+    if output is not None and (isinstance(output, bool) or not isinstance(output, str | int)):
+        raise TypeError(f"output: expected a name, a number or None, got {type(output).__name__}")
     _check_no_dropout(module)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     constants = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
@@ -62,7 +70,7 @@ def from_module(module: nn.Module, buffers: bool = False) -> tuple[Any, ...]:
         if isinstance(part, nn.Embedding | nn.EmbeddingBag):
             part.sparse = False  # torch.func cannot take sparse gradients
     copies = {name: b.detach().clone() for name, b in module.named_buffers()}
-    model = ModuleFunction(frozen, constants, None if buffers else copies)
+    model = ModuleFunction(frozen, constants, None if buffers else copies, output)
     return (model, params, copies) if buffers else (model, params)
 
 
@@ -74,11 +82,13 @@ class ModuleFunction:
         module: The module; its own parameters and buffers are not used.
         constants: Parameters that are not trained, by name.
         buffers: Buffers at the start of each call, by name; ``None`` where the caller passes and receives them.
+        output: The entry of the module's outputs that the function returns; ``None`` for all.
     """
 
     module: nn.Module
     constants: dict[str, Tensor]
     buffers: dict[str, Tensor] | None
+    output: str | int | None = None
 
     def __call__(self, params: Tree, inputs: Tree) -> Any:
         """Return the module's outputs; with carried buffers, also these as the call left them."""
@@ -97,10 +107,35 @@ class ModuleFunction:
         # A module may change a buffer in place or put another tensor in its place: both end in this dictionary.
         state = {**self.constants, **params, **{name: b.clone() for name, b in buffers.items()}}
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
-        if isinstance(inputs, dict):
-            args, kwargs = (), inputs
+        if isinstance(inputs, Mapping):
+            args, kwargs = (), dict(inputs.items())
         outputs = functional_call(self.module, state, args, kwargs, strict=True)
+        if self.output is not None:
+            outputs = entry(outputs, self.output)
         return outputs, {name: state[name] for name in buffers}
+
+
+def entry(outputs: Any, name: str | int) -> Any:
+    """Return an entry of a module's outputs, by its name or number.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    if isinstance(name, int):
+        if isinstance(outputs, tuple | list) and -len(outputs) <= name < len(outputs):
+            return outputs[name]
+        size = f" of length {len(outputs)}" if isinstance(outputs, tuple | list) else ""
+        raise TypeError(
+            f"output: expected a tuple or list with an entry {name} from the module, got "
+            f"{described(outputs)}{size}; pass the number or name of one of its entries"
+        )
+    entries = None if isinstance(outputs, Tensor) else named_entries(outputs)
+    if entries is None or entries.get(name) is None:
+        raise TypeError(
+            f"output: expected a container with the entry {name!r} from the module, got "
+            f"{described(outputs)}; pass the number or name of one of its entries"
+        )
+    return entries[name]
 
 
 def _check_no_dropout(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.containers import REMEDY, described, result_leaves
 from lrkfac.core.base.private_torch import fake_mode
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.description import Layers
@@ -76,7 +77,7 @@ _NOT_REPEATED = (
 
 
 def _shapes(result: Any) -> list[torch.Size]:
-    return [x.shape for x in optree.tree_leaves(result) if isinstance(x, Tensor)]
+    return [x.shape for x in result_leaves(result) if isinstance(x, Tensor)]
 
 
 def batch_size(result: Any) -> int:
@@ -85,10 +86,10 @@ def batch_size(result: Any) -> int:
     Raises:
         TypeError: If the model returns something else.
     """
-    leaves = optree.tree_leaves(result)
+    leaves = result_leaves(result)
     if not leaves or not isinstance(leaves[0], Tensor):
-        kind = type(leaves[0] if leaves else result).__name__
-        raise TypeError(f"model: expected outputs as a tensor or a tree that starts with one, got {kind}")
+        kind = described(leaves[0] if leaves else result)
+        raise TypeError(f"model: expected outputs as a tensor or a tree that starts with one, got {kind}; {REMEDY}")
     return leaves[0].shape[0] if leaves[0].ndim else 1
 
 

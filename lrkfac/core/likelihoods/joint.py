@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
+from lrkfac.core.base.containers import described, main_entry, named_entries, opened
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.tree_checks import difference
 from lrkfac.core.base.types import Tree
@@ -46,8 +47,9 @@ class Joint:
         """
         if isinstance(self.tree, Likelihood):
             if not isinstance(values, Tensor):
-                raise TypeError(f"{source}: expected {what}a tensor, got {type(values).__name__}")
+                raise TypeError(f"{source}: expected {what}a tensor, got {described(values)}")
             return [values]
+        values, _ = opened(values, source)
         leaves: list[Any] = optree.tree_leaves(values)
         differs = difference(self.tree, values)
         if differs is not None:
@@ -68,11 +70,11 @@ class Joint:
             raise TypeError(f"model: expected (outputs, aux) with has_aux=True, got {type(result).__name__}")
         result, aux = result if has_aux else (result, None)
         try:
-            outputs = self.leaves(result, "model", "outputs as ")
+            outputs = self.leaves(self._of_heads(result), "model", "outputs as ")
         except TypeError as error:
             raise TypeError(
-                f"{error}; pass has_aux=True if, and only if, the model returns (outputs, aux), and joint(...) as the "
-                "likelihood of several outputs"
+                f"{error}; pass has_aux=True if, and only if, the model returns (outputs, aux), joint(...) as the "
+                "likelihood of several outputs, and from_module(module, output=...) to name one of them"
             ) from error
         for one in outputs:
             if one.ndim == 0 or not one.is_floating_point():
@@ -89,6 +91,16 @@ class Joint:
                     f"{tuple(outputs[0].shape)} and {tuple(one.shape)}"
                 )
         return outputs, aux
+
+    def _of_heads(self, outputs: Any) -> Any:
+        """Return what the heads are of: ``logits`` for a single one, the entries that ``joint`` names for several."""
+        if isinstance(self.tree, Likelihood):
+            return main_entry(outputs)
+        names = named_entries(self.tree)
+        if names is None or isinstance(outputs, Tensor) or not optree.tree_is_leaf(outputs):
+            return outputs
+        entries = named_entries(outputs) or {}
+        return {name: entries[name] for name in names} if names.keys() <= entries.keys() else outputs
 
     def unflatten(self, leaves: Leaves) -> Tree:
         """Return leaves as a tree: the inverse of ``leaves``."""
@@ -153,7 +165,8 @@ def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:
     """Return the joint likelihood of several heads: the loss is the weighted sum of the mean losses of all heads.
 
     The Fisher matrix is the same sum. The model returns a tree (dictionary, tuple, list, NamedTuple) of outputs, and
-    targets are a tree of the same structure.
+    targets are a tree of the same structure. Another mapping or a dataclass counts as the dictionary of its entries; as
+    outputs it may have more of them than heads, which are not used.
 
     Examples:
         >>> import torch

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, jvp, vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import register_pytree_node
 
 from lrkfac.core.base import private_torch
 from tests.compiling import traced
@@ -167,3 +168,17 @@ def test_weak_reference():
     assert reference() is x.grad
     x.grad = None
     assert reference() is None
+
+
+def test_registered_container():
+    class Pair:
+        def __init__(self, left, right):
+            self.left, self.right = left, right
+
+    class Derived(Pair):
+        pass
+
+    register_pytree_node(Pair, lambda x: ([x.left, x.right], "context"), lambda xs, context: (*xs, context))
+    apart, together = private_torch.registered_container(Pair)
+    assert apart(Pair(1, 2)) == ([1, 2], "context") and together([3, 4], "other") == (3, 4, "other")
+    assert private_torch.registered_container(Derived) is None and private_torch.registered_container(int) is None
