@@ -52,7 +52,7 @@ SIGNATURES = {
     "low_rank_kfac": "layers learning_rate rank=32 damping=0.01 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
     "kfac": "layers learning_rate damping=0.01 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
     "precondition_by_fisher": "layers structure=None rank=None damping=0.01 decay=0.95 fallback=None",
-    "clip_by_kl": "kl_clip learning_rate=1.0",
+    "clip_by_kl": "kl_clip learning_rate",
     "trace": "decay nesterov=False",
     "scale_by_adam": "b1=0.9 b2=0.999 eps=1e-08",
     "linalg.LowRankPlusDiagonal": "vectors values diagonal",

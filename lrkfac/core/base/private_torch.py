@@ -22,8 +22,6 @@ def transformation_level() -> int | None:
     return level
 
 
-# The compiler asks while it traces, when the same transformations stand around; it traces anew under others.
-@torch.compiler.assume_constant_result
 def is_differentiated() -> bool:
     """Return whether a transformation of ``torch.func`` that takes derivatives stands around the caller."""
     kinds = torch._C._functorch.TransformType
@@ -31,11 +29,16 @@ def is_differentiated() -> bool:
     return any(one.key() in (kinds.Grad, kinds.Jvp) for one in stack)
 
 
-@torch.compiler.assume_constant_result
 def is_mapped() -> bool:
     """Return whether ``vmap`` stands around the caller."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(one.key() == torch._C._functorch.TransformType.Vmap for one in stack)
+
+
+# The compiler asks while it traces, when the same transformations stand around, and traces anew under others. This is
+# torch.compiler.assume_constant_result, which would import the compiler.
+is_differentiated._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_mapped._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def within_vmap(x: Tensor) -> Tensor:
