@@ -72,8 +72,9 @@ def find_layers(
             the device "meta"; if the outputs depend on no parameter; if the model changes in place a parameter, an
             input, an internal tensor, or a layer's input after its use; if it draws hidden random numbers for dropout,
             depends on values in its control flow, or uses what depends on parameters under ``no_grad``.
-        TypeError: If an argument has the wrong type, what the model returns does not start with a tensor, or
-            ``params`` has other leaves than floating-point tensors. What the model raises passes.
+        TypeError: If an argument has the wrong type, an object among the inputs holds tensors and is no known
+            container, what the model returns does not start with a tensor, or ``params`` has other leaves than
+            floating-point tensors. What the model raises passes.
     """
     check_model(model)
     check_flag(strict, "strict")
