@@ -257,6 +257,8 @@ def test_hooks_of_state_dict_and_load_state_dict():
     assert seen == [(2, 0.7, 2)] and other.state["mine"] == {"seen": True}
     equal(other.state_dict()["state"][0]["chain"], two["state"][0]["chain"])
     assert [set(group) for group in other.param_groups] == groups
+    assert [set(entry) for entry in list(other.state.values())[:2]] == [{"step", "chain", "mark"}, {"step"}]
+    assert other.state[other.param_groups[0]["params"][0]]["chain"] == {}
     assert "differentiable" not in other.defaults
 
     def raising(o, packed):
@@ -281,8 +283,10 @@ def test_state_dict_is_that_of_torch():
     assert list(saved["state"]) == saved["param_groups"][0]["params"] == [0, 1, 2, 3]
     other_net = copy.deepcopy(net)
     other = optimizer_of(other_net)
+    other.evaluate(*data[0])  # does not wait any more once another state is there
     other.load_state_dict(saved)
     for x, y in data[1:]:
-        optimizer.step(x, y)
-        other.step(x, y)
+        for one in (optimizer, other):
+            one.evaluate(x, y)
+            one.step()
     equal(other_net.state_dict(), net.state_dict())
