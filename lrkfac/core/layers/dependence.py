@@ -212,7 +212,7 @@ def _differ(place: BatchAxis, n: int, result: Any, other: Any) -> Tensor:
     lengths = {_first_output(result).shape[0]}
     differ = torch.zeros(n, dtype=torch.bool, device=_first_output(result).device)
     for x, y in zip(result_leaves(result), result_leaves(other), strict=True):
-        if not isinstance(x, Tensor) or not x.ndim or x.shape[0] not in lengths or x.shape != y.shape:
+        if not isinstance(x, Tensor) or not x.ndim or x.shape[0] not in lengths or x.shape != y.shape or not x.numel():
             continue
         x, y = (place.in_front(_comparable(z), n) for z in (x, y))
         change, scale = (x - y).abs(), x.abs().amax().clamp(min=1e-30)
@@ -254,7 +254,7 @@ def _axis(pairs: Sequence[tuple[int, Tensor, Tensor]], candidates: Sequence[int]
 
 def _moved_along(axis: int, n: int, first: Tensor, moved: Tensor) -> Iterator[BatchAxis]:
     length = first.shape[axis]
-    if not length or length % n:
+    if not first.numel() or length % n:
         return
     x, y = (_comparable(z).movedim(axis, 0).reshape(length, -1) for z in (first, moved))
     for outer in range(1, length // n + 1):
@@ -263,7 +263,7 @@ def _moved_along(axis: int, n: int, first: Tensor, moved: Tensor) -> Iterator[Ba
         inner = length // n // outer
         before, after = (z.reshape(outer, n, inner, -1) for z in (x, y))
         expected = before.roll(-1, 1)
-        spread = (before - expected).abs().amax() if before.numel() else before.new_zeros(())
+        spread = (before - expected).abs().amax()
         if bool(spread > SMALLEST * x.abs().amax()) and bool((after - expected).abs().amax() <= 1e-3 * spread):
             yield BatchAxis(axis, outer, inner)
 

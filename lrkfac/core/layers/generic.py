@@ -103,10 +103,10 @@ class Examples:
 
 
 def _normal(like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     dtype = torch.complex64 if like.is_complex() else torch.float32
-    return torch.randn(like.shape, generator=generator, dtype=dtype).to(like.device, like.dtype)
+    return torch.randn(like.shape, generator=generator, dtype=dtype, device="cpu").to(like.device, like.dtype)
 
 
 def _uniform(like: Tensor, seed: int) -> Tensor:
-    return torch.rand(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)
+    return torch.rand(like.shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(like.device)
