@@ -6,8 +6,10 @@ that changes one of them fails there first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -60,12 +62,34 @@ def intercept(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> 
     return _Intercept(handle)
 
 
-def fake_mode() -> AbstractContextManager[Any]:
-    """Return a context in which new tensors have shapes but no values; tensors with values may take part."""
+_without_values: ContextVar[bool] = ContextVar("_without_values", default=False)
+
+
+class _OutsideFakeMode(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not _without_values.get()
+
+
+_OUTSIDE_FAKE_MODE = _OutsideFakeMode()
+
+
+@contextmanager
+def fake_mode() -> Iterator[None]:
+    """Run a block in which new tensors have shapes but no values; tensors with values may take part.
+
+    Torch logs each exception of an operation on such tensors as an error, also one that is raised and handled; here it
+    does not.
+    """
     # Not at the top: the import takes as long as the rest of the package.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    logging.getLogger("torch._subclasses.fake_tensor").addFilter(_OUTSIDE_FAKE_MODE)  # no more than once
+    before = _without_values.set(True)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        _without_values.reset(before)
 
 
 def is_fake(x: Any) -> bool:
