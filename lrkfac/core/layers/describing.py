@@ -171,7 +171,8 @@ def is_of_examples(output: Tensor, output_twice: Tensor) -> bool:
 def _leading(x: Tensor, call: Call, side: int) -> int:
     """Return the size of the first axis of rows of the input (side 0) or output (side 2) of a product."""
     permutation = call.options[side] if call.kind is LINEAR else ()
-    return x.shape[permutation[0] if permutation else 0] if x.ndim else 1
+    whole = len(permutation) == x.ndim  # inside vmap, the mapped axes are in front of those that are permuted
+    return x.shape[permutation[0] if permutation and whole else 0] if x.ndim else 1
 
 
 def _biases(uses: Mapping[str, list[Use]]) -> list[tuple[str, View]]:
@@ -230,6 +231,7 @@ def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tup
         options=tuple(tuple(use.call.options) for use in group.uses),
         sites=tuple(group.sites),
         batched=all(use.batched for use in group.uses),
+        mapped=any(use.mapped for use in group.uses),
     )
 
 
@@ -247,4 +249,5 @@ def _bias_layer(group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str
         options=options,
         sites=weight.sites,
         batched=weight.batched,
+        mapped=weight.mapped,
     )

@@ -62,6 +62,7 @@ class Layer:
         sites: For each use, the label of the weight or of the view of it that the operation received (for the
             kind ``"bias"`` its weight's), and the number of the call among those with this label.
         batched: Whether the batch is the leading axis at every use: only then is there a gradient per example.
+        mapped: Whether uses stand inside ``vmap`` over the batch, within the model.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Layer:
     options: tuple[tuple[Any, ...], ...]
     sites: tuple[tuple[str, int], ...]
     batched: bool = True
+    mapped: bool = False
 
     @property
     def kind(self) -> str:
@@ -112,6 +114,7 @@ class Layers:
         parameters: All parameters, in the order of ``optree.tree_leaves(params)``.
         tree: The parameter tree with each parameter's ``Parameter`` as its leaf.
         custom: The custom layer kinds.
+        autograd: Whether derivatives are taken by ``torch.autograd``: the model does what ``torch.func`` refuses.
     """
 
     layers: tuple[Layer, ...]
@@ -119,6 +122,7 @@ class Layers:
     parameters: tuple[Parameter, ...]
     tree: Tree
     custom: tuple[Any, ...] = ()
+    autograd: bool = False
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -143,6 +147,11 @@ class Layers:
     def sources(self) -> frozenset[str]:
         """The labels of the weights and views at whose uses something is captured."""
         return frozenset(label for layer in self.layers for label, _ in layer.sites)
+
+    @property
+    def mapped(self) -> frozenset[str]:
+        """The labels among ``sources`` whose uses stand inside ``vmap``."""
+        return frozenset(label for layer in self.layers if layer.mapped for label, _ in layer.sites)
 
     def __str__(self) -> str:
         rows = [("name", "kind", "parameters", "shape", "factors", "uses")]

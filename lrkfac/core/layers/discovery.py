@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,9 +10,10 @@ from typing import Any, Literal
 import optree
 import torch
 from torch import Tensor
+from torch.func import vjp
 
 from lrkfac.core.base.arguments import check_choice, check_flag, check_model, check_values
-from lrkfac.core.base.private_torch import fake_mode, value_errors, version
+from lrkfac.core.base.private_torch import fake_mode, value_errors, version, without_checkpoints
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.custom import LayerKind
@@ -57,10 +59,11 @@ def find_layers(
         kinds: Custom layer kinds; they come before the package's.
 
     Returns:
-        The description, which does not depend on the size of the batch; ``print`` shows it as a table.
+        The description, which does not depend on the size of the batch; ``print`` shows it as a table. Where no
+        parameter is covered, it is empty, with a warning.
 
     Raises:
-        ValueError: If no layer is found, or ``strict`` and a parameter is not covered; if a parameter or an input is on
+        ValueError: If ``strict`` and a parameter is not covered; if a parameter or an input is on
             the device "meta"; if the outputs depend on no parameter; if the model changes in place a parameter, an
             input, an internal tensor, or a layer's input after its use; if it draws hidden random numbers for dropout,
             depends on values in its control flow, or uses what depends on parameters under ``no_grad``.
@@ -73,7 +76,7 @@ def find_layers(
     check_values(inputs=inputs)
     custom = _checked_kinds(kinds)
     parameters, structure = _parameters(params), optree.tree_structure(params)
-    with torch.inference_mode(False), torch.enable_grad(), fake_mode():
+    with torch.inference_mode(False), torch.enable_grad(), fake_mode(), without_checkpoints():
         # Copies of leaves that require a gradient show what depends on parameters, and may be changed in place.
         leaves = [like_fake(leaf).requires_grad_().clone() for leaf in optree.tree_leaves(params)]
         fake_inputs = like_fake(inputs)
@@ -84,13 +87,25 @@ def find_layers(
         _check_unchanged("params", [p.path for p in parameters], leaves)
         _check_unchanged("inputs", paths(fake_inputs), optree.tree_leaves(fake_inputs))
         recorder.separate_reused_products()
+        recorder.note_unseen(result)
         twice, examples_twice = _uses_of_twice_the_batch(model, params, inputs, parameters, custom)
+        autograd = recorder.differentiates or _needs_autograd(model, params, inputs)
     examples = batch_size(result)
     grows = examples_twice > examples
-    uses = {name: _with_batch(name, group, twice, grows) for name, group in recorder.uses.items()}
-    layers = replace(describe(uses, recorder.others, parameters, structure, examples, bias == "joint"), custom=custom)
-    if not layers.layers:
+    uses = {
+        name: _with_batch(name, group, twice, grows)
+        for name, group in recorder.uses.items()
+        if _is_of_batch(name, group, twice, examples, recorder.others)
+    }
+    layers = describe(uses, recorder.others, parameters, structure, examples, bias == "joint")
+    layers = replace(layers, custom=custom, autograd=autograd)
+    if strict and not layers.layers:
         raise ValueError(f"no layer found; none of the parameters is covered:\n{layers}")
+    if not layers.layers:
+        warnings.warn(
+            "find_layers: no layer found, so that all parameters get plain gradients; print the layers for the reasons",
+            stacklevel=2,
+        )
     if strict and layers.uncovered:
         reasons = "; ".join(f"{p.path!r}: {reason}" for p, reason in layers.uncovered)
         raise ValueError(f"strict=True and these parameters are not covered: {reasons}")
@@ -131,6 +146,37 @@ def _with_batch(name: str, uses: list[Use], twice: dict[str, list[Use]], grows: 
         )
         for use, other in zip(uses, twice[name], strict=True)
     ]
+
+
+def _is_of_batch(
+    name: str, uses: list[Use], twice: dict[str, list[Use]], examples: int, others: dict[str, list[str]]
+) -> bool:
+    """Return whether uses inside ``vmap`` are seen to map over the examples; if not, list them as no layer."""
+    if not any(use.mapped for use in uses):
+        return True
+    after = twice.get(name, [])
+    if len(after) == len(uses):
+        pairs = [(use.output.shape[0], other.output.shape[0]) for use, other in zip(uses, after, strict=True)]
+        if all(pair == (examples, 2 * examples) for pair in pairs):
+            return True
+    for path in {path for use in uses for path, _ in ((use.path, ()), *([use.bias] if use.bias else []))}:
+        name = f"{uses[0].call.kind.name} inside vmap over another axis than the batch"
+        others.setdefault(path, []).append(name)
+    return False
+
+
+def _needs_autograd(model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree) -> bool:
+    """Return whether ``torch.func`` refuses to differentiate the model, which runs otherwise."""
+    fake_inputs = like_fake(inputs)
+
+    def tensors(params: Tree) -> list[Tensor]:
+        return [x for x in optree.tree_leaves(model(params, fake_inputs)) if isinstance(x, Tensor)]
+
+    try:
+        vjp(tensors, like_fake(params))
+    except RuntimeError:
+        return True
+    return False
 
 
 def _checked_kinds(kinds: Any) -> tuple[LayerKind, ...]:

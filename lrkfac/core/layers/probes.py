@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.private_torch import fake_mode
+from lrkfac.core.base.recording import attached, recording
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.purity import without_random_numbers
@@ -38,6 +39,9 @@ def output_specs(
     """
     if torch.compiler.is_compiling():
         result, records = run_captured(model, layers, params, inputs)
+    elif layers.autograd:
+        with recording(), fake_mode(), without_random_numbers():
+            result, records = run_captured(model, layers, attached(like_fake(params)), like_fake(inputs), guarded=True)
     else:
         with fake_mode(), without_random_numbers():
             result, records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)

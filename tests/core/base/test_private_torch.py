@@ -2,12 +2,15 @@
 
 import functools
 import inspect
+from contextlib import ExitStack
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.func import grad, jvp, vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from lrkfac.core.base import private_torch
 from tests.compiling import traced
@@ -79,6 +82,118 @@ def test_is_transformed():
     vmap(note)(x)
     jvp(note, (x,), (x,))
     assert seen == [False, True, True, True]
+
+
+@of_private("transformations")
+def test_transformations():
+    seen = []
+    note = lambda x: seen.append(private_torch.transformations()) or x.sum()  # noqa: E731
+    note(torch.ones(2))
+    vmap(vmap(grad(note)))(torch.ones(2, 2, 2))
+    grad(lambda x: jvp(note, (x,), (x,))[1])(torch.ones(2))
+    assert seen == [[], [("vmap", 1), ("vmap", 2), ("grad", 3)], [("grad", 1), ("jvp", 2)]]
+
+
+@of_private("forward_level")
+def test_forward_level():
+    levels = [private_torch.forward_level()]
+    with torch.autograd.forward_ad.dual_level():
+        levels.append(private_torch.forward_level())
+    assert [*levels, private_torch.forward_level()] == [-1, 0, -1]
+
+
+@of_private("with_mapped_axes")
+@of_private("without_mapped_axes")
+def test_with_and_without_mapped_axes():
+    x = torch.arange(24.0).reshape(2, 3, 4)
+
+    def inner(row):
+        whole = private_torch.with_mapped_axes(row, [1, 2])
+        assert torch.equal(whole, x.permute(2, 0, 1)) and not private_torch.is_transformed(whole)
+        assert private_torch.with_mapped_axes(x, [1, 2]) is None
+        back = private_torch.without_mapped_axes(whole * 2, [1, 2])
+        assert back.shape == row.shape == (3,)
+        return back - row
+
+    assert torch.equal(vmap(vmap(inner), in_dims=2)(x), x.permute(2, 0, 1))
+
+
+class Doubled(torch.autograd.Function):
+    seen = ()
+
+    @staticmethod
+    def forward(x):
+        Doubled.seen = (*Doubled.seen, private_torch.is_inside_function())
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+
+@of_private("is_inside_function")
+def test_is_inside_function():
+    Doubled.seen = ()
+    Doubled.apply(torch.ones(2, requires_grad=True))
+    grad(lambda x: Doubled.apply(x).sum())(torch.ones(2))
+    assert Doubled.seen == (True, True) and not private_torch.is_inside_function()
+
+
+@of_private("without_checkpoints")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_without_checkpoints(reentrant):
+    """The function runs once, and again in the backward pass only outside of the context, whichever ends first."""
+    calls = []
+
+    def run():
+        x, before = torch.ones(2, requires_grad=True), len(calls)
+        checkpoint(lambda x: calls.append(x) or x.sin(), x, use_reentrant=reentrant).sum().backward()
+        assert torch.equal(x.grad, torch.ones(2).cos())
+        return len(calls) - before
+
+    with ExitStack() as first:
+        first.enter_context(private_torch.without_checkpoints())
+        second = ExitStack()
+        second.enter_context(private_torch.without_checkpoints())
+    counts = [run()]
+    second.close()
+    assert [*counts, run()] == [1, 2]
+
+
+@of_private("has_backward_hooks")
+def test_has_backward_hooks():
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        part = nn.Linear(2, 2)
+        handle = getattr(part, register)(lambda *args: None)
+        assert private_torch.has_backward_hooks(part)
+        handle.remove()
+        assert not private_torch.has_backward_hooks(part)
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        handle = getattr(part.weight, register)(lambda *args: None)
+        assert private_torch.has_backward_hooks(part.weight) and not private_torch.has_backward_hooks(part.bias)
+        handle.remove()
+        assert not private_torch.has_backward_hooks(part.weight)
+
+
+@of_private("iterates_spectral_norm")
+def test_iterates_spectral_norm():
+    for function in (nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm):
+        net = function(nn.Linear(2, 2))
+        assert any(map(private_torch.iterates_spectral_norm, net.modules()))
+        assert not any(map(private_torch.iterates_spectral_norm, net.eval().modules()))
+
+
+@of_private("has_old_weight_norm")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_has_old_weight_norm():
+    assert private_torch.has_old_weight_norm(nn.utils.weight_norm(nn.Linear(2, 2)))
+    assert not any(
+        map(private_torch.has_old_weight_norm, nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)).modules())
+    )
 
 
 @of_private("version")
