@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optree
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -184,8 +185,14 @@ def run_captured(
     """Return the model's result, and the uses of each watched weight by its label.
 
     Raises:
-        ValueError: If a weight was used more or less often than ``find_layers`` saw.
+        ValueError: If a weight was used more or less often than ``find_layers`` saw; inside the compiler, if it was
+            used inside ``vmap``.
     """
+    if layers.mapped and torch.compiler.is_compiling():
+        raise ValueError(
+            f"model: {sorted(layers.mapped)} are used inside vmap, where torch.compile does not see levels; write the "
+            "batch as a leading axis, or evaluate outside of torch.compile"
+        )
     leaves, structure = optree.tree_flatten(params)
     # Views, so that one tensor at two places of the tree is two parameters.
     leaves = [leaf.view_as(leaf) for leaf in leaves]
