@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import lrkfac
 from lrkfac import evaluator, find_layers, precondition_by_fisher
@@ -206,14 +206,28 @@ def test_a_module_of_one_example_equals_that_of_a_batch(structure):
         close(lrkfac.materialize(updates[0])[k], lrkfac.materialize(updates[1])[k])
 
 
-def test_einsum_of_one_row():
-    model = lambda p, x: vmap(lambda row: torch.einsum("i,oi->o", row, p["w"]))(x)  # noqa: E731
-    x, p, y = normal(5, 4), {"w": normal(3, 4)}, normal(5, 3, seed=1)
-    layers = find_layers(model, p, x, strict=True)
-    e = evaluator(model, lrkfac.gaussian(), layers, "exact")(p, x, y)
-    tx = precondition_by_fisher(layers, full(), damping=DAMPING)
-    natural = (x @ p["w"].T - y).mT @ x / N @ torch.linalg.inv(x.mT @ x / N + DAMPING * torch.eye(4).to(x))
-    close(tx.update(e.grads, tx.init(p), p, evaluation=e)[0]["w"], natural)
+EINSUMS = {"a row": ("i,oi->o", (4,)), "rows behind": ("ti,oi->ot", (2, 4)), "columns": ("it,oi->to", (4, 2))}
+
+
+@pytest.mark.parametrize(("equation", "shape"), EINSUMS.values(), ids=EINSUMS.keys())
+def test_einsum_inside_vmap(equation, shape):
+    """The axes that it turns are behind the mapped one."""
+    mapped = lambda p, x: vmap(lambda row: torch.einsum(equation, row, p["w"]).reshape(-1))(x)  # noqa: E731
+    of_input, _, of_output = equation.replace("->", ",").split(",")
+    whole = f"n{of_input},oi->n{of_output}"
+    plain = lambda p, x: torch.einsum(whole, x, p["w"]).flatten(1)  # noqa: E731
+    x, p, steps = normal(5, *shape), {"w": normal(3, 4)}, []
+    y = normal(*plain(p, x).shape, seed=1)
+    for model in (mapped, plain):
+        layers = find_layers(model, p, x, strict=True)
+        assert layers["w"].batched
+        e = evaluator(model, lrkfac.gaussian(), layers, "exact")(p, x, y)
+        tx = precondition_by_fisher(layers, full(), damping=DAMPING)
+        steps.append(tx.update(e.grads, tx.init(p), p, evaluation=e)[0]["w"])
+    close(*steps)
+    jacobian = jacrev(lambda p: plain(p, x))(p)["w"].flatten(0, 1).flatten(1)
+    F_ = jacobian.mT @ jacobian / N + DAMPING * torch.eye(12).to(x)
+    close(steps[0].flatten(), torch.linalg.solve(F_, jacobian.mT @ (plain(p, x) - y).flatten() / N))
 
 
 def test_vmap_within_vmap():
