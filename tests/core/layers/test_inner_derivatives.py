@@ -1,5 +1,7 @@
 """Networks inside ``vmap`` and inside derivatives that the model takes, against explicit Jacobians."""
 
+import copy
+
 import optree
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import lrkfac
-from lrkfac import evaluator, find_layers, precondition_by_fisher
+from lrkfac import LowRankKFAC, evaluator, find_layers, precondition_by_fisher
 from lrkfac.structures import full, kronecker, layer_wise, low_rank
 
 DAMPING = 0.1
@@ -363,3 +365,32 @@ def test_derivatives_by_autograd_without_recording_around(mode):
         close(flat(e.grads), gradient)
         close(flat(e.product(e.grads)), matrix @ gradient)
         close(e.loss_at(P), e.loss)
+
+
+class Flux(nn.Module):
+    """The gradient of a network by its inputs, as a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
+
+@no_layer
+def test_the_optimizer_steps_a_module_that_takes_derivatives():
+    torch.manual_seed(0)
+    module, x, targets = Flux().double(), X.clone(), normal(N, 2, seed=1)
+    optimizer = LowRankKFAC(module, lrkfac.gaussian(), x, transformation=lrkfac.adaptive_low_rank_kfac)
+    other, another = copy.deepcopy((module, optimizer))
+    losses = [float(optimizer.step(x, targets)) for _ in range(5)]
+    assert losses[-1] < 0.9 * losses[0] and [float(another.step(x, targets)) for _ in range(5)] == losses
+    optimizer.evaluate(x, targets)
+    assert not x.requires_grad
+    (other(x) - targets).square().sum(1).mean().div(2).backward()
+    *weights, bias = module.parameters()
+    for p, q in zip(weights, other.parameters(), strict=False):
+        close(p.grad, q.grad)
+    assert not bias.grad.any()  # the outermost bias adds nothing to the derivative
