@@ -16,7 +16,7 @@ from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.evaluator import evaluator
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.discovery import find_layers
-from lrkfac.core.layers.module import from_module
+from lrkfac.core.layers.module import check_no_hooks, from_module
 from lrkfac.core.likelihoods.joint import Joint
 from lrkfac.core.likelihoods.protocol import Likelihood
 
@@ -77,7 +77,8 @@ class ModuleEvaluator:
         """Return the evaluation of a batch; ``requests`` are the other arguments of the function of ``evaluator``.
 
         Raises:
-            ValueError: If the module has changed, in its mode or parameters, or as the function of ``evaluator``.
+            ValueError: If the module has changed, in its mode or parameters, a parameter has a hook, or as the function
+                of ``evaluator``.
             TypeError: As the function of ``evaluator``.
         """
         self._check_unchanged()
@@ -135,3 +136,4 @@ class ModuleEvaluator:
             raise ValueError(
                 f"module: {gone} have been replaced or frozen since the optimizer was made; make the optimizer again"
             )
+        check_no_hooks(self.module)

@@ -6,12 +6,17 @@ that changes one of them fails there first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,17 +27,20 @@ def transformation_level() -> int | None:
     return level
 
 
+def transformations() -> list[tuple[str, int]]:
+    """Return kind ("vmap", "grad" or "jvp") and level of each transformation around the caller, the outermost first."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return [(one.key().name.lower(), one.level()) for one in stack]
+
+
 def is_differentiated() -> bool:
     """Return whether a transformation of ``torch.func`` that takes derivatives stands around the caller."""
-    kinds = torch._C._functorch.TransformType
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return any(one.key() in (kinds.Grad, kinds.Jvp) for one in stack)
+    return any(kind in ("grad", "jvp") for kind, _ in transformations())
 
 
 def is_mapped() -> bool:
     """Return whether ``vmap`` stands around the caller."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return any(one.key() == torch._C._functorch.TransformType.Vmap for one in stack)
+    return any(kind == "vmap" for kind, _ in transformations())
 
 
 # The compiler asks while it traces, when the same transformations stand around, and traces anew under others. This is
@@ -45,6 +53,103 @@ def within_vmap(x: Tensor) -> Tensor:
     """Return the tensor that ``vmap`` maps over, with all its axes; others pass."""
     while torch._C._functorch.is_batchedtensor(x):
         x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def forward_level() -> int:
+    """Return the level of ``torch.autograd.forward_ad`` around the caller, -1 outside of it."""
+    return torch.autograd.forward_ad._current_level
+
+
+def is_inside_function() -> bool:
+    """Return whether the caller stands inside the forward of a custom ``torch.autograd.Function``."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not _APPLY:
+        frame = frame.f_back
+    return frame is not None
+
+
+_APPLY = inspect.unwrap(torch.autograd.Function.apply).__code__
+
+
+def without_checkpoints() -> AbstractContextManager[Any]:
+    """Return a context in which ``torch.utils.checkpoint`` calls its functions and recomputes nothing.
+
+    A function that is called again in the backward pass would see other parameters (``functional_call`` has put the
+    module's back) and no probes. Other threads meanwhile recompute nothing, either: they take more memory.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _WithoutCheckpoints()
+
+
+class _Plain:
+    """In the place of both kinds of checkpoint: the first is called, the second runs around a call."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+    @staticmethod
+    def around(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+
+class _WithoutCheckpoints:
+    replaced: ClassVar = {"CheckpointFunction": _Plain, "_checkpoint_without_reentrant_generator": _Plain.around}
+    kept: ClassVar[dict[str, Any]] = {}
+    lock: ClassVar = threading.Lock()
+    count: ClassVar = 0
+
+    def __enter__(self) -> None:
+        import torch.utils.checkpoint as module
+
+        with self.lock:
+            if not _WithoutCheckpoints.count:
+                self.kept.update({name: getattr(module, name) for name in self.replaced})
+                for name, value in self.replaced.items():
+                    setattr(module, name, value)
+            _WithoutCheckpoints.count += 1
+
+    def __exit__(self, *error: Any) -> None:
+        import torch.utils.checkpoint as module
+
+        with self.lock:
+            _WithoutCheckpoints.count -= 1
+            if not _WithoutCheckpoints.count:
+                for name, value in self.kept.items():
+                    setattr(module, name, value)
+
+
+def has_backward_hooks(x: nn.Module | Tensor) -> bool:
+    """Return whether a module or a parameter has hooks that a backward pass calls."""
+    names = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
+    return any(getattr(x, name, None) for name in names)
+
+
+def iterates_spectral_norm(module: nn.Module) -> bool:
+    """Return whether a forward pass would take a step of ``spectral_norm``'s power iteration, new or old."""
+    old = any(type(hook).__name__ == "SpectralNorm" for hook in module._forward_pre_hooks.values())
+    return module.training and (old or isinstance(module, nn.utils.parametrizations._SpectralNorm))
+
+
+def has_old_weight_norm(module: nn.Module) -> bool:
+    """Return whether the deprecated ``torch.nn.utils.weight_norm`` computes a weight of the module."""
+    return any(type(hook).__name__ == "WeightNorm" for hook in module._forward_pre_hooks.values())
+
+
+def with_mapped_axes(x: Tensor, levels: Sequence[int]) -> Tensor | None:
+    """Return a tensor inside ``vmap`` with the mapped axes in front, ``None`` unless all these levels map it."""
+    for level in reversed(levels):
+        x, axis = torch._C._functorch._unwrap_batched(x, level)
+        if axis is None:
+            return None
+        x = x.movedim(axis, 0)
+    return x
+
+
+def without_mapped_axes(x: Tensor, levels: Sequence[int]) -> Tensor:
+    """Return the tensor that functions inside ``vmap`` see, from the one with the mapped axes in front."""
+    for level in levels:
+        x = torch._C._functorch._add_batch_dim(x, 0, level)
     return x
 
 
@@ -87,12 +192,45 @@ def intercept(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> 
     return _Intercept(handle)
 
 
-def fake_mode() -> AbstractContextManager[Any]:
-    """Return a context in which new tensors have shapes but no values; tensors with values may take part."""
+_without_values: ContextVar[bool] = ContextVar("_without_values", default=False)
+
+
+class _OutsideFakeMode(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not _without_values.get()
+
+
+_OUTSIDE_FAKE_MODE = _OutsideFakeMode()
+
+
+@functools.cache
+def _fake_mode_type() -> Any:
     # Not at the top: the import takes as long as the rest of the package.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    class Mode(FakeTensorMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            # The zeros of forward derivatives inside vmap lose their device here, others do not.
+            lazy = func is torch.ops.aten._efficientzerotensor.default
+            return super().__torch_dispatch__(torch.ops.aten.zeros.default if lazy else func, types, args, kwargs or {})
+
+    return Mode
+
+
+@contextmanager
+def fake_mode() -> Iterator[None]:
+    """Run a block in which new tensors have shapes but no values; tensors with values may take part.
+
+    Torch logs each exception of an operation on such tensors as an error, also one that is raised and handled; here it
+    does not.
+    """
+    logging.getLogger("torch._subclasses.fake_tensor").addFilter(_OUTSIDE_FAKE_MODE)  # no more than once
+    before = _without_values.set(True)
+    try:
+        with _fake_mode_type()(allow_non_fake_inputs=True):
+            yield
+    finally:
+        _without_values.reset(before)
 
 
 def is_fake(x: Any) -> bool:

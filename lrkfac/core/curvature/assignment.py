@@ -57,6 +57,10 @@ def blocks(layers: Layers, structure: Chosen, rank: Rank | None) -> tuple[Block,
         TypeError: If something is no structure.
     """
     ranks = ranks_of(layers, RANK if rank is None else rank)
+    if not len(layers):
+        if isinstance(structure, Mapping):
+            _check_patterns("structure", structure, [])
+        return ()
     if isinstance(structure, BlockStructure) and structure.joins_layers:
         if rank is not None:
             raise ValueError(_NO_DEFAULT.format(rank=rank))

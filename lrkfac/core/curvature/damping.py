@@ -24,6 +24,8 @@ def balanced_dampings(
     ``p`` rises from 0 to 1 while ``max s / min s`` does from 1000 to 3200. No block has less than a millionth of ``λ``.
     A block whose average is zero or not finite has ``λ`` and does not count.
     """
+    if not blocks:
+        return {}
     each = [mean_eigenvalue_of(block, states[block.name].average) for block in blocks]
     sizes = torch.stack([one.to(each[0].dtype) for one in each])
     known = (sizes > 0) & sizes.isfinite()

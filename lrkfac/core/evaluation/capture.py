@@ -9,6 +9,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
+from lrkfac.core.base.by_autograd import constant
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.auxiliary import join_tensors, split_tensors
 from lrkfac.core.evaluation.derivatives import transposed
@@ -86,6 +87,8 @@ def capture(
     """
     leaves, structure = optree.tree_flatten(params)
     covered = layers.covered
+    if layers.autograd:  # whose model may differentiate by free leaves, and change inputs into such
+        leaves, inputs, free = constant(leaves), constant(inputs), True
     variables: Variables = (
         {i: leaf for i, leaf in enumerate(leaves) if i not in covered} if free else {},
         zero_probes(specs, layers.sources),
@@ -98,11 +101,11 @@ def capture(
         if layers.layers:
             result, records = run_captured(objective.model, layers, merged, inputs, probes)
         else:  # without the function mode that follows weights
-            result, records = objective.model(merged, inputs), {}
+            result, records = objective.run(merged, inputs), {}
         outputs, aux = objective.split(result)
         recorded = {source: [use.input for use in uses] for source, uses in records.items()}
         return outputs, (split_tensors(aux, static), recorded)
 
-    outputs, transpose, (tensors, recorded) = transposed(run, variables)
+    outputs, transpose, (tensors, recorded) = transposed(run, variables, layers.autograd)
     examples = layers.examples(inputs) or outputs[0].shape[0]
     return Captured(layers, outputs, join_tensors(tensors, static), recorded, variables[1], examples, transpose)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.func import grad_and_value
 
+from lrkfac.core.base.private_torch import without_checkpoints
 from lrkfac.core.base.types import Tree
 from lrkfac.core.likelihoods.joint import Joint, Leaves
 
@@ -33,7 +34,12 @@ class Objective:
 
     def outputs(self, params: Tree, inputs: Tree) -> list[Tensor]:
         """Return the outputs of each head."""
-        return self.split(self.model(params, inputs))[0]
+        return self.split(self.run(params, inputs))[0]
+
+    def run(self, params: Tree, inputs: Tree) -> Any:
+        """Return the model's result."""
+        with without_checkpoints():
+            return self.model(params, inputs)
 
     def cotangent(self, outputs: Leaves, targets: Leaves) -> tuple[list[Tensor], Tensor]:
         """Return the gradient of the loss in the outputs of each head, and the loss, ``[]``."""

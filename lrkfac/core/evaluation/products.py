@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 
 import optree
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import vmap
 
 from lrkfac.core.base.autograd import recording
+from lrkfac.core.base.by_autograd import attached, autograd_enabled, constant
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.tree_checks import check_like, check_stacked
 from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
+from lrkfac.core.evaluation.derivatives import change, transposed
 from lrkfac.core.evaluation.objective import Objective
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.padding import with_constant_padding
@@ -51,14 +54,14 @@ class FisherProducts:
         check_like(self.params, tangent, "product: tangent")
         with recording(self.differentiable):
             outputs, change = self._change(materialize(tangent))
-            _, transpose = vjp(self._outputs, self.params)
-            return transpose(self.objective.heads.product(outputs, self.targets, change))[0]
+            _, transpose, _ = transposed(lambda params: (self._outputs(params), []), self.params, self.layers.autograd)
+            return transpose(self.objective.heads.product(outputs, self.targets, change))
 
     def gram(self, tangents: Tree) -> Tensor:
         """Return ``uᵢᵀ F uⱼ``, ``[k, k]``, for ``k`` tangents stacked along a leading axis; raises as ``product``."""
         check_stacked(self.params, tangents, "gram: tangents")
         with recording(self.differentiable):
-            changes, curved = vmap(self._curved_change)(tangents)
+            changes, curved = self._curved_changes(tangents)
             of_heads = [wide(c).flatten(1) @ wide(h).flatten(1).mT for c, h in zip(changes, curved, strict=True)]
             return torch.stack(of_heads).sum(dim=0)
 
@@ -76,17 +79,22 @@ class FisherProducts:
             ValueError: If the tree does not fit the parameters.
         """
         check_like(self.params, params, "loss_at: params")
-        with recording(self.differentiable):
-            return self.objective.heads.loss(self.objective.outputs(params, self.inputs), self.targets)
+        if not self.layers.autograd:
+            with recording(self.differentiable):
+                return self.objective.heads.loss(self.objective.outputs(params, self.inputs), self.targets)
+        with autograd_enabled():
+            outputs = constant(self.objective.outputs(attached(params), constant(self.inputs)))
+        return self.objective.heads.loss(outputs, self.targets)
 
     def _outputs(self, params: Tree) -> list[Tensor]:
+        inputs = constant(self.inputs) if self.layers.autograd else self.inputs
         with with_constant_padding(self.layers):
-            return self.objective.outputs(params, self.inputs)
+            return self.objective.outputs(params, inputs)
 
     def _change(self, tangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
         """Return the outputs and ``J tangent``."""
         try:
-            return jvp(self._outputs, (self.params,), (tangent,))
+            return change(self._outputs, self.params, tangent, self.layers.autograd)
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"model: an operation has no forward derivative, which products with the Fisher need: {error}; "
@@ -98,3 +106,17 @@ class FisherProducts:
         """Return ``J tangent`` and ``H J tangent``."""
         outputs, change = self._change(tangent)
         return change, self.objective.heads.product(outputs, self.targets, change)
+
+    def _curved_changes(self, tangents: Tree) -> tuple[list[Tensor], list[Tensor]]:
+        """Return ``J tangent`` and ``H J tangent`` of stacked tangents: one by one where the model cannot be mapped."""
+        if not self.layers.autograd:
+            try:
+                return vmap(self._curved_change)(tangents)
+            except NotImplementedError:
+                raise
+            except RuntimeError:  # such as a torch.autograd.Function without a rule for vmap
+                if torch.compiler.is_compiling():
+                    raise
+        size = optree.tree_leaves(tangents)[0].shape[0]
+        each = [self._curved_change(optree.tree_map(itemgetter(i), tangents)) for i in range(size)]
+        return optree.tree_map(lambda *leaves: torch.stack(leaves), *each)

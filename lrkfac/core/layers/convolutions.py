@@ -29,7 +29,8 @@ def _prepare_convolution(
 ) -> tuple[Tensor, Tensor]:
     o = ConvolutionOptions(*options)
     axes = len(o.kernel) + 1
-    a, g = a.reshape(-1, *a.shape[-axes:]), g.reshape(g.shape[0], -1, *g.shape[-axes:])
+    if placement is None:
+        a, g = a.reshape(-1, *a.shape[-axes:]), g.reshape(g.shape[0], -1, *g.shape[-axes:])
     if any(before != after for before, after in o.padding):
         sides = [side for pair in reversed(o.padding) for side in pair]
         a = F.pad(a, sides)

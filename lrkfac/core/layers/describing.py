@@ -214,6 +214,7 @@ def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tup
         options=tuple(tuple(use.call.options) for use in group.uses),
         sites=tuple(group.sites),
         placements=tuple(use.placement for use in group.uses),
+        mapped=any(use.mapped for use in group.uses),
     )
 
 
@@ -239,6 +240,7 @@ def _shared_bias_layer(groups: list[_Group], bias: Parameter) -> Layer:
         options=tuple((use.call.kind.name, tuple(use.call.options)) for use, _ in pairs),
         sites=tuple(site for _, site in pairs),
         placements=tuple(use.placement for use, _ in pairs),
+        mapped=any(use.mapped for use, _ in pairs),
     )
 
 
@@ -256,4 +258,5 @@ def _bias_layer(group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str
         options=options,
         sites=weight.sites,
         placements=weight.placements,
+        mapped=weight.mapped,
     )

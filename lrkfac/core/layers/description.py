@@ -65,6 +65,7 @@ class Layer:
         sites: For each use, the label of the weight or of the view of it that the operation received (for the
             kind ``"bias"`` its weight's), and the number of the call among those with this label.
         placements: For each use, where the examples are in its input and output; ``None`` where this is not known.
+        mapped: Whether uses stand inside ``vmap``, within the model.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Layer:
     options: tuple[tuple[Any, ...], ...]
     sites: tuple[tuple[str, int], ...]
     placements: tuple[Placement | None, ...]
+    mapped: bool = False
 
     @property
     def kind(self) -> str:
@@ -124,6 +126,7 @@ class Layers:
         independent: Whether the outputs of each example depend on no other example; ``None`` if unknown.
         single: Whether the leading axis of the outputs has one entry for each example; else several terms of one
             example, such as the positions of a sequence, stand along it.
+        autograd: Whether derivatives are taken by ``torch.autograd``: the model does what ``torch.func`` refuses.
     """
 
     layers: tuple[Layer, ...]
@@ -134,6 +137,7 @@ class Layers:
     batch_axes: tuple[tuple[str, int], ...] | None = None
     independent: bool | None = True
     single: bool = True
+    autograd: bool = False
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -166,6 +170,11 @@ class Layers:
     def sources(self) -> frozenset[str]:
         """The labels of the weights and views at whose uses something is captured."""
         return frozenset(label for layer in self.layers for label, _ in layer.sites)
+
+    @property
+    def mapped(self) -> frozenset[str]:
+        """The labels among ``sources`` whose uses stand inside ``vmap``."""
+        return frozenset(label for layer in self.layers if layer.mapped for label, _ in layer.sites)
 
     def __str__(self) -> str:
         rows = [("name", "kind", "parameters", "shape", "factors", "uses")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,10 +10,12 @@ from typing import Any, Literal
 import optree
 import torch
 from torch import Tensor
+from torch.func import vjp
 
 from lrkfac.core.base.arguments import check_choice, check_flag, check_model, check_values
+from lrkfac.core.base.by_autograd import attached, constant
 from lrkfac.core.base.containers import result_leaves, with_opened_inputs
-from lrkfac.core.base.private_torch import fake_mode, value_errors, version
+from lrkfac.core.base.private_torch import fake_mode, value_errors, version, without_checkpoints
 from lrkfac.core.base.tree_checks import paths, paths_with_none
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.custom import LayerKind
@@ -65,10 +68,11 @@ def find_layers(
             integers and ``None`` (for leaves without one) that is a prefix of ``inputs``. By default it is found.
 
     Returns:
-        The description, which does not depend on the size of the batch; ``print`` shows it as a table.
+        The description, which does not depend on the size of the batch; ``print`` shows it as a table. Where no
+        parameter is covered, it is empty, with a warning.
 
     Raises:
-        ValueError: If no layer is found, or ``strict`` and a parameter is not covered; if a parameter or an input is on
+        ValueError: If ``strict`` and a parameter is not covered; if a parameter or an input is on
             the device "meta"; if the outputs depend on no parameter; if the model changes in place a parameter, an
             input, an internal tensor, or a layer's input after its use; if it draws hidden random numbers for dropout,
             depends on values in its control flow, or uses what depends on parameters under ``no_grad``.
@@ -84,7 +88,7 @@ def find_layers(
     custom = _checked_kinds(kinds)
     axes = None if batch_axes is None else _checked_axes(batch_axes, inputs)
     parameters, structure = _parameters(params), optree.tree_structure(params)
-    with torch.inference_mode(False), torch.enable_grad(), fake_mode():
+    with torch.inference_mode(False), torch.enable_grad(), fake_mode(), without_checkpoints():
         # Copies of leaves that require a gradient show what depends on parameters, and may be changed in place.
         leaves = [like_fake(leaf).requires_grad_().clone() for leaf in optree.tree_leaves(params)]
         fake_inputs = like_fake(inputs)
@@ -96,17 +100,25 @@ def find_layers(
         _check_unchanged("inputs", paths(fake_inputs), optree.tree_leaves(fake_inputs))
         recorder.separate_reused_products()
         batch_size(result)
-    with torch.inference_mode(False), torch.enable_grad():
-        batch = _batch(model, params, inputs, recorder, axes)
+        recorder.note_unseen(result)
+        autograd = recorder.differentiates or _needs_autograd(model, params, inputs)
+    with torch.inference_mode(False), torch.enable_grad(), without_checkpoints():
+        batch = _batch(model, params, inputs, recorder, axes, autograd)
     layers = replace(
         describe(_with_batch(recorder.uses, batch), recorder.others, parameters, structure, bias == "joint"),
         custom=custom,
         batch_axes=None if batch.axes is None else tuple(batch.axes.items()),
         independent=batch.independent,
         single=batch.single,
+        autograd=autograd,
     )
-    if not layers.layers:
+    if strict and not layers.layers:
         raise ValueError(f"no layer found; none of the parameters is covered:\n{layers}")
+    if not layers.layers:
+        warnings.warn(
+            "find_layers: no layer found, so that all parameters get plain gradients; print the layers for the reasons",
+            stacklevel=2,
+        )
     if strict and layers.uncovered:
         reasons = "; ".join(f"{p.path!r}: {reason}" for p, reason in layers.uncovered)
         raise ValueError(f"strict=True and these parameters are not covered: {reasons}")
@@ -119,26 +131,27 @@ def _batch(
     inputs: Tree,
     recorder: UseRecorder,
     axes: Mapping[str, int] | None,
+    autograd: bool,
 ) -> Batch:
     """Return where the examples are, from runs of a few of them with parameters in general position."""
     parameters = generic_parameters(params)
 
     def run(some: Tree) -> tuple[Any, dict[str, list[Use]]]:
-        leaves, structure = optree.tree_flatten(parameters)
+        leaves, structure = optree.tree_flatten(attached(parameters) if autograd else parameters)
         leaves = [leaf.view_as(leaf) for leaf in leaves]
         tracked: Tracked = [(path, (), leaf) for path, leaf in zip(paths(params), leaves, strict=True)]
         watching = UseRecorder(tracked, recorder.custom, guarded=False)
         with watching:
-            result = model(optree.tree_unflatten(structure, leaves), some)
+            result = model(optree.tree_unflatten(structure, leaves), constant(some))
         watching.separate_reused_products()
         return result, watching.uses
 
     inner = model
     while not isinstance(inner, ModuleFunction) and hasattr(inner, "model"):
         inner = inner.model
-    constant = inner.constant_paths(inputs) if isinstance(inner, ModuleFunction) else ()
+    buffers = inner.constant_paths(inputs) if isinstance(inner, ModuleFunction) else ()
     with torch.random.fork_rng():
-        return find_batch(run, inputs, recorder.uses, axes, constant)
+        return find_batch(run, inputs, recorder.uses, axes, buffers)
 
 
 def _with_batch(uses: dict[str, list[Use]], batch: Batch) -> dict[str, list[Use]]:
@@ -155,6 +168,20 @@ def _with_batch(uses: dict[str, list[Use]], batch: Batch) -> dict[str, list[Use]
         ]
         for name, group in uses.items()
     }
+
+
+def _needs_autograd(model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree) -> bool:
+    """Return whether ``torch.func`` refuses to differentiate the model, which runs otherwise."""
+    fake_inputs = like_fake(inputs)
+
+    def tensors(params: Tree) -> list[Tensor]:
+        return [x for x in result_leaves(model(params, fake_inputs)) if isinstance(x, Tensor)]
+
+    try:
+        vjp(tensors, like_fake(params))
+    except RuntimeError:
+        return True
+    return False
 
 
 def _checked_kinds(kinds: Any) -> tuple[LayerKind, ...]:

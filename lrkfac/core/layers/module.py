@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from lrkfac.core.base.arguments import check_flag
 from lrkfac.core.base.containers import described, named_entries
+from lrkfac.core.base.private_torch import has_backward_hooks, has_old_weight_norm, iterates_spectral_norm
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 
@@ -52,7 +53,9 @@ def from_module(module: nn.Module, buffers: bool = False, output: str | int | No
     Raises:
         TypeError: If ``module`` is no module, ``output`` no name or number; in the function, if the module's outputs
             have no such entry.
-        ValueError: If the module has no parameters, or a submodule draws hidden random numbers for dropout.
+        ValueError: If the module has no parameters; if a submodule draws hidden random numbers for dropout, or has
+            backward hooks, as a parameter may; or if it has ``spectral_norm`` in training mode or the old
+            ``weight_norm``.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
@@ -60,11 +63,17 @@ def from_module(module: nn.Module, buffers: bool = False, output: str | int | No
     if output is not None and (isinstance(output, bool) or not isinstance(output, str | int)):
         raise TypeError(f"output: expected a name, a number or None, got {type(output).__name__}")
     _check_no_dropout(module)
+    for name, part in module.named_modules():
+        _check_part(name or type(module).__name__, part)
+    check_no_hooks(module)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     constants = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
     if not params:
         raise ValueError(f"module: {type(module).__name__} has no parameters that require a gradient")
     shared = {id(x): x for x in (*module.parameters(), *module.buffers())}
+    # What the module keeps of its last pass, such as attention weights, cannot be copied with its history.
+    kept = [x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor) and x.grad_fn]
+    shared.update({id(x): x.detach() for x in kept})
     frozen = copy.deepcopy(module, shared)  # the module's mode and structure, without copies of tensors
     for part in frozen.modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag):
@@ -147,3 +156,35 @@ def _check_no_dropout(module: nn.Module) -> None:
                 f"p={probability}; call eval() on it, set p to 0, or write the model as a function that takes "
                 "the mask in its inputs"
             )
+
+
+def check_no_hooks(module: nn.Module) -> None:
+    """Raise ``ValueError`` if a trained parameter has a hook, which would not be called."""
+    for name, p in module.named_parameters():
+        if p.requires_grad and has_backward_hooks(p):
+            raise ValueError(
+                f"module: the parameter {name!r} has a hook (register_hook), which is not called where gradients are "
+                "computed by a function; remove it, and change .grad between evaluate() and step() of the optimizer, "
+                "or the gradients or updates in the loop or in a transformation, such as masked()"
+            )
+
+
+def _check_part(name: str, part: nn.Module) -> None:
+    """Raise ``ValueError`` if a module does what no pure function can."""
+    if has_backward_hooks(part):
+        raise ValueError(
+            f"module: {name!r} has backward hooks (register_full_backward_hook), which would also see the backward "
+            "passes of the statistics, of other gradients than the loss's; remove them, and change .grad between "
+            "evaluate() and step(); gradients at layers are in evaluation.statistics"
+        )
+    if iterates_spectral_norm(part):
+        raise ValueError(
+            f"module: {name!r} is spectral_norm in training mode: each forward pass takes a step of its power "
+            "iteration, whose vectors are constants for the gradient but not for forward derivatives; call eval() on "
+            "that part, and train() and a forward pass whenever the vectors should follow the weight"
+        )
+    if has_old_weight_norm(part):
+        raise ValueError(
+            f"module: {name!r} has the old torch.nn.utils.weight_norm, by which each forward pass changes the module; "
+            "use torch.nn.utils.parametrizations.weight_norm (remove_weight_norm() takes the old one off)"
+        )

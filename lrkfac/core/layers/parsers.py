@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrkfac.core.base.private_torch import is_transformed
 from lrkfac.core.layers.affine_parsers import ADDITIONS, COLUMN, MULTIPLICATIONS, NORMALIZATIONS, REPETITIONS
 from lrkfac.core.layers.calls import Call, Known, Parser
 from lrkfac.core.layers.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, ConvolutionOptions
@@ -46,8 +47,8 @@ def _matmul(known: Known, input: Tensor, other: Tensor, *, out: Any = None) -> C
     if known(other) and other.ndim == 2:
         return Call(LINEAR, input, other, None, LinearOptions(), TURNED)
     if known(input) and input.ndim == 2:
-        if other.ndim == 1:
-            return None
+        if other.ndim == 1:  # one row of a batch inside vmap, else no batch at all
+            return Call(LINEAR, other, input, None, LinearOptions()) if is_transformed(other) else None
         columns = (*range(other.ndim - 2), other.ndim - 1, other.ndim - 2)
         return Call(LINEAR, other, input, None, LinearOptions(columns, 1, columns, 1))
     return None
@@ -59,6 +60,10 @@ def _reversed_matmul(known: Known, other: Tensor, input: Tensor) -> Call | None:
 
 def _mm(known: Known, input: Tensor, mat2: Tensor, *, out: Any = None) -> Call | None:
     return _matmul(known, input, mat2, out=out)
+
+
+def _mv(known: Known, input: Tensor, vec: Tensor, *, out: Any = None) -> Call | None:
+    return _matmul(known, input, vec, out=out)
 
 
 def _addmm(
@@ -183,7 +188,8 @@ def _embedding(
 PARSERS: dict[Callable[..., Any], Parser] = {
     F.linear: _linear,
     torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, Tensor.__rmatmul__: _reversed_matmul,
-    torch.mm: _mm, Tensor.mm: _mm, torch.addmm: _addmm, Tensor.addmm: _addmm, torch.einsum: _einsum,
+    torch.mm: _mm, Tensor.mm: _mm, torch.mv: _mv, Tensor.mv: _mv, torch.addmm: _addmm, Tensor.addmm: _addmm,
+    torch.einsum: _einsum,
     F.conv1d: _convolution, F.conv2d: _convolution, F.conv3d: _convolution,
     F.conv_transpose1d: _transposed_convolution, F.conv_transpose2d: _transposed_convolution,
     F.conv_transpose3d: _transposed_convolution,

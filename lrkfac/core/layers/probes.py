@@ -9,6 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.by_autograd import attached, autograd_enabled
 from lrkfac.core.base.containers import REMEDY, described, result_leaves
 from lrkfac.core.base.private_torch import fake_mode
 from lrkfac.core.base.types import Tree
@@ -39,6 +40,9 @@ def output_specs(
     """
     if torch.compiler.is_compiling():
         result, records = run_captured(model, layers, params, inputs)
+    elif layers.autograd:
+        with autograd_enabled(), fake_mode(), without_random_numbers():
+            result, records = run_captured(model, layers, attached(like_fake(params)), like_fake(inputs), guarded=True)
     else:
         with fake_mode(), without_random_numbers():
             result, records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)

@@ -25,8 +25,8 @@ def check_pure(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> N
     """Raise before a torch call of the model that is not pure; parameters and inputs are fake tensors, no others are.
 
     Raises:
-        ValueError: If the call would change a tensor that is not fake, such as a buffer, apply dropout, read values
-            as NumPy, or have a sparse gradient.
+        ValueError: If the call would change a tensor that is not fake, such as a buffer, apply dropout, read values as
+            NumPy, have a sparse gradient, or run a backward pass into ``.grad``.
     """
     for x in _changed(func, args, kwargs):
         if isinstance(x, Tensor) and not is_fake(x):
@@ -42,6 +42,8 @@ def check_pure(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> N
             f"model: {resolve_name(func)} with sparse=True has sparse gradients, which torch.func cannot take; pass "
             "sparse=False"
         )
+    if func in (Tensor.backward, torch.autograd.backward):
+        raise ValueError("model: backward() adds to .grad of tensors; use torch.autograd.grad(..., create_graph=True)")
     if func in DROPOUTS:
         arguments = _bound(func, args, kwargs)
         if arguments["training"] and arguments.get("p", arguments.get("dropout_p", 0.0)) > 0:

@@ -9,15 +9,23 @@ without hooks and whatever the model does after the operation.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optree
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lrkfac.core.base.private_torch import transformation_level
+from lrkfac.core.base.private_torch import (
+    is_transformed,
+    transformation_level,
+    transformations,
+    with_mapped_axes,
+    without_checkpoints,
+    without_mapped_axes,
+)
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.attention import multi_head_attention
 from lrkfac.core.layers.calls import Call
@@ -55,6 +63,10 @@ class Follow(TorchFunctionMode):
         super().__init__()
         self.tracked, self.guarded, self.custom = tracked, guarded, custom
         self.level = transformation_level() if guarded else None
+
+    def around(self) -> list[tuple[str, int]]:
+        """Return kind and level of the transformations that the model applies around the call."""
+        return [(kind, level) for kind, level in transformations() if self.level is None or level > self.level]
 
     def inside(self) -> bool:
         """Return whether the call stands inside a transformation that the model applies."""
@@ -111,6 +123,7 @@ class Capture(Follow):
         probes: For each source, one probe per use; none at all to record only.
         guarded: See ``Follow``.
         custom: See ``Follow``.
+        mapped: The labels of the weights whose uses stand inside ``vmap``.
     """
 
     def __init__(
@@ -121,9 +134,12 @@ class Capture(Follow):
         probes: dict[str, list[Tensor]] | None = None,
         guarded: bool = False,
         custom: tuple[LayerKind, ...] = (),
+        mapped: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(tracked, guarded, custom)
-        self.sources, self.records, self.probes = sources, records, probes
+        self.sources, self.records, self.probes, self.mapped = sources, records, probes, mapped
+        if mapped:
+            self.level = transformation_level()
 
     def used(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Call | None, result: Any) -> Any:
         """Record the use of a watched weight; return the result plus its probe."""
@@ -134,10 +150,24 @@ class Capture(Follow):
         if source not in self.sources:
             return result
         uses = self.records.setdefault(source, [])
-        uses.append(Recorded(call.input, result))
+        levels = [level for _, level in self.around()] if source in self.mapped else []
+        recorded = with_batch_in_front(call.input, result, levels)
+        if recorded is None:
+            raise ValueError(
+                f"layer {source!r}: it is used inside vmap on what does not depend on the mapped axis, other than in "
+                "find_layers(): describe the layers again for these inputs"
+            )
+        uses.append(recorded)
         if self.probes is not None and len(uses) <= len(self.probes[source]):
-            return result + self.probes[source][len(uses) - 1]
+            return result + without_mapped_axes(self.probes[source][len(uses) - 1], levels)
         return result
+
+
+def with_batch_in_front(input: Tensor, output: Tensor, levels: Sequence[int]) -> Recorded | None:
+    """Return input and output of a use inside ``vmap`` as of one without it, ``None`` unless each level maps them."""
+    rows = with_mapped_axes(output, levels)
+    inputs = with_mapped_axes(input, levels) if input.ndim or is_transformed(input) else input  # a shift's is 1
+    return None if rows is None or inputs is None else Recorded(inputs, rows)
 
 
 def label(path: str, view: View) -> str:
@@ -156,14 +186,21 @@ def run_captured(
     """Return the model's result, and the uses of each watched weight by its label.
 
     Raises:
-        ValueError: If a weight was used more or less often than ``find_layers`` saw.
+        ValueError: If a weight was used more or less often than ``find_layers`` saw; inside the compiler, if it was
+            used inside ``vmap``.
     """
+    if layers.mapped and torch.compiler.is_compiling():
+        raise ValueError(
+            f"model: {sorted(layers.mapped)} are used inside vmap, where torch.compile does not see levels; write the "
+            "batch as a leading axis, or evaluate outside of torch.compile"
+        )
     leaves, structure = optree.tree_flatten(params)
     # Views, so that one tensor at two places of the tree is two parameters.
     leaves = [leaf.view_as(leaf) for leaf in leaves]
     records: dict[str, list[Recorded]] = {}
     tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
-    with Capture(tracked, layers.sources, records, probes, guarded, layers.custom):
+    capture = Capture(tracked, layers.sources, records, probes, guarded, layers.custom, layers.mapped)
+    with without_checkpoints(), capture:
         result = model(optree.tree_unflatten(structure, leaves), inputs)
     numbers = Counter(site for site, _ in {site for layer in layers for site in layer.sites})
     for layer in layers:

@@ -1,0 +1,396 @@
+"""Networks inside ``vmap`` and inside derivatives that the model takes, against explicit Jacobians."""
+
+import copy
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import lrkfac
+from lrkfac import LowRankKFAC, evaluator, find_layers, precondition_by_fisher
+from lrkfac.structures import full, kronecker, layer_wise, low_rank
+
+DAMPING = 0.1
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+P = {"b1": normal(6), "b2": normal(1, seed=1), "s": normal(2, seed=2), "w1": normal(6, 2, seed=3),
+     "w2": normal(1, 6, seed=4)}  # fmt: skip
+X = normal(5, 2, seed=9)
+N, SIZES = len(X), [leaf.numel() for leaf in P.values()]
+
+
+def net(p, x):
+    return F.linear(F.linear(x * p["s"], p["w1"], p["b1"]).tanh(), p["w2"], p["b2"])
+
+
+def with_gradient(p, x):
+    """A value and its derivative by the points, as most physics-informed losses have them."""
+    x.requires_grad_()
+    value = net(p, x)
+    return torch.cat([value, torch.autograd.grad(value.sum(), x, create_graph=True)[0]], dim=1)
+
+
+def laplacian(p, x):
+    x = x.requires_grad_()
+    (by_x,) = torch.autograd.grad(net(p, x).sum(), x, create_graph=True)
+    each = [torch.autograd.grad(by_x[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2)]
+    return torch.stack(each).sum(0)[:, None]
+
+
+def of_dual(p, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(net(p, forward_ad.make_dual(x, x.cos()))).tangent
+
+
+def after_a_step(p, x):
+    steps = grad(lambda p: net(p, x).square().mean())(p)
+    return net({k: p[k] - 0.1 * steps[k] for k in p}, x)
+
+
+def after_a_step_by_autograd(p, x):
+    gradients = torch.autograd.grad(net(p, x).square().mean(), list(p.values()), create_graph=True)
+    return net({k: v - 0.1 * g for (k, v), g in zip(p.items(), gradients, strict=True)}, x)
+
+
+BATCHED = {
+    "rows": lambda p, x: vmap(lambda row: net(p, row))(x),
+    "columns": lambda p, x: vmap(lambda column: net(p, column), in_dims=1)(x.T),
+    "weights in front": lambda p, x: vmap(
+        lambda row: p["w2"] @ (torch.mv(p["w1"], row * p["s"]) + p["b1"]).tanh() + p["b2"])(x),
+    "weights behind": lambda p, x: vmap(
+        lambda row: ((row * p["s"]) @ p["w1"].T + p["b1"]).tanh() @ p["w2"].T + p["b2"])(x),
+}  # fmt: skip
+DERIVATIVES = {
+    "grad": (lambda p, x: grad(lambda x: net(p, x).sum())(x), "torch.func.grad"),
+    "grad of each": (lambda p, x: vmap(grad(lambda row: net(p, row).sum()))(x), "torch.func.grad"),
+    "jvp": (lambda p, x: jvp(lambda x: net(p, x), (x,), (x.cos(),))[1], "torch.func.jvp"),
+    "vjp": (lambda p, x: vjp(lambda x: net(p, x), x)[1](x[:, :1])[0], "torch.func.grad"),
+    "jacfwd": (lambda p, x: vmap(jacfwd(lambda row: net(p, row)))(x)[:, 0], "torch.func.jvp"),
+    "hessian": (lambda p, x: vmap(hessian(lambda row: net(p, row)[0]))(x).flatten(1), "torch.func.grad"),
+    "value and gradient": (with_gradient, "torch.autograd.grad"),
+    "Laplacian": (laplacian, "torch.autograd.grad"),
+    "dual numbers": (of_dual, "torch.autograd.forward_ad"),
+    "inner step": (after_a_step, ""),
+    "inner step by autograd": (after_a_step_by_autograd, "torch.autograd.grad"),
+    "vmap over another axis": (
+        lambda p, x: vmap(lambda row: net(p, row))(x[:, None].expand(-1, 3, 2).transpose(0, 1)).sum(0), "another axis"),
+    "vmap over parameters": (
+        lambda p, x: vmap(lambda p: net(p, x))(optree.tree_map(lambda leaf: leaf[None], p))[0], ""),
+    "chunks": (lambda p, x: vmap(lambda row: net(p, row), chunk_size=2)(x), "another axis"),
+    "constants inside vmap": (
+        lambda p, x: vmap(lambda row: row.sum() * net(p, torch.ones(2, dtype=row.dtype)))(x), "does not depend on"),
+}  # fmt: skip
+no_layer = pytest.mark.filterwarnings("ignore:find_layers. no layer found")
+
+
+def flat(tree):
+    return torch.cat([tree[k].flatten() for k in P])
+
+
+def unflatten(x):
+    return {k: part.reshape(P[k].shape) for k, part in zip(P, x.split(SIZES), strict=True)}
+
+
+def explicit(model, x=X, targets=None):
+    """Outputs, targets, gradient and Fisher matrix of a Gaussian likelihood, by ``torch.autograd`` alone."""
+    leaves = [leaf.clone().requires_grad_() for leaf in P.values()]
+    outputs = model(dict(zip(P, leaves, strict=True)), x.clone())
+    rows = [torch.autograd.grad(f, leaves, retain_graph=True, materialize_grads=True) for f in outputs.flatten()]
+    J = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    outputs = outputs.detach()
+    targets = normal(*outputs.shape, seed=7)
+    return outputs, targets, J.mT @ (outputs - targets).flatten() / len(x), J.mT @ J / len(x)
+
+
+def close(x, expected):
+    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-10 * float(expected.abs().max()))
+
+
+def check_evaluations(model, layers):
+    """Gradient, loss, products and a step with a fallback, with each estimator and without statistics."""
+    outputs, targets, gradient, matrix = explicit(model)
+    params, x = optree.tree_map(torch.clone, (P, X))
+    for estimator in ("exact", "mc", "empirical", "forward_only"):
+        evaluate = evaluator(model, lrkfac.gaussian(), layers, estimator)
+        for more in ({}, {"statistics": False}, {"examples": torch.tensor([1, 3])})[: 3 if estimator == "exact" else 1]:
+            e = evaluate(params, x, targets, **more)
+            close(flat(e.grads), gradient)
+            close(e.outputs, outputs)
+    with torch.no_grad():
+        close(e.loss_at(params), e.loss)
+    assert not x.requires_grad and torch.equal(x, X) and not any(leaf.requires_grad for leaf in params.values())
+    u, v = normal(sum(SIZES), seed=5), normal(sum(SIZES), seed=6)
+    close(flat(e.product(unflatten(u))), matrix @ u)
+    close(e.quadratic(unflatten(u), unflatten(v)), u @ matrix @ v)
+    stacked = torch.stack([u, v])
+    close(e.gram(vmap(unflatten)(stacked)), stacked @ matrix @ stacked.mT)
+    assert not any(x.requires_grad for x in optree.tree_leaves((e.loss, e.grads, e.outputs)))
+    return matrix, gradient
+
+
+def solved(matrix, gradient, paths):
+    """``(F + λ I)⁻¹ g`` for each block of parameters, and twice the other gradients."""
+    natural, place = 2 * gradient, unflatten(torch.arange(sum(SIZES)))
+    for block in paths:
+        i = torch.cat([place[k].flatten() for k in block])
+        natural[i] = torch.linalg.solve(matrix[i[:, None], i] + DAMPING * torch.eye(len(i)).to(matrix), gradient[i])
+    return natural
+
+
+def step(model, layers, structure):
+    _, targets, _, _ = explicit(model)
+    e = evaluator(model, lrkfac.gaussian(), layers, "exact")(P, X, targets)
+    tx = precondition_by_fisher(layers, structure, damping=DAMPING, fallback=lrkfac.scale(2.0))
+    return flat(tx.update(e.grads, tx.init(P), P, evaluation=e)[0])
+
+
+@pytest.mark.parametrize("model", BATCHED.values(), ids=BATCHED.keys())
+def test_layers_inside_vmap_are_those_of_the_batch(model):
+    layers = find_layers(model, P, X, strict=True)
+    batch = find_layers(net, P, X)
+    assert [(x.name, x.kind, x.d_in, x.d_out, x.by_example) for x in layers] == [
+        (x.name, x.kind, x.d_in, x.d_out, True) for x in batch
+    ]
+    matrix, gradient = check_evaluations(model, layers)
+    close(step(model, layers, full()), solved(matrix, gradient, [list(P)]))
+    close(step(model, layers, layer_wise()), solved(matrix, gradient, [["s"], ["w1", "b1"], ["w2", "b2"]]))
+    for structure in (None, kronecker(low_rank(2), low_rank(3), treatment="reduce", corrected=True)):
+        close(step(model, layers, structure), step(net, batch, structure))
+
+
+class Pictures(nn.Module):
+    """One picture at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.second, self.last = nn.Conv2d(4, 4, 3, groups=2), nn.Linear(4, 3)
+        self.embedding = nn.Embedding(7, 3)
+
+    def forward(self, picture, number):
+        x = self.norm(self.first(picture)).relu()
+        return self.last(self.second(x).flatten(2).mT.relu()) * self.embedding(number)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("structure", [None, layer_wise(), full()], ids=["default", "layer_wise", "full"])
+def test_a_module_of_one_example_equals_that_of_a_batch(structure):
+    torch.manual_seed(0)
+    module = Pictures().double()
+    params = {k: p.detach() for k, p in module.named_parameters()}
+    inputs, targets = (normal(6, 2, 5, 5), torch.arange(6)), normal(6, 9, 3, seed=3)
+
+    def mapped(p, inputs):
+        return vmap(lambda picture, number: functional_call(module, p, (picture[None], number[None]))[0])(*inputs)
+
+    def batch(p, inputs):
+        picture, number = inputs
+        x = F.group_norm(F.conv2d(picture, p["first.weight"], p["first.bias"], padding=1), 2, p["norm.weight"],
+                         p["norm.bias"]).relu()  # fmt: skip
+        x = F.conv2d(x, p["second.weight"], p["second.bias"], groups=2).flatten(2).mT.relu()
+        return F.linear(x, p["last.weight"], p["last.bias"]) * F.embedding(number, p["embedding.weight"])[:, None]
+
+    updates = []
+    for model in (mapped, batch):
+        layers = find_layers(model, params, inputs, strict=True)
+        e = evaluator(model, lrkfac.gaussian(), layers, "exact")(params, inputs, targets)
+        tx = precondition_by_fisher(layers, structure, damping=DAMPING)
+        updates.append(tx.update(e.grads, tx.init(params), params, evaluation=e)[0])
+    for k in params:
+        close(lrkfac.materialize(updates[0])[k], lrkfac.materialize(updates[1])[k])
+
+
+EINSUMS = {"a row": ("i,oi->o", (4,)), "rows behind": ("ti,oi->ot", (2, 4)), "columns": ("it,oi->to", (4, 2))}
+
+
+@pytest.mark.parametrize(("equation", "shape"), EINSUMS.values(), ids=EINSUMS.keys())
+def test_einsum_inside_vmap(equation, shape):
+    """The axes that it turns are behind the mapped one."""
+    mapped = lambda p, x: vmap(lambda row: torch.einsum(equation, row, p["w"]).reshape(-1))(x)  # noqa: E731
+    of_input, _, of_output = equation.replace("->", ",").split(",")
+    whole = f"n{of_input},oi->n{of_output}"
+    plain = lambda p, x: torch.einsum(whole, x, p["w"]).flatten(1)  # noqa: E731
+    x, p, steps = normal(5, *shape), {"w": normal(3, 4)}, []
+    y = normal(*plain(p, x).shape, seed=1)
+    for model in (mapped, plain):
+        layers = find_layers(model, p, x, strict=True)
+        assert layers["w"].by_example
+        e = evaluator(model, lrkfac.gaussian(), layers, "exact")(p, x, y)
+        tx = precondition_by_fisher(layers, full(), damping=DAMPING)
+        steps.append(tx.update(e.grads, tx.init(p), p, evaluation=e)[0]["w"])
+    close(*steps)
+    jacobian = jacrev(lambda p: plain(p, x))(p)["w"].flatten(0, 1).flatten(1)
+    F_ = jacobian.mT @ jacobian / N + DAMPING * torch.eye(12).to(x)
+    close(steps[0].flatten(), torch.linalg.solve(F_, jacobian.mT @ (plain(p, x) - y).flatten() / N))
+
+
+def test_vmap_within_vmap():
+    """Points of several solutions: both axes in front, as in ``[N, T, 2]``."""
+    x = normal(3, 4, 2)
+    layers = find_layers(lambda p, x: vmap(vmap(lambda row: net(p, row)))(x), P, x, strict=True)
+    model = lambda p, x: vmap(vmap(lambda row: net(p, row)))(x)  # noqa: E731
+    y, steps = normal(3, 4, 1, seed=8), []
+    for f, described in ((model, layers), (net, find_layers(net, P, x))):
+        e = evaluator(f, lrkfac.gaussian(), described, "exact")(P, x, y)
+        tx = precondition_by_fisher(described, layer_wise(), damping=DAMPING)
+        steps.append(flat(tx.update(e.grads, tx.init(P), P, evaluation=e)[0]))
+    close(*steps)
+
+
+def test_an_ensemble_of_networks_inside_vmap():
+    """The function of ``evaluator`` inside vmap, with the model's vmap within it."""
+    model = BATCHED["rows"]
+    layers = find_layers(model, P, X)
+    evaluate = evaluator(model, lrkfac.gaussian(), layers, "exact")
+    members = optree.tree_map(lambda leaf: torch.stack([leaf, 0.5 * leaf]), P)
+    y = normal(N, 1, seed=8)
+
+    def natural(p):
+        e = evaluate(p, X, y)
+        tx = precondition_by_fisher(layers, layer_wise(), damping=DAMPING)
+        return flat(tx.update(e.grads, tx.init(p), p, evaluation=e)[0])
+
+    each = torch.stack([natural(optree.tree_map(lambda leaf, i=i: leaf[i], members)) for i in range(2)])
+    close(vmap(natural)(members), each)
+
+
+@no_layer
+@pytest.mark.parametrize(("model", "reason"), DERIVATIVES.values(), ids=DERIVATIVES.keys())
+def test_what_no_probe_can_follow_is_uncovered_and_all_else_works(model, reason):
+    layers = find_layers(model, P, X)
+    assert not len(layers) and len(layers.uncovered) == len(P) and "not covered" in str(layers)
+    assert not any("not used by the model" in text for _, text in layers.uncovered)
+    assert all(reason in text for p, text in layers.uncovered if p.path != "s")
+    _, gradient = check_evaluations(model, layers)
+    for structure in (None, full()):
+        close(step(model, layers, structure), 2 * gradient)
+    _, targets, _, _ = explicit(model)
+    e = evaluator(model, lrkfac.gaussian(), layers)(P, X, targets)
+    tx = lrkfac.low_rank_kfac(layers, 0.1, rank=2, kl_clip=1e9, momentum=0.0)
+    close(flat(tx.update(e.grads, tx.init(P), P, evaluation=e)[0]), -0.1 * gradient)
+    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=2)
+    assert flat(tx.update(e.grads, tx.init(P), P, evaluation=e)[0]) @ gradient < 0
+    with pytest.raises(ValueError, match=r"(?s)no layer found; none of the parameters is covered.*w1"):
+        find_layers(model, P, X, strict=True)
+
+
+def test_no_layer_is_a_warning():
+    with pytest.warns(UserWarning, match="find_layers: no layer found.*plain gradients"):
+        assert not len(find_layers(lambda p, x: x @ p["w"].sin() - p["b"], {"w": normal(2, 2), "b": normal(2)}, X))
+
+
+def derivative_first(p, x):
+    return F.linear(F.linear(laplacian({**p, **Q}, x) * x * p["s"], p["w1"], p["b1"]).tanh(), p["w2"], p["b2"])
+
+
+def gradient_of_features(p, x):
+    """A derivative by what a layer returns: the layer is followed, the network behind it is not."""
+    features = F.linear(x * p["s"], p["w1"], p["b1"])
+    return vmap(grad(lambda h: (h.tanh() @ p["w2"].T).sum() + p["b2"].sum()))(features)
+
+
+Q = {"s": normal(2, seed=12), "w1": normal(6, 2, seed=13), "b1": normal(6, seed=14), "w2": normal(1, 6, seed=15),
+     "b2": normal(1, seed=16)}  # fmt: skip
+MIXED = {
+    "constants differentiated": (derivative_first, [["s"], ["w1", "b1"], ["w2", "b2"]]),
+    "derivative by features": (gradient_of_features, [["s"], ["w1", "b1"]]),
+}
+
+
+@pytest.mark.parametrize(("model", "blocks"), MIXED.values(), ids=MIXED.keys())
+def test_layers_beside_derivatives_are_covered_rightly(model, blocks):
+    layers = find_layers(model, P, X)
+    covered = {p.path for p in layers.parameters if p.index in layers.covered}
+    assert covered == {path for block in blocks for path in block}
+    matrix, gradient = check_evaluations(model, layers)
+    close(step(model, layers, layer_wise()), solved(matrix, gradient, blocks))
+    close(step(model, layers, full()), solved(matrix, gradient, [[path for path in P if path in covered]]))
+
+
+def test_other_parameters_than_those_that_are_differentiated_are_covered():
+    def model(p, x):
+        return F.linear(x, p["outer"]) * with_gradient(p, x)
+
+    params = {**P, "outer": normal(3, 2, seed=20)}
+    layers = find_layers(model, params, X)
+    assert [layer.name for layer in layers] == ["outer"]
+    assert {p.path for p, _ in layers.uncovered} == set(P)
+
+
+def test_a_derivative_that_is_a_constant_for_the_gradient_alone_is_refused():
+    def model(p, x):
+        x = x.requires_grad_()
+        value = net(p, x)
+        return torch.cat([value, torch.autograd.grad(value.sum(), x, retain_graph=True)[0]], dim=1)
+
+    with pytest.raises(ValueError, match=r"without create_graph=True on what depends on the parameter 'b1'"):
+        find_layers(model, P, X)
+
+
+def test_backward_inside_the_model_is_refused():
+    def model(p, x):
+        x = x.clone().requires_grad_()
+        net(p, x).sum().backward(inputs=[x], create_graph=True)
+        return x.grad
+
+    with pytest.raises(ValueError, match=r"backward\(\) adds to .grad of tensors; use torch.autograd.grad"):
+        find_layers(model, P, X)
+
+
+@no_layer
+def test_derivatives_by_autograd_stand_in_no_transformation():
+    layers = find_layers(with_gradient, P, X)
+    evaluate = evaluator(with_gradient, lrkfac.gaussian(), layers)
+    targets = normal(N, 3)
+    with pytest.raises(ValueError, match=r"outside of torch.compile and torch.func"):
+        vmap(lambda p: evaluate(p, X, targets).loss)(optree.tree_map(lambda leaf: leaf[None], P))
+
+
+@no_layer
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_derivatives_by_autograd_without_recording_around(mode):
+    layers = find_layers(with_gradient, P, X)
+    _, targets, gradient, matrix = explicit(with_gradient)
+    with mode():
+        x = X.clone()
+        e = evaluator(with_gradient, lrkfac.gaussian(), layers)(P, x, targets)
+        close(flat(e.grads), gradient)
+        close(flat(e.product(e.grads)), matrix @ gradient)
+        close(e.loss_at(P), e.loss)
+
+
+class Flux(nn.Module):
+    """The gradient of a network by its inputs, as a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
+
+@no_layer
+def test_the_optimizer_steps_a_module_that_takes_derivatives():
+    torch.manual_seed(0)
+    module, x, targets = Flux().double(), X.clone(), normal(N, 2, seed=1)
+    optimizer = LowRankKFAC(module, lrkfac.gaussian(), x, transformation=lrkfac.adaptive_low_rank_kfac)
+    other, another = copy.deepcopy((module, optimizer))
+    losses = [float(optimizer.step(x, targets)) for _ in range(5)]
+    assert losses[-1] < 0.9 * losses[0] and [float(another.step(x, targets)) for _ in range(5)] == losses
+    optimizer.evaluate(x, targets)
+    assert not x.requires_grad
+    (other(x) - targets).square().sum(1).mean().div(2).backward()
+    *weights, bias = module.parameters()
+    for p, q in zip(weights, other.parameters(), strict=False):
+        close(p.grad, q.grad)
+    assert not bias.grad.any()  # the outermost bias adds nothing to the derivative
