@@ -233,7 +233,8 @@ def _placement(name: str, number: int, use: Use, runs: Sequence[Runs]) -> tuple[
             (first, candidates), (moved, _) = (kind.places(tensor, side, options) for tensor in tensors)
             pairs.append((x.examples, first, moved))
         axis = _axis(pairs, candidates) or _constant_axis(pairs, candidates)
-        if axis is None and _constant(pairs) and len({first.shape for _, first, _ in pairs}) == 1:
+        mapped = axis is not None and axis.shared and use.mapped  # no probe can be longer than an axis of vmap
+        if mapped or (axis is None and _constant(pairs) and len({first.shape for _, first, _ in pairs}) == 1):
             return None, True
         axes.append(axis)
     if any(axis is None for axis in axes):

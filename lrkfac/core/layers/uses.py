@@ -97,7 +97,8 @@ class UseRecorder(Follow):
             if call.kind is CUSTOM and not self.around():
                 check_use(call, result)
             use = self._use(call, weight, result)
-            where = "" if use is not None else " inside vmap on what does not depend on the mapped axis"
+            custom, constant = " inside vmap", " inside vmap on what does not depend on the mapped axis"
+            where = "" if use is not None else custom if call.kind is CUSTOM else constant
             if use is not None:
                 if call.kind is SHIFT and self._completes((*args, *kwargs.values()), use):
                     return result

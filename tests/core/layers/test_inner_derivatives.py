@@ -80,11 +80,9 @@ DERIVATIVES = {
     "dual numbers": (of_dual, "torch.autograd.forward_ad"),
     "inner step": (after_a_step, ""),
     "inner step by autograd": (after_a_step_by_autograd, "torch.autograd.grad"),
-    "vmap over another axis": (
-        lambda p, x: vmap(lambda row: net(p, row))(x[:, None].expand(-1, 3, 2).transpose(0, 1)).sum(0), "another axis"),
     "vmap over parameters": (
         lambda p, x: vmap(lambda p: net(p, x))(optree.tree_map(lambda leaf: leaf[None], p))[0], ""),
-    "chunks": (lambda p, x: vmap(lambda row: net(p, row), chunk_size=2)(x), "another axis"),
+    "chunks": (lambda p, x: vmap(lambda row: net(p, row), chunk_size=2)(x), "not known which rows belong"),
     "constants inside vmap": (
         lambda p, x: vmap(lambda row: row.sum() * net(p, torch.ones(2, dtype=row.dtype)))(x), "does not depend on"),
 }  # fmt: skip
@@ -232,6 +230,44 @@ def test_einsum_inside_vmap(equation, shape):
     close(steps[0].flatten(), torch.linalg.solve(F_, jacobian.mT @ (plain(p, x) - y).flatten() / N))
 
 
+@pytest.mark.parametrize("positions", [3, 4])
+def test_vmap_over_positions_is_a_sequence(positions):
+    """Also of as many positions as there are examples: lengths decide nothing."""
+    x, y = normal(4, positions, 2), normal(4, 1, seed=1)
+    mapped = lambda p, x: vmap(lambda rows: net(p, rows), in_dims=1)(x).sum(0)  # noqa: E731
+    plain = lambda p, x: net(p, x).sum(1)  # noqa: E731
+    for structure in (None, full(), layer_wise(), kronecker(low_rank(2), low_rank(3), treatment="reduce")):
+        steps = []
+        for model in (mapped, plain):
+            layers = find_layers(model, P, x, strict=True)
+            e = evaluator(model, lrkfac.gaussian(), layers, "exact")(P, x, y)
+            tx = precondition_by_fisher(layers, structure, damping=DAMPING)
+            steps.append(flat(tx.update(e.grads, tx.init(P), P, evaluation=e)[0]))
+        close(*steps)
+
+
+def test_what_all_examples_share_inside_vmap_is_no_layer():
+    """One point or several of a grid."""
+    for grid in (normal(1, 2), normal(3, 2)):
+        model = lambda p, x, grid=grid: net(p, x) * vmap(lambda row: row @ p["other"].T)(grid).sum()  # noqa: E731
+        params = {**P, "other": normal(3, 2)}
+        layers = find_layers(model, params, X)
+        assert [(p.path, text) for p, text in layers.uncovered] == [
+            ("other", "used by linear on what all examples share, without an axis for the batch")
+        ]
+        y = normal(N, 1, seed=3)
+        e = evaluator(model, lrkfac.gaussian(), layers)(params, X, y)
+        expected = grad(lambda p: (model(p, X) - y).square().sum() / (2 * N))(params)  # noqa: B023
+        optree.tree_map(close, e.grads, expected)
+
+
+def test_a_custom_kind_inside_vmap_is_no_layer():
+    product = lrkfac.LayerKind("product", lambda x, w: x @ w.mT, lambda a, w: a @ w.mT)
+    layers = find_layers(lambda p, x: net(p, vmap(lambda row: product(row, p["c"]))(x)), {**P, "c": normal(2, 2)}, X,
+                         kinds=(product,))  # fmt: skip
+    assert [(p.path, text) for p, text in layers.uncovered] == [("c", f"used by {product} inside vmap")]
+
+
 def test_vmap_within_vmap():
     """Points of several solutions: both axes in front, as in ``[N, T, 2]``."""
     x = normal(3, 4, 2)
@@ -268,7 +304,8 @@ def test_what_no_probe_can_follow_is_uncovered_and_all_else_works(model, reason)
     layers = find_layers(model, P, X)
     assert not len(layers) and len(layers.uncovered) == len(P) and "not covered" in str(layers)
     assert not any("not used by the model" in text for _, text in layers.uncovered)
-    assert all(reason in text for p, text in layers.uncovered if p.path != "s")
+    reasons = {p.path: text for p, text in layers.uncovered}
+    assert reason in reasons["w1"] and reason in reasons["w2"]
     _, gradient = check_evaluations(model, layers)
     for structure in (None, full()):
         close(step(model, layers, structure), 2 * gradient)

@@ -140,11 +140,13 @@ WORKING = {
     "old function": (lambda net, h: net.b(Sign.apply(h)), {"a", "b", "c"}),
     "function with setup_context": (lambda net, h: net.b(SplitSign.apply(h)), {"a", "b", "c"}),
     "function with all rules": (lambda net, h: net.b(WholeSign.apply(h)), {"a", "b", "c"}),
-    "old function of a weight": (lambda net, h: F.linear(h, Sign.apply(net.b.weight), net.b.bias), {"a", "c"}),
-    "function of a weight": (lambda net, h: F.linear(h, SplitSign.apply(net.b.weight), net.b.bias), {"a", "c"}),
-    "old function that is a layer": (old_product, {"a", "c"}),
+    "old function of a weight": (
+        lambda net, h: F.linear(h, Sign.apply(net.b.weight), net.b.bias), {"a", "b.bias", "c"}),
+    "function of a weight": (
+        lambda net, h: F.linear(h, SplitSign.apply(net.b.weight), net.b.bias), {"a", "b.bias", "c"}),
+    "old function that is a layer": (old_product, {"a", "b.bias", "c"}),
     "function that shows nothing": (
-        lambda net, h: F.linear(Hidden.apply(h, net.b.weight), torch.eye(4).to(h), net.b.bias), {"a", "c"}),
+        lambda net, h: F.linear(Hidden.apply(h, net.b.weight), torch.eye(4).to(h), net.b.bias), {"a", "b.bias", "c"}),
     "function under checkpoint": (
         lambda net, h: checkpoint(lambda h: net.b(Sign.apply(h)), h, use_reentrant=False), {"a", "b", "c"}),
     "hook on an activation": (lambda net, h: hooked(net.b(h)).tanh(), {"a", "b", "c"}),
@@ -201,7 +203,7 @@ def test_checkpoints_and_custom_functions_are_as_by_autograd(around, covered):
     tx = precondition_by_fisher(layers, layer_wise(), damping=DAMPING)
     natural, place = gradient.clone(), dict(zip(params, torch.arange(len(gradient)).split(sizes), strict=True))
     for name in covered:
-        i = torch.cat([place[f"{name}.weight"], place[f"{name}.bias"]])
+        i = torch.cat([place[path] for path in params if path.startswith(name)])
         natural[i] = torch.linalg.solve(matrix[i[:, None], i] + DAMPING * torch.eye(len(i)).to(matrix), gradient[i])
     close(flat(tx.update(e.grads, tx.init(params), params, evaluation=e)[0]), natural)
 
@@ -280,7 +282,7 @@ def test_the_remedies_work(function):
             part.eval()
     model, params = from_module(net)
     layers = find_layers(model, params, X)
-    assert [layer.name for layer in layers] == ["2"]
+    assert [layer.name for layer in layers] == ["0.bias", "2"]
     targets, gradient, matrix = by_autograd(net)
     e = evaluator(model, lrkfac.gaussian(), layers)(params, X, targets)
     close(flat(e.grads), gradient)
