@@ -2,6 +2,7 @@
 
 from operator import attrgetter
 
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
