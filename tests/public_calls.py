@@ -95,7 +95,8 @@ public("from_module", {"module": NET},
     output=among(1.5, True, (), [0], {}, 1j, object()))
 public("find_layers", {"model": MODEL, "params": P, "inputs": X}, model=FUNCTION, params=tree(P, shapes=False),
     inputs=among(X.to("meta"), (X.to("meta"),)), strict=FLAG, bias=one_of("joint", "separate"),
-    kinds=among(1, "x", [1], [torch.sub], lrkfac.LayerKind, *[x for x in NOTHING if x not in ([], ())]))
+    kinds=among(1, "x", [1], [torch.sub], lrkfac.LayerKind, *[x for x in NOTHING if x not in ([], ())]),
+    batch_axes=among(2, "x", True, 0.5, [0], (0, 1), {"x": 0}, object()))
 public("LayerKind", {"name": "x", "function": torch.sub, "operation": torch.add}, name=among(1, *NOTHING),
     **{name: FUNCTION for name in ("function", "operation", "parts")},
     weight_axis=among("0", 1.0, True, torch.tensor(1), *[x for x in NOTHING if x is not None]),

@@ -465,7 +465,7 @@ def test_unknown_objects_are_refused_by_name():
     with pytest.raises(TypeError, match=r"outputs as a tensor .*, got Unknown; convert it"):
         lrkfac.find_layers(lambda p, x: Unknown(plain(p, x)), PARAMS, (X, SCALE))
     for returned, likelihood, message in (
-        (Unknown, lrkfac.categorical(), "model: expected outputs as a tensor .*got Unknown"),
+        (Unknown, lrkfac.categorical(), "model: expected outputs as a tensor.* got Unknown"),
         (lambda y: UserDict(a=y), lrkfac.categorical(), r"got UserDict with \['a'\]; .* from_module\(module, output="),
         (lambda y: UserDict(a=Unknown(y)), lrkfac.joint({"a": lrkfac.categorical()}), "model: .*Unknown"),
         (lambda y: UserDict(b=y), lrkfac.joint({"a": lrkfac.categorical()}), r"missing \['a'\], unexpected \['b'\]"),

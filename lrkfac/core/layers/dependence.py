@@ -29,8 +29,10 @@ Run = Callable[[Tree], tuple[Any, Mapping[str, Sequence[Use]]]]
 SIZES = (4, 6)
 """Numbers of examples; both even, for models that pair them."""
 
-SMALLEST = 1e-5
-"""The smallest difference that counts, relative to the largest entry: more than rounding in float32 makes."""
+
+def _rounding(x: Tensor) -> float:
+    """Return what differences between entries must exceed to count, relative to the largest entry."""
+    return 8 * torch.finfo(x.dtype).eps if x.is_floating_point() or x.is_complex() else 0.0
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,9 @@ def _differ(place: BatchAxis, n: int, result: Any, other: Any) -> Tensor:
     for x, y in zip(result_leaves(result), result_leaves(other), strict=True):
         if not isinstance(x, Tensor) or not x.ndim or x.shape[0] not in lengths or x.shape != y.shape or not x.numel():
             continue
+        rounding = _rounding(x)
         x, y = (place.in_front(_comparable(z), n) for z in (x, y))
-        change, scale = (x - y).abs(), x.abs().amax().clamp(min=1e-30)
-        differ |= (change > SMALLEST * scale).reshape(n, -1).any(dim=1)
+        differ |= ((x - y).abs() > rounding * x.abs().amax()).reshape(n, -1).any(dim=1)
     return differ
 
 
@@ -265,7 +267,7 @@ def _moved_along(axis: int, n: int, first: Tensor, moved: Tensor) -> Iterator[Ba
         before, after = (z.reshape(outer, n, inner, -1) for z in (x, y))
         expected = before.roll(-1, 1)
         spread = (before - expected).abs().amax()
-        if bool(spread > SMALLEST * x.abs().amax()) and bool((after - expected).abs().amax() <= 1e-3 * spread):
+        if bool(spread > _rounding(first) * x.abs().amax()) and bool((after - expected).abs().amax() <= 1e-3 * spread):
             yield BatchAxis(axis, outer, inner)
 
 

@@ -169,7 +169,10 @@ def factors(operation, params, cotangent, matrix, reduce=False):
     of_bias = "b" in params and d_in == 1
     used = a.abs().amax((0, 1, 3)) > 0 if of_bias else slice(None)
     g = None if cotangent is None else reference.output_rows(operation, params, cotangent, groups)[:, :, :, used]
-    return reference.moments(a[:, :, used], g, d_out, reduce)
+    a = a[:, :, used]
+    if reduce:
+        a, g = a.mean(2, keepdim=True), None if g is None else g.sum(3, keepdim=True)
+    return reference.moments(a, g, d_out)
 
 
 def solved(matrix, gradient, blocks):
