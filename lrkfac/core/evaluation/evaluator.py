@@ -80,7 +80,7 @@ def evaluator(
         can.
 
     Raises:
-        ValueError: If an option is unknown or out of range.
+        ValueError: If an option is unknown or out of range, or ``differentiable`` with ``layers.autograd``.
         TypeError: If an argument has the wrong type.
 
     Examples:
@@ -103,6 +103,12 @@ def evaluator(
     check_flag(has_aux, "has_aux")
     check_flag(thin, "thin")
     check_flag(differentiable, "differentiable")
+    if differentiable and layers.autograd:
+        raise ValueError(
+            "differentiable: expected False for a model whose derivatives are taken by torch.autograd, since it does "
+            "what torch.func refuses (it calls torch.autograd.grad, or a torch.autograd.Function without "
+            "setup_context); use torch.func.grad and setup_context in the model"
+        )
     check_estimator(estimator, samples)
     if not isinstance(likelihood, Likelihood | Joint):
         raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")

@@ -79,12 +79,12 @@ class FisherProducts:
             ValueError: If the tree does not fit the parameters.
         """
         check_like(self.params, params, "loss_at: params")
-        if not self.layers.autograd:
-            with recording(self.differentiable):
+        with recording(self.differentiable):
+            if not self.layers.autograd:
                 return self.objective.heads.loss(self.objective.outputs(params, self.inputs), self.targets)
-        with autograd_enabled():
-            outputs = constant(self.objective.outputs(attached(params), constant(self.inputs)))
-        return self.objective.heads.loss(outputs, self.targets)
+            with autograd_enabled():
+                outputs = self.objective.outputs(attached(params), constant(self.inputs))
+            return self.objective.heads.loss(constant(outputs), self.targets)
 
     def _outputs(self, params: Tree) -> list[Tensor]:
         inputs = constant(self.inputs) if self.layers.autograd else self.inputs

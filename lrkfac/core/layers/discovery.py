@@ -175,7 +175,8 @@ def _needs_autograd(model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tr
     fake_inputs = like_fake(inputs)
 
     def tensors(params: Tree) -> list[Tensor]:
-        return [x for x in result_leaves(model(params, fake_inputs)) if isinstance(x, Tensor)]
+        leaves = result_leaves(model(params, fake_inputs))
+        return [x for x in leaves if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
 
     try:
         vjp(tensors, like_fake(params))

@@ -389,6 +389,21 @@ def test_derivatives_by_autograd_stand_in_no_transformation():
     targets = normal(N, 3)
     with pytest.raises(ValueError, match=r"outside of torch.compile and torch.func"):
         vmap(lambda p: evaluate(p, X, targets).loss)(optree.tree_map(lambda leaf: leaf[None], P))
+    with pytest.raises(ValueError, match=r"differentiable: expected False for a model .*torch.autograd.grad"):
+        evaluator(with_gradient, lrkfac.gaussian(), layers, differentiable=True)
+
+
+@no_layer
+def test_derivatives_by_autograd_take_no_graph_along():
+    targets = normal(N, 3).requires_grad_()
+    params = optree.tree_map(lambda leaf: leaf.clone().requires_grad_(), P)
+    e = evaluator(with_gradient, lrkfac.gaussian(), find_layers(with_gradient, params, X))(params, X, targets)
+    products = e.loss_at(params), e.product(P), e.quadratic(P, P)
+    assert not any(x.requires_grad for x in optree.tree_leaves((e.loss, e.grads, e.outputs, products)))
+
+
+def test_numbers_that_have_no_derivative_are_no_reason_for_autograd():
+    assert not find_layers(lambda p, x: (net(p, x), {"count": torch.tensor(3), "signs": x > 0}), P, X).autograd
 
 
 @no_layer
