@@ -79,6 +79,9 @@ def test_with_and_without_mapped_axes():
         return back - row
 
     assert torch.equal(vmap(vmap(inner), in_dims=2)(x), x.permute(2, 0, 1))
+    seen = []
+    vmap(lambda part: seen.append(private_torch.with_mapped_axes(part, [1])) or part, in_dims=2)(x)
+    assert torch.equal(seen[0], x.permute(2, 0, 1))
 
 
 class Doubled(torch.autograd.Function):
