@@ -21,21 +21,6 @@ def momentum_trace(gradients: list[Params], decay: float, nesterov: bool = False
     return updates
 
 
-def adam(gradients: list[Params], b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> list[Params]:
-    """m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g²; update (m / (1 - b1^t)) / (√(v / (1 - b2^t)) + eps)."""
-    first, second = ({name: torch.zeros_like(g) for name, g in gradients[0].items()} for _ in range(2))
-    updates = []
-    for t, step in enumerate(gradients, start=1):
-        update = {}
-        for name, g in step.items():
-            first[name] = b1 * first[name] + (1 - b1) * g
-            second[name] = b2 * second[name] + (1 - b2) * g**2
-            mean, variance = first[name] / (1 - b1**t), second[name] / (1 - b2**t)
-            update[name] = mean / (variance.sqrt() + eps)
-        updates.append(update)
-    return updates
-
-
 def decayed_weights_added(updates: Params, params: Params, weight_decay: float) -> Params:
     """u + weight_decay * w for every parameter w (decoupled: after preconditioning)."""
     return {name: u + weight_decay * params[name] for name, u in updates.items()}

@@ -79,6 +79,9 @@ def test_loss_gradients_and_factors_are_those_of_the_reference(case, estimator):
         close(factors(case, result), reference_networks.factors(case, estimator))
     if estimator == "forward_only":
         assert result.statistics.output_gradients == {layer: () for layer in result.statistics.inputs}
+    if estimator == "exact" and case in cases.EXACT:
+        for name, (A, B) in factors(case, result).items():
+            close(torch.kron(B[0], A[0]), reference_networks.gauss_newton_blocks(case, name)[0])
 
 
 @each(*DISCRETE_AND_GAUSSIAN)
