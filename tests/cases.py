@@ -6,7 +6,6 @@ the parameter ``"<position>.shift"``, which belongs to no layer) or a plain func
 name is its position.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -96,10 +95,7 @@ def make_case(
         elif isinstance(stage, Shift):
             params[f"{position}.shift"] = normal(stage.shape)
     model, inputs = partial(apply_stages, stages), normal(input_shape)
-    # torch warns, once in a process, that padding "same" of an even kernel may copy
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
-        outputs = model(params, inputs)
+    outputs = model(params, inputs)
     if likelihood == "categorical":
         targets = torch.randint(outputs.shape[-1], outputs.shape[:-1], generator=generator)
     elif likelihood == "bernoulli":

@@ -68,7 +68,6 @@ COVERED = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("model", "expected"), COVERED.values(), ids=COVERED.keys())
 def test_covered(model, expected):
     layers = gradients_are_those_of_autograd(model, P, X)
