@@ -9,14 +9,10 @@ import torch.nn.functional as F
 
 import lrkfac
 from lrkfac.core.layers import kinds
-from lrkfac.core.layers.calls import Call
-from lrkfac.core.layers.kinds import CONVOLUTIONS, EMBEDDING, LINEAR, SCALE, SHIFT, LinearOptions
+from lrkfac.core.layers.kinds import CONVOLUTIONS, EMBEDDING, LINEAR, SCALE, SHIFT
 from lrkfac.core.layers.parsers import PARSERS
 from lrkfac.core.layers.views import apply_view
 from tests.tensors import close, normal
-
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-
 
 SETTINGS = [
     {}, {"stride": (2, 3)}, {"padding": 2}, {"stride": (2,), "padding": (1,), "dilation": (2,)}, {"padding": "same"},
@@ -78,13 +74,6 @@ def test_convolutions(name, kernel, settings, groups):
     more = {"output_padding": 0, "groups": groups, "dilation": 1} if transposed else {"dilation": 1, "groups": groups}
     assert parsed(function, x, w, b, *({"stride": 1, "padding": 0} | more | settings).values()) == call
     assert parsed(function, input=x, weight=w, groups=groups, **settings) == call._replace(bias=None)
-
-
-def test_calls_of_linear():
-    x, w, b = normal(3, 4), normal(2, 4), normal(2)
-    call = parsed(F.linear, x, w, b)
-    assert call == parsed(F.linear, x, weight=w, bias=b) == Call(LINEAR, x, w, b, LinearOptions())
-    assert PARSERS[F.linear](lambda a: False, x, w, b) is None
 
 
 EINSUM = {
