@@ -188,26 +188,3 @@ def test_other_dtypes(case, dtype, estimator):
     ]
     for a, b in zip(*map(optree.tree_leaves, parts), strict=True):
         assert a.isfinite().all() and (a.double() - b).norm() <= tolerance * (1e-2 + b.norm())
-
-
-ODD = {
-    "non-contiguous": (lambda p: torch.stack([p, p], -1)[..., 0], lambda x: x.mT.contiguous().mT),
-    "non-leaf": (lambda p: p.clone().requires_grad_() * 1, lambda x: x.clone().requires_grad_() * 1),
-    "batch of one": (torch.clone, lambda x: x[:1]),
-    "zero inputs": (torch.clone, torch.zeros_like),
-    "zero parameters": (torch.zeros_like, torch.clone),
-}
-
-
-@each_estimator
-@pytest.mark.parametrize(("of_param", "of_inputs"), ODD.values(), ids=ODD.keys())
-@each(cases.LINEAR[4], cases.CONVOLUTION[3])
-def test_odd_tensors_just_work(case, of_param, of_inputs, estimator):
-    inputs, params = of_inputs(case.inputs), optree.tree_map(of_param, case.params)
-    case = case._replace(params=params, inputs=inputs, targets=case.targets[: len(inputs)])
-    before = optree.tree_map(torch.clone, (case.params, case.inputs, case.targets))
-    result = evaluate(case, estimator)
-    close(result.grads, reference_networks.gradients(case))
-    if estimator != "mc":
-        close(factors(case, result), reference_networks.factors(case, estimator))
-    close((case.params, case.inputs, case.targets), before)
