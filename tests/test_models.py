@@ -14,7 +14,7 @@ from torch.func import grad
 
 import lrkfac
 
-CLASSES, VOCABULARY, HEADS = 3, 11, 2
+CLASSES, VOCABULARY = 3, 11
 
 
 def normal(*shape):
@@ -52,30 +52,6 @@ def tied():
         return F.linear(x, params["table"])
 
     return model, params, torch.randint(VOCABULARY, (4, 3))
-
-
-def vision_transformer():
-    """Patches, a class token, positions, one block of attention and a perceptron."""
-    d, hidden = 6, 8
-    params = {
-        "patch": Dense(normal(d, 2, 2, 2), normal(d)), "cls": normal(1, 1, d), "position": normal(1, 5, d),
-        "norm1": Dense(1 + normal(d), normal(d)), "qkv": Dense(normal(3 * d, d), normal(3 * d)),
-        "out": Dense(normal(d, d), normal(d)), "norm2": Dense(1 + normal(d), normal(d)),
-        "up": Dense(normal(hidden, d), normal(hidden)), "down": Dense(normal(d, hidden), normal(d)),
-        "head": Dense(normal(CLASSES, d), normal(CLASSES)),
-    }  # fmt: skip
-
-    def model(params, images):
-        x = F.conv2d(images, *params["patch"], stride=2).flatten(2).mT
-        x = torch.cat([params["cls"].expand(x.shape[0], -1, -1), x], dim=1) + params["position"]
-        y = F.linear(F.layer_norm(x, (d,), *params["norm1"]), *params["qkv"])
-        q, k, v = y.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        y = torch.softmax(q @ k.mT, dim=-1) @ v
-        x = x + F.linear(y.transpose(1, 2).flatten(2), *params["out"])
-        y = F.gelu(F.linear(F.layer_norm(x, (d,), *params["norm2"]), *params["up"]))
-        return F.linear((x + F.linear(y, *params["down"]))[:, 0], *params["head"])
-
-    return model, params, normal(3, 2, 4, 4)
 
 
 # Modules ----------------------------------------------------------------------------------------------
@@ -148,7 +124,7 @@ def residual():
 
 
 MODELS = {
-    **{f.__name__: f for f in (recurrent, tied, vision_transformer, residual)},
+    **{f.__name__: f for f in (recurrent, tied, residual)},
     "conv1d": of_module(Norms, lambda: normal(4, 2, 6)),
     "transformer": of_module(encoder, lambda: normal(4, 3, 4)),
     "cross attention": of_module(
