@@ -108,7 +108,7 @@ def test_steps_of_full_rank_equal_the_reference(case, estimator):
     for i in range(5):
         rate = reference_optimizers.warmup_cosine_decay_schedule(i, 0.3, 2, 5, 0.1)
         if i % 2 == 0:
-            state = reference_networks.dense_kfac_step(case, state, estimator=estimator, decay=OPTIONS["decay"]).state
+            state = reference_networks.averaged_factors(case, state, estimator, OPTIONS["decay"])
         grads = reference_networks.gradients(case)
         natural = reference_networks.preconditioned_gradients(case, grads, state.averages, OPTIONS["damping"])
         clipped.append(reference_optimizers.clipped_by_kl(natural, grads, rate, OPTIONS["kl_clip"]))
