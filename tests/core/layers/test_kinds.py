@@ -2,12 +2,10 @@
 
 from itertools import product
 
-import optree
 import pytest
 import torch
 import torch.nn.functional as F
 
-import lrkfac
 from lrkfac.core.layers import kinds
 from lrkfac.core.layers.kinds import CONVOLUTIONS, EMBEDDING, LINEAR, SCALE, SHIFT
 from lrkfac.core.layers.parsers import PARSERS
@@ -125,18 +123,3 @@ def test_scale_and_shift_are_broadcast(shape, kind, function):
     a, prepared = kind.prepare(call.input, g[None], 5, call.options)
     assert call.kind is kind and kind.unit_wise and a.shape == prepared.shape[1:] == (5, a.shape[1], w.numel())
     close(kind.transpose(a, prepared[0], 1, call.options), apply_view(call.turn, pullback(g)[0]))
-
-
-@pytest.mark.parametrize("structure", [lrkfac.structures.layer_wise(), lrkfac.structures.unit_wise()])
-def test_a_batch_flattened_with_positions_has_the_blocks_of_the_whole(structure):
-    """The gradient of an example is that of all its positions."""
-    params, x = {"w": torch.randn(2, 3).double()}, torch.randn(4, 5, 3).double()
-    whole = lambda p, x: F.linear(x, p["w"]).tanh().mean(1)  # noqa: E731
-    flat = lambda p, x: F.linear(x.reshape(20, 3), p["w"]).tanh().reshape(4, 5, 2).mean(1)  # noqa: E731
-    states = []
-    for model in (whole, flat):
-        layers = lrkfac.find_layers(model, params, x)
-        e = lrkfac.evaluator(model, lrkfac.gaussian(), layers, "exact")(params, x, torch.zeros(4, 2).double())
-        tx = lrkfac.precondition_by_fisher(layers, structure)
-        states.append(optree.tree_leaves(tx.update(e.grads, tx.init(params), params, evaluation=e)))
-    torch.testing.assert_close(*states)
