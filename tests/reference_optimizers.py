@@ -33,14 +33,10 @@ def clipped_by_global_norm(updates: Params, max_norm: float) -> Params:
     return {name: factor * u for name, u in updates.items()}
 
 
-def kl_clip_factor(updates: Params, gradients: Params, learning_rate: float, kl_clip: float) -> float:
-    """min(1, √(kl_clip / (lr² Σ u·g))), the sum over all entries of all parameters; 1 where it is not positive."""
-    inner = sum(float((u * gradients[name]).sum()) for name, u in updates.items())
-    return min(1.0, math.sqrt(kl_clip / (learning_rate**2 * inner))) if inner > 0 else 1.0
-
-
 def clipped_by_kl(updates: Params, gradients: Params, learning_rate: float, kl_clip: float) -> Params:
-    factor = kl_clip_factor(updates, gradients, learning_rate, kl_clip)
+    """u * min(1, √(kl_clip / (lr² Σ u·g))), the sum over all entries of all parameters; u where it is not positive."""
+    inner = sum(float((u * gradients[name]).sum()) for name, u in updates.items())
+    factor = min(1.0, math.sqrt(kl_clip / (learning_rate**2 * inner))) if inner > 0 else 1.0
     return {name: factor * u for name, u in updates.items()}
 
 

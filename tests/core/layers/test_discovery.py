@@ -94,10 +94,6 @@ NOT_COVERED = {
         lambda p, x: F.linear(linear(p, x), p["v"][torch.tensor([2, 0, 1])]), {"v": V},
         {"v": "used by torch.Tensor.__getitem__"},
     ),
-    "entries picked by an input": (
-        lambda p, x: F.linear(linear(p, x), p["v"][x[:4, 0].long() % 4]), {"v": V},
-        {"v": "used by torch.Tensor.__getitem__"},
-    ),
     "different groups": (
         lambda p, x: linear(p, sum(F.conv2d(x[:, :g, None, None], p["k"], groups=g) for g in (2, 4))[..., 0, 0]),
         {"k": normal(4, 1, 1, 1)}, {"k": "used by conv2d with different numbers of groups"},
