@@ -1,7 +1,6 @@
 """Dtypes and options of the families, and targets that make no sense; their losses: ``test_protocol.py``."""
 
 import math
-from operator import itemgetter
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 from torch.func import grad, vmap
 
 from lrkfac import bernoulli, categorical, evaluator, find_layers, gaussian, poisson
-from tests.compiling import traced
 from tests.tensors import close, normal
 
 
@@ -77,14 +75,3 @@ def test_values_are_looked_at_where_they_are_known():
                 f(params, outputs, targets, statistics=statistics)
     losses = vmap(ignoring.loss, (None, 0))(outputs, torch.stack([none_left, torch.tensor([0, -100])]))
     assert losses[0].isnan() and losses[1].isfinite()
-
-
-@pytest.mark.slow
-def test_compiled_without_valid_targets_the_loss_is_not_finite_and_rows_are_zero():
-    params, inputs = {"w": torch.randn(3, 3)}, torch.randn(2, 3)
-    f = evaluator(linear, categorical(ignore_index=-100), find_layers(linear, params, inputs), "exact")
-    run = traced(lambda p, x, y: itemgetter(0, 4)(f(p, x, y)))
-    for targets, valid in ((torch.full((2,), -100), False), (torch.tensor([-100, 1]), True)):
-        loss, statistics = run(params, inputs, targets)
-        (g,) = statistics.output_gradients["w"]
-        assert loss.isnan() != valid and bool(g.any()) == valid and statistics.scale.isfinite()
