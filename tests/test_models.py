@@ -127,9 +127,7 @@ MODELS = {
     **{f.__name__: f for f in (recurrent, tied, residual)},
     "conv1d": of_module(Norms, lambda: normal(4, 2, 6)),
     "transformer": of_module(encoder, lambda: normal(4, 3, 4)),
-    "cross attention": of_module(
-        CrossAttention, lambda: {"q": normal(4, 2, 4), "k": normal(4, 3, 3), "v": normal(4, 3, 5)}
-    ),
+    "cross attention": of_module(CrossAttention, lambda: (normal(4, 2, 4), normal(4, 3, 3), normal(4, 3, 5))),
 }
 
 

@@ -44,8 +44,7 @@ def test_every_layer_of_a_network_is_described(case):
         for parameter in filter(None, (layer.weight, layer.bias)):
             leaf = optree.tree_leaves(case.params)[parameter.index]
             assert leaf is case.params[parameter.path] and tuple(leaf.shape) == parameter.shape
-    shifts = [name for name in case.params if name.endswith("shift")]
-    assert [p.path for p, _ in layers.uncovered] == shifts
+    assert [p.path for p, _ in layers.uncovered] == [name for name in case.params if name.endswith("shift")]
     single = {name: p.float() for name, p in case.params.items()}
     assert find_layers(case.model, single, case.inputs[:1].float()) == layers, "of any batch size and dtype"
 

@@ -49,9 +49,11 @@ INPUTS = {
 
 @pytest.mark.parametrize(("inputs", "call"), INPUTS.values(), ids=INPUTS.keys())
 def test_loss_and_gradients_are_those_by_autograd_through_the_module(inputs, call):
-    """The module stays as it was."""
+    """The module stays as it was; its parameters are not copied and need no gradient."""
     net = network(Several)[0]
     model, params = from_module(net)
+    assert {name: p.data_ptr() for name, p in params.items()} == {n: p.data_ptr() for n, p in net.named_parameters()}
+    assert not any(p.requires_grad for p in params.values()) and all(p.requires_grad for p in net.parameters())
     kept, layers, other = state_of(net), find_layers(model, params, inputs), copy.deepcopy(net)
     assert layers["first"].uses == 2 and not layers.uncovered
     outputs = call(other)
@@ -145,10 +147,3 @@ def test_dropout_is_refused_by_name_and_accepted_when_off(make, message):
     with pytest.raises(ValueError, match=rf"module: {message}.*call eval\(\)"):
         from_module(net)
     from_module(net.eval())
-
-
-def test_parameters_need_no_gradient_and_are_not_copied():
-    net = network(lambda: nn.Linear(4, 3))
-    _, params = from_module(net)
-    assert {name: p.data_ptr() for name, p in params.items()} == {n: p.data_ptr() for n, p in net.named_parameters()}
-    assert not any(p.requires_grad for p in params.values()) and all(p.requires_grad for p in net.parameters())
