@@ -87,7 +87,7 @@ class MovingAverage(nn.Module):
         self.register_buffer("mean", torch.zeros(3))
 
     def forward(self, x):
-        self.mean = 0.9 * self.mean + 0.1 * x.mean(dim=0).detach()
+        self.mean = 0.9 * self.mean + 0.1 * x.square().mean(dim=0).detach()
         return x - self.mean
 
 
