@@ -20,6 +20,7 @@ from tests.transforms.test_precondition import STRUCTURES, layers_and_evaluate
 from tests.transforms.test_travel import ELEMENTWISE, EVALUATE, TRANSFORMATIONS
 
 MLP, SHIFT, GROUPS = cases.LINEAR[0], cases.LINEAR[6], cases.CONVOLUTION[3]
+EQUAL = cases.make_case("equal", cases.with_tanh(*[cases.linear(4, 4)] * 3), (5, 4))
 INJECTED = {"value": (lrkfac.clip, {"max_delta": 0.3}), "average": (lrkfac.ema_params, {"decay": 0.8})}
 OF_ANY_TREE = {
     **ELEMENTWISE,
@@ -57,6 +58,7 @@ ELSEWHERE = {*ELEMENTWISE, "adaptive, bounded"} - {"accumulate", "clip_by_kl", "
 OF_MODELS = {
     **{name: (MLP, lambda _, tx=tx: tx) for name, tx in TRANSFORMATIONS.items() if name not in ELSEWHERE},
     **{f"{name}, groups": (GROUPS, partial(precondition, structure=s)) for name, s in (STRUCTURES | CORRECTED).items()},
+    "layers of equal form": (EQUAL, partial(precondition, rank=1)),
     "finite": (GROUPS, finite),
     "not finite": (GROUPS, finite),
     "fallback": (SHIFT, partial(precondition, rank=1, fallback=scale_by_adam())),
@@ -89,6 +91,7 @@ COMPILED = {
     ),
     "apply_if_finite": lrkfac.apply_if_finite(TRANSFORMATIONS["low_rank_kfac"], 2),
     **{name: TRANSFORMATIONS[name] for name in ("accumulate", "adaptive_low_rank_kfac", "adaptive, bounded")},
+    "corrected": TRANSFORMATIONS["dense, corrected"],
 }
 
 

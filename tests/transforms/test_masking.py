@@ -1,5 +1,7 @@
 """``masked`` and ``partition``: each transformation acts as if its parameters were all there is."""
 
+from functools import partial
+
 import optree
 import pytest
 import torch
@@ -17,6 +19,7 @@ MLP, SHIFT = cases.LINEAR[0], cases.LINEAR[6]
 INNER = chain(
     lrkfac.add_decayed_weights(0.1), lrkfac.clip_by_global_norm(0.5), scale_by_adam(), trace(0.9), scale(-0.1)
 )
+TWO_AXES = partial(optree.tree_map, lambda x: x.ndim == 2)
 MASKS = {
     "whole tree": (
         {"a": True, "blocks": [False, (True, Pair(True, False))], "one": (False,), "w": True},
@@ -28,15 +31,11 @@ MASKS = {
     ),
     "all": (True, [True] * 7),
     "none": (False, [False] * 7),
-    "function": (
-        lambda tree: optree.tree_map(lambda x: x.ndim == 2, tree),
-        [True, False, False, False, False, True, True],
-    ),
+    "function": (TWO_AXES, [True, False, False, False, False, True, True]),
 }
-each_mask = pytest.mark.parametrize("mask, own", MASKS.values(), ids=MASKS.keys())
 
 
-@each_mask
+@pytest.mark.parametrize("mask, own", MASKS.values(), ids=MASKS.keys())
 def test_masked_equals_the_inner_one_on_its_leaves_alone(mask, own):
     params = nested(seed=3)
     part = lambda tree: [x for x, one in zip(optree.tree_leaves(tree), own, strict=True) if one]  # noqa: E731

@@ -21,11 +21,10 @@ TREES = {
     "whole": ({"a": 0.1, "blocks": [0.2, (0.3, Pair(0.4, 0.5))], "one": (0.6,), "w": 0.7}, [1, 2, 3, 4, 5, 6, 7]),
     "ends earlier": ({"a": 0.1, "blocks": [0.2, 0.3], "one": 0.4, "w": torch.tensor(0.5)}, [1, 2, 3, 3, 3, 4, 5]),
 }
-each_tree = pytest.mark.parametrize(("tree", "tenths"), TREES.values(), ids=TREES.keys())
 
 
 @each
-@each_tree
+@pytest.mark.parametrize(("tree", "tenths"), TREES.values(), ids=TREES.keys())
 def test_each_leaf_as_with_its_own_number(make, tree, tenths):
     params = nested(seed=3)
     found = replayed(make(tree), steps(), params)
@@ -64,8 +63,7 @@ def test_the_clip_bounds_the_length_of_the_step_that_is_taken(rates):
 
 @each
 def test_trees_that_do_not_fit(make):
-    params = {"a": torch.ones(2), "b": torch.ones(3)}
     with pytest.raises(ValueError, match=r"(decay|learning_rate): expected a tree like the parameters"):
-        make({"a": 0.1, "c": 0.2}).init(params)
+        make({"a": 0.1, "c": 0.2}).init({"a": torch.ones(2), "b": torch.ones(3)})
     with pytest.raises(ValueError, match=r"(decay|learning_rate) at 'b\.0': expected a finite number"):
         make({"a": 0.1, "b": [-0.1]})
