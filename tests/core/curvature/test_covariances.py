@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import jacrev, vmap
+from torch.func import jacrev
 
 import lrkfac
 from lrkfac import evaluator, find_layers
 from lrkfac.core.curvature.covariances import kronecker_factors
-from lrkfac.core.layers.matrix import layer_matrix, split_groups
+from lrkfac.core.layers.matrix import split_groups
 from lrkfac.core.linalg.covariances import Covariance
 from lrkfac.testing import layers
 from tests import reference
@@ -107,23 +107,14 @@ def test_factors_are_those_of_the_rows(dtype, case, treatment, scale):
 @pytest.mark.parametrize("pooled", [torch.mean, torch.sum])
 def test_reduce_is_exact_for_pooling_in_a_linear_network(pooled):
     """``B ⊗ A = JᵀJ / n`` for each layer and any number of examples, with squared loss (section 3.3 of the paper)."""
-    weights = {"0": normal(4, 3), "1": normal(3, 4, seed=1), "2": normal(2, 3, seed=2)}
-    inputs, targets = normal(6, 5, 3), normal(6, 2)
-    for name in weights:
-
-        def model(params, x, name=name):
-            w = weights | params
-            return F.linear(pooled(F.linear(F.linear(x, w["0"]), w["1"]), dim=1), w["2"])
-
-        params = {name: weights[name]}
-        (layer,) = described = find_layers(model, params, inputs, strict=True)
-        e = evaluator(model, lrkfac.gaussian(), described, "exact")(params, inputs, targets)
-        a, g, scale = e.statistics.inputs[name], e.statistics.output_gradients[name], e.statistics.scale
-        factors = kronecker_factors(layer, a, g, scale, "reduce")
-        J = jacrev(lambda p, model=model: model(p, inputs))(params)[name].flatten(0, 1)
-        J = vmap(lambda j, layer=layer: layer_matrix(layer, [j]).joined())(J).flatten(1)
-        block = torch.kron(factors.output.dense(), factors.input.dense())
-        torch.testing.assert_close(block, J.mT @ J / len(inputs))
+    params, inputs = {"0": normal(4, 3), "1": normal(3, 4, seed=1), "2": normal(2, 3, seed=2)}, normal(6, 5, 3)
+    model = lambda w, x: F.linear(pooled(F.linear(F.linear(x, w["0"]), w["1"]), dim=1), w["2"])  # noqa: E731
+    described = find_layers(model, params, inputs, strict=True)
+    s = evaluator(model, lrkfac.gaussian(), described, "exact")(params, inputs, normal(6, 2)).statistics
+    for name, J in jacrev(model)(params, inputs).items():
+        B, A = kronecker_factors(described[name], s.inputs[name], s.output_gradients[name], s.scale, "reduce")
+        J = J.flatten(0, 1).flatten(1)
+        torch.testing.assert_close(torch.kron(B.dense(), A.dense()), J.mT @ J / len(inputs))
 
 
 def test_no_rows_are_unfolded_and_no_matrix_is_formed():
