@@ -14,8 +14,8 @@ from lrkfac.testing import check_transformation
 from tests import cases
 from tests.compiling import traced
 from tests.transforms.test_base import SEVERAL, close, nested
+from tests.transforms.test_hyperparameters import MAKE, TREES
 from tests.transforms.test_masking import INNER, MASKS, kfac_and_adam
-from tests.transforms.test_per_parameter import MAKE, TREES
 from tests.transforms.test_precondition import STRUCTURES, layers_and_evaluate
 from tests.transforms.test_travel import ELEMENTWISE, EVALUATE, TRANSFORMATIONS
 

@@ -11,6 +11,7 @@ from lrkfac.linalg import to_dense
 from lrkfac.structures import dense, diagonal, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_structure, covariances, dtypes, seeds
 from tests import reference
+from tests.core.curvature.test_covariances import normal
 
 STRUCTURES = {
     "low_rank": low_rank,
@@ -36,16 +37,12 @@ def averaged(structure, batches, decay=0.9):
     return state, reference.running_averages([batch.dense().double() for batch in batches], decay)[-1]
 
 
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def mean_of(rows):
     return RowCovariance(rows, torch.tensor(1 / len(rows), dtype=rows.dtype))
 
 
 @pytest.mark.parametrize("make", STRUCTURES.values(), ids=STRUCTURES.keys())
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(dimension=st.integers(1, 8), rank=st.integers(1, 9), dtype=dtypes, seed=seeds)
 def test_laws(make, dimension, rank, dtype, seed):
     check_structure(make(rank), dimension, dtype=dtype, seed=seed)
