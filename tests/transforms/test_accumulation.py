@@ -16,8 +16,10 @@ from lrkfac.testing import seeds
 from lrkfac.testing.architectures import architectures
 from tests import reference_kinds
 from tests.compiling import traced
+from tests.tensors import normal
 from tests.test_every_combination import BLOCKS, ESTIMATORS, FACTORS
 from tests.transforms.test_base import close, nested, replayed, steps
+from tests.transforms.test_precondition import DENSE
 
 OPERATIONS = reference_kinds.operations()
 STRUCTURES = {
@@ -32,7 +34,6 @@ INNER = chain(scale_by_adam(), lrkfac.trace(0.9), lrkfac.add_decayed_weights(0.1
 
 
 def split(tree, sizes, axis=0):
-    """The micro-batches of a batch."""
     parts = optree.tree_map(lambda x: x.split(sizes, axis), tree)
     return [optree.tree_map(lambda _, p, i=i: p[i], tree, parts) for i in range(len(sizes))]
 
@@ -58,7 +59,6 @@ def of_operation(name, estimator):
 
 
 def same_step(tx, params, whole, merged, rtol=1e-8):
-    """The first updates of a transformation."""
     found, expected = (tx.update(e.grads, tx.init(params), params, evaluation=e)[0] for e in (merged, whole))
     close(found, expected, rtol)
 
@@ -115,20 +115,18 @@ def test_one_micro_batch_and_one_without_terms():
             assert torch.equal(found[:, n:], g) and not found[:, :n].any()
 
 
-def test_heads():
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_heads(estimator):
     """Of several likelihoods, each with one term for each example or position."""
     heads = lrkfac.joint({"a": lrkfac.gaussian(), "b": lrkfac.categorical()}, {"a": 0.3, "b": 2.0})
-    params = {"a": torch.randn(2, 3).double(), "b": torch.randn(3, 3).double()}
+    params = {"a": normal(2, 3), "b": normal(3, 3)}
     model = lambda p, x: {"a": x @ p["a"].mT, "b": torch.tanh(x @ p["b"].mT)}  # noqa: E731
-    inputs, targets = torch.randn(5, 3).double(), {"a": torch.randn(5, 2).double(), "b": torch.tensor([0, 1, 2, 1, 0])}
+    inputs, targets = normal(5, 3), {"a": normal(5, 2), "b": torch.tensor([0, 1, 2, 1, 0])}
     layers = lrkfac.find_layers(model, params, inputs)
-    for estimator in ESTIMATORS:
-        noise = {k: torch.rand(1, 5, f.shape[1], dtype=torch.float64) for k, f in model(params, inputs).items()}
-        noise = noise if estimator == "mc" else None
-        whole, merged = both(lrkfac.evaluator(model, heads, layers, estimator), params, inputs, targets, [1, 4], noise)
-        tx = precondition_by_fisher(layers, kronecker(lrkfac.structures.dense(), lrkfac.structures.dense()))
-        same_step(tx, params, whole, merged, rtol=1e-9)
-        close((merged.grads, merged.outputs), (whole.grads, whole.outputs))
+    noise = {"a": torch.rand(1, 5, 2).double(), "b": torch.rand(1, 5, 3).double()} if estimator == "mc" else None
+    whole, merged = both(lrkfac.evaluator(model, heads, layers, estimator), params, inputs, targets, [1, 4], noise)
+    same_step(precondition_by_fisher(layers, DENSE), params, whole, merged, rtol=1e-9)
+    close((merged.grads, merged.outputs), (whole.grads, whole.outputs))
 
 
 @pytest.mark.slow

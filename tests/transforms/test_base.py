@@ -39,7 +39,6 @@ def _is_shape(x):
 
 
 def flat(tree):
-    """The tree as the flat dictionary that the references take."""
     return dict(enumerate(optree.tree_leaves(tree)))
 
 
@@ -60,7 +59,6 @@ def replayed(tx, grads, params=None, **extra):
 
 
 def steps(number=4, dtype=torch.float64):
-    """Different gradients for nested parameters."""
     return [nested(dtype, seed=10 + i) for i in range(number)]
 
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import pytest
@@ -12,6 +12,7 @@ import torch
 
 import lrkfac
 from lrkfac import apply_updates, chain, inject_hyperparams, low_rank_kfac, scale, trace
+from lrkfac.linalg import Dense
 from lrkfac.schedules import exponential_decay
 from tests import cases
 from tests.compiling import traced
@@ -47,10 +48,7 @@ def test_equals_the_transformation_with_these_values(factory, options):
 
 @pytest.mark.parametrize("make", [partial(low_rank_kfac, rank=2), lrkfac.kfac])
 def test_kfac_with_schedules_and_live_changes(make):
-    """In each step as the chain that is made with the values of this step, on one state.
-
-    What follows a schedule is set anew; the factory runs when it is injected, and never again.
-    """
+    """In each step as the chain made with the values of this step; the factory runs when injected, never again."""
     calls = []
 
     def counted(layers, **options):
@@ -88,10 +86,6 @@ def test_what_is_put_into_the_state_gets_its_dtype(value, dtype):
     assert state.hyperparameters["factor"].dtype == held
 
 
-class Factor(NamedTuple):
-    factor: Any
-
-
 @dataclasses.dataclass(frozen=True)
 class Product:
     holder: Any
@@ -100,7 +94,7 @@ class Product:
         return ()
 
     def update(self, updates, state, params=None, **extra):
-        return updates * self.holder.factor, state
+        return updates * self.holder.matrix, state
 
 
 def product(holder):
@@ -121,8 +115,8 @@ def closed(rate):
         (lambda rate: scale(float(f"{rate:.3f}")), 16.0),
         (lambda rate: scale(copy.deepcopy(rate)), 16.0),
         (closed, 16.0),
-        (lambda rate: product(Factor(rate)), 16.0),
-        (lambda rate: product(SimpleNamespace(factor=rate)), 16.0),
+        (lambda rate: product(Dense(rate)), 16.0),
+        (lambda rate: product(SimpleNamespace(matrix=rate)), 16.0),
         (lambda rate: lrkfac.scale_by_learning_rate(partial(lambda rate, step: rate, rate)), -16.0),
     ],
 )

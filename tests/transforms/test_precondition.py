@@ -41,7 +41,6 @@ def cast(case, dtype):
 
 
 def updates_of(tx, case, evaluate):
-    """The updates of the first step."""
     return trained(tx, case.params, evaluate, 1)[0].updates
 
 

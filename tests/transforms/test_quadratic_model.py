@@ -45,7 +45,6 @@ def run(tx, case, evaluate, number, every=2):
 
 
 def model_of(case, params, damping, decay):
-    """The matrix and the slope of the quadratic model, formed."""
     at = case._replace(params=params)
     matrix = reference_networks.gauss_newton_matrix(at)
     each = flat(case, {name: torch.full_like(p, decay[name]) for name, p in params.items()})

@@ -52,8 +52,7 @@ def test_bytes_are_those_of_the_state(case, name, dtype):
 @settings(max_examples=10)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 3), st.integers(1, 40), st.booleans())
 def test_memory_is_linear_in_the_widths(d_in, d_out, groups, rank, bias):
-    """At most ``(r + 2)(d_in + d_out + 2)`` for a pair of factors, as many for their inverses: what tensors hold,
-    and what the storages behind them do."""
+    """At most ``(r + 2)(d_in + d_out + 2)`` numbers for a pair of factors, as many for their inverses."""
     params = {"w": torch.ones(groups * d_out, d_in, 3), **({"b": torch.ones(groups * d_out)} if bias else {})}
     model = lambda p, x: F.conv1d(x, p["w"], p.get("b"), groups=groups)  # noqa: E731
     inputs = torch.ones(2, groups * d_in, 4)
@@ -66,7 +65,6 @@ def test_memory_is_linear_in_the_widths(d_in, d_out, groups, rank, bias):
             bound = layer.groups * (rank + 2) * (layer.d_in + layer.d_out + 2)
             for part in (state.factors, state.inverses):
                 leaves = optree.tree_leaves(part[layer.name])
-                assert sum(x.numel() for x in leaves) <= bound
                 storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves}
                 # float32, and the counts of batches in int64
                 assert sum(storages.values()) <= 4 * bound + 8 * layer.groups
@@ -157,7 +155,6 @@ def test_auto_takes_no_more_than_the_averages_of_adam(d_in, d_out, rank):
 @pytest.mark.parametrize("make", [lrkfac.precondition_by_fisher, lrkfac.adaptive_low_rank_kfac])
 @pytest.mark.parametrize("rank", ["auto", {"0": 1, "*": 2}, {"2": 1}])
 def test_ranks_reach_the_state(make, rank):
-    """Those that ``explain`` tells, and ``kronecker`` of each by hand."""
     layers, _ = layers_and_evaluate(MLP)
     told = explain(layers, rank=rank).ranks
     by_hand = lambda layer: kronecker(low_rank(told[layer.name]), low_rank_plus_diagonal(told[layer.name]))  # noqa: E731

@@ -23,12 +23,9 @@ from lrkfac.structures import dense, kronecker
 from lrkfac.testing import layers
 from tests import reference
 from tests.dispatch import LargestTensor
+from tests.tensors import normal
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def largest(function):
@@ -84,7 +81,6 @@ def used_twice(case, other_settings=False):
 
 
 def of_groups(layer, inputs, gradients):
-    """What each group receives."""
     inputs, gradients = split_groups(layer, inputs), split_groups(layer, gradients)
     if layer.groups == 1:
         return [(inputs, gradients)]

@@ -54,7 +54,6 @@ def test_blocks_within_three_decades_have_one_damping(shares, structure):
 
 @each_structure
 def test_beyond_damping_is_in_proportion_to_the_blocks(monkeypatch, structure):
-    """Together and one by one."""
     together = dampings((1.0, 0.1, 0.01), structure)
     close(together[0], {f"l{i}": torch.tensor(0.1 * 100.0**-i, dtype=torch.float64) for i in range(3)})
     monkeypatch.setitem(refresh.LARGEST, "cpu", 0)

@@ -24,7 +24,6 @@ STRUCTURES = {
 
 
 def problem(model, params, draw, inputs, bias="joint", thin=False, estimator="empirical"):
-    """Layers, parameters, and ``params -> Evaluation``."""
     generator, x = torch.Generator().manual_seed(len(params)), draw(*inputs)
     classes = model(params, x).shape[-1]
     y = torch.randint(classes, inputs[:1], generator=generator)
@@ -59,7 +58,6 @@ def deep(depth, width=6, positions=(), norms=False, transposed=False, dtype=torc
 
 
 def convolutions(depth, groups=1):
-    """``depth`` equal convolutions, and a last linear layer."""
     draw = drawing(depth)
     params = {f"l{i}": {"w": draw(4, 4 // groups, 3, 3) / 6, "b": draw(4)} for i in range(depth)}
     params["out"] = {"w": draw(3, 4)}
@@ -159,10 +157,10 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations_of(layers, params, evaluate, structure, statistics):
+def operations_of(layers, params, evaluate, structure, statistics, count):
     tx, state = precondition_by_fisher(layers, structure), run(layers, params, evaluate, structure, steps=1)[1]
     e = evaluate(params, statistics)
-    with Operations() as count:
+    with count:
         tx.update(e.grads, state, params, evaluation=e)
     return count.made
 
@@ -171,7 +169,7 @@ def operations_of(layers, params, evaluate, structure, statistics):
 @pytest.mark.parametrize("make, deeper", [(partial(deep, width=8), 16), (convolutions, 16)])
 def test_depth_does_not_change_the_number_of_operations(name, make, deeper):
     """Those of an update with statistics beyond those of one without."""
-    of = lambda depth, statistics: operations_of(*make(depth), STRUCTURES[name], statistics)  # noqa: E731
+    of = lambda depth, statistics: operations_of(*make(depth), STRUCTURES[name], statistics, Operations())  # noqa: E731
     few, many = (of(depth, True) - of(depth, False) for depth in (4, deeper))
     assert 0 < many <= 1.2 * few
 
@@ -213,23 +211,15 @@ def test_convolutions_of_other_settings_are_not_stacked():
 wide = partial(deep, width=24, norms=True)
 
 
-def started(layers, params, evaluate, structure=None, **options):
-    """Chain, state after a refresh, and the next gradients."""
-    tx = precondition_by_fisher(layers, structure, **options)
-    e = evaluate(params)
-    state = tx.update(e.grads, tx.init(params), params, evaluation=e)[1]
-    return tx, state, evaluate(optree.tree_map(lambda p: 1.1 * p, params), False)
-
-
 @pytest.mark.parametrize("thin, numbers", [(True, 2 * 4 * 24), (False, 24 * 24)])
 def test_both_sides_of_the_largest(monkeypatch, sizes, thin, numbers):
     """Five layers, of which two fit together; with one number less, none does."""
-    tx, state, e = started(*wide(5, thin=thin), kronecker(low_rank(2), low_rank(2)))
-    assert {isinstance(e.grads[f"l{i}"]["w"], LazyMatrix) for i in range(5)} == {thin}
+    layers, params, evaluate = wide(5, thin=thin)
+    assert {isinstance(evaluate(params).grads[f"l{i}"]["w"], LazyMatrix) for i in range(5)} == {thin}
     for largest, expected in ((2 * numbers, [2, 2, 1]), (2 * numbers - 1, [1] * 5)):
         sizes[1].clear()
         monkeypatch.setitem(precondition.LARGEST, "cpu", largest)
-        tx.update(e.grads, state, evaluation=e)
+        run(layers, params, evaluate, kronecker(low_rank(2), low_rank(2)), steps=1)
         assert sizes[1] == [1, *expected, 5, 1]  # the first norm is wider, without a shift; the last layer is smaller
 
 
@@ -238,13 +228,8 @@ def test_both_sides_of_the_largest(monkeypatch, sizes, thin, numbers):
 )
 def test_depth_hardly_changes_the_number_of_operations(structure, thin):
     """But for what sorts the leaves: what is made of each layer alone are a few views."""
-    made = []
-    for depth in (4, 16):
-        tx, state, e = started(*wide(depth, thin=thin), structure)
-        with Computing() as count:
-            tx.update(e.grads, state, evaluation=e)
-        made.append(count.made)
-    assert made[1] <= made[0] + 6
+    few, many = (operations_of(*wide(depth, thin=thin), structure, False, Computing()) for depth in (4, 16))
+    assert many <= few + 6
 
 
 class Computing(Operations):

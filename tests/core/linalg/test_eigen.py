@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 from lrkfac.core.linalg.eigen import orthonormal, pseudo_random, rayleigh_ritz
 from lrkfac.linalg import power_iteration, subspace_iteration
 from lrkfac.testing import dtypes, seeds
-from tests.core.curvature.test_covariances import normal
+from tests.tensors import normal
 
 BOTH = pytest.mark.parametrize("iterate", [power_iteration, subspace_iteration])
 
 
 def symmetric(values, seed=0):
-    """A matrix with these eigenvalues, and its eigenvectors."""
     basis = torch.linalg.qr(normal(len(values), len(values), seed=seed)).Q
     return (basis * torch.as_tensor(values, dtype=torch.float64)) @ basis.mT, basis
 

@@ -1,4 +1,4 @@
-"""Products from both sides are those of the dense matrices, stacked or not, whether the last column is apart or not."""
+"""Operators apply the dense matrices that they stand for: alone, from both sides, stacked, the last column apart."""
 
 import optree
 import pytest
@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
+from lrkfac.core.linalg.operators import split_damping
 from lrkfac.core.linalg.products import of_columns, of_rows, two_sided
-from lrkfac.linalg import Kronecker, LowRankPlusDiagonal, to_dense
+from lrkfac.linalg import Diagonal, Kronecker, LowRankPlusDiagonal, to_dense
 from lrkfac.testing import operators
 from lrkfac.testing.strategies import low_rank_plus_diagonals
+from tests import reference
 from tests.dispatch import LargestTensor
 
 low_rank = low_rank_plus_diagonals(dtype=torch.float64)
@@ -26,6 +28,43 @@ def close(found, expected):
 def joined(parts):
     matrix, column = parts
     return torch.cat([matrix, column[..., None]], dim=-1)
+
+
+@given(operators(dtype=torch.float64), st.integers(1, 3), st.floats(0, 10))
+def test_what_is_applied_is_the_dense_matrix(operator, k, shift):
+    matrix = to_dense(operator)
+    x = torch.randn(matrix.shape[0], k, dtype=torch.float64)
+    assert operator.dimension == matrix.shape[0]
+    close(operator.matvec(x), matrix @ x)
+    close(operator.matvec(x[:, 0]), matrix @ x[:, 0])
+    close(operator.of_rows(x.mT), x.mT @ matrix)
+    close(operator.trace(), matrix.trace())
+    close(matrix, matrix.mT)
+    if isinstance(operator, Kronecker):
+        B, A = to_dense(operator.output), to_dense(operator.input)
+        close(matrix, torch.kron(B, A))
+        if B.trace() * A.trace() > 0:
+            dampings = torch.stack(reference.damping_split(A[None], B[None], shift)).squeeze()
+            close(torch.stack(split_damping(operator, torch.tensor(shift, dtype=torch.float64))), dampings)
+            B, A = (m + s * torch.eye(len(m)).double() for m, s in zip((B, A), dampings.flip(0), strict=True))
+            close(to_dense(operator.shifted(shift)), torch.kron(B, A))
+    else:
+        close(to_dense(operator.shifted(shift)), matrix + shift * torch.eye(len(matrix)).double())
+
+
+@pytest.mark.parametrize("zero", ["input", "output", "both"])
+def test_a_zero_factor_splits_damping_evenly(zero):
+    factors = {"input": Diagonal(torch.ones(2)), "output": Diagonal(torch.ones(3))}
+    factors |= {name: Diagonal(torch.zeros(2)) for name in factors if zero in (name, "both")}
+    assert split_damping(Kronecker(**factors), 0.25) == (torch.tensor(0.5), torch.tensor(0.5))
+
+
+def test_what_complete_vectors_leave_has_no_effect():
+    """Not even by rounding: the numbers for it may be larger by twelve orders."""
+    one, huge = torch.ones(1, 1, dtype=torch.float64), torch.full((1,), 1e12, dtype=torch.float64)
+    operator = EigenbasisKronecker(one, one, 0.3 * one, huge, huge, huge[0])
+    x = torch.tensor([0.7], dtype=torch.float64)
+    torch.testing.assert_close(operator.matvec(x), 0.3 * x, rtol=1e-15, atol=0)
 
 
 @given(any_operator, any_operator, st.integers(0, 2**16))
@@ -87,11 +126,10 @@ def test_derivatives(output, input, isotropic):
     close(tuple(leaf.grad for leaf in given), expected)
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_nothing_larger_than_the_matrix_is_made(joint):
+def test_nothing_larger_than_the_matrix_is_made():
+    """Without a bias: ``tests/test_thin_step.py``."""
     d, r = 256, 3
-    one = torch.ones(d + joint, r), torch.ones(r), torch.ones(d + joint)
-    both = Kronecker(LowRankPlusDiagonal(torch.ones(d, r), torch.ones(r), torch.ones(d)), LowRankPlusDiagonal(*one))
+    output, input = (LowRankPlusDiagonal(torch.ones(n, r), torch.ones(r), torch.ones(n)) for n in (d, d + 1))
     with LargestTensor() as largest:
-        two_sided(both, torch.ones(d, d), torch.ones(d) if joint else None)
+        two_sided(Kronecker(output, input), torch.ones(d, d), torch.ones(d))
     assert largest.numel == d * d
