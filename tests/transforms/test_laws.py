@@ -14,7 +14,7 @@ from lrkfac.testing import check_transformation
 from tests import cases
 from tests.compiling import traced
 from tests.transforms.test_base import SEVERAL, close, nested
-from tests.transforms.test_hyperparameters import MAKE, TREES
+from tests.transforms.test_hyperparameters import MAKE, RATES, TREES
 from tests.transforms.test_masking import INNER, MASKS, kfac_and_adam
 from tests.transforms.test_precondition import STRUCTURES, layers_and_evaluate
 from tests.transforms.test_travel import ELEMENTWISE, EVALUATE, TRANSFORMATIONS
@@ -83,15 +83,11 @@ def test_with_evaluations(name):
     check_transformation(make(layers), case.params, evaluated)
 
 
-RATES = {name: exponential_decay(0.3, 1, 0.5) if "weight" in name else 0.2 for name in MLP.params}
 COMPILED = {
-    "rates": lrkfac.scale_by_learning_rate(RATES),
-    "partition": lrkfac.partition(
-        {"a": lrkfac.trace(0.9), "b": lrkfac.scale(2.0)}, lambda p: {k: "ab"[x.ndim - 1] for k, x in p.items()}
-    ),
+    "rates": lrkfac.scale_by_learning_rate({**RATES, "0.weight": exponential_decay(0.3, 1, 0.5)}),
     "apply_if_finite": lrkfac.apply_if_finite(TRANSFORMATIONS["low_rank_kfac"], 2),
-    **{name: TRANSFORMATIONS[name] for name in ("accumulate", "adaptive_low_rank_kfac", "adaptive, bounded")},
     "corrected": TRANSFORMATIONS["dense, corrected"],
+    **{name: tx for name, tx in TRANSFORMATIONS.items() if name in ("accumulate", "partition") or "adaptive" in name},
 }
 
 

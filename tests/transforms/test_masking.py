@@ -1,7 +1,5 @@
 """``masked`` and ``partition``: each transformation acts as if its parameters were all there is."""
 
-from functools import partial
-
 import optree
 import pytest
 import torch
@@ -14,12 +12,12 @@ from lrkfac.testing import seeds
 from tests import cases
 from tests.transforms.test_base import Pair, close, flat, nested, replayed, steps
 from tests.transforms.test_precondition import layers_and_evaluate
+from tests.transforms.test_travel import mask as of_matrices
 
 MLP, SHIFT = cases.LINEAR[0], cases.LINEAR[6]
 INNER = chain(
     lrkfac.add_decayed_weights(0.1), lrkfac.clip_by_global_norm(0.5), scale_by_adam(), trace(0.9), scale(-0.1)
 )
-TWO_AXES = partial(optree.tree_map, lambda x: x.ndim == 2)
 MASKS = {
     "whole tree": (
         {"a": True, "blocks": [False, (True, Pair(True, False))], "one": (False,), "w": True},
@@ -31,7 +29,7 @@ MASKS = {
     ),
     "all": (True, [True] * 7),
     "none": (False, [False] * 7),
-    "function": (TWO_AXES, [True, False, False, False, False, True, True]),
+    "function": (of_matrices, [True, False, False, False, False, True, True]),
 }
 
 

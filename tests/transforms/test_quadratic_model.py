@@ -218,9 +218,7 @@ def test_what_a_direction_was_made_of_bounds_it_where_the_batch_is_silent():
     model = lambda p, inputs: inputs[1] * (inputs[0] @ p["w"]) + p["b"]  # noqa: E731
     layers = lrkfac.find_layers(model, params, (x, x[:, :1]))
     evaluate = lrkfac.evaluator(model, lrkfac.gaussian(), layers)
-    plain = lrkfac.GradientTransformation(
-        lambda params: Plain(), lambda updates, state, *args, **extra: (updates, state)
-    )
+    plain = lrkfac.GradientTransformation(lambda params: Plain(), lambda u, state, *args, **extra: (u, state))
     tx = lrkfac.scale_by_quadratic_model(plain, damping=1e-9, kl_clip=bound, gradient_decay=0.9)
     state = tx.init(params)
     for gate, targets in ((1.0, y), (1.0, y), (0.0, 0.01 + 0 * y), (0.0, 0.01 + 0 * y)):

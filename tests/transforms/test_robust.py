@@ -81,7 +81,6 @@ def test_a_step_of_kfac_that_is_not_finite_is_left_out(what, value, name):
 
 
 def test_it_gives_up():
-    """Statistics that stay bad are refused by the preconditioner, in its words."""
     tx, e = apply_if_finite(TRANSFORMATIONS["low rank"], 2), EVALUATE(CASE.params)
     bad, state = faulty(e, "output_gradients", float("nan")), tx.init(CASE.params)
     for _ in range(2):

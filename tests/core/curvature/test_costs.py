@@ -140,7 +140,6 @@ def test_a_budget_is_kept_and_used(budget):
 
 @pytest.mark.parametrize("d_in, d_out, rank", [(900, 800, ranks.LARGEST), (40, 1, 1)])
 def test_auto_takes_no_more_than_the_averages_of_adam(d_in, d_out, rank):
-    """And nothing where nothing takes a rank."""
     numbers = sum(x.numel() for x in WIDE.values())
     found = ranks.resolved(WIDE_LAYERS, None, "auto")
     assert found == explain(WIDE_LAYERS, budget=4 * ranks.COPIES * numbers).ranks

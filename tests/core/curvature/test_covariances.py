@@ -61,7 +61,6 @@ def input_rows(layer, inputs, options):
 
 
 def output_rows(layer, gradients):
-    """[groups, n, positions, d_out] from the reference."""
     linear = layer.kind == "linear"
     rows = reference.linear_output_rows(gradients) if linear else reference.conv2d_output_rows(gradients, layer.groups)
     return rows.unflatten(1, (len(gradients), -1))

@@ -34,7 +34,6 @@ BOTH = pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
 
 
 def averaged(structure, batches, decay=0.9):
-    """The structure's state after some batches, and the dense average."""
     state = structure.init(batches[0].rows.shape[1], batches[0].rows)
     for batch in batches:
         state = structure.update(state, batch, decay)

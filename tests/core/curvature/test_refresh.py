@@ -109,7 +109,6 @@ PROBLEMS = {f"joint, {name}": (partial(deep, 5), structure) for name, structure 
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """Of the groups that are stacked: to be refreshed, and to be applied."""
     refreshed, applied = [], []
     of_refresh, of_apply = refresh._refresh_stack, precondition.apply
     monkeypatch.setattr(refresh, "_refresh_stack", lambda x, *args: refreshed.append(len(x)) or of_refresh(x, *args))
