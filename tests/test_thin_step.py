@@ -102,7 +102,11 @@ CHAINS = {
     "trees": lrkfac.low_rank_kfac(
         LAYERS, {n: 0.1 + d for n, d in DECAYS.items()}, 2, momentum=DECAYS, weight_decay=DECAYS
     ),
-    **{name: lrkfac.chain(PRECONDITION, tx) for name, tx in ELEMENTWISE.items() if name != "accumulate"},
+    **{
+        name: lrkfac.chain(PRECONDITION, tx, lrkfac.scale(-0.1))
+        for name, tx in ELEMENTWISE.items()
+        if name != "accumulate"
+    },
     "decay before": lrkfac.chain(lrkfac.add_decayed_weights(0.1), PRECONDITION, lrkfac.scale(-0.1)),
 }
 
@@ -110,6 +114,14 @@ CHAINS = {
 @pytest.mark.parametrize("tx", CHAINS.values(), ids=CHAINS.keys())
 def test_every_transformation_takes_it(tx):
     compared(problem(linear), lambda layers: tx)
+
+
+@pytest.mark.parametrize("model", [linear, transposed], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("scaled", ["acd", "be", "abcde"])
+def test_gradients_may_be_scaled_before(model, scaled):
+    """Weights, biases, or both: a bias is not always the sum of its weight's rows."""
+    before = lrkfac.masked(lrkfac.scale(0.3), lambda p: {name: name[0] in scaled for name in p})
+    compared(problem(model), lambda layers: lrkfac.chain(before, lrkfac.precondition_by_fisher(layers, rank=3)))
 
 
 def test_half_precision():
