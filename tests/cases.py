@@ -6,7 +6,6 @@ the parameter ``"<position>.shift"``, which belongs to no layer) or a plain func
 name is its position.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -96,10 +95,7 @@ def make_case(
         elif isinstance(stage, Shift):
             params[f"{position}.shift"] = normal(stage.shape)
     model, inputs = partial(apply_stages, stages), normal(input_shape)
-    # torch warns, once in a process, that padding "same" of an even kernel may copy
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
-        outputs = model(params, inputs)
+    outputs = model(params, inputs)
     if likelihood == "categorical":
         targets = torch.randint(outputs.shape[-1], outputs.shape[:-1], generator=generator)
     elif likelihood == "bernoulli":
@@ -134,27 +130,20 @@ def with_tanh(*layers: LayerSpec) -> tuple[Stage, ...]:
 # Jacobians of the outputs are the same for all rows), and networks without weight sharing on one example.
 PARTLY_BIASED = linear(4, 5), linear(5, 3, bias=False), linear(3, 2)
 EXACT = (
-    # linear 4 -> 5 -> 3 -> 2, inputs [6, 4]
     make_case("deep_linear", (linear(4, 5), linear(5, 3), linear(3, 2)), (6, 4), "gaussian", 1, variance=1.0),
-    # the same without the middle bias and with variance 0.25
     make_case("deep_linear_partly_biased", PARTLY_BIASED, (6, 4), "gaussian", seed=2, variance=0.25),
     # linear 3 -> 4 -> 2 on sequences [4, 3, 3], outputs [4, 3, 2]: four likelihood terms of three rows each
     make_case("deep_linear_sequence", (linear(3, 4), linear(4, 2)), (4, 3, 3), "gaussian", 3, variance=1.0),
-    # inputs [1, 4], with tanh
     make_case("single_datum_categorical", (linear(4, 5), tanh, linear(5, 3)), (1, 4), "categorical", 4),
     make_case("single_datum_bernoulli", (linear(4, 5), tanh, linear(5, 3)), (1, 4), "bernoulli", 5),
 )
 
 LINEAR = (
-    # inputs [7, 5]
     make_case("tanh_categorical", (linear(5, 6), tanh, linear(6, 4), tanh, linear(4, 3)), (7, 5), "categorical", 10),
     make_case("tanh_gaussian", (linear(5, 6), tanh, linear(6, 3)), (7, 5), "gaussian", 11, variance=0.25),
     make_case("tanh_bernoulli", (linear(5, 6), tanh, linear(6, 3)), (7, 5), "bernoulli", 12),
-    # no bias anywhere
     make_case("no_bias", (linear(5, 6, bias=False), tanh, linear(6, 3, bias=False)), (7, 5), seed=13),
-    # a hidden layer of width one
     make_case("width_one", (linear(3, 1), tanh, linear(1, 2)), (5, 3), seed=14),
-    # outputs [5]
     make_case("scalar_output", (linear(3, 4), tanh, linear(4, 1), scalar), (5, 3), "gaussian", 16, variance=1.0),
     # the parameter "1.shift" belongs to no layer
     make_case("uncovered_shift", (linear(4, 5), Shift((5,)), tanh, linear(5, 3)), (6, 4), seed=15),
@@ -183,7 +172,6 @@ CONVOLUTION = (
     make_case("conv_same_even", (*with_tanh(*SAME, VALID), global_average), (3, 2, 5, 4), seed=31),
     # every option a pair, to [3, 3, 3, 6]
     make_case("conv_dilation", (*with_tanh(*DILATED), flatten), (3, 2, 5, 6), "gaussian", seed=32, variance=0.5),
-    # weights [6, 2, 3, 3] and [2, 3, 2, 2]
     make_case("conv_groups", (*with_tanh(*GROUPED), flatten, linear(8, 2)), (4, 4, 4, 4), "bernoulli", seed=33),
     # channel multiplier 2 (weight [6, 1, 3, 3]), then pointwise 1x1
     make_case("conv_depthwise", (*with_tanh(*DEPTHWISE), global_average), (4, 3, 4, 4), seed=34),

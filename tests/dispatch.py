@@ -1,5 +1,6 @@
 """What the operations inside a function allocate."""
 
+import math
 import weakref
 
 import optree
@@ -8,20 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation returns."""
+    """Notes the number of elements of the largest new tensor below ``size``, and counts those that are not below."""
 
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *[size for _, _, size in _storages(result)]])
-        return result
-
-
-class MatrixCount(TorchDispatchMode):
-    """Counts the operations that make a matrix of a size, and notes the largest tensor of others."""
-
-    def __init__(self, size):
+    def __init__(self, size=math.inf):
         super().__init__()
         self.size, self.made, self.numel = size, 0, 0
 

@@ -37,7 +37,7 @@ def main(kills, folder):
     for _ in range(5):
         save(path, 0)
     seconds = (time.perf_counter() - start) / 5
-    last, replaced, during = read(path), 0, 0
+    last = read(path)
     for _ in range(kills):
         child = os.fork()
         if child == 0:
@@ -48,13 +48,9 @@ def main(kills, folder):
         os.waitpid(child, 0)
         before, last = last, read(path)
         assert last >= before
-        replaced += last > before
-        left = list(Path(folder).glob(".run.safetensors.*.tmp"))
-        during += len(left) > 0
-        for file in left:
+        for file in Path(folder).glob(".run.safetensors.*.tmp"):
             file.unlink()
-    print(f"{kills} kills, {during} of them while a file was being written, {replaced} after one or more whole saves")
-    print(f"{1000 * seconds:.1f} ms per save of {8 * SIZE} bytes; every checkpoint was readable and whole")
+    print(f"{kills} kills: every checkpoint was readable and whole")
 
 
 if __name__ == "__main__":

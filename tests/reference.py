@@ -55,26 +55,6 @@ def conv2d_output_rows(output_gradients: Tensor, groups: int = 1) -> Tensor:
     return split.permute(1, 0, 3, 2).reshape(groups, count * height * width, channels // groups)
 
 
-def linear_input_factor(inputs: Tensor, bias: bool) -> Tensor:
-    """A = (1/R) Σ_rows a aᵀ: [1, d_in (+ 1), d_in (+ 1)]."""
-    return second_moment(linear_input_rows(inputs, bias))
-
-
-def conv2d_input_factor(inputs, weight_shape, stride=1, padding=0, dilation=1, groups=1, bias=True) -> Tensor:
-    """A = (1/R) Σ_rows a aᵀ over the patches: [groups, d, d] with d = C / groups * kh * kw (+ 1)."""
-    return second_moment(conv2d_input_rows(inputs, weight_shape, stride, padding, dilation, groups, bias))
-
-
-def linear_output_factor(output_gradients: Tensor, number_of_terms: int) -> Tensor:
-    """B = (1/M) Σ_rows g gᵀ: [1, d_out, d_out]."""
-    return second_moment(rows := linear_output_rows(output_gradients)) * rows.shape[1] / number_of_terms
-
-
-def conv2d_output_factor(output_gradients: Tensor, number_of_terms: int, groups: int = 1) -> Tensor:
-    """B = (1/M) Σ_rows g gᵀ: [groups, d_out / groups, d_out / groups]."""
-    return second_moment(rows := conv2d_output_rows(output_gradients, groups)) * rows.shape[1] / number_of_terms
-
-
 def layer_input_rows(layer: LayerSpec, inputs: Tensor) -> Tensor:
     if layer.kind == "linear":
         return linear_input_rows(inputs, layer.bias)
@@ -130,19 +110,6 @@ def output_hessian_root(likelihood: str, outputs: Tensor, variance: float = 1.0)
     return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
 
 
-def label_distribution(likelihood: str, outputs: Tensor) -> tuple[list[Tensor], Tensor]:
-    """All L possible labels of a term, K classes or 2^K binary vectors, and their probabilities [M, L]."""
-    f = terms(likelihood, outputs)
-    if likelihood == "categorical":
-        labels = list(torch.arange(f.shape[-1]))
-    elif likelihood == "bernoulli":
-        labels = list(torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=f.dtype)] * f.shape[-1]))
-    else:
-        raise ValueError(f"labels of {likelihood} cannot be enumerated")
-    nll = [negative_log_likelihood(likelihood, f, y.expand(len(f), *y.shape)) for y in labels]
-    return labels, torch.exp(-torch.stack(nll, -1))
-
-
 def damping_split(A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """δ_A = π √damping and δ_B = √damping / π, with π = √(mean eigenvalue of A / mean eigenvalue of B)."""
     pi = (torch.linalg.eigvalsh(A).mean(-1) / torch.linalg.eigvalsh(B).mean(-1)).sqrt()
@@ -153,11 +120,6 @@ def damped(matrix: Tensor, damping: Tensor | float) -> Tensor:
     """matrix + damping I, for [*, d, d] and damping [*] or a number."""
     damping = torch.as_tensor(damping, dtype=matrix.dtype)
     return matrix + damping[..., None, None] * torch.eye(matrix.shape[-1], dtype=matrix.dtype)
-
-
-def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
-    """(matrix + damping I)⁻¹, for [*, d, d] and damping [*] or a number."""
-    return torch.linalg.inv(damped(matrix, damping))
 
 
 def kronecker_preconditioned(G: Tensor, A: Tensor, B: Tensor, damping: float) -> Tensor:

@@ -66,6 +66,8 @@ def operations() -> dict[str, Operation]:
 
     add("linear", "linear", linear, {"w": (3, 4)}, (4, 2, 4), joint(1))
     add("linear, bias", "linear", linear, {"w": (3, 4), "b": (3,)}, (4, 2, 4), joint(1))
+    flat = lambda p, x: linear(p, x.flatten(0, 1)).unflatten(0, x.shape[:2])  # noqa: E731
+    add("linear, batch and positions flattened", "linear", flat, {"w": (3, 4)}, (4, 2, 4), joint(1))
     parts = (lambda p: p["w"][None], lambda p: p["b"][None, :, None])
     add("bias", "linear", linear, {"w": (3, 4), "b": (3,)}, (4, 2, 4), *parts)
     tokens, table = torch.randint(5, (4, 3), generator=generator), {"w": normal(5, 3)}

@@ -2,13 +2,12 @@
 Gauss-Newton matrix and a K-FAC step. Conventions as in ``tests/reference.py``; never imports lrkfac.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tests.cases import Case, LayerSpec, Params, apply_stage
+from tests.cases import Case, Params, apply_stage
 from tests.reference import (
     kronecker_preconditioned,
     layer_input_rows,
@@ -73,31 +72,25 @@ def output_jacobians(case: Case) -> Params:
     return torch.func.jacrev(lambda probes: terms(case.likelihood, forward(case, probes)[0]))(_zero_probes(case))
 
 
-def empirical_output_factors(case: Case) -> Params:
-    """B of each layer from the gradients at the true targets, [groups, d_out, d_out]."""
-    M = number_of_terms(case)
-    return {name: _factor(case.layers[name], [g], M) for name, g in output_gradients(case).items()}
-
-
-def exact_output_factors(case: Case) -> Params:
-    """B = (1/M) Σ_m Σ_c Σ_rows g gᵀ with g = J_mᵀ S_m[:, c] and S Sᵀ the output Hessian (type 2)."""
-    outputs, result = case.model(case.params, case.inputs), {}
-    columns = output_hessian_root(case.likelihood, outputs, **case.likelihood_options)
-    for name, jacobian in output_jacobians(case).items():
-        vectors = torch.einsum("mkc,mk...->mc...", columns, jacobian).flatten(0, 1)
-        result[name] = _factor(case.layers[name], vectors, len(jacobian))
-    return result
-
-
 def factors(case: Case, estimator: str) -> dict[str, Factors]:
-    """(A, B) of each layer; estimator "exact", "empirical" or "forward_only" (B = I)."""
-    _, inputs = forward(case)
-    B = {"exact": exact_output_factors, "empirical": empirical_output_factors}.get(estimator, lambda case: {})(case)
-    result = {}
+    """(A, B) of each layer; B = (1/M) Σ g gᵀ over rows (and columns c) with g at the true targets ("empirical"), with
+    g = J_mᵀ S_m[:, c] and S Sᵀ the output Hessian ("exact"), or B = I ("forward_only").
+    """
+    outputs, inputs = forward(case)
+    M, result = number_of_terms(case), {}
+    if estimator == "exact":
+        columns = output_hessian_root(case.likelihood, outputs, **case.likelihood_options)
+        jacobians = output_jacobians(case).items()
+        vectors = {name: torch.einsum("mkc,mk...->mc...", columns, j).flatten(0, 1) for name, j in jacobians}
+    elif estimator == "empirical":
+        vectors = {name: g[None] for name, g in output_gradients(case).items()}
     for name, layer in case.layers.items():
         d = layer.weight_shape[0] // layer.groups
-        identity = torch.eye(d, dtype=torch.float64).expand(layer.groups, d, d)
-        result[name] = Factors(second_moment(layer_input_rows(layer, inputs[name])), B.get(name, identity))
+        B = torch.eye(d, dtype=torch.float64).expand(layer.groups, d, d)
+        if estimator != "forward_only":
+            rows = [layer_output_rows(layer, g) for g in vectors[name]]
+            B = sum(torch.einsum("gri,grj->gij", r, r) for r in rows) / M
+        result[name] = Factors(second_moment(layer_input_rows(layer, inputs[name])), B)
     return result
 
 
@@ -105,11 +98,6 @@ def _zero_probes(case: Case) -> Params:
     _, inputs = forward(case)
     outputs = {name: apply_stage(layer, name, case.params, inputs[name]) for name, layer in case.layers.items()}
     return {name: torch.zeros_like(s) for name, s in outputs.items()}
-
-
-def _factor(layer: LayerSpec, all_gradients: Iterable[Tensor], number_of_terms: int) -> Tensor:
-    rows = [layer_output_rows(layer, gradient) for gradient in all_gradients]
-    return sum(torch.einsum("gri,grj->gij", r, r) for r in rows) / number_of_terms
 
 
 def flatten(tree: Params) -> Tensor:
@@ -149,20 +137,11 @@ def gauss_newton_blocks(case: Case, name: str) -> Tensor:
     return torch.stack([matrix[group][:, group] for group in places.flatten(1)])
 
 
-class DenseState(NamedTuple):
+class Averages(NamedTuple):
     """Refreshes so far and averaged factors."""
 
     refreshes: int
     averages: dict[str, Factors]
-
-
-class DenseStep(NamedTuple):
-    """The results of one step."""
-
-    gradients: Params
-    preconditioned: Params
-    params: Params
-    state: DenseState
 
 
 def preconditioned_gradients(case: Case, grads: Params, averages: dict[str, Factors], damping: float) -> Params:
@@ -174,22 +153,13 @@ def preconditioned_gradients(case: Case, grads: Params, averages: dict[str, Fact
     return result
 
 
-def dense_kfac_step(
-    case: Case,
-    state: DenseState | None = None,
-    *,
-    estimator: str = "exact",
-    damping: float = 1e-2,
-    decay: float = 0.95,
-) -> DenseStep:
-    """Average the factors (with joint bias), precondition, and descend with rate 0.1."""
-    grads, averages = gradients(case), factors(case, estimator)
-    t = 1 if state is None else state.refreshes + 1
+def averaged_factors(case: Case, before: Averages | None, estimator: str, decay: float) -> Averages:
+    """The bias-corrected running averages after one more batch."""
+    averages = factors(case, estimator)
+    t = 1 if before is None else before.refreshes + 1
     rho = (decay - decay**t) / (1 - decay**t)
-    if state is not None:
+    if before is not None:
         for name, new in averages.items():
-            pairs = zip(state.averages[name], new, strict=True)
+            pairs = zip(before.averages[name], new, strict=True)
             averages[name] = Factors(*[rho * old + (1 - rho) * batch for old, batch in pairs])
-    natural = preconditioned_gradients(case, grads, averages, damping)
-    params = {name: p - 0.1 * natural[name] for name, p in case.params.items()}
-    return DenseStep(grads, natural, params, DenseState(t, averages))
+    return Averages(t, averages)

@@ -21,21 +21,6 @@ def momentum_trace(gradients: list[Params], decay: float, nesterov: bool = False
     return updates
 
 
-def adam(gradients: list[Params], b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> list[Params]:
-    """m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g²; update (m / (1 - b1^t)) / (√(v / (1 - b2^t)) + eps)."""
-    first, second = ({name: torch.zeros_like(g) for name, g in gradients[0].items()} for _ in range(2))
-    updates = []
-    for t, step in enumerate(gradients, start=1):
-        update = {}
-        for name, g in step.items():
-            first[name] = b1 * first[name] + (1 - b1) * g
-            second[name] = b2 * second[name] + (1 - b2) * g**2
-            mean, variance = first[name] / (1 - b1**t), second[name] / (1 - b2**t)
-            update[name] = mean / (variance.sqrt() + eps)
-        updates.append(update)
-    return updates
-
-
 def decayed_weights_added(updates: Params, params: Params, weight_decay: float) -> Params:
     """u + weight_decay * w for every parameter w (decoupled: after preconditioning)."""
     return {name: u + weight_decay * params[name] for name, u in updates.items()}
@@ -48,14 +33,10 @@ def clipped_by_global_norm(updates: Params, max_norm: float) -> Params:
     return {name: factor * u for name, u in updates.items()}
 
 
-def kl_clip_factor(updates: Params, gradients: Params, learning_rate: float, kl_clip: float) -> float:
-    """min(1, √(kl_clip / (lr² Σ u·g))), the sum over all entries of all parameters; 1 where it is not positive."""
-    inner = sum(float((u * gradients[name]).sum()) for name, u in updates.items())
-    return min(1.0, math.sqrt(kl_clip / (learning_rate**2 * inner))) if inner > 0 else 1.0
-
-
 def clipped_by_kl(updates: Params, gradients: Params, learning_rate: float, kl_clip: float) -> Params:
-    factor = kl_clip_factor(updates, gradients, learning_rate, kl_clip)
+    """u * min(1, √(kl_clip / (lr² Σ u·g))), the sum over all entries of all parameters; u where it is not positive."""
+    inner = sum(float((u * gradients[name]).sum()) for name, u in updates.items())
+    factor = min(1.0, math.sqrt(kl_clip / (learning_rate**2 * inner))) if inner > 0 else 1.0
     return {name: factor * u for name, u in updates.items()}
 
 

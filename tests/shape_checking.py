@@ -8,7 +8,6 @@ import functools
 import importlib
 import inspect
 import pkgutil
-import sys
 import typing
 from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType
@@ -22,11 +21,8 @@ from jaxtyping import AbstractArray, TypeCheckError, jaxtyped
 _typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
-def check_shapes(package: str, checked_within: str) -> list[str]:
+def check_shapes(package: str, checked_within: str) -> None:
     """Replaces each function with annotated shapes of the modules ``checked_within``, wherever the package holds it.
-
-    Returns:
-        The qualified names of the functions that are checked from now on.
 
     Raises:
         RuntimeError: If there is none, that is, if the checks were off without anyone noticing.
@@ -42,14 +38,13 @@ def check_shapes(package: str, checked_within: str) -> list[str]:
                 setattr(place, name, checked[value])
     if not checked:
         raise RuntimeError(f"no function of {checked_within} has shapes in its annotations")
-    return sorted(f"{function.__module__}.{function.__qualname__}" for function in checked)
 
 
 def _places(package: str) -> Iterator[ModuleType | type]:
     """All modules of the package, and their classes."""
-    for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
-        importlib.import_module(found.name)
-    for module in [x for name, x in sys.modules.items() if f"{name}.".startswith(f"{package}.")]:
+    root = importlib.import_module(package)
+    modules = [importlib.import_module(x.name) for x in pkgutil.walk_packages(root.__path__, f"{package}.")]
+    for module in (root, *modules):
         yield module
         yield from [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
 

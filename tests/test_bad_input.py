@@ -3,6 +3,8 @@
 Bad values of single arguments are in ``tests/test_public_calls.py``; here are arguments that do not fit together.
 """
 
+from functools import partial
+
 import optree
 import pytest
 import torch
@@ -32,11 +34,7 @@ def find(model):
 
 
 def structure(*arguments, **options):
-    return lambda: precondition_by_fisher(LAYERS, *arguments, **options)
-
-
-def update(state):
-    return lambda: precondition_by_fisher(LAYERS, rank=2).update(E.grads, state, PARAMS, evaluation=E)
+    return partial(precondition_by_fisher, LAYERS, *arguments, **options)
 
 
 MUTATIONS = {
@@ -83,7 +81,11 @@ CALLS = {
         for n, s in DECIDED.items()
     },
     **{
-        f"state of {name}": (update(state), ValueError, rf"state: expected {words}.*; pass what init\(\)")
+        f"state of {name}": (
+            partial(structure(rank=2)().update, E.grads, state, PARAMS, evaluation=E),
+            ValueError,
+            rf"state: expected {words}.*; pass what init\(\)",
+        )
         for name, (state, words) in STATES.items()
     },
     "a pattern of no layer": (structure({"conv*": DENSE}), ValueError, r"pattern 'conv\*' matches none of the layers"),
@@ -96,8 +98,6 @@ CALLS = {
     "a truth value as a rank": (structure(rank=True), TypeError, "rank: expected an integer"),
     "an unknown layer": (lambda: LAYERS["x"], KeyError, r"no layer 'x'; the nearest are \['0', '2', '4'\]"),
     "a name that is nearly right": (lambda: LAYERS["00"], KeyError, r"no layer '00'; the nearest are \['0'\]"),
-    "no evaluation": (lambda: TX.update(E.grads, STATE, PARAMS), TypeError, "evaluation is missing"),
-    "another state": (lambda: TX.update(E.grads, STATE[:2], PARAMS, evaluation=E), ValueError, "state: expected"),
 }
 
 

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks import convolutions, depth, memory, memory_steps, quality, refresh, step, transformer
 from benchmarks.common import held_bytes
@@ -36,23 +35,14 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def check_ratios(one, sizes):
-    for row in one["rows"]:
-        assert row["seconds"] > 0 and row["ratio"] > 0
-        if "mean ratio" in row:
-            assert sorted((row["ratio"], row["mean ratio"], row["refresh ratio"]))[1] == row["mean ratio"]
-            # What a library reads is not known, so that its steps have no floor.
-            assert (row["floor"] is None) == (row["step"] in LIBRARIES)
-            if row["floor"] is not None:
-                assert 0 < row["floor"] < row["refresh floor"] and row["mean floor"] <= row["refresh floor"]
-    assert {row["step"] for row in one["rows"] if "mean ratio" in row} >= sizes
-
-
-def names(one):
-    return {row["step"] for row in one["rows"]}
-
-
-def gpt_of(**options):
-    return partial(gpt, width=8, heads=2, **options)
+    rows = [row for row in one["rows"] if "mean ratio" in row]
+    assert {row["step"] for row in rows} >= sizes
+    for row in rows:
+        assert sorted((row["ratio"], row["mean ratio"], row["refresh ratio"]))[1] == row["mean ratio"] > 0
+        # What a library reads is not known, so that its steps have no floor.
+        assert (row["floor"] is None) == (row["step"] in LIBRARIES)
+        if row["floor"] is not None:
+            assert 0 < row["floor"] < row["refresh floor"] and row["mean floor"] <= row["refresh floor"]
 
 
 @pytest.mark.slow
@@ -60,18 +50,8 @@ def test_the_table_of_steps(command):
     content, out = command(step, "--widths 12 16 --ranks 2 3 --repeats 2 --batch-size 4 --variants --dense-up-to 12")
     small, large = content["measured"]
     check_ratios(small, {"rank 2", "rank 3", "rank 2, gradients formed", "dense K-FAC"})
-    assert names(small) > names(large) and "dense K-FAC" not in names(large)
+    assert "dense K-FAC" not in {row["step"] for row in large["rows"]}
     assert small["capture ratio"] > 0 and "empirical statistics / plain gradient" in out
-    assert content["environment"]["operations per second"] > 1e8
-
-
-@pytest.mark.slow
-def test_the_table_of_compiled_steps(command, monkeypatch):
-    compiled = []  # that steps are one graph is for their own tests
-    monkeypatch.setattr(torch, "compile", lambda function, **options: (function, compiled.append(options))[0])
-    content, _ = command(step, "--widths 8 --ranks 2 --repeats 2 --batch-size 4 --compile")
-    check_ratios(content["measured"][0], {"rank 2"})
-    assert len(compiled) == 6 and all(options["fullgraph"] for options in compiled)
 
 
 @pytest.mark.slow
@@ -84,12 +64,15 @@ def test_the_tables_of_networks(command, monkeypatch, tmp_path):
     monkeypatch.setattr(convolutions, "resnet18", tiny)
     check_ratios(command(convolutions, options)[0]["measured"][0], {"rank 2", "dense K-FAC"})
     (tmp_path / "convolutions_eager_cpu.json").unlink()
-    monkeypatch.setattr(transformer, "gpt", gpt_of(blocks=1, context=4))
-    check_ratios(command(transformer, f"{options} --no-dense")[0]["measured"][0], {"rank 2"})
+    monkeypatch.setattr(transformer, "gpt", partial(gpt, width=8, heads=2, blocks=1, context=4))
+    compiled = []  # that steps are one graph is for their own tests
+    monkeypatch.setattr(torch, "compile", lambda function, **options: (function, compiled.append(options))[0])
+    check_ratios(command(transformer, f"{options} --no-dense --compile")[0]["measured"][0], {"rank 2"})
+    assert compiled and all(options["fullgraph"] for options in compiled)
 
 
 def test_gpt_is_causal():
-    work = gpt_of(blocks=2, context=5)(2, CPU)
+    work = gpt(2, CPU, width=8, heads=2, blocks=2, context=5)
     changed = work.inputs.clone()
     changed[:, 3] = (changed[:, 3] + 1) % 256
     same, other = work.module(work.inputs), work.module(changed)
@@ -108,8 +91,8 @@ def test_the_table_of_refreshes(command):
 
 @pytest.mark.slow
 def test_the_operations_of_a_refresh_do_not_depend_on_depth(command):
-    content, out = command(depth, "--depths 2 6 --width 8 --rank 2 --repeats 2 --batch-size 4")
-    assert content["growth"] <= depth.LIMIT and "ms per layer" in out
+    content, _ = command(depth, "--depths 2 6 --width 8 --rank 2 --repeats 2 --batch-size 4")
+    assert content["growth"] <= depth.LIMIT
     first, last = (one["operations"] for one in content["depths"])
     assert first["SGD"] < last["SGD"] < last["step"] < last["refresh step"]
     assert per_layer([1, 2, 3], [5.0, 7.0, 9.0]) == pytest.approx(2)
@@ -142,14 +125,13 @@ def test_the_tables_of_memory(command, monkeypatch):
 
     monkeypatch.setattr(memory_steps, "in_child", here)
     options = "--parts steps largest --widths 24 --dense-up-to 24 --batch-size 4 --rank 2 --largest 16 24"
-    content, out = command(memory, options)
+    content, _ = command(memory, options)
     rows = {row["method"]: row for row in content["steps"]}
     assert all(row["finite"] and row["peak"] >= 0 and row["floor"] > 0 for row in content["steps"])
     parameters = rows[memory_steps.SGD]["parameters"]
     assert rows[memory_steps.SGD]["state"] == rows[memory_steps.IN_PLACE]["state"] == parameters
     assert parameters < rows[memory_steps.LOW_RANK]["state"] < rows[memory_steps.DENSE]["state"]
     assert [row["completes"] for row in content["largest"]] == [True] * 4
-    assert "numbers, at most" in " ".join(out.split())
 
 
 @pytest.mark.slow
@@ -199,11 +181,8 @@ def test_operations_are_counted_within_ranges():
 
 def test_steps_start_from_the_same_parameters_and_change_nothing():
     work = perceptron(8, 4, CPU)
-    functional = Functional(work)
     before = [p.clone() for p in work.module.parameters()]
-    ours = functional.low_rank(2)
-    first, second = ours.plain()[0], ours.plain()[0]
+    ours = Functional(work).low_rank(2)
+    first, _, second = ours.plain()[0], ours.refresh(), ours.plain()[0]
     assert all(torch.equal(first[name], second[name]) for name in first)
-    ours.refresh()
     assert all(map(torch.equal, before, work.module.parameters()))
-    assert isinstance(work.module[0], nn.Linear)

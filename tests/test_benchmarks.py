@@ -26,20 +26,18 @@ from benchmarks.trainers import Functional, Setup
 
 CPU = torch.device("cpu")
 
-each_problem = pytest.mark.parametrize("name", PROBLEMS)
-
 
 @functools.cache
-def setup(name, refresh=2):
+def setup(name):
     problem = PROBLEMS[name](None, "relu")
     params = problem.init(0)
     layers = lrkfac.find_layers(problem.model, params, problem.inputs[:2], strict=True)
-    return problem, Setup(problem, params, layers, 0, 3, 4, refresh, False)
+    return problem, Setup(problem, params, layers, 0, 3, 4, 2, False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@each_problem
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_every_method_takes_three_steps_on_every_problem(name, method):
     if METHODS[method].missing:
         pytest.skip(METHODS[method].missing)
@@ -53,23 +51,16 @@ def test_every_method_takes_three_steps_on_every_problem(name, method):
     assert sum(train(problem, trainer, run, min(16, problem.batch_size), 3, 3, CPU)) == 3
     assert run.steps == [0, 1, 2, 3] and not run.diverged
     assert run.loss[0] == pytest.approx(problem.loss(problem.init(0)), rel=1e-4)
-    assert run.loss[3] != run.loss[0]
+    assert run.loss[0] not in (run.loss[3], problem.loss(problem.init(1)))
     assert run.state_bytes > 0 and run.seconds == sorted(run.seconds)
 
 
-@pytest.mark.slow
-@each_problem
-def test_starts_and_batches_depend_on_the_seed_alone(name):
-    problem, _ = setup(name)
-    for seed, same in ((0, True), (1, False)):
-        assert torch.equal(next(problem.batches(16, 0)), next(problem.batches(16, seed))) is same
-        assert (problem.loss(problem.init(0)) == problem.loss(problem.init(seed))) is same
-
-
-def test_an_epoch_sees_every_example_once():
+def test_an_epoch_sees_every_example_once_in_an_order_of_its_seed():
     problem, _ = setup("digits_classifier")
-    batches = problem.batches(500, 0)
-    assert torch.equal(torch.cat([next(batches) for _ in range(3)]).sort().values, torch.arange(1500))
+    epochs = [problem.batches(500, seed) for seed in (0, 0, 1)]
+    first, again, other = (torch.cat([next(batches) for _ in range(3)]) for batches in epochs)
+    assert torch.equal(first.sort().values, torch.arange(1500))
+    assert torch.equal(first, again) and not torch.equal(first, other)
     with pytest.raises(ValueError, match="at most 1500 examples, got 1501"):
         next(problem.batches(1501, 0))
 
@@ -80,45 +71,24 @@ def test_grids_are_equal():
         assert len({json.dumps(settings) for settings in method.grid}) == len(method.grid)
 
 
-def test_both_kinds_of_trainers_compute_the_same_steps():
-    problem, start = setup("digits_cnn")
-    leaves = METHODS["adam"].make(start, {"learning_rate": 0.01})
-    tx = lrkfac.chain(lrkfac.scale_by_adam(), lrkfac.scale_by_learning_rate(0.01))
-    functional = Functional(start, tx)
-    for trainer in (leaves, functional):
-        for batch, _ in zip(problem.batches(32, 0), range(3), strict=False):
-            trainer.step(problem.inputs[batch], problem.targets[batch])
-    for name, leaf in leaves.params().items():
-        torch.testing.assert_close(leaf, functional.params()[name], rtol=0, atol=1e-4)  # of steps of 1e-2
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")  # torch's own aten.diagonal
-def test_compiled_steps_are_the_same(monkeypatch):
-    """Traced as a whole; what the C++ compiler makes of it is for the tests of the steps themselves."""
+@pytest.mark.parametrize("method", ["low_rank_kfac", "adam"])
+def test_every_way_of_training_takes_the_same_steps(method, monkeypatch):
+    """Of a chain, or of an optimizer and the chain that equals it; after warming up, and traced."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     problem, start = setup("digits_classifier")
-    for method, settings in (("low_rank_kfac", {}), ("adam", {"learning_rate": 0.01})):
-        losses = []
-        for compiled in (False, True):
-            run = Run(method, settings, 0)
-            trainer = METHODS[method].make(dataclasses.replace(start, compiled=compiled), settings)
-            list(train(problem, trainer, run, 64, 3, 3, CPU))
-            losses.append(run.loss)
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-def test_warming_up_changes_nothing():
-    problem, start = setup("regression")
-    for method, settings in (("low_rank_kfac", {}), ("sgd", METHODS["sgd"].settings)):
-        params = []
-        for warm in (False, True):
-            trainer = METHODS[method].make(start, settings)
-            if warm:
-                trainer.warm_up(problem.inputs, problem.targets)
-            trainer.step(problem.inputs, problem.targets)
-            params.append(trainer.params())
-        assert all(torch.equal(params[0][name], params[1][name]) for name in params[0])
+    make, compiled = METHODS[method].make, dataclasses.replace(start, compiled=True)
+    settings = {"learning_rate": 0.01} if method == "adam" else {}
+    trainers = [make(start, settings), make(compiled, settings)]
+    trainers[1].warm_up(problem.inputs[:32], problem.targets[:32])
+    if method == "adam":
+        trainers.append(Functional(start, lrkfac.chain(lrkfac.scale_by_adam(), lrkfac.scale_by_learning_rate(0.01))))
+    for trainer in trainers:
+        for batch, _ in zip(problem.batches(32, 0), range(3), strict=False):
+            trainer.step(problem.inputs[batch], problem.targets[batch])
+        for name, expected in trainers[0].params().items():
+            torch.testing.assert_close(trainer.params()[name], expected, rtol=1e-4, atol=1e-4)  # of steps of 1e-2
 
 
 # Results -----------------------------------------------------------------------------------------------
@@ -189,26 +159,20 @@ def test_the_command_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_images_are_read_from_idx_files(tmp_path, compressed):
+def test_images_are_read_from_idx_files_or_digits_are_enlarged(tmp_path, compressed):
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
+        training_images(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
     content = b"\x00\x00\x08\x03" + struct.pack(">3I", *pixels.shape) + pixels.tobytes()
     path = tmp_path / ("train-images-idx3-ubyte" + ".gz" * compressed)
     path.write_bytes(gzip.compress(content) if compressed else content)
-    images, described = training_images(tmp_path)
-    torch.testing.assert_close(images, torch.tensor(pixels).flatten(1).float() / 255)
-    assert described.startswith("5 images")
+    torch.testing.assert_close(training_images(tmp_path)[0], torch.tensor(pixels).flatten(1).float() / 255)
     for wrong, words in (content[:-1], "cut or too long"), (b"PK\x03\x04", "starting with 00 00 08, got 50 4b 03"):
         (tmp_path / "wrong").write_bytes(wrong)
         with pytest.raises(ValueError, match=words):
             read_idx(tmp_path / "wrong")
-
-
-def test_missing_images_are_named_and_without_a_folder_digits_are_enlarged(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
-        training_images(tmp_path)
     images, described = training_images(None)
-    assert images.shape == (1500, 784) and "enlarged" in described
-    assert images.min() >= 0 and images.max() <= 1
+    assert images.shape == (1500, 784) and "enlarged" in described and 0 <= images.min() < images.max() <= 1
 
 
 def test_peaks_are_those_of_known_allocations():
@@ -232,7 +196,7 @@ def test_timings_are_interleaved_and_ratios_are_of_rounds():
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
     seconds = interleaved(functions, CPU, repeats=3, warmup=1)
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
-    assert all(len(of_name) == 3 for of_name in seconds.values())
+    assert {len(of_name) for of_name in seconds.values()} == {3}
     assert median_ratios({"a": [1.0, 2.0, 4.0], "b": [2.0, 4.0, 4.0]}, "a") == {"a": 1.0, "b": 2.0}
 
 
@@ -246,4 +210,3 @@ def test_json_is_written_whole(tmp_path):
 def test_a_run_of_the_robustness_benchmark_lowers_the_loss():
     run = trained(seed=1, rank=1, batch_size=16, damping=1.0, refresh=2, steps=6)
     assert run["finite"] and run["losses"][-1] < run["losses"][0] and len(run["losses"]) == 7
-    assert (run["seed"], run["rank"], run["batch size"], run["damping"], run["refresh"]) == (1, 1, 16, 1.0, 2)

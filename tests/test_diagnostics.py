@@ -90,9 +90,7 @@ def test_the_adaptive_chain_tells_what_it_has_chosen_also_of_an_ensemble():
     found, model = diagnose(states[-1], LAYERS), states[-1][0]
     for name in ("learning_rate", "momentum", "damping", "factor_damping", "reduction_ratio", "rejected"):
         assert found.chain[name] is getattr(model, name)
-    given = diagnose(states[-1], LAYERS, updates=updates)
-    for name, x in found.metrics().items():
-        torch.testing.assert_close(given.metrics()[name], x)
+    torch.testing.assert_close(diagnose(states[-1], LAYERS, updates=updates).metrics(), found.metrics())
     assert "update_norm" in found.layers["0"].numbers["F"]
     both = optree.tree_map(lambda *x: torch.stack(x), *states[-2:])
     mapped = vmap(lambda s: diagnose(s, LAYERS).metrics())(both)
@@ -141,22 +139,18 @@ def test_layers_in_turns_are_of_different_age():
 def test_tables():
     rich = pytest.importorskip("rich.console")
     found = diagnose(trained(KFAC, MLP)[0][-1], LAYERS)
-    lines = str(found).splitlines()
+    lines, stream = str(found).splitlines(), io.StringIO()
     assert [line.split()[0] for line in lines[2:5]] == ["0", "2", "4"] and "since_statistics: 1" in lines
-    stream = io.StringIO()
     rich.Console(file=stream, width=140).print(found)
-    assert all(word in stream.getvalue() for word in ("captured", "condition", "since statistics 1"))
-    assert "A | B" in stream.getvalue() and str(diagnose(KFAC.init(MLP.params), LAYERS))
+    assert all(word in stream.getvalue() for word in ("captured", "condition", "since statistics 1", "A | B"))
+    assert str(diagnose(KFAC.init(MLP.params), LAYERS))
 
 
 def test_states_that_do_not_fit_are_refused():
     """Bad values of single arguments: ``tests/test_public_calls.py``."""
-    other, _ = layers_and_evaluate(GROUPS)
     (state, later), rank_1 = trained(KFAC, MLP, steps=1)[0], low_rank_kfac(LAYERS, 0.1, rank=1).init(MLP.params)
-    for layers, previous, words in (
-        (other, None, "state: expected"),
-        (LAYERS, rank_1, "previous: expected an earlier state of the same transformation"),
-        (LAYERS, later, "previous: expected an earlier state than state, got a later one"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            diagnose(state, layers, previous=previous)
+    for previous, words in (rank_1, "of the same transformation"), (later, "than state, got a later one"):
+        with pytest.raises(ValueError, match=f"previous: expected an earlier state {words}"):
+            diagnose(state, LAYERS, previous=previous)
+    with pytest.raises(ValueError, match="state: expected"):
+        diagnose(state, layers_and_evaluate(GROUPS)[0])

@@ -12,9 +12,7 @@ import lrkfac
 from lrkfac import precondition_by_fisher
 from lrkfac.core.layers.kinds import CUSTOM, KINDS
 from lrkfac.structures import FactorStructure, dense, diagonal, full, kronecker, low_rank, low_rank_plus_diagonal
-from lrkfac.testing import check_transformation
 from tests import reference_kinds as reference
-from tests.compiling import traced
 
 DAMPING = 0.03
 OPERATIONS = reference.operations()
@@ -154,35 +152,6 @@ def test_kronecker_products_of_all_factors_are_those_of_the_reference(name, esti
                 expected = reference.preconditioned(places["head"][None], expected, A, B, DAMPING)
                 structure = kronecker(FACTORS[input], FACTORS[output], treatment=treatment)
                 close(natural_gradient(name, estimator, structure), expected, (treatment, input, output))
-
-
-@each_operation
-def test_laws_without_output_gradients(name):
-    operation = OPERATIONS[name]
-    layers, params, _, _ = evaluated(name, "forward_only")
-    evaluate = lrkfac.evaluator(partial(reference.network, operation), lrkfac.categorical(), layers, "forward_only")
-    numbers, targets = torch.tensor([2, 0, 3]), torch.tensor([2, 0, 1, 1])
-
-    def gradients_and_extra(params):
-        evaluation = evaluate(params, operation.inputs, targets, examples=numbers)
-        return evaluation.grads, {"evaluation": evaluation}
-
-    for structure in (kronecker(low_rank(1), low_rank_plus_diagonal(1)), kronecker(diagonal(), dense())):
-        check_transformation(precondition_by_fisher(layers, structure, decay=0.7), params, gradients_and_extra)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["conv1d, groups", "scale"])
-def test_without_output_gradients_compiled(name):
-    layers, params, evaluation, _ = evaluated(name, "forward_only")
-    tx = precondition_by_fisher(layers, kronecker(dense(), diagonal()))
-
-    def run(grads, state, statistics):
-        return tx.update(grads, state, evaluation=evaluation._replace(statistics=statistics))
-
-    given = (evaluation.grads, tx.init(params), evaluation.statistics)
-    found = traced(run)(*given)
-    torch.testing.assert_close(found, run(*given), rtol=1e-10, atol=1e-12)
 
 
 # What makes no sense ----------------------------------------------------------------------------------

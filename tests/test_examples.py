@@ -42,11 +42,8 @@ def test_rows_carried_forward_are_the_derivatives():
     torch.testing.assert_close(rows[:, 3], vmap(hessian(network))(points).diagonal(dim1=1, dim2=2).sum(1))
     laplacian = vmap(hessian(u))(points).diagonal(dim1=1, dim2=2).sum(1)
     torch.testing.assert_close(physics_informed.residual(params, points)[:, 0], -laplacian)
-
-
-def test_each_weight_of_the_physics_informed_network_is_one_layer():
-    layers = lrkfac.find_layers(physics_informed.residual, physics_informed.init(0), torch.rand(5, 2))
-    assert [layer.kind for layer in layers] == ["linear"] * 4 and layers.uncovered == ()
+    layers = lrkfac.find_layers(physics_informed.residual, params, points, strict=True)
+    assert [layer.kind for layer in layers] == ["linear"] * 4
 
 
 def test_adapters_change_nothing_at_first_and_alone_are_trained():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import lrkfac
 from lrkfac import LazyMatrix, materialize
 from tests import cases
-from tests.dispatch import MatrixCount
+from tests.dispatch import LargestTensor
 from tests.test_training_step import close, stepper, trained
 from tests.transforms.test_precondition import cast
 from tests.transforms.test_travel import ELEMENTWISE, of_layers
@@ -76,7 +76,7 @@ def compared(case, make, estimator="mc", rtol=1e-10):
     assert optree.tree_structure(state) == optree.tree_structure(other)
     for params, others in zip(found, expected, strict=True):
         close(params, others, rtol)
-        assert {name: p.dtype for name, p in params.items()} == {name: p.dtype for name, p in case.params.items()}
+        assert {p.dtype for p in params.values()} == {case.inputs.dtype}
 
 
 @pytest.mark.parametrize("model", THIN, ids=lambda model: model.__name__)
@@ -102,7 +102,11 @@ CHAINS = {
     "trees": lrkfac.low_rank_kfac(
         LAYERS, {n: 0.1 + d for n, d in DECAYS.items()}, 2, momentum=DECAYS, weight_decay=DECAYS
     ),
-    **{name: lrkfac.chain(PRECONDITION, tx) for name, tx in ELEMENTWISE.items() if name != "accumulate"},
+    **{
+        name: lrkfac.chain(PRECONDITION, tx, lrkfac.scale(-0.1))
+        for name, tx in ELEMENTWISE.items()
+        if name != "accumulate"
+    },
     "decay before": lrkfac.chain(lrkfac.add_decayed_weights(0.1), PRECONDITION, lrkfac.scale(-0.1)),
 }
 
@@ -110,6 +114,14 @@ CHAINS = {
 @pytest.mark.parametrize("tx", CHAINS.values(), ids=CHAINS.keys())
 def test_every_transformation_takes_it(tx):
     compared(problem(linear), lambda layers: tx)
+
+
+@pytest.mark.parametrize("model", [linear, transposed], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("scaled", ["acd", "be", "abcde"])
+def test_gradients_may_be_scaled_before(model, scaled):
+    """Weights, biases, or both: a bias is not always the sum of its weight's rows."""
+    before = lrkfac.masked(lrkfac.scale(0.3), lambda p: {name: name[0] in scaled for name in p})
+    compared(problem(model), lambda layers: lrkfac.chain(before, lrkfac.precondition_by_fisher(layers, rank=3)))
 
 
 def test_half_precision():
@@ -142,11 +154,11 @@ def test_other_products_take_gradients_that_are_not_formed_and_some_examples_giv
 
 @pytest.mark.parametrize("thin", [True, False])
 def test_no_matrix_but_those_of_the_parameters(thin):
-    """At width 1024: momentum and the new parameters alone, and thin blocks; else at most nine passes over a gradient.
+    """Momentum and the new parameters alone, and thin blocks; else at most nine passes over a gradient.
 
     The largest other tensor has the factors' rank and oversampling as its columns, or the batch.
     """
-    width, n, rank = 1024, 8, 32
+    width, n, rank = 512, 8, 16
     params = {"a": torch.zeros(width, width), "b": torch.zeros(width, width), "c": torch.zeros(10, width)}
     model = lambda p, x: F.linear(F.linear(F.linear(x, p["a"]), p["b"]), p["c"])  # noqa: E731
     x, y = torch.randn(n, width), torch.randint(10, (n,))
@@ -155,7 +167,7 @@ def test_no_matrix_but_those_of_the_parameters(thin):
     noise = torch.rand(1, n, 10)
     _, state, _ = step(params, init(params), x, y, noise, True)
     for statistics in (True, False):
-        with MatrixCount(width**2 // 2) as count:
+        with LargestTensor(width**2 // 2) as count:
             step(params, state, x, y, noise, statistics)
         assert count.made <= 2 * (2 if thin else 9)
         assert count.numel <= width * (2 * rank + 16)
@@ -170,7 +182,7 @@ def test_what_is_not_held_by_rows_is_scaled_and_formed_at_the_end():
     for thin in (True, False):
         state, e = tx.init(params), evaluation(model, params, x, y, thin, statistics=False)
         assert isinstance(e.grads["w"], torch.Tensor) and e.thin == thin
-        with MatrixCount(64**2) as count:
+        with LargestTensor(64**2) as count:
             updates, _ = tx.update(e.grads, state, params, evaluation=e)
             new = lrkfac.apply_updates(params, updates)
         assert isinstance(updates["w"], LazyMatrix) == thin

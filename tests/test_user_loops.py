@@ -37,7 +37,10 @@ def test_adapters_with_groups_a_checkpoint_and_a_part_that_is_thawed():
 
     def made(net):
         adapters = [p for name, p in net.named_parameters() if name.endswith((".a", ".b"))]
-        groups = [{"params": adapters}, {"params": net[3].parameters(), "lr": 0.02, "weight_decay": 1e-3}]
+        groups = [
+            {"params": adapters, "momentum": 0.85},
+            {"params": net[3].parameters(), "lr": 0.02, "weight_decay": 1e-3},
+        ]
         optimizer = lrkfac.LowRankKFAC(net, lrkfac.categorical(), x, 0.1, params=groups, rank=4, kl_clip=5e-2)
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
 

@@ -14,13 +14,13 @@ from lrkfac.core.curvature.kronecker import KroneckerStructure
 from lrkfac.structures import kronecker
 from lrkfac.testing import seeds
 from lrkfac.testing.architectures import architectures
-from tests import cases, reference_kinds
+from tests import reference_kinds
 from tests.compiling import traced
+from tests.tensors import normal
 from tests.test_every_combination import BLOCKS, ESTIMATORS, FACTORS
 from tests.transforms.test_base import close, nested, replayed, steps
-from tests.transforms.test_precondition import layers_and_evaluate
+from tests.transforms.test_precondition import DENSE
 
-MLP = cases.LINEAR[0]
 OPERATIONS = reference_kinds.operations()
 STRUCTURES = {
     **{name: kronecker(factor, factor) for name, factor in FACTORS.items()},
@@ -34,17 +34,16 @@ INNER = chain(scale_by_adam(), lrkfac.trace(0.9), lrkfac.add_decayed_weights(0.1
 
 
 def split(tree, sizes, axis=0):
-    """The micro-batches of a batch."""
     parts = optree.tree_map(lambda x: x.split(sizes, axis), tree)
     return [optree.tree_map(lambda _, p, i=i: p[i], tree, parts) for i in range(len(sizes))]
 
 
-def both(evaluate, params, inputs, targets, sizes, noise=None, **options):
+def both(evaluate, params, inputs, targets, sizes, noise=None):
     """The evaluation of one batch, and that merged of its micro-batches."""
     of_each = zip(split(inputs, sizes), split(targets, sizes), strict=True)
     noises = [None] * len(sizes) if noise is None else split(noise, sizes, axis=1)
-    merged = [evaluate(params, x, y, noise=u, **options) for (x, y), u in zip(of_each, noises, strict=True)]
-    return evaluate(params, inputs, targets, noise=noise, **options), merge_evaluations(merged)
+    merged = [evaluate(params, x, y, noise=u) for (x, y), u in zip(of_each, noises, strict=True)]
+    return evaluate(params, inputs, targets, noise=noise), merge_evaluations(merged)
 
 
 @cache
@@ -55,15 +54,11 @@ def of_operation(name, estimator):
     layers = lrkfac.find_layers(model, params, operation.inputs, bias="separate" if name == "bias" else "joint")
     noise = torch.rand(2, 4, reference_kinds.CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     evaluate = lrkfac.evaluator(model, LIKELIHOOD, layers, estimator, samples=2 if estimator == "mc" else 1)
-    return (
-        layers,
-        params,
-        both(evaluate, params, operation.inputs, TARGETS, [1, 3], noise if estimator == "mc" else None),
-    )
+    noise = noise if estimator == "mc" else None
+    return layers, params, both(evaluate, params, operation.inputs, TARGETS, [1, 3], noise)
 
 
 def same_step(tx, params, whole, merged, rtol=1e-8):
-    """The first updates of a transformation."""
     found, expected = (tx.update(e.grads, tx.init(params), params, evaluation=e)[0] for e in (merged, whole))
     close(found, expected, rtol)
 
@@ -72,8 +67,7 @@ def same_step(tx, params, whole, merged, rtol=1e-8):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_micro_batches_are_one_batch_for_every_layer_estimator_and_structure(name, estimator):
     layers, params, (whole, merged) = of_operation(name, estimator)
-    parts = [(e.loss, e.grads, e.outputs, e.weight) for e in (merged, whole)]
-    close(*parts)
+    close(*[(e.loss, e.grads, e.outputs, e.weight) for e in (merged, whole)])
     for structure in STRUCTURES.values():
         if estimator != "forward_only" or isinstance(structure, KroneckerStructure):
             same_step(precondition_by_fisher(layers, structure, damping=0.03), params, whole, merged)
@@ -97,63 +91,57 @@ def test_micro_batches_of_any_model(architecture, estimator, data):
     same_step(lrkfac.kfac(layers, 0.1, damping=0.1) if len(layers) else chain(), params, whole, merged)
     u, v = (optree.tree_map(function, params) for function in (torch.cos, torch.sin))
     pair = optree.tree_map(lambda a, b: torch.stack([a, b]), u, v)
-    products = [(e.product(u), e.quadratic(u, v), e.gram(pair), e.loss_at(u), e.loss) for e in (merged, whole)]
-    close(*products, rtol=1e-9)
+    of = lambda e: (e.product(u), e.quadratic(u, v), e.gram(pair), e.loss_at(u), e.loss)  # noqa: E731
+    close(of(merged), of(whole), rtol=1e-9)
 
 
-def test_one_micro_batch_and_what_a_micro_batch_without_terms_says():
+def test_one_micro_batch_and_one_without_terms():
     _, _, (whole, _) = of_operation("linear", "empirical")
-    alone = merge_evaluations([whole])
-    close(alone[:5], whole[:5], rtol=1e-14)
+    close(merge_evaluations([whole])[:5], whole[:5], rtol=1e-14)
     e = whole._replace(statistics=None)
     merged = merge_evaluations([e, e._replace(aux={"x": 1})])
     assert merged.statistics is None and merged.aux == (None, {"x": 1}) and merge_evaluations([e, e]).aux is None
-    nothing = lambda tree: optree.tree_map(lambda x: x * float("nan"), tree)  # noqa: E731
-    scale = torch.tensor(1 / torch.finfo(torch.float64).tiny, dtype=torch.float64)
-    gradients = nothing(whole.statistics.output_gradients)
-    empty = whole._replace(
-        loss=nothing(whole.loss),
-        grads=nothing(whole.grads),
-        statistics=whole.statistics._replace(output_gradients=gradients, scale=scale),
-        weight=torch.zeros_like(whole.loss),
+    loss, grads, gradients = optree.tree_map(
+        lambda x: x * float("nan"), (whole.loss, whole.grads, whole.statistics.output_gradients)
     )
-    merged = merge_evaluations([empty, whole])
-    close((merged.loss, merged.grads, merged.weight), (whole.loss, whole.grads, whole.weight), rtol=1e-14)
-    close(merged.statistics.scale, whole.statistics.scale)
-    n = whole.outputs.shape[0]
+    scale = torch.full_like(loss, 1 / torch.finfo(torch.float64).tiny)
+    statistics = whole.statistics._replace(output_gradients=gradients, scale=scale)
+    empty = whole._replace(loss=loss, grads=grads, statistics=statistics, weight=torch.zeros_like(loss))
+    merged, n = merge_evaluations([empty, whole]), len(whole.outputs)
+    of = lambda e: (e.loss, e.grads, e.weight, e.statistics.scale)  # noqa: E731
+    close(of(merged), of(whole), rtol=1e-14)
     for name, uses in whole.statistics.output_gradients.items():
         for found, g in zip(merged.statistics.output_gradients[name], uses, strict=True):
             assert torch.equal(found[:, n:], g) and not found[:, :n].any()
 
 
-def test_heads():
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_heads(estimator):
     """Of several likelihoods, each with one term for each example or position."""
     heads = lrkfac.joint({"a": lrkfac.gaussian(), "b": lrkfac.categorical()}, {"a": 0.3, "b": 2.0})
-    params = {"a": torch.randn(2, 3).double(), "b": torch.randn(3, 3).double()}
+    params = {"a": normal(2, 3), "b": normal(3, 3)}
     model = lambda p, x: {"a": x @ p["a"].mT, "b": torch.tanh(x @ p["b"].mT)}  # noqa: E731
-    inputs, targets = torch.randn(5, 3).double(), {"a": torch.randn(5, 2).double(), "b": torch.tensor([0, 1, 2, 1, 0])}
+    inputs, targets = normal(5, 3), {"a": normal(5, 2), "b": torch.tensor([0, 1, 2, 1, 0])}
     layers = lrkfac.find_layers(model, params, inputs)
-    for estimator in ESTIMATORS:
-        noise = {k: torch.rand(1, 5, f.shape[1], dtype=torch.float64) for k, f in model(params, inputs).items()}
-        noise = noise if estimator == "mc" else None
-        whole, merged = both(lrkfac.evaluator(model, heads, layers, estimator), params, inputs, targets, [1, 4], noise)
-        tx = precondition_by_fisher(layers, kronecker(lrkfac.structures.dense(), lrkfac.structures.dense()))
-        same_step(tx, params, whole, merged, rtol=1e-9)
-        close((merged.grads, merged.outputs), (whole.grads, whole.outputs))
+    noise = {"a": torch.rand(1, 5, 2).double(), "b": torch.rand(1, 5, 3).double()} if estimator == "mc" else None
+    whole, merged = both(lrkfac.evaluator(model, heads, layers, estimator), params, inputs, targets, [1, 4], noise)
+    same_step(precondition_by_fisher(layers, DENSE), params, whole, merged, rtol=1e-9)
+    close((merged.grads, merged.outputs), (whole.grads, whole.outputs))
 
 
 @pytest.mark.slow
 def test_compiled_equals_eager():
-    layers, _ = layers_and_evaluate(MLP)
-    tx, n = lrkfac.kfac(layers, 0.1), MLP.targets.shape[0]
-    evaluate = lrkfac.evaluator(MLP.model, lrkfac.categorical(), layers, "exact")
-    parts = list(zip(split(MLP.inputs, [2, n - 2]), split(MLP.targets, [2, n - 2]), strict=True))
+    operation = OPERATIONS["linear"]
+    layers, params, _ = of_operation("linear", "exact")
+    tx = lrkfac.kfac(layers, 0.1)
+    evaluate = lrkfac.evaluator(partial(reference_kinds.network, operation), LIKELIHOOD, layers, "exact")
+    parts = list(zip(split(operation.inputs, [1, 3]), split(TARGETS, [1, 3]), strict=True))
 
     def step(params, state):
         e = merge_evaluations([evaluate(params, x, y) for x, y in parts])
         return tx.update(e.grads, state, params, evaluation=e)
 
-    given = MLP.params, tx.init(MLP.params)
+    given = params, tx.init(params)
     close(traced(step)(*given), step(*given), rtol=1e-8)
 
 
@@ -188,21 +176,18 @@ def test_accumulate_counts_the_terms():
     nothing = optree.tree_map(lambda g: g * float("nan"), e.grads)
     updates, state = tx.update(nothing, state, params, evaluation=empty)
     close(updates, whole.grads)
-    assert state.steps == 0 and state.weight == 0
+    assert state.steps == state.weight == 0
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"grads": {}}, r"evaluations\[1\].grads: the tree differs"),
-        ({"statistics": None}, "evaluations: expected statistics of all or of none"),
-        (
-            {"statistics": lrkfac.Statistics({}, {}, torch.ones(()))},
-            r"evaluations\[1\]: expected .* of the same layers",
-        ),
-        ({"outputs": torch.ones(4, 7)}, "evaluations: outputs have the shapes .*padding"),
-    ],
-)
+DIFFERENT = [
+    ({"grads": {}}, r"evaluations\[1\].grads: the tree differs"),
+    ({"statistics": None}, "evaluations: expected statistics of all or of none"),
+    ({"statistics": lrkfac.Statistics({}, {}, torch.ones(()))}, r"evaluations\[1\]: expected .* of the same layers"),
+    ({"outputs": torch.ones(4, 7)}, "evaluations: outputs have the shapes .*padding"),
+]
+
+
+@pytest.mark.parametrize("change, words", DIFFERENT)
 def test_evaluations_that_differ_are_refused(change, words):
     e, _ = of_operation("linear", "exact")[2]
     with pytest.raises(ValueError, match=words):

@@ -39,7 +39,6 @@ def _is_shape(x):
 
 
 def flat(tree):
-    """The tree as the flat dictionary that the references take."""
     return dict(enumerate(optree.tree_leaves(tree)))
 
 
@@ -60,7 +59,6 @@ def replayed(tx, grads, params=None, **extra):
 
 
 def steps(number=4, dtype=torch.float64):
-    """Different gradients for nested parameters."""
     return [nested(dtype, seed=10 + i) for i in range(number)]
 
 
@@ -75,7 +73,6 @@ def trained(tx, params, evaluate, number=3, every=2):
     return found
 
 
-NAN = float("nan")
 SEVERAL = (lrkfac.trace(0.9), lrkfac.add_decayed_weights(0.1), lrkfac.scale_by_adam(), lrkfac.scale(-0.1))
 
 
@@ -121,20 +118,10 @@ def test_apply_updates_adds_in_the_dtype_of_the_parameters(dtype, of_updates):
 
 
 def test_check_number():
-    for value in (0, torch.tensor(1.0)):
+    """Values of no range or kind: ``tests/test_public_calls.py``."""
+    for value in (0, 1, torch.tensor(1.0)):
         check_number(value, "name", 0)
     vmap(lambda x: check_number(x, "name", 0) or x)(torch.tensor([-1.0]))  # into which nobody can look
-    with pytest.raises(ValueError, match=r"\(0, inf\), got 0"):
-        check_number(0, "name", 0, includes_low=False)
-    for value in (
-        -1.0,
-        NAN,
-        float("inf"),
-        1,
-        torch.tensor(1.0),
-        torch.tensor(NAN),
-        torch.ones(2),
-        torch.ones((), device="meta"),
-    ):
+    for value in (-1.0, 1, torch.tensor(1.0), torch.tensor(float("nan"))):
         with pytest.raises(ValueError, match="name: expected a"):
             check_number(value, "name", 0, 1)

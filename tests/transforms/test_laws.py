@@ -1,5 +1,7 @@
 """Every transformation is pure, keeps the form of its state, and under ``vmap`` does the same as alone."""
 
+from functools import partial
+
 import optree
 import pytest
 import torch
@@ -7,73 +9,73 @@ import torch
 import lrkfac
 from lrkfac import chain, masked, scale_by_adam
 from lrkfac.schedules import exponential_decay
+from lrkfac.structures import diagonal, kronecker, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_transformation
 from tests import cases
 from tests.compiling import traced
 from tests.transforms.test_base import SEVERAL, close, nested
+from tests.transforms.test_hyperparameters import MAKE, RATES, TREES
 from tests.transforms.test_masking import INNER, MASKS, kfac_and_adam
-from tests.transforms.test_per_parameter import MAKE, TREES
 from tests.transforms.test_precondition import STRUCTURES, layers_and_evaluate
-from tests.transforms.test_travel import EVALUATE, TRANSFORMATIONS, evaluation_for
+from tests.transforms.test_travel import ELEMENTWISE, EVALUATE, TRANSFORMATIONS
 
-SHIFT, GROUPS = cases.LINEAR[6], cases.CONVOLUTION[3]
+MLP, SHIFT, GROUPS = cases.LINEAR[0], cases.LINEAR[6], cases.CONVOLUTION[3]
+EQUAL = cases.make_case("equal", cases.with_tanh(*[cases.linear(4, 4)] * 3), (5, 4))
 INJECTED = {"value": (lrkfac.clip, {"max_delta": 0.3}), "average": (lrkfac.ema_params, {"decay": 0.8})}
-ELEMENTWISE = {
+OF_ANY_TREE = {
+    **ELEMENTWISE,
     "nested chains": chain(SEVERAL[0], chain(*SEVERAL[1:])),
     "empty chain": chain(),
     **{name: lrkfac.inject_hyperparams(make)(**options) for name, (make, options) in INJECTED.items()},
     **{f"masked, {name}": masked(INNER, mask) for name, (mask, _) in MASKS.items()},
     **{f"{name}, a tree": make(TREES["ends earlier"][0]) for name, make in MAKE.items()},
-    "clip_by_kl": lrkfac.clip_by_kl(0.5, 0.1),
-    "clip_by_kl, scheduled": lrkfac.clip_by_kl(0.5, lambda step: 0.1 + step),
-    "clip_by_global_norm": lrkfac.clip_by_global_norm(0.5),
-    "accumulate": lrkfac.accumulate(chain(*SEVERAL), 2),
-    "apply_if_finite": lrkfac.apply_if_finite(chain(*SEVERAL), 3),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", OF_ANY_TREE)
 def test_of_any_tree(name, dtype):
     grads = nested(dtype, seed=1)
     e = lrkfac.Evaluation(*[None] * len(lrkfac.Evaluation._fields))._replace(grads=grads)
     extra = {"evaluation": e} if name.startswith("clip_by_kl") else {}
-    check_transformation(ELEMENTWISE[name], nested(dtype), lambda p: (grads, extra))
+    check_transformation(OF_ANY_TREE[name], nested(dtype), lambda p: (grads, extra))
 
 
-# The steps of "adaptive, bounded" are so short that rounding exceeds a share of them.
-@pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name != "adaptive, bounded"])
-def test_with_evaluations(name):
-    tx = TRANSFORMATIONS[name]
-
-    def evaluated(params):
-        e = evaluation_for(tx, params)
-        return e.grads, {"evaluation": e}
-
-    check_transformation(tx, cases.LINEAR[0].params, evaluated)
+def finite(layers):
+    return lrkfac.apply_if_finite(lrkfac.low_rank_kfac(layers, 0.1, rank=2), 5)
 
 
-def precondition(layers):
-    return lrkfac.precondition_by_fisher(layers, rank=1, fallback=scale_by_adam())
+def precondition(layers, **options):
+    return lrkfac.precondition_by_fisher(layers, **options)
 
 
-WITH_LAYERS = {
-    **{name: (GROUPS, lambda layers, s=s: lrkfac.precondition_by_fisher(layers, s)) for name, s in STRUCTURES.items()},
-    "finite": (GROUPS, lambda layers: lrkfac.apply_if_finite(lrkfac.low_rank_kfac(layers, 0.1, rank=2), 5)),
-    "not finite": (GROUPS, lambda layers: lrkfac.apply_if_finite(lrkfac.low_rank_kfac(layers, 0.1, rank=2), 5)),
-    "fallback": (SHIFT, precondition),
-    "partition": (SHIFT, kfac_and_adam),
+CORRECTED = {
+    "corrected": kronecker(low_rank(2), low_rank_plus_diagonal(1), corrected=True),
+    "corrected, reduce": kronecker(diagonal(), low_rank(2), "reduce", corrected=True),
+}
+# Elementwise, those that look at evaluations; "adaptive, bounded" makes steps so short that rounding exceeds a share.
+ELSEWHERE = {*ELEMENTWISE, "adaptive, bounded"} - {"accumulate", "clip_by_kl", "masked"}
+OF_MODELS = {
+    **{name: (MLP, lambda _, tx=tx: tx) for name, tx in TRANSFORMATIONS.items() if name not in ELSEWHERE},
+    **{f"{name}, groups": (GROUPS, partial(precondition, structure=s)) for name, s in (STRUCTURES | CORRECTED).items()},
+    "layers of equal form": (EQUAL, partial(precondition, rank=1)),
+    "finite": (GROUPS, finite),
+    "not finite": (GROUPS, finite),
+    "fallback": (SHIFT, partial(precondition, rank=1, fallback=scale_by_adam())),
+    "partition of layers": (SHIFT, kfac_and_adam),
 }
 
 
-@pytest.mark.parametrize("name", WITH_LAYERS)
-def test_with_groups_and_uncovered_parameters(name):
-    case, make = WITH_LAYERS[name]
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_with_evaluations(name):
+    """Also of groups, uncovered parameters and statistics that are not finite."""
+    case, make = OF_MODELS[name]
     layers, evaluate = layers_and_evaluate(case, "mc")
     noise = torch.rand_like(case.model(case.params, case.inputs)[None])
+    options = {"statistics": False} if name == "accumulate" else {"noise": noise}
 
     def evaluated(params):
-        e = evaluate(params, noise=noise)
+        e = evaluate(params, **options)
         if name == "not finite":
             e = e._replace(statistics=optree.tree_map(lambda x: x * float("nan"), e.statistics))
         return e.grads, {"evaluation": e}
@@ -81,14 +83,11 @@ def test_with_groups_and_uncovered_parameters(name):
     check_transformation(make(layers), case.params, evaluated)
 
 
-RATES = {name: exponential_decay(0.3, 1, 0.5) if "weight" in name else 0.2 for name in cases.LINEAR[0].params}
 COMPILED = {
-    "rates": lrkfac.scale_by_learning_rate(RATES),
-    "partition": lrkfac.partition(
-        {"a": lrkfac.trace(0.9), "b": lrkfac.scale(2.0)}, lambda p: {k: "ab"[x.ndim - 1] for k, x in p.items()}
-    ),
+    "rates": lrkfac.scale_by_learning_rate({**RATES, "0.weight": exponential_decay(0.3, 1, 0.5)}),
     "apply_if_finite": lrkfac.apply_if_finite(TRANSFORMATIONS["low_rank_kfac"], 2),
-    **{name: TRANSFORMATIONS[name] for name in ("accumulate", "adaptive_low_rank_kfac", "adaptive, bounded")},
+    "corrected": TRANSFORMATIONS["dense, corrected"],
+    **{name: tx for name, tx in TRANSFORMATIONS.items() if name in ("accumulate", "partition") or "adaptive" in name},
 }
 
 
@@ -97,7 +96,7 @@ COMPILED = {
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_equals_eager(name, statistics):
     torch.compiler.reset()
-    tx, params = COMPILED[name], cases.LINEAR[0].params
+    tx, params = COMPILED[name], MLP.params
     with_statistics = statistics and name != "accumulate"
 
     def step(params, state):

@@ -12,6 +12,7 @@ from lrkfac.testing import seeds
 from tests import cases
 from tests.transforms.test_base import Pair, close, flat, nested, replayed, steps
 from tests.transforms.test_precondition import layers_and_evaluate
+from tests.transforms.test_travel import mask as of_matrices
 
 MLP, SHIFT = cases.LINEAR[0], cases.LINEAR[6]
 INNER = chain(
@@ -28,15 +29,11 @@ MASKS = {
     ),
     "all": (True, [True] * 7),
     "none": (False, [False] * 7),
-    "function": (
-        lambda tree: optree.tree_map(lambda x: x.ndim == 2, tree),
-        [True, False, False, False, False, True, True],
-    ),
+    "function": (of_matrices, [True, False, False, False, False, True, True]),
 }
-each_mask = pytest.mark.parametrize("mask, own", MASKS.values(), ids=MASKS.keys())
 
 
-@each_mask
+@pytest.mark.parametrize("mask, own", MASKS.values(), ids=MASKS.keys())
 def test_masked_equals_the_inner_one_on_its_leaves_alone(mask, own):
     params = nested(seed=3)
     part = lambda tree: [x for x, one in zip(optree.tree_leaves(tree), own, strict=True) if one]  # noqa: E731

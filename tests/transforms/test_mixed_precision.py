@@ -9,28 +9,19 @@ from hypothesis import strategies as st
 
 import lrkfac
 from lrkfac import precondition_by_fisher
-from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
+from lrkfac.structures import dense, kronecker, low_rank, low_rank_plus_diagonal
+from tests import reference
+from tests.transforms.test_precondition import DENSE
+from tests.transforms.test_travel import STRUCTURES
 
 BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
-STRUCTURES = {
-    "dense": kronecker(dense(), dense()),
-    "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
-    "diagonal": kronecker(diagonal(), low_rank(2, method="power")),
+STRUCTURES = STRUCTURES | {
+    "dense": DENSE,
     "reduce": kronecker(low_rank(2), dense(), treatment="reduce"),
     "corrected": kronecker(low_rank(2), low_rank_plus_diagonal(2), corrected=True),
-    "unit_wise": lrkfac.structures.unit_wise(),
-    "layer_wise": lrkfac.structures.layer_wise(),
-    "full": lrkfac.structures.full(),
 }
 each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
-each_dtype = pytest.mark.parametrize(
-    "model_dtype, dtype, held",
-    [
-        *[(BFLOAT16, None, FLOAT32), (BFLOAT16, FLOAT64, FLOAT64), (FLOAT32, None, FLOAT32)],
-        *[(FLOAT64, None, FLOAT64), (FLOAT64, FLOAT32, FLOAT32)],
-    ],
-    ids=str,
-)
+HELD = [(BFLOAT16, None, FLOAT32), (BFLOAT16, FLOAT64, FLOAT64), (FLOAT64, None, FLOAT64), (FLOAT64, FLOAT32, FLOAT32)]
 
 
 class Problem:
@@ -66,7 +57,7 @@ def dtypes(tree):
     return {leaf.dtype for leaf in optree.tree_leaves(tree) if leaf.is_floating_point()}
 
 
-@each_dtype
+@pytest.mark.parametrize("model_dtype, dtype, held", HELD, ids=str)
 @each_structure
 def test_states_have_the_chosen_dtype_and_updates_that_of_the_gradients(structure, model_dtype, dtype, held):
     problem = Problem(model_dtype, thin=True, width=16)
@@ -96,7 +87,7 @@ def test_neither_scalars_of_another_dtype_nor_autocast_reach_the_linear_algebra(
 def test_statistics_are_reduced_in_the_chosen_dtype(dtype, seed):
     """Averages and updates of a model in few digits, to the digits of float64."""
     problem = Problem(dtype, seed)
-    tx = precondition_by_fisher(problem.layers, STRUCTURES["dense"], damping=0.1, dtype=FLOAT64)
+    tx = precondition_by_fisher(problem.layers, DENSE, damping=0.1, dtype=FLOAT64)
     _, state = problem.run(tx, steps=1)
     e = problem.evaluation()
     wide = lrkfac.materialize(optree.tree_map(lambda g: g.double(), e.grads))
@@ -106,15 +97,11 @@ def test_statistics_are_reduced_in_the_chosen_dtype(dtype, seed):
         a, g = a.double(), g.double().flatten(0, 1)
         a = a if layer.bias is None else torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
         A, B = a.mT @ a / len(a), e.statistics.scale.double() * g.mT @ g
-        held = state.factors[layer.name]
-        torch.testing.assert_close(held.input.matrix, A, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(held.output.matrix, B, rtol=1e-12, atol=1e-14)
+        held = [factor.matrix for factor in state.factors[layer.name]]
+        torch.testing.assert_close(held, [B, A], rtol=1e-12, atol=1e-14)
         weight = layer.weight.path
         if layer.bias is None:
-            on_output, on_input = state.dampings[layer.name]
-            eye = lambda x: torch.eye(len(x), dtype=FLOAT64)  # noqa: E731
-            left = torch.linalg.solve(B + on_output * eye(B), wide[weight])
-            natural = torch.linalg.solve(A + on_input * eye(A), left.mT).mT
+            natural = reference.kronecker_preconditioned(wide[weight][None], A[None], B[None], 0.1)[0]
             torch.testing.assert_close(updates[weight], natural, rtol=1e-9, atol=1e-10)
 
 
@@ -132,17 +119,19 @@ def test_gradients_lose_nothing_to_a_narrower_inverse(structure):
         torch.testing.assert_close(u[name] + v[name], w[name], rtol=1e-9, atol=1e-9)
 
 
-def test_a_state_in_another_dtype_is_refused():
-    problem = Problem(FLOAT32)
-    state, e = precondition_by_fisher(problem.layers).init(problem.params), problem.evaluation()
-    tx = precondition_by_fisher(problem.layers, dtype=FLOAT64)
-    with pytest.raises(ValueError, match=r"layer 'e' in torch.float64, got torch.float32; pass what init"):
-        tx.update(e.grads, state, problem.params, evaluation=e)
-    for model, chosen in ((FLOAT32, FLOAT64), (FLOAT64, FLOAT32)):
-        problem = Problem(model)
-        state, e = precondition_by_fisher(problem.layers, dtype=chosen).init(problem.params), problem.evaluation()
-        with pytest.raises(ValueError, match=rf"in {model}, got {chosen}; .* or give the transformation that dtype="):
-            precondition_by_fisher(problem.layers).update(e.grads, state, problem.params, evaluation=e)
+@pytest.mark.parametrize(
+    "model, chosen, other, words",
+    [
+        (FLOAT32, None, FLOAT64, r"layer 'e' in torch.float64, got torch.float32; pass what init"),
+        (FLOAT32, FLOAT64, None, "in torch.float32, got torch.float64; .* or give the transformation that dtype="),
+        (FLOAT64, FLOAT32, None, "in torch.float64, got torch.float32; .* or give the transformation that dtype="),
+    ],
+)
+def test_a_state_in_another_dtype_is_refused(model, chosen, other, words):
+    problem = Problem(model)
+    state, e = precondition_by_fisher(problem.layers, dtype=chosen).init(problem.params), problem.evaluation()
+    with pytest.raises(ValueError, match=words):
+        precondition_by_fisher(problem.layers, dtype=other).update(e.grads, state, problem.params, evaluation=e)
 
 
 def test_accumulate_adds_in_float32():

@@ -1,5 +1,7 @@
 """``scale_by_quadratic_model``: what it chooses minimises the explicit model; bad steps and batches change nothing."""
 
+from typing import NamedTuple
+
 import optree
 import pytest
 import torch
@@ -43,7 +45,6 @@ def run(tx, case, evaluate, number, every=2):
 
 
 def model_of(case, params, damping, decay):
-    """The matrix and the slope of the quadratic model, formed."""
     at = case._replace(params=params)
     matrix = reference_networks.gauss_newton_matrix(at)
     each = flat(case, {name: torch.full_like(p, decay[name]) for name, p in params.items()})
@@ -51,11 +52,7 @@ def model_of(case, params, damping, decay):
     return matrix + torch.diag(damping + each), slope
 
 
-@pytest.mark.parametrize(
-    "case, weight_decay",
-    [(MLP, 0.0), (GAUSSIAN, "each"), (SHIFT, 0.3), (STRIDE, "each")],
-    ids=lambda x: getattr(x, "name", str(x)),
-)
+@pytest.mark.parametrize("case, weight_decay", [(MLP, 0.0), (GAUSSIAN, "each"), (SHIFT, 0.3), (STRIDE, "each")])
 def test_each_step_minimises_the_explicit_model(case, weight_decay):
     """Over refreshes and steps between them: the candidate, both coefficients, the value and the ratio."""
     decay = {name: 0.2 * i if weight_decay == "each" else weight_decay for i, name in enumerate(case.params)}
@@ -63,11 +60,8 @@ def test_each_step_minimises_the_explicit_model(case, weight_decay):
     for params, old, e, updates, new in run(tx, case, evaluate, 6):
         matrix, slope = model_of(case, params, old.damping, decay)
         grads = {name: g + decay[name] * params[name] for name, g in e.grads.items()}
-        span = ADAPTATION ** (int(old.since) + 1)
-        tried = [old.factor_damping / span, old.factor_damping, old.factor_damping * span]
-        last = row(case, old.last)
-        candidates = []
-        for damping in tried if e.statistics else [old.factor_damping]:
+        span, last, candidates = ADAPTATION ** (int(old.since) + 1), row(case, old.last), []
+        for damping in [old.factor_damping * x for x in ((1 / span, 1, span) if e.statistics else (1,))]:
             pre = precondition_by_fisher(layers_and_evaluate(case)[0], DENSE, damping=float(damping), decay=0.8)
             found, _ = pre.update(grads, old.preconditioner, params, evaluation=e)
             columns = -flat(case, found)[:, None]
@@ -83,8 +77,7 @@ def test_each_step_minimises_the_explicit_model(case, weight_decay):
         close(new.momentum, x[1] if len(x) > 1 else torch.zeros_like(x[0]), rtol=1e-5, atol=1e-8)
         close(new.factor_damping, torch.as_tensor(damping))
         h = [
-            reference_networks.loss(case._replace(params=p))
-            + 0.5 * sum(decay[n] * x.square().sum() for n, x in p.items())
+            reference_networks.loss(case._replace(params=p)) + sum(decay[n] * p[n].square().sum() for n in p) / 2
             for p in (params, lrkfac.apply_updates(params, updates))
         ]
         ratio = (h[1] - h[0]) / value
@@ -131,11 +124,8 @@ def test_a_zero_gradient_stays():
 @settings(max_examples=20)
 @example(seed=116, rank=1, batch=1, damping=1e-3, case=MLP)  # a batch without loss, hence no last update at the next
 @given(
-    st.integers(0, 1000),
-    st.integers(1, 6),
-    st.integers(1, 7),
-    st.sampled_from([1e-3, 1.0, 1e3]),
-    st.sampled_from([MLP, GAUSSIAN, STRIDE]),
+    *[st.integers(0, 1000), st.integers(1, 6), st.integers(1, 7)],
+    *[st.sampled_from([1e-3, 1.0, 1e3]), st.sampled_from([MLP, GAUSSIAN, STRIDE])],
 )
 def test_no_run_diverges_in_float32(seed, rank, batch, damping, case):
     """From parameters of any scale; each step lowers its own batch's loss or is undone."""
@@ -162,11 +152,8 @@ def test_no_run_diverges_in_float32(seed, rank, batch, damping, case):
 def test_it_is_written_for_preconditioners_in_chains():
     layers, evaluate = layers_and_evaluate(MLP)
     plain = precondition_by_fisher(layers, DENSE)
-    twice, once = (
-        trained(scale_by_quadratic_model(inner), MLP.params, evaluate, 1)[0].updates
-        for inner in (lrkfac.chain(plain, lrkfac.scale(2.0)), plain)
-    )
-    close(twice, once, rtol=1e-8)
+    both = (scale_by_quadratic_model(inner) for inner in (lrkfac.chain(plain, lrkfac.scale(2.0)), plain))
+    close(*[trained(tx, MLP.params, evaluate, 1)[0].updates for tx in both], rtol=1e-8)
 
 
 @pytest.mark.parametrize("inner", [lrkfac.identity(), lrkfac.chain(lrkfac.scale(1.0), lrkfac.trace(0.9))])
@@ -179,8 +166,63 @@ def test_an_operation_without_forward_derivative_is_named():
     model = lambda params, x: torch.cdist(x @ params["w"], x)  # noqa: E731
     params, x = {"w": torch.randn(3, 3)}, torch.randn(5, 3)
     layers = lrkfac.find_layers(model, params, x)
-    f = lrkfac.evaluator(model, lrkfac.gaussian(), layers)
+    e = lrkfac.evaluator(model, lrkfac.gaussian(), layers)(params, x, torch.zeros(5, 5))
     tx = lrkfac.adaptive_low_rank_kfac(layers)
-    e = f(params, x, torch.zeros(5, 5))
     with pytest.raises(NotImplementedError, match=r"no forward derivative.*_cdist_forward"):
         tx.update(e.grads, tx.init(params), params, evaluation=e)
+
+
+# Steps are shortened along themselves, until they are short enough ------------------------------------------
+
+
+class Plain(NamedTuple):
+    """The state of what passes for a preconditioner, and leaves gradients as they are."""
+
+    @property
+    def preconditions(self):
+        return True
+
+
+@settings(max_examples=6)
+@given(st.floats(-8, 2))
+def test_steps_are_no_longer_than_the_bound(exponent):
+    """In the metric of the batch, with the value of the model told for the step that is taken."""
+    bound = 10.0**exponent
+    tx, evaluate = make(MLP, damping=0.5, kl_clip=bound)
+    for params, old, _, updates, new in run(tx, MLP, evaluate, 4):
+        matrix, slope = model_of(MLP, params, old.damping, dict.fromkeys(MLP.params, 0.0))
+        evaluate = matrix - old.damping * torch.eye(len(slope), dtype=matrix.dtype)
+        step = flat(MLP, updates)
+        assert step @ evaluate @ step <= bound * (1 + 1e-9) and new.momentum.abs() <= 1
+        if step.any():
+            torch.testing.assert_close(new.predicted, slope @ step + step @ matrix @ step / 2, rtol=1e-8, atol=1e-14)
+
+
+def test_a_wide_bound_changes_nothing_and_a_narrow_one_no_direction():
+    made = [make(MLP, kl_clip=bound) for bound in (None, 1e12, 1e-6)]
+    free, wide, narrow = (list(run(tx, MLP, evaluate, 3)) for tx, evaluate in made)
+    for (*_, expected, other), (*_, updates, new) in zip(free, wide, strict=True):
+        if other.momentum.abs() <= 1:
+            torch.testing.assert_close(flat(MLP, updates), flat(MLP, expected))
+            torch.testing.assert_close(row(MLP, new.last), row(MLP, other.last))
+    steps = [flat(MLP, path[0][3]) for path in (free, narrow)]
+    cosine = torch.nn.functional.cosine_similarity(*steps, dim=0)
+    assert steps[1].norm() < steps[0].norm() and cosine == pytest.approx(1, abs=1e-9)
+
+
+def test_what_a_direction_was_made_of_bounds_it_where_the_batch_is_silent():
+    """A sum of gradients reaches into layers of which a batch knows nothing: neither its slope nor its curvature do."""
+    some, other = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
+    params = {"w": torch.zeros(4, 3, dtype=torch.float64), "b": torch.zeros(3, dtype=torch.float64)}
+    x, y, bound = torch.cat([some, -some]), 100 * torch.cat([other, -other])[:, :3], 1e-3  # of which b learns nothing
+    model = lambda p, inputs: inputs[1] * (inputs[0] @ p["w"]) + p["b"]  # noqa: E731
+    layers = lrkfac.find_layers(model, params, (x, x[:, :1]))
+    evaluate = lrkfac.evaluator(model, lrkfac.gaussian(), layers)
+    plain = lrkfac.GradientTransformation(lambda params: Plain(), lambda u, state, *args, **extra: (u, state))
+    tx = lrkfac.scale_by_quadratic_model(plain, damping=1e-9, kl_clip=bound, gradient_decay=0.9)
+    state = tx.init(params)
+    for gate, targets in ((1.0, y), (1.0, y), (0.0, 0.01 + 0 * y), (0.0, 0.01 + 0 * y)):
+        e = evaluate(params, (x, torch.full_like(x[:, :1], gate)), targets, statistics=False)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        assert 0 < state.learning_rate.square() * (state.total @ state.total) <= bound * (1 + 1e-9)
+        params = lrkfac.apply_updates(params, updates)

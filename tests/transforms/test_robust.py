@@ -9,17 +9,15 @@ from torch.func import vmap
 
 import lrkfac
 from lrkfac import apply_if_finite, apply_updates, chain, scale_by_adam, trace
-from tests import cases
 from tests.transforms.test_base import close, nested, steps
-from tests.transforms.test_precondition import layers_and_evaluate
+from tests.transforms.test_travel import CASE, EVALUATE, TRANSFORMATIONS
 
-MLP, NAN, INF = cases.LINEAR[0], float("nan"), float("inf")
+NAN, INF = float("nan"), float("inf")
 INNER = chain(scale_by_adam(), trace(0.9), lrkfac.add_decayed_weights(0.1))
 BAD = st.sampled_from([NAN, INF, -INF])
 
 
 def spoiled(tree, value=float("nan"), leaf=1):
-    """The tree with one entry that is not finite."""
     leaves, structure = optree.tree_flatten(optree.tree_map(torch.clone, tree))
     leaves[leaf].view(-1)[-1] = value
     return optree.tree_unflatten(structure, leaves)
@@ -47,13 +45,11 @@ def test_equals_the_loop(finite, most, value, leaf):
         else:
             expected = optree.tree_map(torch.zeros_like, g)
         both = optree.tree_leaves((updates, state.inner)), optree.tree_leaves((expected, inner))
-        for found, wanted in zip(*both, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(*both, rtol=0, atol=0, equal_nan=True)
         assert (state.consecutive, state.total) == (row, total)
 
 
 def faulty(evaluation, what, value):
-    """An evaluation in which one thing is not finite."""
     if what == "grads":
         return evaluation._replace(grads=spoiled(evaluation.grads, value))
     if what == "loss":
@@ -62,24 +58,17 @@ def faulty(evaluation, what, value):
     return evaluation._replace(statistics=statistics)
 
 
-OF_LAYERS = {
-    "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=2),
-    "dense": lambda layers: lrkfac.kfac(layers, 0.1),
-    "full": lambda layers: lrkfac.precondition_by_fisher(layers, lrkfac.structures.full()),
-    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=2),
-}
 FAULTS = {"grads": NAN, "loss": INF, "inputs": NAN, "output_gradients": INF, "scale": NAN}
 
 
 @pytest.mark.parametrize("what, value", FAULTS.items(), ids=FAULTS.keys())
-@pytest.mark.parametrize("make", OF_LAYERS.values(), ids=OF_LAYERS.keys())
-def test_a_step_of_kfac_that_is_not_finite_is_left_out(what, value, make):
-    layers, evaluate = layers_and_evaluate(MLP)
-    inner = make(layers)
-    tx, params = apply_if_finite(inner, 2), MLP.params
+@pytest.mark.parametrize("name", ["low_rank_kfac", "kfac", "whole", "adaptive_low_rank_kfac"])
+def test_a_step_of_kfac_that_is_not_finite_is_left_out(what, value, name):
+    inner, params = TRANSFORMATIONS[name], CASE.params
+    tx = apply_if_finite(inner, 2)
     state, alone = tx.init(params), inner.init(params)
     for total in (1, 2):
-        e = evaluate(params)
+        e = EVALUATE(params)
         bad = faulty(e, what, value)
         updates, state = tx.update(bad.grads, state, params, evaluation=bad)
         same((updates, state.inner), (optree.tree_map(torch.zeros_like, params), alone))
@@ -92,30 +81,22 @@ def test_a_step_of_kfac_that_is_not_finite_is_left_out(what, value, make):
 
 
 def test_it_gives_up():
-    """Statistics that stay bad are refused by the preconditioner, in its words."""
-    layers, evaluate = layers_and_evaluate(MLP)
-    tx, e = apply_if_finite(lrkfac.precondition_by_fisher(layers, rank=2), 2), evaluate(MLP.params)
-    bad, state = faulty(e, "output_gradients", float("nan")), tx.init(MLP.params)
+    tx, e = apply_if_finite(TRANSFORMATIONS["low rank"], 2), EVALUATE(CASE.params)
+    bad, state = faulty(e, "output_gradients", float("nan")), tx.init(CASE.params)
     for _ in range(2):
-        _, state = tx.update(bad.grads, state, MLP.params, evaluation=bad)
+        _, state = tx.update(bad.grads, state, CASE.params, evaluation=bad)
     with pytest.raises(ValueError, match=r"no inverse of its factors: its statistics.* are not finite"):
-        tx.update(bad.grads, state, MLP.params, evaluation=bad)
-
-
-def test_what_comes_out_must_be_finite_too():
-    tx = apply_if_finite(chain(lrkfac.scale(1e200), trace(0.9)), 3)
-    state = tx.init(nested())
-    huge = optree.tree_map(lambda g: 1e200 * g, nested())
-    updates, after = tx.update(huge, state)
-    same((updates, after.inner), (optree.tree_map(torch.zeros_like, huge), state.inner))
-    assert after.total == 1
+        tx.update(bad.grads, state, CASE.params, evaluation=bad)
 
 
 def test_each_model_of_an_ensemble_on_its_own():
-    grads = nested()
-    both = optree.tree_map(lambda *x: torch.stack(x), grads, spoiled(grads))
-    tx = apply_if_finite(INNER, 2)
-    updates, state = vmap(lambda g, s: tx.update(g, s, grads))(both, vmap(tx.init)(both))
-    assert state.total.tolist() == [0, 1]
-    close(optree.tree_map(lambda x: x[0], updates), tx.update(grads, tx.init(grads), grads)[0])
-    same(optree.tree_map(lambda x: x[1], updates), optree.tree_map(torch.zeros_like, grads))
+    """Also where finite gradients become updates that are not."""
+    tx, grads = apply_if_finite(chain(lrkfac.scale(1e200), trace(0.9)), 2), nested()
+    huge = optree.tree_map(lambda g: 1e200 * g, grads)
+    each = optree.tree_map(lambda *x: torch.stack(x), grads, spoiled(grads), huge)
+    updates, state = vmap(tx.update)(each, vmap(tx.init)(each))
+    assert state.total.tolist() == [0, 1, 1]
+    close(optree.tree_map(lambda x: x[0], updates), tx.update(grads, tx.init(grads))[0])
+    for i in (1, 2):
+        left = optree.tree_map(lambda x, i=i: x[i], (updates, state.inner))
+        same(left, (optree.tree_map(torch.zeros_like, grads), tx.init(grads).inner))

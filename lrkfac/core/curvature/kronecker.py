@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrkfac.core.base.lazy import LazyMatrix
@@ -112,10 +113,14 @@ class KroneckerStructure(BlockStructure):
         if not isinstance(weight, LazyMatrix):
             return LayerMatrix(*two_sided(inverse, weight, bias))
         output: Any = inverse.output
-        left = output.of_rows(weight.left)
         if bias is None:
-            return LayerMatrix(LazyMatrix(left, inverse.input.of_rows(weight.right), weight.dtype))
-        right, ones = of_rows(inverse.input, weight.right, left.new_ones(()))
+            left, right = output.of_rows(weight.left), inverse.input.of_rows(weight.right)
+            return LayerMatrix(LazyMatrix(left, right, weight.dtype))
+        # The bias is one more row: it need not be the sum of the others, which may have been scaled since.
+        left = output.of_rows(torch.cat([weight.left, bias[..., None, :]], dim=-2))
+        rows = F.pad(weight.right, (0, 0, 0, 1))
+        column = F.pad(torch.zeros_like(weight.right[..., 0]), (0, 1), value=1.0)
+        right, ones = of_rows(inverse.input, rows, column)
         assert ones is not None
         return LayerMatrix(LazyMatrix(left, right, weight.dtype), (ones[..., None, :] @ left).squeeze(-2))
 

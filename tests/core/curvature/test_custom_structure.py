@@ -19,59 +19,58 @@ MLP, GROUPS = cases.LINEAR[0], cases.CONVOLUTION[3]
 
 
 class Halves(NamedTuple):
-    """``[[first, 0], [0, second]]``: an operator, and with a count the state of a factor."""
+    """An operator, and with a count the state of a factor."""
 
-    first: torch.Tensor
-    second: torch.Tensor
+    matrix: torch.Tensor
     steps: torch.Tensor
 
     @property
     def dimension(self):
-        return len(self.first) + len(self.second)
+        return len(self.matrix)
 
     def matvec(self, x):
-        return torch.cat([self.first @ x[: len(self.first)], self.second @ x[len(self.first) :]])
+        return self.matrix @ x
 
     def of_rows(self, x):
-        return self.matvec(x.mT).mT
+        return x @ self.matrix
 
     def to_dense(self):
-        return torch.block_diag(self.first, self.second)
+        return self.matrix
 
     def trace(self):
-        return self.first.trace() + self.second.trace()
-
-    def each(self, f):
-        return Halves(f(self.first), f(self.second), self.steps)
+        return self.matrix.trace()
 
     def shifted(self, shift):
-        return self.each(lambda x: x + shift * torch.eye(len(x), dtype=x.dtype, device=x.device))
+        return self._replace(matrix=self.matrix + shift * torch.eye(self.dimension).to(self.matrix))
 
     def spectrum(self):
-        values = torch.cat([torch.linalg.eigvalsh(x) for x in self[:2]]).clamp(min=0)
+        values = torch.linalg.eigvalsh(self.matrix).clamp(min=0)
         return values.sort(descending=True).values, values.new_zeros(())
 
     def inner(self, other):
-        return sum((x * y).sum((-2, -1)) for x, y in zip(self[:2], other[:2], strict=True))
+        return (self.matrix * other.matrix).sum((-2, -1))
+
+
+def without_corners(matrix):
+    n = (len(matrix) + 1) // 2
+    return torch.block_diag(matrix[:n, :n], matrix[n:, n:])
 
 
 @dataclass(frozen=True)
 class TwoBlocks(FactorStructure):
     def init(self, dimension, like):
-        sizes = (dimension + 1) // 2, dimension // 2
-        return Halves(*[like.new_zeros(n, n) for n in sizes], like.new_zeros((), dtype=torch.int64))
+        return Halves(like.new_zeros(dimension, dimension), like.new_zeros((), dtype=torch.int64))
 
     def update(self, state, covariance, decay):
-        t, matrix, n = state.steps + 1, covariance.dense(), state.first.shape[-1]
+        t = state.steps + 1
         kept = (decay - decay**t) / (1 - decay**t)
-        new = matrix[:n, :n], matrix[n:, n:]
-        return Halves(*[kept * x + (1 - kept) * y for x, y in zip(state[:2], new, strict=True)], t)
+        return Halves(kept * state.matrix + (1 - kept) * without_corners(covariance.dense()), t)
 
     def operator(self, state):
         return state
 
     def inverse(self, state, damping):
-        return state.shifted(damping).each(torch.linalg.inv)
+        return state._replace(matrix=torch.linalg.inv(state.shifted(damping).matrix))
 
 
 CUSTOM = kronecker(TwoBlocks(), TwoBlocks())
@@ -111,11 +110,8 @@ def test_what_asks_a_structure():
     diagnosis, drift = diagnose(new, layers, previous=old), factor_drift(old.factors, new.factors)
     ranks = ranks_by_trace(new, layers, share=0.9)
     for layer in layers:
-        name, n = layer.name, [(d + 1) // 2 for d in (layer.d_out, layer.d_in)]
-        both = [
-            [torch.block_diag(M[:k, :k], M[k:, k:]) for k, (M, _) in zip(n, state.factors[name], strict=True)]
-            for state in plain
-        ]
+        name = layer.name
+        both = [[without_corners(M) for M, _ in state.factors[name]] for state in plain]
         pi = (both[-1][1].trace() / layer.d_in / (both[-1][0].trace() / layer.d_out)).sqrt()
         shifts, angles, needed = torch.stack([0.1**0.5 / pi, 0.1**0.5 * pi]), [], []
         close(new.dampings[name], shifts)

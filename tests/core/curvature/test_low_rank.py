@@ -1,16 +1,21 @@
 """Factors and their averages; low-rank ones: exact in what they promise, near the best possible in the rest."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrkfac.core.curvature.diagnosis import needed_rank
 from lrkfac.core.curvature.factors import DenseStructure
+from lrkfac.core.curvature.spectra import damped
 from lrkfac.core.linalg.covariances import RowCovariance
 from lrkfac.linalg import to_dense
 from lrkfac.structures import dense, diagonal, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_structure, covariances, dtypes, seeds
 from tests import reference
+from tests.tensors import normal
 
 STRUCTURES = {
     "low_rank": low_rank,
@@ -29,15 +34,10 @@ BOTH = pytest.mark.parametrize("make", [low_rank, low_rank_plus_diagonal])
 
 
 def averaged(structure, batches, decay=0.9):
-    """The structure's state after some batches, and the dense average."""
     state = structure.init(batches[0].rows.shape[1], batches[0].rows)
     for batch in batches:
         state = structure.update(state, batch, decay)
     return state, reference.running_averages([batch.dense().double() for batch in batches], decay)[-1]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def mean_of(rows):
@@ -45,7 +45,7 @@ def mean_of(rows):
 
 
 @pytest.mark.parametrize("make", STRUCTURES.values(), ids=STRUCTURES.keys())
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(dimension=st.integers(1, 8), rank=st.integers(1, 9), dtype=dtypes, seed=seeds)
 def test_laws(make, dimension, rank, dtype, seed):
     check_structure(make(rank), dimension, dtype=dtype, seed=seed)
@@ -146,3 +146,40 @@ def test_the_original_fit_takes_eigenpairs_of_what_is_off_the_diagonal():
     held = state.vectors / torch.linalg.vector_norm(state.vectors, dim=0)
     torch.testing.assert_close(state.values.sort().values, values[-2:], rtol=1e-6, atol=1e-9)
     assert (held.mT @ expected @ held).diagonal().sum() > 0.9 * values[-2:].sum()
+
+
+weights, shares = st.sampled_from([0.5, 1.0, 2.0]), st.floats(0.05, 0.99)
+structures = st.one_of(
+    st.sampled_from([dense(), diagonal(), low_rank(2, residual="none")]),
+    st.builds(lambda r, w: low_rank(r, weight=w), st.integers(1, 4), weights),
+    st.builds(lambda r, w: low_rank_plus_diagonal(r, weight=w), st.integers(1, 4), weights),
+)
+
+
+@given(structures, covariances(8, torch.float64), st.floats(1e-3, 1e2), shares)
+def test_numbers_of_a_factor(structure, covariance, share, part):
+    """Those of the dense average, which a weight does not change, and inverse; the rank needed is the least."""
+    d = covariance.rows.shape[1]
+    structure = structure if not hasattr(structure, "rank") else replace(structure, rank=min(structure.rank, d))
+    state = structure.init(d, covariance.rows)
+    for rows in (covariance.rows, covariance.rows.flip(1)):
+        state = structure.update(state, replace(covariance, rows=rows), 0.7)
+    unweighted = replace(structure, weight=1.0) if hasattr(structure, "weight") else structure
+    M = to_dense(unweighted.operator(state))
+    damping = share * (M.trace() / d).clamp(min=1e-3)
+    inverse = structure.inverse(state, damping)
+    known = state.spectrum()
+    found = damped(state, inverse, damping, known.eigenvalues)
+    assert (known.eigenvalues.diff() <= 0).all()
+    torch.testing.assert_close(known.eigenvalues.sum() + known.rest, M.trace(), rtol=1e-9, atol=1e-12)
+    rank, needed = int(needed_rank(state, part)), part * M.trace()
+    assert rank == len(known.eigenvalues) or known.eigenvalues[:rank].sum() >= needed * (1 - 1e-12)
+    assert rank == 1 or known.eigenvalues[: rank - 1].sum() < needed * (1 + 1e-12)
+    torch.testing.assert_close(found.effective, (M @ to_dense(inverse)).trace(), rtol=1e-6, atol=1e-9)
+    eigenvalues = 1 / torch.linalg.eigvalsh(to_dense(inverse))
+    low, high = eigenvalues.amin(), eigenvalues.amax()
+    if structure.__class__ is low_rank_plus_diagonal(1).__class__:
+        assert found.smallest <= low * (1 + 1e-6)
+        assert high * (1 - 1e-6) <= found.largest <= 2 * high * (1 + 1e-6)
+    else:
+        torch.testing.assert_close((found.smallest, found.largest), (low, high), rtol=1e-6, atol=0)

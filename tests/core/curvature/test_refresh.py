@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrkfac
 from lrkfac import precondition_by_fisher
+from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.curvature import precondition, refresh
-from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
+from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, unit_wise
 
 STRUCTURES = {
     "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
@@ -23,7 +24,6 @@ STRUCTURES = {
 
 
 def problem(model, params, draw, inputs, bias="joint", thin=False, estimator="empirical"):
-    """Layers, parameters, and ``params -> Evaluation``."""
     generator, x = torch.Generator().manual_seed(len(params)), draw(*inputs)
     classes = model(params, x).shape[-1]
     y = torch.randint(classes, inputs[:1], generator=generator)
@@ -58,7 +58,6 @@ def deep(depth, width=6, positions=(), norms=False, transposed=False, dtype=torc
 
 
 def convolutions(depth, groups=1):
-    """``depth`` equal convolutions, and a last linear layer."""
     draw = drawing(depth)
     params = {f"l{i}": {"w": draw(4, 4 // groups, 3, 3) / 6, "b": draw(4)} for i in range(depth)}
     params["out"] = {"w": draw(3, 4)}
@@ -110,7 +109,6 @@ PROBLEMS = {f"joint, {name}": (partial(deep, 5), structure) for name, structure 
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """Of the groups that are stacked: to be refreshed, and to be applied."""
     refreshed, applied = [], []
     of_refresh, of_apply = refresh._refresh_stack, precondition.apply
     monkeypatch.setattr(refresh, "_refresh_stack", lambda x, *args: refreshed.append(len(x)) or of_refresh(x, *args))
@@ -125,7 +123,7 @@ def test_together_equals_one_by_one(monkeypatch, sizes, structure, make):
     updates, state = run(layers, params, evaluate, structure)
     assert max(sizes[0]) >= 2 and (max(sizes[1]) >= 2 or any(layer.groups > 1 for layer in layers))
     tx, e = precondition_by_fisher(layers, structure, decay=0.7), evaluate(params)
-    together = tx.update(e.grads, state, params, evaluation=e)[0]
+    together = lrkfac.materialize(tx.update(e.grads, state, params, evaluation=e)[0])
     for module in (refresh, precondition):
         monkeypatch.setitem(module.LARGEST, "cpu", 0)
     for numbers in sizes:
@@ -133,10 +131,8 @@ def test_together_equals_one_by_one(monkeypatch, sizes, structure, make):
     expected, alone = run(layers, params, evaluate, structure)
     assert set(sizes[0]) == set(sizes[1]) == {1} and layout(state) == layout(alone) == layout(tx.init(params))
     close(updates, expected)
-    reached = [tx.update(e.grads, start, params, evaluation=e)[0] for start in (state, alone)]
-    reached, together = lrkfac.materialize(reached), lrkfac.materialize(together)
-    close(reached[0], reached[1])
-    close(together, reached[1])
+    reached = lrkfac.materialize([tx.update(e.grads, start, params, evaluation=e)[0] for start in (state, alone)])
+    close([reached[0], together], [reached[1]] * 2)
 
 
 def test_statistics_beyond_the_largest_are_not_stacked_together(monkeypatch, sizes):
@@ -160,22 +156,20 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations_of_a_refresh(layers, params, evaluate, structure):
-    """Those of an update with statistics beyond those of one without."""
-    tx, made = precondition_by_fisher(layers, structure), []
-    state = run(layers, params, evaluate, structure, steps=1)[1]
-    for statistics in (True, False):
-        e = evaluate(params, statistics)
-        with Operations() as count:
-            tx.update(e.grads, state, params, evaluation=e)
-        made.append(count.made)
-    return made[0] - made[1]
+def operations_of(layers, params, evaluate, structure, statistics, count):
+    tx, state = precondition_by_fisher(layers, structure), run(layers, params, evaluate, structure, steps=1)[1]
+    e = evaluate(params, statistics)
+    with count:
+        tx.update(e.grads, state, params, evaluation=e)
+    return count.made
 
 
 @pytest.mark.parametrize("name", ["low rank", "dense", "diagonal"])
 @pytest.mark.parametrize("make, deeper", [(partial(deep, width=8), 16), (convolutions, 16)])
 def test_depth_does_not_change_the_number_of_operations(name, make, deeper):
-    few, many = (operations_of_a_refresh(*make(depth), STRUCTURES[name]) for depth in (4, deeper))
+    """Those of an update with statistics beyond those of one without."""
+    of = lambda depth, statistics: operations_of(*make(depth), STRUCTURES[name], statistics, Operations())  # noqa: E731
+    few, many = (of(depth, True) - of(depth, False) for depth in (4, deeper))
     assert 0 < many <= 1.2 * few
 
 
@@ -209,3 +203,37 @@ def test_convolutions_of_other_settings_are_not_stacked():
         rows = F.unfold(a[:, :, None], (1, 3), padding=(0, padding), dilation=(1, dilation))
         rows = rows.movedim(1, -1).reshape(-1, 6)
         close(state.factors[name].input.matrix, rows.mT @ rows / len(rows))
+
+
+# Gradients of equal form, preconditioned together --------------------------------------------------------
+
+wide = partial(deep, width=24, norms=True)
+
+
+@pytest.mark.parametrize("thin, numbers", [(True, 2 * 4 * 24), (False, 24 * 24)])
+def test_both_sides_of_the_largest(monkeypatch, sizes, thin, numbers):
+    """Five layers, of which two fit together; with one number less, none does."""
+    layers, params, evaluate = wide(5, thin=thin)
+    assert {isinstance(evaluate(params).grads[f"l{i}"]["w"], LazyMatrix) for i in range(5)} == {thin}
+    for largest, expected in ((2 * numbers, [2, 2, 1]), (2 * numbers - 1, [1] * 5)):
+        sizes[1].clear()
+        monkeypatch.setitem(precondition.LARGEST, "cpu", largest)
+        run(layers, params, evaluate, kronecker(low_rank(2), low_rank(2)), steps=1)
+        assert sizes[1] == [1, *expected, 5, 1]  # the first norm is wider, without a shift; the last layer is smaller
+
+
+@pytest.mark.parametrize(
+    "structure, thin", [(None, True), (None, False), (kronecker(dense(), dense()), True), (unit_wise(), False)]
+)
+def test_depth_hardly_changes_the_number_of_operations(structure, thin):
+    """But for what sorts the leaves: what is made of each layer alone are a few views."""
+    few, many = (operations_of(*wide(depth, thin=thin), structure, False, Computing()) for depth in (4, 16))
+    assert many <= few + 6
+
+
+class Computing(Operations):
+    """Counts operations, but for views."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.made -= func.is_view
+        return super().__torch_dispatch__(func, types, args, kwargs)

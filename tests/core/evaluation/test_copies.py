@@ -16,15 +16,7 @@ def squared_error(outputs, targets):
     return (outputs - targets).square().sum(-1) / 2
 
 
-def shifted(outputs, noise):
-    return outputs + 12**0.5 * (noise - 0.5)
-
-
-def root(outputs, coefficients):
-    return coefficients
-
-
-NORMAL = lrkfac.Likelihood("normal", squared_error, shifted, root)
+LIKELIHOOD = lrkfac.Likelihood("any", squared_error, sample=torch.add, square_root=torch.mul)
 
 
 @each_way
@@ -32,7 +24,7 @@ def test_copies_evaluate_the_same(way):
     """Evaluators, with one head or several, and the evaluations that they make, merged ones included."""
     params, inputs, noise = {"w": torch.randn(2, 3)}, torch.randn(4, 3), torch.rand(1, 4, 2)
     layers = find_layers(linear, params, inputs)
-    for heads in (NORMAL, lrkfac.joint(NORMAL, 2.0)):
+    for heads in (LIKELIHOOD, lrkfac.joint(LIKELIHOOD, 2.0)):
         f = evaluator(linear, heads, layers, thin=True)
         original = f(params, inputs, inputs[:, :2], noise=noise)
         again = way(f)

@@ -22,7 +22,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=attrgetter("name"))
 
 @each_case
 @each_estimator
-@settings(max_examples=5)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_statistics_of_some_examples_are_those_of_a_batch_of_them(case, estimator, data):
     """Loss, gradients, outputs and products stay those of the whole batch."""

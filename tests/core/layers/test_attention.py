@@ -104,7 +104,6 @@ def test_projections_are_layers_and_errors_are_torchs():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_compiled_the_same_as_eager():
     model, params = from_module(Net().double())
     x, y = normal(N, T, 4), torch.tensor([0, 1, 2])

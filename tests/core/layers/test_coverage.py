@@ -47,6 +47,10 @@ COVERED = {
         ["w conv1d w, b"],
     ),
     "multiplied by name": (lambda p, x: torch.mul(input=linear(p, x), other=p["c"]), ["w linear w, b", "c scale"]),
+    "repeated": (
+        lambda p, x: linear(p, torch.cat([p["c"].expand(5, 1, 4), x[:, None]], 1)).tanh().mean(1),
+        ["c shift", "w linear w, b"],
+    ),
     "added to the input": (lambda p, x: linear(p, x + p["c"]), ["c shift", "w linear w, b"]),
     "halves": (
         lambda p, x: torch.cat([F.linear(x, w, b) for w, b in zip(p["w"].chunk(2), p["b"].chunk(2), strict=True)], 1),
@@ -68,7 +72,6 @@ COVERED = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("model", "expected"), COVERED.values(), ids=COVERED.keys())
 def test_covered(model, expected):
     layers = gradients_are_those_of_autograd(model, P, X)

@@ -96,6 +96,31 @@ def test_a_row_that_all_examples_share_is_one_of_each(n, structure):
     optree.tree_map(torch.testing.assert_close, *[step(m, *batch, DENSE[structure])[0] for m in (shared, plain)])
 
 
+def convolved(p, frames):
+    return F.linear(torch.tanh(F.conv2d(frames, p["w"])).mean((2, 3)), p["o"])
+
+
+def embedded(p, numbers):
+    return F.linear(F.embedding(numbers, p["w"]).tanh(), p["o"])
+
+
+@pytest.mark.parametrize("structure", DENSE)
+@pytest.mark.parametrize("model", [convolved, embedded])
+def test_frames_and_tokens_folded_into_the_batch(model, structure):
+    """Before or behind the examples, as one position after another."""
+    shape = (3, 2, 3, 3) if model is convolved else (6, 3)
+    params = {"w": torch.randn(shape, dtype=DOUBLE), "o": torch.randn(2, 3, dtype=DOUBLE)}
+    x = torch.randn(5, 4, 2, 5, 5, dtype=DOUBLE) if model is convolved else torch.randint(6, (5, 4))
+    each = lambda p, x: torch.stack([model(p, one) for one in x.unbind(1)]).mean(0)  # noqa: E731
+    batch_first = lambda p, x: model(p, x.flatten(0, 1)).unflatten(0, (len(x), -1)).mean(1)  # noqa: E731
+    time_first = lambda p, x: model(p, x.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, len(x))).mean(0)  # noqa: E731
+    expected, *found = (
+        step(m, params, x, torch.arange(5) % 2, DENSE[structure])[0] for m in (each, batch_first, time_first)
+    )
+    for updates in found:
+        optree.tree_map(torch.testing.assert_close, updates, expected)
+
+
 def test_a_vector_as_long_as_the_batch_need_not_hold_examples():
     params, x, w = {"w": torch.randn(2, 4)}, torch.randn(5, 4), torch.rand(5)
     mean = lambda p, xw: (xw[0] * xw[1].mean()) @ p["w"].T  # noqa: E731
@@ -128,6 +153,14 @@ def batch_normalised(p, x):
     return F.linear(torch.tanh((h - h.mean(0)) / h.std(0)), p["o"])
 
 
+NEIGHBOURS = (torch.rand(6, 6, generator=torch.Generator().manual_seed(0)) < 0.5).double()
+
+
+def graph(p, x):
+    """All nodes of one graph as examples."""
+    return NEIGHBOURS @ F.linear(torch.tanh(NEIGHBOURS @ F.linear(x, p["w"])), p["o"])
+
+
 def contrastive(p, x):
     h = F.linear(x, p["w"])
     return h @ h.mT
@@ -146,6 +179,7 @@ def in_sequence(p, x):
 INTERACTING = {
     "normalised": (batch_normalised, (6, 3)),
     "contrastive": (contrastive, (6, 3)),
+    "graph": (graph, (6, 3)),
     "flattened": (in_sequence, (4, 3, 3)),
 }
 
@@ -178,6 +212,8 @@ def test_exact_is_unbiased_where_terms_meet_in_one_row(case):
         h = F.linear(x, params["w"]) + z
         if case == "contrastive":
             return h @ h.mT
+        if case == "graph":
+            return NEIGHBOURS @ F.linear(torch.tanh(NEIGHBOURS @ h), params["o"])
         if case == "flattened":
             return F.linear(torch.tanh(h).cumsum(1), params["o"]).flatten(0, 1)
         return F.linear(torch.tanh((h - h.mean(0)) / h.std(0)), params["o"])

@@ -44,41 +44,18 @@ def test_every_layer_of_a_network_is_described(case):
         for parameter in filter(None, (layer.weight, layer.bias)):
             leaf = optree.tree_leaves(case.params)[parameter.index]
             assert leaf is case.params[parameter.path] and tuple(leaf.shape) == parameter.shape
-    shifts = [name for name in case.params if name.endswith("shift")]
-    assert [p.path for p, _ in layers.uncovered] == shifts
+    assert [p.path for p, _ in layers.uncovered] == [name for name in case.params if name.endswith("shift")]
     single = {name: p.float() for name, p in case.params.items()}
     assert find_layers(case.model, single, case.inputs[:1].float()) == layers, "of any batch size and dtype"
 
 
-TREES = {
-    "flat": ({"a.weight": W, "v": V}, lambda p: (p["v"], None, p["a.weight"], None), ("v", "a")),
-    "nested": ({"net": {"z": {"w": W, "b": B}, "a": [V]}},
-               lambda p: (*map(p["net"]["z"].get, "wb"), p["net"]["a"][0], None), ("net.z", "net.a")),
-    "NamedTuples": ([Affine(W, B), Affine(V, B + 1)], lambda p: (*p[0], *p[1]), ("0", "1")),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("params", "parts", "names"), TREES.values(), ids=TREES.keys())
-def test_names_in_the_order_of_first_use(params, parts, names):
-    def model(p, x):
-        first, first_bias, last, last_bias = parts(p)
-        return F.linear(F.linear(x, first, first_bias), last, last_bias)
-
-    layers = find_layers(model, params, X)
-    assert tuple(layer.name for layer in layers) == names and not layers.uncovered
-    assert layers.covered == set(range(len(optree.tree_leaves(params))))
-    assert optree.tree_leaves(layers.tree) == list(layers.parameters)
-    for layer, weight in zip(layers, parts(params)[::2], strict=True):
+def test_names_in_the_order_of_first_use():
+    params = {"net": {"z": Affine(W, B), "a": [V]}}
+    layers = find_layers(lambda p, x: F.linear(F.linear(x, *p["net"]["z"]), p["net"]["a"][0]), params, X)
+    assert [layer.name for layer in layers] == ["net.z", "net.a"] and layers.covered == {0, 1, 2}
+    assert optree.tree_leaves(layers.tree) == list(layers.parameters) and not layers.uncovered
+    for layer, weight in zip(layers, (W, V), strict=True):
         assert optree.tree_leaves(params)[layer.weight.index] is weight
-
-
-def test_bias_is_a_layer_of_its_own_when_separate():
-    layers = find_layers(linear, square(), X, bias="separate")
-    weight, bias = layers
-    assert (weight.name, weight.kind, weight.bias, weight.d_in) == ("weight", "linear", None, 4)
-    assert (bias.name, bias.kind, bias.weight.path, bias.d_in, bias.d_out) == ("bias", "bias", "bias", 1, 4)
-    assert bias.sites == weight.sites == (("weight", 0),) and layers.sources == {"weight"}
-    assert not layers.uncovered
 
 
 NOT_COVERED = {
@@ -114,10 +91,6 @@ NOT_COVERED = {
     ),
     "entries picked by a constant": (
         lambda p, x: F.linear(linear(p, x), p["v"][torch.tensor([2, 0, 1])]), {"v": V},
-        {"v": "used by torch.Tensor.__getitem__"},
-    ),
-    "entries picked by an input": (
-        lambda p, x: F.linear(linear(p, x), p["v"][x[:4, 0].long() % 4]), {"v": V},
         {"v": "used by torch.Tensor.__getitem__"},
     ),
     "different groups": (

@@ -2,23 +2,17 @@
 
 from itertools import product
 
-import optree
 import pytest
 import torch
 import torch.nn.functional as F
 
-import lrkfac
 from lrkfac.core.layers import kinds
-from lrkfac.core.layers.calls import Call
 from lrkfac.core.layers.convolutions import CONVOLUTIONS
-from lrkfac.core.layers.kinds import EMBEDDING, LINEAR, SCALE, SHIFT, LinearOptions
+from lrkfac.core.layers.kinds import EMBEDDING, LINEAR, SCALE, SHIFT
 from lrkfac.core.layers.parsers import PARSERS
 from lrkfac.core.layers.placement import IN_FRONT
 from lrkfac.core.layers.views import apply_view
 from tests.tensors import close, normal
-
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-
 
 SETTINGS = [
     {}, {"stride": (2, 3)}, {"padding": 2}, {"stride": (2,), "padding": (1,), "dilation": (2,)}, {"padding": "same"},
@@ -82,13 +76,6 @@ def test_convolutions(name, kernel, settings, groups):
     assert parsed(function, input=x, weight=w, groups=groups, **settings) == call._replace(bias=None)
 
 
-def test_calls_of_linear():
-    x, w, b = normal(3, 4), normal(2, 4), normal(2)
-    call = parsed(F.linear, x, w, b)
-    assert call == parsed(F.linear, x, weight=w, bias=b) == Call(LINEAR, x, w, b, LinearOptions())
-    assert PARSERS[F.linear](lambda a: False, x, w, b) is None
-
-
 EINSUM = {
     "rows": ("nd,cd->nc", (5, 3), (4, 3)),
     "turned": ("dc,nd->nc", (5, 3), (3, 4)),
@@ -138,18 +125,3 @@ def test_scale_and_shift_are_broadcast(shape, kind, function):
     a, prepared = kind.prepare(call.input, g[None], 5, call.options, IN_FRONT)
     assert call.kind is kind and kind.unit_wise and a.shape == prepared.shape[1:] == (5, a.shape[1], w.numel())
     close(kind.transpose(a, prepared[0], 1, call.options), apply_view(call.turn, pullback(g)[0]))
-
-
-@pytest.mark.parametrize("structure", [lrkfac.structures.layer_wise(), lrkfac.structures.unit_wise()])
-def test_a_batch_flattened_with_positions_has_the_blocks_of_the_whole(structure):
-    """The gradient of an example is that of all its positions."""
-    params, x = {"w": torch.randn(2, 3).double()}, torch.randn(4, 5, 3).double()
-    whole = lambda p, x: F.linear(x, p["w"]).tanh().mean(1)  # noqa: E731
-    flat = lambda p, x: F.linear(x.reshape(20, 3), p["w"]).tanh().reshape(4, 5, 2).mean(1)  # noqa: E731
-    states = []
-    for model in (whole, flat):
-        layers = lrkfac.find_layers(model, params, x)
-        e = lrkfac.evaluator(model, lrkfac.gaussian(), layers, "exact")(params, x, torch.zeros(4, 2).double())
-        tx = lrkfac.precondition_by_fisher(layers, structure)
-        states.append(optree.tree_leaves(tx.update(e.grads, tx.init(params), params, evaluation=e)))
-    torch.testing.assert_close(*states)

@@ -24,7 +24,6 @@ HEADS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", HEADS)
 def test_a_leading_axis_of_one_stands_for_all_examples(name):
     """Gradients and exact blocks are those by autograd."""

@@ -1,11 +1,12 @@
 """The families: samples, extremes, shapes, copies. Their parts fit together: ``tests/test_check_likelihood.py``."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.func import grad, vmap
 
 from lrkfac import bernoulli, categorical, gaussian, joint, poisson
-from tests.core.likelihoods.test_protocol import FAMILIES, problem
 from tests.tensors import close, normal
 from tests.travelling import each_way
 
@@ -59,35 +60,22 @@ def test_targets_that_do_not_fit(likelihood, outputs, targets, message):
         likelihood.check(outputs, targets)
 
 
-VMAPPED = [name for name in FAMILIES if not name.startswith("categorical") or "weights=True smoothing=0.3" in name]
-
-
-@pytest.mark.parametrize("name", VMAPPED)
-def test_everything_works_under_vmap(name):
-    """Over outputs, with the same targets."""
-    likelihood, p = FAMILIES[name].likelihood, problem([(name, FAMILIES[name].shapes[-1])], seed=0)
-    outputs = p.model(p.params, p.inputs)
-    both, noise = torch.stack([outputs, outputs + 1]), torch.stack([outputs, outputs - 1]).sigmoid()
-    targets = likelihood.sample(outputs, noise[0])
-    for function, args in (
-        (lambda f: likelihood.negative_log_likelihood(f, targets), (both,)),
-        (likelihood.sample, (both, noise)),
-        (likelihood.hessian_product, (both, noise)),
-        (likelihood.square_root, (both, noise)),
-    ):
-        close(vmap(function)(*args)[1], function(*[x[1] for x in args]))
-
-
 HEADS = (categorical(1, -100, [0.5, 1.0, 2.0], 0.1), gaussian(torch.tensor([0.5, 1.0, 2.0])), bernoulli(), poisson())
 
 
-def computed(likelihood):
-    outputs, noise = normal(4, 3), normal(4, 3, seed=1).sigmoid()
+def computed(likelihood, outputs, noise):
     targets = likelihood.sample(outputs, noise).abs()  # counts are not negative
-    likelihood.check(outputs, targets)
     loss, gradient = likelihood.loss(outputs, targets), grad(likelihood.loss)(outputs, targets)
     root, product = (method(outputs, noise) for method in (likelihood.square_root, likelihood.hessian_product))
     return targets, loss, gradient, root, product, likelihood.weighted_root(outputs, targets, noise)
+
+
+@pytest.mark.parametrize("likelihood", HEADS, ids=lambda x: x.name)
+def test_everything_works_under_vmap(likelihood):
+    outputs, noise = normal(2, 4, 3), normal(2, 4, 3, seed=1).sigmoid()
+    found = vmap(partial(computed, likelihood))(outputs, noise)
+    for i in range(2):
+        close(tuple(x[i] for x in found), computed(likelihood, outputs[i], noise[i]))
 
 
 @each_way
@@ -95,5 +83,6 @@ def test_what_arrives_computes_the_same_bits(way):
     """Likelihoods, and several of them joined, copied, pickled and saved."""
     arrived = way(joint(HEADS, (0.5,) * 4))
     assert arrived.weights == (0.5,) * 4
-    for heads in (arrived.heads, [*map(way, HEADS)]):
-        close([*map(computed, heads)], [*map(computed, HEADS)], 0, 0)
+    arguments = normal(4, 3), normal(4, 3, seed=1).sigmoid()
+    for heads in (arrived.heads, map(way, HEADS)):
+        close([computed(head, *arguments) for head in heads], [computed(head, *arguments) for head in HEADS], 0, 0)

@@ -8,15 +8,13 @@ from hypothesis import strategies as st
 from lrkfac.core.linalg.eigen import orthonormal, pseudo_random, rayleigh_ritz
 from lrkfac.linalg import power_iteration, subspace_iteration
 from lrkfac.testing import dtypes, seeds
+from tests.tensors import normal
 
 BOTH = pytest.mark.parametrize("iterate", [power_iteration, subspace_iteration])
 
 
 def symmetric(values, seed=0):
-    """A matrix with these eigenvalues, and its eigenvectors."""
-    generator = torch.Generator().manual_seed(seed)
-    d = len(values)
-    basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    basis = torch.linalg.qr(normal(len(values), len(values), seed=seed)).Q
     return (basis * torch.as_tensor(values, dtype=torch.float64)) @ basis.mT, basis
 
 
@@ -44,9 +42,7 @@ def test_vectors_are_orthonormal_whatever_ended_the_iteration(iterate, seed, d, 
 
 
 @BOTH
-@pytest.mark.parametrize(
-    "values", [[5, 4, 3, 2, 1, 0.5], [-5, 4, -3, 2, 0.1, 0], [3, 3, 3, 1, 1, 0], [2, -2, 1, 0, 0, 0]]
-)
+@pytest.mark.parametrize("values", [[-5, 4, -3, 2, 0.1, 0], [3, 3, 3, 1, 1, 0], [2, -2, 1, 0, 0, 0]])
 def test_eigenpairs_of_largest_magnitude(iterate, values):
     matrix, _ = symmetric(values)
     start = pseudo_random(6, 3, torch.tensor(1)).double()
@@ -59,8 +55,7 @@ def test_eigenpairs_of_largest_magnitude(iterate, values):
 @BOTH
 def test_a_warm_start_needs_one_step(iterate):
     matrix, basis = symmetric([9, 7, 5, 3, 1, 0.5])
-    start = basis[:, :3] + 1e-3 * torch.randn(6, 3, dtype=torch.float64)
-    _, values = iterate(lambda v: matrix @ v, start, 3, 1)
+    _, values = iterate(lambda v: matrix @ v, basis[:, :3] + 1e-3 * torch.randn(6, 3).double(), 3, 1)
     torch.testing.assert_close(values, torch.tensor([9.0, 7, 5], dtype=torch.float64), rtol=1e-5, atol=0)
 
 

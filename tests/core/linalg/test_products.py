@@ -1,18 +1,91 @@
-"""Products from both sides are those of the dense matrices, stacked or not, whether the last column is apart or not."""
+"""Operators apply the dense matrices that they stand for, from both sides and stacked; inverses are theirs."""
 
 import optree
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
+from lrkfac.core.linalg.operators import split_damping
 from lrkfac.core.linalg.products import of_columns, of_rows, two_sided
-from lrkfac.linalg import Kronecker, LowRankPlusDiagonal, to_dense
-from lrkfac.testing import operators
-from lrkfac.testing.strategies import low_rank_plus_diagonals
+from lrkfac.linalg import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, inverse, sherman_morrison, to_dense, woodbury
+from lrkfac.testing import check_inverse, low_rank_plus_diagonals, operators
+from tests import reference
 from tests.dispatch import LargestTensor
+
+BOTH = pytest.mark.parametrize("invert", [woodbury, sherman_morrison])
+
+
+def drawn(d, r, ratio, dtype, seed=0, orthonormal=False):
+    """Largest eigenvalue about 1, diagonal between 1 / ratio and 10 / ratio; a zero and a repeated column."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(d, r, generator=generator, dtype=torch.float64)
+    vectors = torch.linalg.qr(vectors).Q if orthonormal else vectors / vectors.norm(dim=0)
+    values = (1 / ratio) ** torch.rand(r, generator=generator, dtype=torch.float64)
+    values[0] = 1
+    if r > 4:
+        vectors[:, 2] = 0
+        vectors[:, 3], values[3] = vectors[:, 4], values[4]
+    diagonal = (1 + 9 * torch.rand(d, generator=generator, dtype=torch.float64)) / ratio
+    return LowRankPlusDiagonal(vectors.to(dtype), values.to(dtype), diagonal.to(dtype))
+
+
+@given(operators(max_condition=1e6), st.floats(1e-6, 10))
+def test_laws_of_the_inverse(operator, damping):
+    check_inverse(operator, damping)
+
+
+@given(low_rank_plus_diagonals(dtype=torch.float64, max_condition=1e6))
+@example(drawn(256, 256, 1e6, torch.float64))
+@example(drawn(512, 64, 1e6, torch.float64, orthonormal=True))
+@example(drawn(300, 1, 1e6, torch.float64))
+def test_rank_one_updates_matrix_form_and_dense_inverse_agree(operator):
+    dense = torch.linalg.inv(to_dense(operator))
+    for found in (sherman_morrison(operator), woodbury(operator)):
+        assert (to_dense(found) - dense).norm() <= 1e-9 * dense.norm()
+        assert torch.equal(found.diagonal, operator.diagonal.rsqrt().square())
+
+
+@BOTH
+@given(low_rank_plus_diagonals(dtype=torch.float32, max_condition=1e8))
+@example(drawn(512, 512, 1e8, torch.float32))
+@example(drawn(512, 32, 1e8, torch.float32, orthonormal=True))
+def test_float32_inverse_stays_positive_definite(invert, operator):
+    found = to_dense(optree.tree_map(torch.Tensor.double, invert(operator)))
+    assert torch.linalg.eigvalsh((found + found.mT) / 2)[0] > 0
+
+
+@pytest.mark.parametrize("d, rank, ratio", [(512, 1, 1e8), (512, 512, 1e8), (64, 20, 1e6), (2, 1, 1e8)])
+def test_dense_float32_inverse_stays_positive_definite(d, rank, ratio):
+    vectors = torch.linalg.qr(torch.randn(d, rank)).Q
+    found = inverse(Dense(vectors @ vectors.mT), 1 / ratio).matrix.double()
+    assert torch.linalg.eigvalsh((found + found.mT) / 2)[0] > 0
+
+
+@BOTH
+@given(low_rank_plus_diagonals(dtype=torch.float64, max_condition=1e3))
+def test_negative_values_are_closed_under_inversion(invert, operator):
+    once = invert(operator)
+    assert (once.values <= 1e-12).all()
+    twice = to_dense(invert(once))
+    assert (twice - to_dense(operator)).norm() <= 1e-8 * to_dense(operator).norm()
+
+
+@BOTH
+def test_no_square_matrix_is_made_of_one_or_of_a_stack(invert):
+    operators = [drawn(7, 3, 1e3, torch.float64, seed) for seed in range(3)]
+    stacked = optree.tree_map(lambda *parts: torch.stack(parts), *operators)
+    found = vmap(lambda op: to_dense(invert(op)))(stacked)
+    torch.testing.assert_close(found, torch.stack([to_dense(invert(op)) for op in operators]))
+    d, r = 2048, 8
+    with LargestTensor() as largest:
+        found = invert(drawn(d, r, 1e4, torch.float32))
+    assert largest.numel <= 2 * d * r and sum(x.numel() for x in found) == d * r + d + r
+
+
+# Operators and their products --------------------------------------------------------------------------
 
 low_rank = low_rank_plus_diagonals(dtype=torch.float64)
 any_operator = operators(dtype=torch.float64) | low_rank
@@ -26,6 +99,43 @@ def close(found, expected):
 def joined(parts):
     matrix, column = parts
     return torch.cat([matrix, column[..., None]], dim=-1)
+
+
+@given(operators(dtype=torch.float64), st.integers(1, 3), st.floats(0, 10))
+def test_what_is_applied_is_the_dense_matrix(operator, k, shift):
+    matrix = to_dense(operator)
+    x = torch.randn(matrix.shape[0], k, dtype=torch.float64)
+    assert operator.dimension == matrix.shape[0]
+    close(operator.matvec(x), matrix @ x)
+    close(operator.matvec(x[:, 0]), matrix @ x[:, 0])
+    close(operator.of_rows(x.mT), x.mT @ matrix)
+    close(operator.trace(), matrix.trace())
+    close(matrix, matrix.mT)
+    if isinstance(operator, Kronecker):
+        B, A = to_dense(operator.output), to_dense(operator.input)
+        close(matrix, torch.kron(B, A))
+        if B.trace() * A.trace() > 0:
+            dampings = torch.stack(reference.damping_split(A[None], B[None], shift)).squeeze()
+            close(torch.stack(split_damping(operator, torch.tensor(shift, dtype=torch.float64))), dampings)
+            B, A = (m + s * torch.eye(len(m)).double() for m, s in zip((B, A), dampings.flip(0), strict=True))
+            close(to_dense(operator.shifted(shift)), torch.kron(B, A))
+    else:
+        close(to_dense(operator.shifted(shift)), matrix + shift * torch.eye(len(matrix)).double())
+
+
+@pytest.mark.parametrize("zero", ["input", "output", "both"])
+def test_a_zero_factor_splits_damping_evenly(zero):
+    factors = {"input": Diagonal(torch.ones(2)), "output": Diagonal(torch.ones(3))}
+    factors |= {name: Diagonal(torch.zeros(2)) for name in factors if zero in (name, "both")}
+    assert split_damping(Kronecker(**factors), 0.25) == (torch.tensor(0.5), torch.tensor(0.5))
+
+
+def test_what_complete_vectors_leave_has_no_effect():
+    """Not even by rounding: the numbers for it may be larger by twelve orders."""
+    one, huge = torch.ones(1, 1, dtype=torch.float64), torch.full((1,), 1e12, dtype=torch.float64)
+    operator = EigenbasisKronecker(one, one, 0.3 * one, huge, huge, huge[0])
+    x = torch.tensor([0.7], dtype=torch.float64)
+    torch.testing.assert_close(operator.matvec(x), 0.3 * x, rtol=1e-15, atol=0)
 
 
 @given(any_operator, any_operator, st.integers(0, 2**16))
@@ -87,11 +197,10 @@ def test_derivatives(output, input, isotropic):
     close(tuple(leaf.grad for leaf in given), expected)
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_nothing_larger_than_the_matrix_is_made(joint):
+def test_nothing_larger_than_the_matrix_is_made():
+    """Without a bias: ``tests/test_thin_step.py``."""
     d, r = 256, 3
-    one = torch.ones(d + joint, r), torch.ones(r), torch.ones(d + joint)
-    both = Kronecker(LowRankPlusDiagonal(torch.ones(d, r), torch.ones(r), torch.ones(d)), LowRankPlusDiagonal(*one))
+    output, input = (LowRankPlusDiagonal(torch.ones(n, r), torch.ones(r), torch.ones(n)) for n in (d, d + 1))
     with LargestTensor() as largest:
-        two_sided(both, torch.ones(d, d), torch.ones(d) if joint else None)
+        two_sided(Kronecker(output, input), torch.ones(d, d), torch.ones(d))
     assert largest.numel == d * d
