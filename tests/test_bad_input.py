@@ -45,7 +45,7 @@ MUTATIONS = {
 }
 BAD_OUTPUTS = {
     "nothing": (lambda y: None, TypeError, "model: expected outputs.* got NoneType"),
-    "dictionary": (lambda y: {"logits": y}, TypeError, "model: expected outputs.* got dict.*joint"),
+    "dictionary": (lambda y: {"scores": y}, TypeError, "model: expected outputs.* got dict.*joint"),
     "a list": (lambda y: [y], TypeError, "model: expected outputs as a tensor.* got list"),
     "integers": (torch.Tensor.long, ValueError, "model: expected floating-point outputs"),
     "scalar": (torch.sum, ValueError, "model: expected .* with a batch axis"),

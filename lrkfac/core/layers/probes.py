@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import optree
@@ -15,7 +16,7 @@ from lrkfac.core.base.private_torch import fake_mode
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.purity import without_random_numbers
-from lrkfac.core.layers.tracing import run_captured
+from lrkfac.core.layers.tracing import Recorded, run_captured
 
 
 class OutputSpec(NamedTuple):
@@ -38,14 +39,11 @@ def output_specs(
     Raises:
         ValueError: If the model cannot take a repeated output.
     """
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         result, records = run_captured(model, layers, params, inputs)
-    elif layers.autograd:
-        with autograd_enabled(), fake_mode(), without_random_numbers():
-            result, records = run_captured(model, layers, attached(like_fake(params)), like_fake(inputs), guarded=True)
     else:
-        with fake_mode(), without_random_numbers():
-            result, records = run_captured(model, layers, like_fake(params), like_fake(inputs), guarded=True)
+        result, records = _run_without_values(model, layers, params, inputs)
     n = layers.examples(inputs) or batch_size(result)
     shared = {
         site
@@ -59,18 +57,30 @@ def output_specs(
         return OutputSpec(shape, output.dtype, output.device)
 
     specs = {source: [spec(source, i, r.output) for i, r in enumerate(uses)] for source, uses in records.items()}
-    if shared and not torch.compiler.is_compiling():
+    if shared and not compiling:
         expected = _shapes(result)
         try:
-            with fake_mode():
-                shapes = _shapes(
-                    run_captured(model, layers, like_fake(params), like_fake(inputs), zero_probes(specs))[0]
-                )
+            shapes = _shapes(_run_without_values(model, layers, params, inputs, specs)[0])
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(_NOT_REPEATED.format(sorted({source for source, _ in shared}))) from error
         if shapes != expected:
             raise ValueError(_NOT_REPEATED.format(sorted({source for source, _ in shared})))
     return specs
+
+
+def _run_without_values(
+    model: Callable[[Tree, Tree], Any],
+    layers: Layers,
+    params: Tree,
+    inputs: Tree,
+    specs: dict[str, list[OutputSpec]] | None = None,
+) -> tuple[Any, dict[str, list[Recorded]]]:
+    """Return what ``run_captured`` does on fake tensors, with probes of the given shapes."""
+    with autograd_enabled() if layers.autograd else nullcontext(), fake_mode(), without_random_numbers():
+        params, inputs = like_fake(params), like_fake(inputs)
+        params = attached(params) if layers.autograd else params
+        probes = None if specs is None else zero_probes(specs)
+        return run_captured(model, layers, params, inputs, probes, guarded=True)
 
 
 _NOT_REPEATED = (

@@ -48,7 +48,7 @@ COVERED = {
     ),
     "multiplied by name": (lambda p, x: torch.mul(input=linear(p, x), other=p["c"]), ["w linear w, b", "c scale"]),
     "repeated": (
-        lambda p, x: linear(p, torch.cat([p["c"].expand(5, 1, 4), x[:, None]], 1)).tanh().mean(1),
+        lambda p, x: linear(p, torch.cat([p["c"].expand(len(x), 1, 4), x[:, None]], 1)).tanh().mean(1),
         ["c shift", "w linear w, b"],
     ),
     "added to the input": (lambda p, x: linear(p, x + p["c"]), ["c shift", "w linear w, b"]),

@@ -352,6 +352,23 @@ def test_layers_beside_derivatives_are_covered_rightly(model, blocks):
     close(step(model, layers, full()), solved(matrix, gradient, [[path for path in P if path in covered]]))
 
 
+def test_a_row_that_all_examples_share_beside_a_derivative():
+    """With probes, too, the model takes its derivatives by its parameters."""
+
+    def model(p, x, rows=1):
+        query = torch.ones(rows, 2, dtype=torch.float64) @ p["q"].T
+        return after_a_step_by_autograd({k: p[k] for k in P}, x) * query
+
+    params, y, grads = {**P, "q": normal(3, 2, seed=20)}, normal(N, 3), []
+    for one in (model, lambda p, x: model(p, x, len(x))):
+        layers = find_layers(one, params, X)
+        assert layers.autograd and not layers.independent and [layer.name for layer in layers] == ["q"]
+        e = evaluator(one, lrkfac.gaussian(), layers, "empirical")(params, X, y)
+        tx = precondition_by_fisher(layers, damping=DAMPING)
+        grads.append(tx.update(e.grads, tx.init(params), params, evaluation=e)[0])
+    optree.tree_map(close, *grads)
+
+
 def test_other_parameters_than_those_that_are_differentiated_are_covered():
     def model(p, x):
         return F.linear(x, p["outer"]) * with_gradient(p, x)
