@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import grad, jacrev
+from torch.func import grad, jacrev, vmap
 
 import lrkfac
 from lrkfac import evaluator, find_layers
@@ -66,6 +66,9 @@ COVERED = {
     "tied": (lambda p, x: F.linear(F.embedding((x > 0).sum(1) % 4, p["w"]).tanh(), p["w"]), ["w embedding + linear"]),
     "an equal tensor is another": (lambda p, x: F.linear(F.linear(x, P["w"]), p["w"]), ["w linear"]),
     "recurrent": (lambda p, x: linear(p, linear(p, linear(p, x).tanh_() + x).mul_(2)).mul_(2), ["w linear w, b"]),
+    "inside vmap and outside": (
+        lambda p, x: linear(p, vmap(lambda row: linear(p, row))(x).tanh()), ["w linear w, b"],
+    ),
     "side by side": (lambda p, x: linear(p, x) * linear(p, x.flip(1)), ["w linear w, b"]),
     "other numbers of rows": (lambda p, x: linear(p, linear(p, torch.stack([x, x + 1], 1)).prod(1)), ["w linear w, b"]),
     "tied and not": (lambda p, x: (x @ p["w"]).tanh() @ p["w"] @ p["v"], ["w linear", "v linear"]),
