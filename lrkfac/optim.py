@@ -280,9 +280,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         self, closure: Any, targets: Any, statistics: bool | None, selection: dict[str, Any]
     ) -> Evaluation:
         if targets is None and (selection or statistics is not None):
-            raise TypeError(
-                "step: statistics are chosen by evaluate(), or for a batch: step(inputs, targets, statistics)"
-            )
+            raise TypeError("step: statistics are chosen by evaluate(), or by step(inputs, targets, statistics)")
         if targets is not None:
             self._pending.check_free()
             return self._evaluate(closure, targets, statistics, selection)
