@@ -15,6 +15,7 @@ from lrkfac.structures import full, layer_wise
 from tests.core.layers.test_mapped_layers import (
     DAMPING,
     DERIVATIVES,
+    N,
     P,
     X,
     after_a_step_by_autograd,

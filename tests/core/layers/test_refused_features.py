@@ -6,7 +6,7 @@ from torch import nn
 
 import lrkfac
 from lrkfac import LowRankKFAC, evaluator, find_layers, from_module
-from tests.core.layers.test_model_features import X
+from tests.core.layers.test_model_features import X, by_autograd
 
 
 def sequence(*wrap):
