@@ -6,7 +6,7 @@ from torch import nn
 
 import lrkfac
 from lrkfac import LowRankKFAC, evaluator, find_layers, from_module
-from tests.core.layers.test_model_features import X, by_autograd
+from tests.core.layers.test_model_features import X, by_autograd, close, flat
 
 
 def sequence(*wrap):
