@@ -43,7 +43,8 @@ _pytree.register_pytree_node(Registered, lambda r: ([r.x], r.note), lambda xs, n
 class Output(OrderedDict):
     """As the outputs of transformers' models."""
 
-    __getattr__ = OrderedDict.__getitem__
+    def __getattr__(self, name):
+        return self[name]
 
 
 _pytree.register_pytree_node(
