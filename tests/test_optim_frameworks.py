@@ -18,18 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.utils import clip_grad_norm_
 
-from tests.test_optim_loops import (
-    ADAPTIVE,
-    KFAC,
-    NORM,
-    batches,
-    clipped,
-    close,
-    joined,
-    network,
-    optimizer_of,
-    plain_loop,
-)
+from tests.test_optim_loops import NORM, batches, clipped, close, each_chain, joined, network, optimizer_of, plain_loop
 
 
 def data_of(steps=3):
@@ -43,9 +32,6 @@ def state_of(net, optimizer):
 
 def equal(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-# GradScaler -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -113,9 +99,6 @@ def test_what_a_grad_scaler_cannot_see_is_refused(step, match):
     close(net, expected)
 
 
-# Wrappers ---------------------------------------------------------------------------------------------------------
-
-
 class Wrapper:
     """Lightning's: its class inherits the optimizer's, attributes are the optimizer's, ``step`` passes a closure."""
 
@@ -139,7 +122,7 @@ class CopyingWrapper(Wrapper):
 
 
 @pytest.mark.parametrize("wrapper", [Wrapper, CopyingWrapper])
-@pytest.mark.parametrize("options", [KFAC, ADAPTIVE], ids=["low rank", "adaptive"])
+@each_chain
 def test_what_is_evaluated_through_a_wrapper_is_stepped(wrapper, options):
     """Micro-batches, clipping, a step without closure, and closures that return nothing, a loss or an evaluation."""
     net, data = network(), batches(4)
@@ -199,12 +182,9 @@ def test_accumulation_by_a_trainer():
     close(net, expected)
 
 
-# States -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("options", [KFAC, ADAPTIVE], ids=["low rank", "adaptive"])
+@each_chain
 def test_distributed_state_dicts(options, flat, tmp_path):
     """Of a fresh optimizer, too; a run that goes on from the files is that which did not stop."""
     how = StateDictOptions(flatten_optimizer_state_dict=flat)
