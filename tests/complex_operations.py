@@ -9,10 +9,29 @@ import lrkfac
 from tests.reference_kinds import Operation
 
 GENERATOR = torch.Generator().manual_seed(0)
+KINDS = mixed, filtered, spectral, correlated = (
+    lrkfac.LayerKind("mix", lambda z, w, b: z @ w.mT.to(z.dtype) + b, lambda z, w: z @ w.mT.to(z.dtype)),
+    lrkfac.LayerKind(
+        "filter",
+        lambda x, w: torch.fft.rfft(x) * w,
+        lambda x, w: (torch.fft.rfft(x)[..., None, :] * w).mT,
+        weight_axis=None,
+    ),
+    lrkfac.LayerKind("spectral", *[lambda x, w: torch.fft.rfft(x) @ w.mT.to(torch.complex128)] * 2),
+    lrkfac.LayerKind(
+        "correlated",
+        lambda z, w: F.conv1d(z, w.to(z.dtype)),
+        lambda z, w: F.conv1d(z, w.reshape(len(w), -1, 2).to(z.dtype)),
+        channel=-2,
+    ),
+)
 
 
 def normal(*shape, dtype=torch.float64):
     return torch.randn(shape, generator=GENERATOR, dtype=dtype)
+
+
+C = partial(normal, dtype=torch.complex128)
 
 
 def parts(z):
@@ -20,85 +39,45 @@ def parts(z):
     return torch.view_as_real(z.resolve_conj()).movedim(-1, 1)
 
 
-mixed = lrkfac.LayerKind("mix", lambda z, w, b: z @ w.mT.to(z.dtype) + b, lambda z, w: z @ w.mT.to(z.dtype))
-filtered = lrkfac.LayerKind(
-    "filter",
-    lambda x, w: torch.fft.rfft(x) * w,
-    lambda x, w: (torch.fft.rfft(x)[..., None, :] * w).mT,
-    weight_axis=None,
-)
-spectral = lrkfac.LayerKind(
-    "spectral",
-    lambda x, w: torch.fft.rfft(x) @ w.mT.to(torch.complex128),
-    lambda x, w: torch.fft.rfft(x) @ w.mT.to(torch.complex128),
-)
-correlated = lrkfac.LayerKind(
-    "correlated",
-    lambda z, w: F.conv1d(z, w.to(z.dtype)),
-    lambda z, w: F.conv1d(z, w.reshape(len(w), -1, 2).to(z.dtype)),
-    channel=-2,
-)
-KINDS = (mixed, filtered, spectral, correlated)
-C = partial(normal, dtype=torch.complex128)
-
-
-def one_matrix(p):
-    return p["w"].flatten(1)[None]
-
-
 def of_units(p):
     return p["w"].reshape(-1, 1)
 
 
-def of_rows(p):
-    return p["w"].flatten(1)
+def of_column(p):
+    return p["w"][None, :, None]
 
 
-GAINS = {
-    "gain": ("scale", lambda p, x: parts(torch.fft.rfft(x) * p["w"] + 1j), normal(3), normal(4, 2, 5)),
-    "gain of channels": ("scale", lambda p, z: parts(p["w"] * z), normal(2, 1), C(4, 2, 3)),
-    "gain of conjugates": ("scale", lambda p, z: parts(torch.mul(z.conj(), p["w"]).conj()), normal(3), C(4, 3)),
-    "offset": ("shift", lambda p, z: parts(z + p["w"]), normal(2, 3), C(4, 2, 3)),
-    "offset of all": ("shift", lambda p, z: parts(torch.add(p["w"], z)), normal(1), C(4, 3)),
-    "normalisation": ("scale", lambda p, z: parts(F.rms_norm(z, (3,), p["w"])), normal(3), C(4, 2, 3)),
-    "twice": ("scale", lambda p, z: torch.cat([parts(z * p["w"]), (z.real * p["w"])[:, None]], 1), normal(3), C(4, 3)),
-}
+def of(kind, function, inputs, units=of_units, matrices=(), channel=-1, **shapes):
+    """An operation whose outputs are the parts of those of the function, with parameters of these shapes."""
+    params = {name: normal(*shape) for name, shape in shapes.items()}
+    units = [units, lambda p: p["b"][:, None]][: len(params)]
+    apply = lambda p, x: parts(function(x, *[p[name] for name in shapes]))  # noqa: E731
+    return Operation(kind, apply, params, inputs, units, matrices or None, channel)
+
+
+def of_one_matrix(kind, function, inputs, channel=-1, **shapes):
+    matrices = [lambda p: p["w"].flatten(1)[None], lambda p: p["b"][None, :, None]][: len(shapes)]
+    return of(kind, function, inputs, lambda p: p["w"].flatten(1), matrices, channel, **shapes)
+
+
 OPERATIONS = {
-    **{name: Operation(kind, f, {"w": w}, x, [of_units]) for name, (kind, f, w, x) in GAINS.items()},
-    "outer": Operation(
-        "linear",
-        lambda p, z: parts(torch.einsum("nt,d->ntd", z, p["w"])),
-        {"w": normal(3)},
-        C(4, 2),
-        [of_units],
-        [lambda p: p["w"].reshape(1, -1, 1)],
-    ),
-    "mix": Operation(
-        "mix",
-        lambda p, z: parts(mixed(z, p["w"], p["b"])),
-        {"w": normal(2, 3), "b": normal(2)},
-        C(4, 2, 3),
-        [of_rows, lambda p: p["b"][:, None]],
-        [one_matrix, lambda p: p["b"][None, :, None]],
-    ),
-    "filter": Operation(
+    "gain": of("scale", lambda x, w: torch.fft.rfft(x) * w + 1j, normal(4, 2, 5), w=(3,)),
+    "gain of channels": of("scale", lambda z, w: w * z, C(4, 2, 3), w=(2, 1)),
+    "gain of conjugates": of("scale", lambda z, w: torch.mul(z.conj(), w).conj(), C(4, 3), w=(3,)),
+    "offset": of("shift", lambda z, w: z + w, C(4, 2, 3), w=(2, 3)),
+    "offset of all": of("shift", lambda z, w: torch.add(w, z), C(4, 3), w=(1,)),
+    "normalisation": of("scale", lambda z, w: F.rms_norm(z, (3,), w), C(4, 2, 3), w=(3,)),
+    "twice": of("scale", lambda z, w: torch.cat([z * w, (z.real * w).to(z.dtype)], 1), C(4, 3), w=(3,)),
+    "outer": of("linear", lambda z, w: torch.einsum("nt,d->ntd", z, w), C(4, 2), matrices=[of_column], w=(3,)),
+    "mix": of_one_matrix("mix", mixed, C(4, 2, 3), w=(2, 3), b=(2,)),
+    "filter": of(
         "filter",
-        lambda p, x: parts(filtered(x, p["w"]))[..., None],
-        {"w": normal(3)},
+        lambda x, w: filtered(x, w)[..., None],
         normal(4, 5),
-        [lambda p: p["w"][None]],
+        lambda p: p["w"][None],
         [lambda p: p["w"][None, None]],
+        w=(3,),
     ),
-    "spectral": Operation(
-        "spectral", lambda p, x: parts(spectral(x, p["w"])), {"w": normal(2, 3)}, normal(4, 5), [of_rows], [one_matrix]
-    ),
-    "correlated": Operation(
-        "correlated",
-        lambda p, z: parts(correlated(z, p["w"])),
-        {"w": normal(2, 3, 2)},
-        C(4, 3, 3),
-        [of_rows],
-        [one_matrix],
-        channel=-2,
-    ),
+    "spectral": of_one_matrix("spectral", spectral, normal(4, 5), w=(2, 3)),
+    "correlated": of_one_matrix("correlated", correlated, C(4, 3, 3), -2, w=(2, 3, 2)),
 }

@@ -1,12 +1,10 @@
 """``LowRankKFAC`` in the hands of frameworks: ``GradScaler``, wrappers, distributed checkpoints, hooks, state dicts.
 
-Lightning and accelerate are not installed for tests: ``Wrapper``, ``CopyingWrapper`` and ``Synchronised`` do to an
-optimizer what their wrappers do.
+Lightning is not installed for tests: ``Wrapper`` and ``CopyingWrapper`` do to an optimizer what its wrappers do.
 """
 
 import copy
 import io
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,38 +146,6 @@ def test_what_is_evaluated_through_a_wrapper_is_stepped(wrapper, options):
     wrapped.step(closure)
     close(net, expected)
     assert wrapped.steps == wrapped._optimizer.steps == 4
-
-
-class Synchronised:
-    """accelerate's: steps and sets gradients to zero only with the last of some micro-batches."""
-
-    def __init__(self, optimizer, number):
-        self.optimizer, self.number, self.state = optimizer, number, SimpleNamespace(micro_batch=0)
-
-    def step(self, closure=None):
-        self.state.micro_batch += 1
-        if self.state.micro_batch % self.number == 0:
-            self.optimizer.step(closure)
-
-    def zero_grad(self):
-        if self.state.micro_batch % self.number == 0:
-            self.optimizer.zero_grad()
-
-
-def test_accumulation_by_a_trainer():
-    """Its loop calls ``step`` and ``zero_grad`` after every micro-batch."""
-    net, data = network(), batches()
-    expected = plain_loop(net, [joined(parts) for parts in data], changed=clipped)
-    optimizer = optimizer_of(net)
-    wrapped = Synchronised(optimizer, len(data[0]))
-    for parts in data:
-        for i, part in enumerate(parts):
-            optimizer.evaluate(*part)
-            if i == len(parts) - 1:
-                clip_grad_norm_(net.parameters(), NORM)
-            wrapped.step()
-            wrapped.zero_grad()
-    close(net, expected)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
