@@ -49,7 +49,8 @@ torch.manual_seed(0)
 NET = Net().double()
 PARAMS = {name: p.detach() for name, p in NET.named_parameters()}
 X, SCALE, Y = torch.randn(7, 4).double(), torch.randn(7, 1).double(), torch.randint(3, (7,))
-NOISE, SOME = torch.rand(1, 7, 3, dtype=torch.float64), torch.tensor([5, 0, 2])
+NOISE = torch.rand(1, 7, 3, dtype=torch.float64)
+BATCHES = [(slice(4), None), (slice(3, 7), None), (slice(7), None), (slice(7), torch.tensor([5, 0, 2]))]
 
 
 def plain(params, inputs):
@@ -67,11 +68,8 @@ def close(found, expected):
 def same(found, expected):
     """All numbers of two evaluations, and of their functions."""
     u, v = (optree.tree_map(f, PARAMS) for f in (torch.sin, torch.cos))
-    results = [
-        (e.loss, e.outputs, e.grads, e.statistics, e.product(u), e.quadratic(u, v), e.loss_at(u))
-        for e in (found, expected)
-    ]
-    close(*results)
+    functions = lambda e: (e.product(u), e.quadratic(u, v), e.loss_at(u))  # noqa: E731
+    close(*((e.loss, e.outputs, e.grads, e.statistics, *functions(e)) for e in (found, expected)))
 
 
 def evaluator(model, inputs, estimator="exact", **options):
@@ -91,12 +89,7 @@ def test_evaluations_are_those_of_the_plain_model(packed, estimator):
     returned = list(RETURNED.values())[number % len(RETURNED)]
     evaluate = evaluator(lambda p, inputs: returned(plain(p, unpack(inputs))), pack(X, SCALE), estimator)
     expected = lrkfac.evaluator(plain, lrkfac.categorical(), LAYERS, estimator)
-    for rows, shapes, examples in (
-        (slice(4), 1, None),
-        (slice(3, 7), 1, None),
-        (slice(7), 2, None),
-        (slice(7), 3, SOME),
-    ):
+    for (rows, examples), shapes in zip(BATCHES, (1, 1, 2, 3), strict=True):
         number = len(Y[rows]) if examples is None else len(examples)
         options = {"noise": NOISE[:, :number] if estimator == "mc" else None, "examples": examples}
         found = evaluate(PARAMS, pack(X[rows], SCALE[rows]), Y[rows], **options)
@@ -199,8 +192,7 @@ class TwoHeads(nn.Module):
 
 
 HEADS = {
-    "UserDict": (lambda a, b, h: UserDict(a=a, b=b), UserDict),
-    "UserDict with more": (lambda a, b, h: UserDict(a=a, hidden=Object(h), b=b, c=None), UserDict),
+    "UserDict": (lambda a, b, h: UserDict(a=a, hidden=Object(h), b=b, c=None), UserDict),
     "dataclass": (make_dataclass("Heads", ["a", "b", "hidden"]), UserDict),
     "registered": (lambda a, b, h: Output(loss=h.sum(), b=b, a=a), Output),
     "dictionary of targets": (lambda a, b, h: UserDict(a=a, b=b), dict),

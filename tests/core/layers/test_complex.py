@@ -26,13 +26,12 @@ def model_of(name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_gradients_are_those_of_autograd_and_micro_batches_are_the_batch(name):
-    operation = OPERATIONS[name]
     (x, model), (layers, params, whole, _) = model_of(name), evaluated(name, "exact")
     expected = grad(lambda p: F.cross_entropy(model(p, x), TARGETS))(params)
     evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact", thin=True)
     for statistics in (True, False):
         close(lrkfac.materialize(evaluate(params, x, TARGETS, statistics=statistics).grads), expected)
-    assert operation.kind in {layer.kind for layer in layers}
+    assert OPERATIONS[name].kind in {layer.kind for layer in layers}
     parts = zip(x.split(2), TARGETS.split(2), strict=True)
     merged = lrkfac.merge_evaluations([evaluate(params, *part) for part in parts])
     for other in (merged, evaluate(params, x, TARGETS, examples=torch.arange(4))):
@@ -84,7 +83,7 @@ def test_custom_kinds_of_complex_numbers_pass_their_checks():
     check_layer_kind(correlated, C(4, 3, 3), normal(2, 3, 2))
 
 
-def test_complex_parameters_are_refused_by_name():
+def test_complex_parameters_and_outputs_are_refused_by_name():
     params = {"real": torch.ones(3), "gains": torch.ones(3, dtype=torch.complex64)}
     model = lambda p, x: (torch.fft.rfft(x) * p["gains"]).abs() * p["real"]  # noqa: E731
     with pytest.raises(TypeError, match=r"params: .* got torch.complex64 at 'gains'; .* torch.view_as_complex"):
@@ -92,6 +91,10 @@ def test_complex_parameters_are_refused_by_name():
     for tx in (lrkfac.trace(0.9), lrkfac.scale_by_adam(), lrkfac.ema_params()):
         with pytest.raises(TypeError, match=r"params: .* got torch.complex64 at 'gains'"):
             tx.init(params)
+    params, model = {"s": torch.ones(3)}, lambda p, x: torch.fft.rfft(x) * p["s"]
+    layers = lrkfac.find_layers(model, params, torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"model: .* got torch.complex64 of shape \(2, 3\); .* torch.view_as_real"):
+        lrkfac.evaluator(model, lrkfac.gaussian(), layers)(params, torch.ones(2, 5), torch.ones(2, 3))
 
 
 def test_a_complex_parameter_held_as_a_real_one_has_the_gradient_of_autograd():
@@ -104,14 +107,6 @@ def test_a_complex_parameter_held_as_a_real_one_has_the_gradient_of_autograd():
     assert [p.path for p, _ in layers.uncovered] == ["gains"]
     found = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact")(params, x, y).grads
     close(found, grad(lambda p: F.cross_entropy(model(p, x), y))(params))
-
-
-def test_complex_outputs_are_refused():
-    params, x = {"s": torch.ones(3)}, torch.ones(2, 5)
-    model = lambda p, x: torch.fft.rfft(x) * p["s"]  # noqa: E731
-    evaluate = lrkfac.evaluator(model, lrkfac.gaussian(), lrkfac.find_layers(model, params, x))
-    with pytest.raises(ValueError, match=r"model: .* got torch.complex64 of shape \(2, 3\); .* torch.view_as_real"):
-        evaluate(params, x, torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("name", ["gain of conjugates", "mix"])
