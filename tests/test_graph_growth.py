@@ -14,9 +14,7 @@ import lrkfac
 from tests.compiling import traced
 from tests.tensors import normal
 
-N = 12
-INPUTS = normal(N, 4)
-TARGETS = torch.arange(N) % 3
+INPUTS, TARGETS = normal(12, 4), torch.arange(12) % 3
 
 
 def network(seed=0):
@@ -129,7 +127,6 @@ def test_an_ensemble_of_stacked_modules_takes_no_graph_along(name):
 
 @pytest.mark.parametrize("name", ["low_rank_kfac", "adaptive"])
 def test_memory_is_that_of_one_step(name):
-    """After thirty steps as after ten."""
     tx, params = CHAINS[name], dict(NET.named_parameters())
     state, first, alive = tx.init(params), None, []
     for i in range(30):

@@ -68,8 +68,6 @@ def test_output_is_the_name_or_number_of_an_entry(make, output, factor):
 
 
 BAD_OUTPUTS = {
-    "other type": (Named, 1.5, "output: expected a name, a number or None, got float"),
-    "flag": (Named, True, "output: expected a name, a number or None, got bool"),
     "unknown": (Named, "probabilities", r"entry 'probabilities' .* got Output with \['logits', 'other', 'cache'\]"),
     "name of a tuple": (Several, "logits", "entry 'logits' from the module, got tuple"),
     "name of a tensor": (Net, "logits", "entry 'logits' from the module, got a tensor"),

@@ -97,7 +97,6 @@ def everything(sparse=False):
 
 
 def trained(net, numbers, y, options):
-    """Statistics are taken every second step; their signs are the same in each run."""
     torch.manual_seed(2)
     optimizer = LowRankKFAC(net, lrkfac.categorical(), numbers, estimator="exact", statistics_every=2, **options)
     optimizer.step(numbers, y)

@@ -36,12 +36,11 @@ def joined(parts):
 LIKELIHOOD = lrkfac.categorical(ignore_index=-100)
 
 
-def optimizer_of(net, options=KFAC, every=2):
-    x = torch.zeros(2, 6).double()
-    return LowRankKFAC(net, LIKELIHOOD, x, estimator="exact", statistics_every=every, **options)
+def optimizer_of(net, options=KFAC):
+    return LowRankKFAC(net, LIKELIHOOD, torch.zeros(2, 6).double(), estimator="exact", statistics_every=2, **options)
 
 
-def plain_loop(net, data, options=KFAC, changed=lambda grads: grads, every=2):
+def plain_loop(net, data, options=KFAC, changed=lambda grads: grads):
     """Parameters after one step for each batch, by functions, with autograd's gradients after what is done to them."""
     options = {name: x for name, x in options.items() if name not in ("lr", "transformation")}
     rate = () if "momentum" not in options else (KFAC["lr"],)
@@ -55,7 +54,7 @@ def plain_loop(net, data, options=KFAC, changed=lambda grads: grads, every=2):
         net.load_state_dict(params)
         grads = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
         grads = changed(dict(zip(params, grads, strict=True)))
-        evaluation = evaluate(params, x, y, statistics=i % every == 0)._replace(grads=grads)
+        evaluation = evaluate(params, x, y, statistics=i % 2 == 0)._replace(grads=grads)
         updates, state = tx.update(grads, state, params, evaluation=evaluation)
         params = lrkfac.apply_updates(params, updates)
     return params
@@ -196,8 +195,7 @@ def test_gradients_of_another_evaluation_are_its_own():
     def replaced(evaluation):
         return evaluation._replace(grads=clipped(evaluation.grads))
 
-    model, *_ = lrkfac.from_module(net)
-    evaluate = lrkfac.evaluator(model, LIKELIHOOD, optimizer_of(net).layers, "exact")
+    evaluate = lrkfac.evaluator(lrkfac.from_module(net)[0], LIKELIHOOD, optimizer_of(net).layers, "exact")
     for way in (
         lambda o: o.step(replaced(o.evaluate(*joined(parts)))),
         lambda o: o.step(lambda: replaced(merge_evaluations([o.evaluate(*part) for part in parts]))),
