@@ -164,10 +164,13 @@ def moments(a: Tensor, g: Tensor | None, d_out: int) -> tuple[Tensor, Tensor]:
 def factors(
     operation: Operation, params: Params, cotangent: Tensor | None, matrix: Arrangement, reduce: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B`` of a layer of the operation."""
-    groups, d_out, _ = matrix(params).shape
+    """``A`` and ``B`` of a layer of the operation; a bias has none for imaginary parts, which do not depend on it."""
+    groups, d_out, d_in = matrix(params).shape
     a = input_rows(operation, {name: p for name, p in params.items() if name != "head"}, matrix)
     g = None if cotangent is None else output_rows(operation, params, cotangent, groups)
+    if d_in == 1 and "b" in params:
+        used = a.abs().amax((0, 1, 3)) > 0
+        a, g = a[:, :, used], None if g is None else g[:, :, :, used]
     if reduce:
         a, g = a.mean(2, keepdim=True), None if g is None else g.sum(3, keepdim=True)
     return moments(a, g, d_out)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ import lrkfac
 from lrkfac import precondition_by_fisher
 from lrkfac.core.layers.kinds import CUSTOM, KINDS
 from lrkfac.structures import FactorStructure, dense, diagonal, full, kronecker, low_rank, low_rank_plus_diagonal
+from tests import complex_operations
 from tests import reference_kinds as reference
 
 DAMPING = 0.03
-OPERATIONS = reference.operations()
+REAL = reference.operations()
+OPERATIONS = REAL | complex_operations.OPERATIONS
 ESTIMATORS = ["exact", "mc", "empirical", "forward_only"]
 
 
@@ -48,7 +51,8 @@ def evaluated(name, estimator, samples=2):
     params, inputs = reference.with_head(operation), operation.inputs
     model = partial(reference.network, operation)
     targets = torch.tensor([2, 0, 1, 1])
-    layers = lrkfac.find_layers(model, params, inputs, strict=True, bias="separate" if name == "bias" else "joint")
+    options = {"bias": "separate" if name == "bias" else "joint", "kinds": complex_operations.KINDS}
+    layers = lrkfac.find_layers(model, params, inputs, strict=True, **options)
     noise = torch.rand(samples, 4, reference.CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     options = {"samples": samples} if estimator == "mc" else {}
     evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator, **options)
@@ -64,9 +68,9 @@ def evaluated(name, estimator, samples=2):
 
 
 def test_every_kind_of_layer_is_here():
-    found = {kind for name in OPERATIONS for layer in evaluated(name, "empirical")[0] for kind in layer.kinds}
+    found = {kind for name in REAL for layer in evaluated(name, "empirical")[0] for kind in layer.kinds}
     assert found == set(KINDS) - {CUSTOM.name}  # whose tests are in tests/core/layers/test_custom.py
-    for name, operation in OPERATIONS.items():
+    for name, operation in REAL.items():
         assert operation.kind in {layer.kind for layer in evaluated(name, "empirical")[0]}
 
 
@@ -137,21 +141,21 @@ def test_kronecker_products_of_all_factors_are_those_of_the_reference(name, esti
         units = [row for unit in operation.units for row in unit(places)]
         gradient = solved(reference.fisher_matrix(operation, params, cotangent), gradient, units)
     matrices = operation.matrices or []
-    for treatment in ("expand", "reduce"):
+    head = reference.head_factors(operation, params, cotangent)
+    every = product(FACTORS, FACTORS) if name in REAL else zip(FACTORS, reversed(FACTORS), strict=True)
+    for treatment, pairs in {"expand": every, "reduce": [("dense", "dense")]}.items():
         found = [reference.factors(operation, params, cotangent, m, treatment == "reduce") for m in matrices]
-        head = reference.head_factors(operation, params, cotangent)
-        for input in FACTORS if treatment == "expand" else ("dense",):
-            for output in FACTORS if treatment == "expand" else ("dense",):
-                expected = gradient
-                for matrix, (A, B) in zip(matrices, found, strict=True):
-                    # An embedding's matrix is the transpose of the reference's; its one-hot side is always diagonal.
-                    sides = ("diagonal", input) if operation.one_hot else (input, output)
-                    A, B = reference.held(A, sides[0]), reference.held(B, sides[1])
-                    expected = reference.preconditioned(matrix(places), expected, A, B, DAMPING)
-                A, B = reference.held(head[0], input), reference.held(head[1], output)
-                expected = reference.preconditioned(places["head"][None], expected, A, B, DAMPING)
-                structure = kronecker(FACTORS[input], FACTORS[output], treatment=treatment)
-                close(natural_gradient(name, estimator, structure), expected, (treatment, input, output))
+        for input, output in pairs:
+            expected = gradient
+            for matrix, (A, B) in zip(matrices, found, strict=True):
+                # An embedding's matrix is the transpose of the reference's; its one-hot side is always diagonal.
+                sides = ("diagonal", input) if operation.one_hot else (input, output)
+                A, B = reference.held(A, sides[0]), reference.held(B, sides[1])
+                expected = reference.preconditioned(matrix(places), expected, A, B, DAMPING)
+            A, B = reference.held(head[0], input), reference.held(head[1], output)
+            expected = reference.preconditioned(places["head"][None], expected, A, B, DAMPING)
+            structure = kronecker(FACTORS[input], FACTORS[output], treatment=treatment)
+            close(natural_gradient(name, estimator, structure), expected, (treatment, input, output))
 
 
 # What makes no sense ----------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """The public checkers: they pass what is right (everywhere else in the tests) and name what is broken."""
 
 import dataclasses
+import importlib
+import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lrkfac.testing
 from lrkfac import GradientTransformation, scale
 from lrkfac.core.curvature.factors import DenseStructure
 from lrkfac.core.curvature.low_rank import LowRankStructure
@@ -85,3 +88,11 @@ def test_gradients_are_like_the_tree_and_depend_on_the_seed():
     first, second = gradients(PARAMS, 0), gradients(PARAMS, 1)
     assert first["b"][0].shape == (2,) and first["w"].dtype == torch.float64
     assert not torch.equal(first["w"], second["w"])
+
+
+def test_without_hypothesis_importing_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    message = "^hypothesis: lrkfac.testing needs it, and it is not installed; python -m pip install hypothesis$"
+    with pytest.raises(ImportError, match=message) as error:
+        importlib.reload(lrkfac.testing)
+    assert error.value.__context__ is None

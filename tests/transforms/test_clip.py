@@ -8,10 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lrkfac
 from lrkfac import Evaluation, clip, clip_by_global_norm, clip_by_kl
 from lrkfac.testing import seeds
+from tests import cases
 from tests import reference_optimizers as reference
 from tests.transforms.test_base import close, flat, nested, replayed
+from tests.transforms.test_precondition import layers_and_evaluate
 
 zero_or_one = st.sampled_from([0.0, 1.0])
 bounds = st.floats(-4, 4).map(lambda x: 10**x)
@@ -49,6 +52,21 @@ def test_kl_equals_the_reference(kl_clip, rate, seed, size):
     evaluation = Evaluation(*[None] * len(Evaluation._fields))._replace(grads=grads)
     (found,) = replayed(clip_by_kl(kl_clip, rate), [updates], evaluation=evaluation)
     close(found, reference.clipped_by_kl(flat(updates), flat(grads), rate, kl_clip))
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1, 1e-3])
+def test_a_step_clipped_by_kl_has_the_bound_as_its_length_at_every_rate(rate):
+    """In the metric of the Fisher matrix that preconditions: ``δᵀ∇L · rate = kl_clip``."""
+    case = cases.EXACT[0]
+    layers, evaluate = layers_and_evaluate(case)
+    tx = lrkfac.chain(
+        lrkfac.precondition_by_fisher(layers, lrkfac.structures.full(), damping=1e-8, decay=0.0),
+        clip_by_kl(1e-9, rate),
+        lrkfac.scale_by_learning_rate(rate),
+    )
+    e = evaluate(case.params)
+    updates, _ = tx.update(e.grads, tx.init(case.params), case.params, evaluation=e)
+    assert float(e.quadratic(updates, updates)) == pytest.approx(1e-9, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
