@@ -16,7 +16,6 @@ of these the files that then fail are run with it alone: as good, unless one fau
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -27,13 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fault_list import Fault, applied, faults_of, place
 
 STAGES = ("named", "folders", "all")
 """Which tests are run, one set after another until one fails."""
@@ -45,30 +44,6 @@ UNCHANGED = "(unchanged)"
 
 
 @dataclass(frozen=True)
-class Fault:
-    """One fault.
-
-    Attributes:
-        id: A short name.
-        wrong: What is wrong, in a sentence.
-        tests: Arguments of pytest, each a string: files in which a test should fail, the likeliest first, with or
-            without ``-k``.
-        wordings: Pairs ``(old, new)`` of source text; the first whose old text is found is used, however it is
-            broken into lines.
-    """
-
-    id: str
-    wrong: str
-    tests: tuple[str, ...]
-    wordings: tuple[tuple[str, str], ...]
-
-    @property
-    def digest(self) -> str:
-        """Changes with the fault's text and tests."""
-        return hashlib.sha256(repr((self.wordings, self.tests)).encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a run of pytest says: whether something failed, which tests, and how long it took."""
 
@@ -76,55 +51,6 @@ class Outcome:
     tests: tuple[str, ...]
     seconds: float
     output: str
-
-
-def faults_of(path: Path) -> list[Fault]:
-    """The list in a file.
-
-    Raises:
-        ValueError: If an id stands there twice, a fault has no tests, or its texts do not differ.
-    """
-    found = []
-    for one in tomllib.loads(path.read_text(encoding="utf-8"))["fault"]:
-        others = [(other["old"], other["new"]) for other in one.get("otherwise", ())]
-        wordings = tuple((old.strip(), new.strip()) for old, new in [(one["old"], one["new"]), *others])
-        found.append(Fault(one["id"], one["wrong"], tuple(one["tests"]), wordings))
-    often = Counter(fault.id for fault in found)
-    for fault in found:
-        if often[fault.id] > 1 or not fault.tests or any(not old or old == new for old, new in fault.wordings):
-            raise ValueError(f"{fault.id}: expected an id of its own, tests, and two texts that differ")
-    return found
-
-
-def place(fault: Fault, package: Path) -> tuple[Path, str] | str:
-    """The file that a fault changes and its text with the fault, or why there is none."""
-    reason = "not found"
-    for old, new in fault.wordings:
-        pattern = _pattern(old)
-        found = [(path, match) for path, text in _sources(package) for match in pattern.finditer(text)]
-        if len(found) == 1:
-            ((path, match),) = found
-            text = path.read_text(encoding="utf-8")
-            start = text.rfind("\n", 0, match.start()) + 1
-            indent = re.match(r"[ \t]*", text[start:])[0]
-            changed = text[: match.start()] + new.replace("\n", "\n" + indent) + text[match.end() :]
-            compile(changed, str(path), "exec")  # a fault is one of meaning
-            return path, changed
-        if found:
-            reason = f"found {len(found)} times"
-    return reason
-
-
-@contextmanager
-def applied(path: Path, changed: str) -> Iterator[None]:
-    """The file with another text, for a while."""
-    before = path.read_text(encoding="utf-8")
-    path.write_text(changed, encoding="utf-8")
-    try:
-        yield
-    finally:
-        path.write_text(before, encoding="utf-8")
-        shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
 
 
 def run_tests(root: Path, arguments: Sequence[str], limit: float) -> Outcome:
@@ -264,21 +190,6 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     caught = sum(one["status"] == "caught" for one in results)
     minutes = sum(one["seconds"] for one in results) / 60
     return "\n".join([*lines, "", f"caught {caught} of {len(results)}, in {minutes:.0f} min"])
-
-
-def _pattern(text: str) -> re.Pattern[str]:
-    """Matches source text however it is broken into lines, and no part of a longer name."""
-    found = ""
-    for token in re.findall(r"\w+|[^\w\s]", text):
-        between = r"\s+" if found[-1:].isalnum() and token[0].isalnum() else r"\s*"
-        found += (between if found else "") + re.escape(token)
-    before, after = (r"(?<!\w)" if re.match(r"\w", text) else ""), (r"(?!\w)" if re.search(r"\w$", text) else "")
-    return re.compile(before + found + after)
-
-
-def _sources(package: Path) -> Iterator[tuple[Path, str]]:
-    for path in sorted(package.rglob("*.py")):
-        yield path, path.read_text(encoding="utf-8")
 
 
 def _test_file(root: Path, path: str) -> str | None:
