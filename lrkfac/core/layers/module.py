@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -169,8 +170,20 @@ def check_no_hooks(module: nn.Module) -> None:
             )
 
 
+def _is_sharded(part: nn.Module) -> bool:
+    """Return whether parameters are parts of tensors that lie on several devices."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # nothing is one before it is imported
+    return distributed is not None and any(isinstance(p, distributed.DTensor) for p in part.parameters(recurse=False))
+
+
 def _check_part(name: str, part: nn.Module) -> None:
     """Raise ``ValueError`` if a module does what no pure function can."""
+    if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel) or _is_sharded(part):
+        raise ValueError(
+            f"module: {name!r} is {type(part).__name__} over several processes or devices, and gradients would be those "
+            "of this process alone: nothing is synchronised yet; pass the module inside, without sharding, and average "
+            "evaluation.grads over processes"
+        )
     if has_backward_hooks(part):
         raise ValueError(
             f"module: {name!r} has backward hooks (register_full_backward_hook), which would also see the backward "
