@@ -140,6 +140,8 @@ def _obstacle(groups: list[_Group], parameter: Parameter) -> str | None:
         for use in group.uses:
             kind, shape = use.call.kind, use.output.shape
             name = use.call.options[0].name if kind is CUSTOM else kind.name
+            if not kind.unit_wise and not kind.places(use.call.input, 0, use.call.options)[1]:
+                return f"used by {name} on one row, without an axis for examples"
             if use.shared:
                 return f"used by {name} on what all examples share, without an axis for the batch"
             if use.placement is None and (kind.unit_wise or kind.one_hot or kind is CUSTOM or shape[:1] == (1,)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import optree
@@ -141,11 +142,13 @@ def _batch(
     """Return where the examples are, from runs of a few of them with parameters in general position."""
     parameters = generic_parameters(params)
 
-    def run(some: Tree) -> tuple[Any, dict[str, list[Use]]]:
+    def run(
+        some: Tree, probes: Mapping[tuple[str, int], Tensor] = MappingProxyType({})
+    ) -> tuple[Any, dict[str, list[Use]]]:
         leaves, structure = optree.tree_flatten(attached(parameters) if autograd else parameters)
         leaves = [leaf.view_as(leaf) for leaf in leaves]
         tracked: Tracked = [(path, (), leaf) for path, leaf in zip(paths(params), leaves, strict=True)]
-        watching = UseRecorder(tracked, recorder.custom, guarded=False)
+        watching = UseRecorder(tracked, recorder.custom, guarded=False, probes=probes)
         with watching:
             result = model(optree.tree_unflatten(structure, leaves), constant(some))
         watching.separate_reused_products()

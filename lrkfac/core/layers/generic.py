@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import optree
@@ -29,6 +29,15 @@ def generic_parameters(params: Tree) -> Tree:
     return optree.tree_map(lambda x: moved(x) if x.numel() else x.detach(), params)
 
 
+def places(n: int) -> list[int]:
+    """Return the numbers of ``n`` examples that have changed places.
+
+    All but the last move on by one place: nothing but rows in the order of the examples moves with them, not even rows
+    that are moved on or turned round themselves.
+    """
+    return [*range(1, n - 1), 0, n - 1] if n > 2 else [1, 0]
+
+
 @dataclass(frozen=True)
 class Examples:
     """Any number of different examples like those of a batch.
@@ -53,25 +62,43 @@ class Examples:
         lengths = [leaves[path].shape[axis] for path, axis in axes.items() if path in leaves]
         return Examples(inputs, axes, lengths[0] if lengths else 0, bold)
 
-    def some(self, n: int, moved: bool = False, replaced: Sequence[str] = (), other: int = 0) -> Tree:
-        """Return inputs of ``n`` examples.
+    def some(self, n: int, moved: bool = False) -> Tree:
+        """Return inputs of ``n`` examples: those of the batch, and again, changed, where it has fewer.
 
         Args:
-            n: The number; those of the batch come first, and again, changed, where it has fewer.
-            moved: Whether each stands in the place of the one before it, and the first in the last place.
-            replaced: Paths of the leaves of which the first example is another one.
-            other: The number of that; ``n`` is one that is not among the others.
+            n: The number.
+            moved: Whether they have changed places, as ``places`` says.
         """
+        return self._inputs(n, lambda path, examples: examples[places(n) if moved else list(range(n))])
+
+    def replaced(self, n: int, at: int, paths: Sequence[str], other: int, outlier: bool = False) -> Tree:
+        """Return ``n`` examples of which one is another in some leaves.
+
+        Args:
+            n: The number.
+            at: Which is replaced.
+            paths: The leaves.
+            other: By which: number ``n`` is none of the others.
+            outlier: Whether its numbers are several times as large.
+        """
+
+        def changed(path: str, examples: Tensor) -> Tensor:
+            order = [other if i == at and path in paths else i for i in range(n)]
+            chosen = examples[order]
+            if outlier and path in paths and chosen.is_floating_point():
+                chosen[at] *= 8
+            return chosen
+
+        return self._inputs(n, changed)
+
+    def _inputs(self, n: int, change: Callable[[str, Tensor], Tensor]) -> Tree:
+        """Return the inputs with each leaf of examples changed; ``change`` sees ``n + 1`` examples in front."""
         leaves, structure = optree.tree_flatten(self.inputs)
-        names = paths(self.inputs)
         changed = []
-        for number, (path, x) in enumerate(zip(names, leaves, strict=True)):
+        for number, (path, x) in enumerate(zip(paths(self.inputs), leaves, strict=True)):
             if path in self.axes:
-                examples = self._different(x, self.axes[path], n + 1, number)
-                order = [other if path in replaced else 0, *range(1, n)]
-                if moved:
-                    order = [*order[1:], order[0]]
-                x = examples.index_select(self.axes[path], torch.tensor(order, device=x.device))
+                axis = self.axes[path]
+                x = change(path, self._different(x, axis, n + 1, number).movedim(axis, 0)).movedim(0, axis)
             changed.append(x)
         return optree.tree_unflatten(structure, changed)
 

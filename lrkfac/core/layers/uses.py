@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import optree
@@ -56,11 +57,19 @@ class UseRecorder(Follow):
         others: From the path of a parameter to the functions that use it in another way.
         completed: Products that an addition completed with a bias: label, number, the use before, the addition.
         received: All tensors that functions received.
+        probes: Tensors to add to the outputs of uses, by label and number.
         differentiates: Whether the model calls ``torch.autograd.grad``.
     """
 
-    def __init__(self, tracked: Any, custom: tuple[LayerKind, ...], guarded: bool = True) -> None:
+    def __init__(
+        self,
+        tracked: Any,
+        custom: tuple[LayerKind, ...],
+        guarded: bool = True,
+        probes: Mapping[tuple[str, int], Tensor] = MappingProxyType({}),
+    ) -> None:
         super().__init__(tracked, guarded, custom)
+        self.probes = probes
         self.level = transformation_level()
         self.uses: dict[str, list[Use]] = {}
         self.others: dict[str, list[str]] = {}
@@ -102,7 +111,10 @@ class UseRecorder(Follow):
             if use is not None:
                 if call.kind is SHIFT and self._completes((*args, *kwargs.values()), use):
                     return result
-                self.uses.setdefault(label(*weight), []).append(use)
+                of_label = self.uses.setdefault(label(*weight), [])
+                of_label.append(use)
+                probe = self.probes.get((label(*weight), len(of_label) - 1))
+                result = result if probe is None else result + probe
                 # A parameter that is also the input has a second path, which no probe sees.
                 as_input = self.place(call.input)
                 covered = [place for place in (weight, use.bias) if place != as_input]

@@ -87,6 +87,56 @@ def test_pairs_in_one_call_are_two_calls(model, structure):
     optree.tree_map(torch.testing.assert_close, result, expected)
 
 
+def rolled(p, x):
+    return (torch.cat([x, x.roll(1, 0)]) @ p["w"].T).tanh().chunk(2)[1].roll(-1, 0) @ p["o"].T
+
+
+def test_rows_that_are_moved_on_are_not_in_the_order_of_examples():
+    layers = lrkfac.find_layers(rolled, PAIRS, torch.randn(5, 4, dtype=DOUBLE))
+    assert not layers["w"].by_example and layers["o"].by_example
+
+
+SCALED = {
+    "largest of all": lambda h: h / h.abs().amax(),
+    "largest of each": lambda h: h / h.abs().amax(0),
+    "threshold": lambda h: h * (h > 0.5 * h.amax()),
+    "rounded": lambda h: (h / h.abs().amax() * 8).round() + h,
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("scaled", SCALED.values(), ids=SCALED.keys())
+def test_dependence_through_few_examples_is_seen(scaled, seed):
+    torch.manual_seed(seed)
+    model = lambda p, x: scaled(x @ p["w"].T).tanh() @ p["o"].T  # noqa: E731
+    assert lrkfac.find_layers(model, PAIRS, torch.randn(16, 4, dtype=DOUBLE)).independent is False
+
+
+def test_the_axis_along_which_examples_are_independent_is_the_batch():
+    model = lambda p, x: (x @ p["w"].T).tanh().mean(0) @ p["o"].T  # noqa: E731
+    layers = lrkfac.find_layers(model, PAIRS, torch.randn(6, 5, 4, dtype=DOUBLE))
+    assert dict(layers.batch_axes) == {"": 1} and layers.independent and layers["w"].by_example
+
+
+def test_both_towers_hold_examples():
+    towers = lambda p, ab: (ab[0] @ p["w"].T) @ (ab[1] @ p["w"].T).T  # noqa: E731
+    pair = (torch.randn(5, 4, dtype=DOUBLE), torch.randn(5, 4, dtype=DOUBLE))
+    layers = lrkfac.find_layers(towers, {"w": PAIRS["w"]}, pair)
+    assert dict(layers.batch_axes) == {"0": 0, "1": 0} and layers.independent is False and not layers.uncovered
+
+
+def test_one_example_without_an_axis_is_no_layer():
+    x, y = torch.randn(4, dtype=DOUBLE), torch.randn(3, dtype=DOUBLE)
+    params = {"w": PAIRS["w"]}
+    with pytest.warns(UserWarning, match="no layer found"):
+        layers = lrkfac.find_layers(lambda p, x: p["w"] @ x, params, x)
+    model = lambda p, x: F.linear(x, p["w"])  # noqa: E731
+    with pytest.warns(UserWarning, match="no layer found"):
+        layers = lrkfac.find_layers(model, params, x)
+    evaluation = lrkfac.evaluator(model, lrkfac.gaussian(), layers)(params, x, y)
+    torch.testing.assert_close(evaluation.grads["w"], torch.outer(model(params, x) - y, x) / 3)
+
+
 @pytest.mark.parametrize("structure", DENSE)
 @pytest.mark.parametrize("n", [3, 5, 8])
 def test_a_row_that_all_examples_share_is_one_of_each(n, structure):

@@ -60,10 +60,26 @@ def test_without_an_axis_for_the_batch_there_are_no_rows_of_examples(name, n):
     assert [layer.name for layer in layers] == ["v"]
 
 
-def test_what_cannot_be_repeated_is_refused():
-    """A weight that another layer makes."""
-    params, x = {"w": normal(3, 3), "v": normal(2, 1)}, normal(N, 3)
-    model = lambda p, x: F.linear(F.linear(x, F.linear(SHARED[:, 0], p["w"])), p["v"])  # noqa: E731
+ROW = normal(1, 3)
+TAKEN_TOGETHER = {
+    "weight": lambda c, x: F.linear(x, c),
+    "norm": lambda c, x: x * (c / c.norm()),
+    "sum": lambda c, x: x * c.sum(0),
+    "mean": lambda c, x: x * c.mean(0),
+    "first": lambda c, x: x * c[0],
+    "attention": lambda c, x: (x @ c.mT).softmax(1) * x,
+    "repeated": lambda c, x: x * c.repeat(len(x), 1),
+}
+
+
+@pytest.mark.parametrize("use", TAKEN_TOGETHER.values(), ids=TAKEN_TOGETHER.keys())
+def test_a_row_that_is_not_taken_row_by_row_is_uncovered(use):
+    """Copies of it would change the outputs, or act on other examples: loss and gradient are those of autograd."""
+    params, x, y = {"w": normal(3, 3), "v": normal(2, 3)}, normal(N, 3), torch.arange(N) % 2
+    params["v"] = params["v"][:, :1] if use is TAKEN_TOGETHER["weight"] else params["v"]
+    model = lambda p, x: F.linear(use(F.linear(ROW, p["w"]), x), p["v"])  # noqa: E731
     layers = find_layers(model, params, x)
-    with pytest.raises(ValueError, match=r"weights \['w'\] are applied to one row for all examples"):
-        evaluator(model, lrkfac.gaussian(), layers)(params, x, normal(N, 2))
+    assert "what all examples share" in dict((p.path, reason) for p, reason in layers.uncovered)["w"]
+    e = evaluator(model, lrkfac.categorical(), layers)(params, x, y)
+    loss = lambda p: F.cross_entropy(model(p, x), y)  # noqa: E731
+    torch.testing.assert_close((e.loss, e.grads), (loss(params), torch.func.grad(loss)(params)))
