@@ -256,13 +256,15 @@ def test_objects_that_cannot_be_opened_are_refused_by_name(call, message):
         call()
 
 
-def test_outputs_that_grow_with_a_repeated_row_are_refused():
-    """One row for all examples would be a row for each, and the outputs longer: seen in containers, too."""
+def test_outputs_that_grow_with_a_repeated_row_are_seen():
+    """One row for all examples would be a row for each, and the outputs longer: its weight is uncovered."""
 
     def model(params, x):
         return UserDict(logits=torch.cat([F.linear(x, params["v"]), F.linear(torch.ones_like(x[:1]), params["w"])]))
 
     params = {"v": PARAMS["first.weight"][:3], "w": PARAMS["first.weight"][:3] + 1}
-    layers = lrkfac.find_layers(model, params, X)
-    with pytest.raises(ValueError, match="are applied to one row for all examples"):
-        lrkfac.evaluator(model, lrkfac.categorical(), layers)(params, X, torch.cat([Y, Y[:1]]))
+    layers, targets = lrkfac.find_layers(model, params, X), torch.cat([Y, Y[:1]])
+    assert [p.path for p, _ in layers.uncovered] == ["w"]
+    loss = lambda p: F.cross_entropy(model(p, X)["logits"], targets)  # noqa: E731
+    grads = lrkfac.evaluator(model, lrkfac.categorical(), layers)(params, X, targets).grads
+    torch.testing.assert_close(grads, torch.func.grad(loss)(params))

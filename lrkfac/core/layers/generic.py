@@ -116,7 +116,8 @@ class Examples:
 
     def _moved(self, x: Tensor, seed: int) -> Tensor:
         """Return numbers near those given."""
-        size = x.abs().square().mean().sqrt().clamp(min=0.1)
+        size = x.abs().square().mean().sqrt()
+        size = torch.where(size > 0, size, 0.1).to(size.dtype)
         return x + (1.0 if self.bold else 0.1) * size * _normal(x, seed)
 
     def _redrawn(self, x: Tensor, seed: int) -> Tensor:

@@ -80,7 +80,7 @@ DERIVATIVES = {
     "inner step by autograd": (after_a_step_by_autograd, "torch.autograd.grad"),
     "vmap over parameters": (
         lambda p, x: vmap(lambda p: net(p, x))(optree.tree_map(lambda leaf: leaf[None], p))[0], ""),
-    "chunks": (lambda p, x: vmap(lambda row: net(p, row), chunk_size=2)(x), "not known which rows belong"),
+    "chunks": (lambda p, x: vmap(lambda row: net(p, row), chunk_size=2)(x), "what all examples share"),
     "constants inside vmap": (
         lambda p, x: vmap(lambda row: row.sum() * net(p, torch.ones(2, dtype=row.dtype)))(x), "does not depend on"),
 }  # fmt: skip
