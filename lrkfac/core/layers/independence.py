@@ -30,19 +30,21 @@ def _apart(run: Run, seen: Seen, paths: Sequence[str]) -> bool | None:
     if place is None:
         return None
     any_differs = False
-    for outlier in (False, True):
-        for at in range(n):
-            for other in (n, *[i for i in range(n) if i != at]):  # one may make no difference by chance
-                try:
-                    result, _ = run(seen.examples.replaced(n, at, paths, other, outlier))
-                except Exception:
-                    break
-                differs = _differ(place, n, base, result)
-                if _others(differs, at):
-                    return False
-                if differs[at]:
-                    any_differs = True
-                    break
+    for at in range(n):
+        others = [(i, False) for i in range(n) if i != at]
+        differs_here = False
+        for other, outlier in [(n, True), (n, False), *others]:
+            if other != n and differs_here:
+                break  # the others only where those made no difference
+            try:
+                result, _ = run(seen.examples.replaced(n, at, paths, other, outlier))
+            except Exception:
+                continue  # such as numbers out of range
+            differs = _differ(place, n, base, result)
+            if _others(differs, at):
+                return False
+            differs_here = differs_here or bool(differs[at])
+        any_differs = any_differs or differs_here
     return True if any_differs else None
 
 
