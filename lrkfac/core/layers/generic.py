@@ -71,7 +71,7 @@ class Examples:
         """
         return self._inputs(n, lambda path, examples: examples[places(n) if moved else list(range(n))])
 
-    def replaced(self, n: int, at: int, paths: Sequence[str], other: int, outlier: bool = False) -> Tree:
+    def replaced(self, n: int, at: int, paths: Sequence[str], other: int, scale: float = 1.0) -> Tree:
         """Return ``n`` examples of which one is another in some leaves.
 
         Args:
@@ -79,14 +79,14 @@ class Examples:
             at: Which is replaced.
             paths: The leaves.
             other: By which: number ``n`` is none of the others.
-            outlier: Whether its numbers are several times as large.
+            scale: By what its numbers are multiplied, those that are no integers.
         """
 
         def changed(path: str, examples: Tensor) -> Tensor:
             order = [other if i == at and path in paths else i for i in range(n)]
             chosen = examples[order]
-            if outlier and path in paths and chosen.is_floating_point():
-                chosen[at] *= 8
+            if path in paths and chosen.is_floating_point():
+                chosen[at] *= scale
             return chosen
 
         return self._inputs(n, changed)

@@ -12,6 +12,9 @@ from lrkfac.core.base.containers import result_leaves
 from lrkfac.core.layers.movement import Run, Seen, comparable, first_output, output_axis, rounding
 from lrkfac.core.layers.placement import BatchAxis
 
+OUTLIER = 8.0
+"""How much larger an example may be than others: those that depend on a maximum then change with it."""
+
 
 def independence(run: Run, seen: Seen) -> tuple[bool | None, tuple[str, ...]]:
     """Return whether an output depends on one example alone; if not, the leaf through which others come in, if one."""
@@ -31,13 +34,14 @@ def _apart(run: Run, seen: Seen, paths: Sequence[str]) -> bool | None:
         return None
     any_differs = False
     for at in range(n):
-        others = [(i, False) for i in range(n) if i != at]
+        outlier = OUTLIER if at % 2 else -OUTLIER
+        others = [(i, 1.0) for i in range(n) if i != at]
         differs_here = False
-        for other, outlier in [(n, True), (n, False), *others]:
+        for other, scale in [(n, outlier), (n, 1.0), *others]:
             if other != n and differs_here:
                 break  # the others only where those made no difference
             try:
-                result, _ = run(seen.examples.replaced(n, at, paths, other, outlier))
+                result, _ = run(seen.examples.replaced(n, at, paths, other, scale))
             except Exception:
                 continue  # such as numbers out of range
             differs = _differ(place, n, base, result)
