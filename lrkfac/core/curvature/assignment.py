@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from lrkfac.core.curvature.exact import ExactStructure, unit_wise
-from lrkfac.core.curvature.factors import DiagonalStructure
 from lrkfac.core.curvature.low_rank import low_rank, low_rank_plus_diagonal
 from lrkfac.core.curvature.protocol import BlockStructure, FactorStructure
 from lrkfac.core.curvature.structures import kronecker
@@ -159,8 +158,7 @@ def _checked(layers: Layers, layer: Layer, structure: Any) -> BlockStructure:
     if isinstance(structure, BlockStructure):
         if structure.needs_examples:
             _check_examples(layer)
-        of_layer = isinstance(structure, ExactStructure) and structure.per == "layer"
-        if of_layer and not isinstance(getattr(structure, "factor", None), DiagonalStructure):
+        if structure.needs_independence:
             _check_independent(layers, f"layer_wise() for {layer.name!r}")
         if structure.is_product and unit_wise_by_kind(layer):
             raise ValueError(

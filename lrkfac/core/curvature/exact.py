@@ -52,6 +52,10 @@ class ExactStructure(BlockStructure):
         return self.per == "model"
 
     @property
+    def needs_independence(self) -> bool:
+        return self.per != "unit" and not self.factor.stands_alone  # squares of single gradients are no whole block
+
+    @property
     def joining(self) -> Joining:
         return ALONG_UNITS if self.per == "unit" else APART
 

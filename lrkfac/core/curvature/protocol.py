@@ -138,7 +138,8 @@ class BlockStructure(ABC):
         is_product: Whether it is a Kronecker product, which scales and shifts are not.
         joins_layers: Whether one block holds all layers.
         needs_gradients: Whether it cannot do without gradients at the layer's outputs.
-        needs_examples: Whether it needs what belongs to single examples, and so the batch as the leading axis.
+        needs_examples: Whether it needs what belongs to single examples.
+        needs_independence: Whether it is right only where examples do not depend on each other.
         keeps_rows: Whether ``apply`` takes gradients that are lazy matrices.
         form: Article and adjective of its blocks in an error message.
     """
@@ -157,6 +158,11 @@ class BlockStructure(ABC):
     def needs_examples(self) -> bool:
         """Whether it needs what belongs to single examples."""
         return True
+
+    @property
+    def needs_independence(self) -> bool:
+        """Whether it is right only where examples do not depend on each other."""
+        return False
 
     @property
     def mappable(self) -> bool:

@@ -107,5 +107,5 @@ def capture(
         return outputs, (split_tensors(aux, static), recorded)
 
     outputs, transpose, (tensors, recorded) = transposed(run, variables, layers.autograd)
-    examples = layers.examples(inputs) or outputs[0].shape[0]
+    examples = (layers.examples(inputs) if layers.layers else None) or outputs[0].shape[0]
     return Captured(layers, outputs, join_tensors(tensors, static), recorded, variables[1], examples, transpose)

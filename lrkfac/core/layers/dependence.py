@@ -34,26 +34,25 @@ class Batch:
         axes: The axis of the batch of each leaf of the inputs that has one, by path; ``None`` if unknown.
         independent: Whether the outputs of each example depend on no other; ``None`` if unknown.
         single: Whether outputs have one entry for each example along their leading axis.
-        placements: Of each use, by label; ``None`` for one whose rows are not known by example.
-        shared: Of each use, whether it has one value for all examples and no axis for them.
+        places: Of each use, by label: its placement, ``None`` if its rows are not known by example, and whether it has
+            one value for all examples and no axis for them.
     """
 
     axes: Mapping[str, int] | None
     independent: bool | None
     single: bool
-    placements: Mapping[str, Sequence[Placement | None]]
-    shared: Mapping[str, Sequence[bool]]
+    places: Mapping[str, Sequence[tuple[Placement | None, bool]]]
 
     def unknown(self) -> int:
         """Return the number of uses whose rows are not known by example."""
-        return sum(place is None for group in self.placements.values() for place in group)
+        return sum(place is None for group in self.places.values() for place, _ in group)
 
     def rank(self) -> tuple[int, bool, bool]:
         """Return what makes one description better than another."""
         return -self.unknown(), self.independent is True, self.single
 
 
-UNKNOWN = Batch(None, None, False, {}, {})
+UNKNOWN = Batch(None, None, False, {})
 
 
 def find_batch(
@@ -115,13 +114,8 @@ def _described(run: Run, seen: Seen, independent: bool | None, uses: Mapping[str
             if place is not None and place[1].shared and not takes_copies(run, seen, (name, i)):
                 group[i] = (None, True)
     axis = output_axis(seen.runs)
-    return Batch(
-        seen.examples.axes,
-        independent,
-        axis is not None and axis.outer * axis.inner == 1,
-        {name: [place for place, _ in group] for name, group in pairs.items()},
-        {name: [shared for _, shared in group] for name, group in pairs.items()},
-    )
+    single = axis is not None and axis.outer * axis.inner == 1
+    return Batch(seen.examples.axes, independent, single, pairs)
 
 
 def _hypotheses(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import optree
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lrkfac.core.base.private_torch import version
 from lrkfac.core.layers.description import Layer, Layers, Parameter
-from lrkfac.core.layers.kind import Kind
 from lrkfac.core.layers.kinds import BIAS, CUSTOM
 from lrkfac.core.layers.tracing import label
 from lrkfac.core.layers.uses import Use
@@ -73,12 +72,12 @@ def describe(
         with_bias = bias is not None and (joins or first.call.kind.unit_wise)
         layers.append(_layer(name, group, by_path, bias if with_bias else None))
         if bias is not None and not with_bias:
-            layers.append(_bias_layer(group, by_path, bias, layers[-1]))
-    layers += [
-        _shared_bias_layer(groups, by_path[path])
-        for path in dict.fromkeys([path for path, _ in biases])
-        if path in shared and path not in reasons and _is_separable(path, uses, groups)
-    ]
+            layers.append(_bias_layer(_with_view(by_path[bias[0]], bias[1]), group.uses, group.sites))
+    for path in dict.fromkeys([path for path, _ in biases]):
+        if path in shared and path not in reasons and _is_separable(path, uses, groups):
+            pairs = [(use, site) for group in groups for use, site in zip(group.uses, group.sites, strict=True)]
+            of_bias = [pair for pair in pairs if pair[0].bias == (path, ())]
+            layers.append(_bias_layer(by_path[path], [use for use, _ in of_bias], [site for _, site in of_bias]))
     covered = {p.path for layer in layers for p in (layer.weight, layer.bias) if p is not None}
     for parameter in parameters:
         if parameter.path not in covered:
@@ -227,38 +226,18 @@ def _is_separable(path: str, uses: Mapping[str, list[Use]], groups: list[_Group]
     return len(covered) == len(everywhere) and not any(use.call.kind.unit_wise for use in covered)
 
 
-def _shared_bias_layer(groups: list[_Group], bias: Parameter) -> Layer:
-    """Return the layer of a bias that some uses of one weight have, or those of several."""
-    pairs = [(use, site) for group in groups for use, site in zip(group.uses, group.sites, strict=True)]
-    pairs = [(use, site) for use, site in pairs if use.bias == (bias.path, ())]
+def _bias_layer(bias: Parameter, uses: Sequence[Use], sites: Sequence[tuple[str, int]]) -> Layer:
+    """Return the layer of a bias, or of a part of it, from the uses of weights to which it is added."""
     return Layer(
-        name=bias.path,
-        kinds=(BIAS.name,) * len(pairs),
+        name=label(bias.path, bias.view),
+        kinds=(BIAS.name,) * len(uses),
         weight=bias,
         bias=None,
         d_in=1,
-        d_out=math.prod(bias.shape),
+        d_out=apply_view(bias.view, torch.empty(bias.shape, device="meta")).numel(),
         groups=1,
-        options=tuple((use.call.kind.name, tuple(use.call.options)) for use, _ in pairs),
-        sites=tuple(site for _, site in pairs),
-        placements=tuple(use.placement for use, _ in pairs),
-        mapped=any(use.mapped for use, _ in pairs),
-    )
-
-
-def _bias_layer(group: _Group, by_path: Mapping[str, Parameter], bias: tuple[str, View], weight: Layer) -> Layer:
-    kinds: list[Kind] = [use.call.kind for use in group.uses]
-    options = tuple((kind.name, tuple(use.call.options)) for kind, use in zip(kinds, group.uses, strict=True))
-    return Layer(
-        name=label(*bias),
-        kinds=(BIAS.name,) * len(kinds),
-        weight=_with_view(by_path[bias[0]], bias[1]),
-        bias=None,
-        d_in=1,
-        d_out=weight.d_out * weight.groups,
-        groups=1,
-        options=options,
-        sites=weight.sites,
-        placements=weight.placements,
-        mapped=weight.mapped,
+        options=tuple((use.call.kind.name, tuple(use.call.options)) for use in uses),
+        sites=tuple(sites),
+        placements=tuple(use.placement for use in uses),
+        mapped=any(use.mapped for use in uses),
     )

@@ -165,18 +165,11 @@ def _batch(
 
 def _with_batch(uses: dict[str, list[Use]], batch: Batch) -> dict[str, list[Use]]:
     """Return the uses with the places of their examples."""
-    return {
-        name: [
-            use._replace(placement=place, shared=shared)
-            for use, place, shared in zip(
-                group,
-                batch.placements.get(name, (None,) * len(group)),
-                batch.shared.get(name, (False,) * len(group)),
-                strict=True,
-            )
-        ]
-        for name, group in uses.items()
-    }
+    placed = {}
+    for name, group in uses.items():
+        places = batch.places.get(name, [(None, False)] * len(group))
+        placed[name] = [u._replace(placement=p, shared=s) for u, (p, s) in zip(group, places, strict=True)]
+    return placed
 
 
 def _needs_autograd(model: Callable[[Tree, Tree], Any], params: Tree, inputs: Tree) -> bool:

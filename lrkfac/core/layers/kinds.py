@@ -23,7 +23,7 @@ from lrkfac.core.base.rows import as_real
 from lrkfac.core.layers.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lrkfac.core.layers.custom import CustomOptions
 from lrkfac.core.layers.kind import Kind, Options, by_example, of_each
-from lrkfac.core.layers.placement import IN_FRONT, Placement
+from lrkfac.core.layers.placement import Placement
 
 # Linear -----------------------------------------------------------------------------------------------
 
@@ -141,7 +141,8 @@ def _affine_prepare(
     ``options`` is the parameter's shape, aligned with the last axes of the output by broadcasting.
     """
     (shape,) = options
-    place = IN_FRONT[1] if placement is None else placement[1]
+    assert placement is not None, "scales and shifts are uncovered where their examples are not known"
+    place = placement[1]
     a = a.broadcast_to(g.shape[1:])
     repeated, units = _axes_of_units(a.ndim, tuple(shape))
     order = [place.axis, *[axis for axis in repeated if axis != place.axis], *units]

@@ -61,6 +61,21 @@ def test_without_an_axis_for_the_batch_there_are_no_rows_of_examples(name, n):
 
 
 ROW = normal(1, 3)
+
+
+def test_what_cannot_be_repeated_in_another_batch_is_refused():
+    """A model that takes the row otherwise for more examples than find_layers tries."""
+    params, x = {"w": normal(3, 3)}, normal(8, 3)
+
+    def model(p, x):
+        c = F.linear(ROW, p["w"])
+        return x * c if len(x) < 7 else torch.cat([x, c])
+
+    layers = find_layers(model, params, x[:5])
+    with pytest.raises(ValueError, match=r"weights \['w'\] are applied to one row for all examples"):
+        evaluator(model, lrkfac.gaussian(), layers)(params, x, normal(9, 3))
+
+
 TAKEN_TOGETHER = {
     "weight": lambda c, x: F.linear(x, c),
     "norm": lambda c, x: x * (c / c.norm()),
