@@ -25,7 +25,9 @@ def recording(asked: bool) -> AbstractContextManager[Any]:
 
 def constant_unless(followed: Tree, x: Tree) -> Tree:
     """Return ``x`` cut off autograd's graph, unless ``followed`` hangs on one, or ``torch.func`` differentiates."""
-    if is_differentiated() or any(has_graph(leaf) for leaf in optree.tree_leaves(followed)):
+    if is_differentiated() or not any(has_graph(leaf) for leaf in optree.tree_leaves(x)):
+        return x  # as in every step on detached parameters
+    if any(has_graph(leaf) for leaf in optree.tree_leaves(followed)):
         return x
     return optree.tree_map(lambda leaf: leaf.detach() if has_graph(leaf) else leaf, x)
 
