@@ -7,6 +7,7 @@ from lrkfac import schedules as schedules
 from lrkfac import structures as structures
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.replicas import check_replicas
 from lrkfac.core.base.trees import materialize
 from lrkfac.core.curvature.costs import explain
 from lrkfac.core.curvature.drift import factor_drift
@@ -61,6 +62,7 @@ __all__ = [
     "bernoulli",
     "categorical",
     "chain",
+    "check_replicas",
     "clip",
     "clip_by_global_norm",
     "clip_by_kl",

@@ -23,7 +23,7 @@ from lrkfac.core.likelihoods.joint import Joint
 from lrkfac.core.likelihoods.protocol import Likelihood
 from lrkfac.loss_scaling import told_by_scaler
 from lrkfac.module_evaluator import ModuleEvaluator
-from lrkfac.optim_arguments import READY_MADE, list_params, settings_of_groups
+from lrkfac.optim_arguments import READY_MADE, list_params, settings_of_groups, unwrapped
 from lrkfac.optim_state import Loading, Saved, note_steps, with_chain
 from lrkfac.param_groups import ChainFactory, check_group, parameters_of, with_defaults
 from lrkfac.pending import Pending
@@ -44,14 +44,14 @@ class LowRankKFAC(torch.optim.Optimizer):
     updates buffers, such as BatchNorm's, as a forward pass does.
 
     Each step reads ``lr`` from ``param_groups``, so ``torch.optim.lr_scheduler`` works; also ``momentum`` and
-    ``weight_decay`` where the transformation takes them. It gets values that differ between groups as a tree, as in
-    ``low_rank_kfac(layers, {"body.weight": 0.01, "head.weight": 0.1})``.
+    ``weight_decay`` where the transformation takes them, as a tree where groups differ.
 
-    ``copy.deepcopy``, ``pickle`` and ``torch.save`` work; copy ``(module, optimizer)`` together to keep them joined. A
-    pending ``evaluate`` and hooks do not travel, as with other optimizers of torch.
+    ``copy.deepcopy``, ``pickle`` and ``torch.save`` work; copy ``(module, optimizer)`` together. A pending ``evaluate``
+    and hooks do not travel.
 
     Args:
-        module: In the mode (``train`` or ``eval``) in which it is trained; see ``from_module``.
+        module: In the mode (``train`` or ``eval``) in which it is trained; see ``from_module``. Of a
+            ``DistributedDataParallel``, the module inside and its group are taken.
         likelihood: Meaning of the module's outputs.
         inputs: A batch, to find the layers; a tuple is spread as positional, a mapping as keyword arguments.
         lr: Learning rate, for a transformation that takes one.
@@ -67,6 +67,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             ``evaluate`` materializes all gradients.
         output: See ``from_module``.
         statistics_every: Number of steps from one evaluation with statistics to the next.
+        group: Processes that each evaluate a part of every batch; see ``evaluator``.
         **options: For the transformation, such as ``rank=16, damping=1e-3``.
 
     Attributes:
@@ -106,16 +107,18 @@ class LowRankKFAC(torch.optim.Optimizer):
         thin: bool | None = None,
         output: str | int | None = None,
         statistics_every: int = 10,
+        group: Any = None,
         **options: Any,
     ) -> None:
+        module, group = unwrapped(module, group)
         groups = None if params is None else list_params(params)
         defaults, known = settings_of_groups(transformation, lr, groups, options, LowRankKFAC)
         check_integer(statistics_every, "statistics_every")
         _, trainable = from_module(module, output=output)
         thin = transformation in READY_MADE if thin is None else thin
-        evaluator_options = {"estimator": estimator, "samples": samples, "thin": thin, "output": output}
+        evaluation = {"estimator": estimator, "samples": samples, "thin": thin, "output": output, "group": group}
         self._module, self._pending = module, Pending()
-        self._make_evaluator = partial(ModuleEvaluator, module, likelihood, inputs, evaluator_options)
+        self._make_evaluator = partial(ModuleEvaluator, module, likelihood, inputs, evaluation)
         fixed = {name: value for name, value in options.items() if name not in defaults}
         self._make_chain = ChainFactory(self, partial(transformation, **fixed), known)
         everything = [p for name, p in module.named_parameters() if name in trainable]
@@ -165,8 +168,7 @@ class LowRankKFAC(torch.optim.Optimizer):
 
         Raises:
             ValueError: If the module has changed, in its mode or parameters; if ``.grad`` is there, but not by
-                ``evaluate``; if parameters have changed since evaluations that wait; or as the function of
-                ``evaluator``.
+                ``evaluate``; if parameters have changed since evaluations that wait; or as ``evaluator()``.
             TypeError: As the function of ``evaluator``.
         """
         self._pending.prepare()
@@ -194,8 +196,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             The loss before the step, ``[]``.
 
         Raises:
-            TypeError: If the closure returns something else, such as a loss, which does not tell the curvature; if
-                there is neither batch, closure nor pending evaluation.
+            TypeError: If the closure returns something else, or there is neither batch, closure nor pending evaluation.
             ValueError: If a ``.grad`` is missing; if evaluations that wait would be lost; if a ``GradScaler`` has
                 unscaled ``.grad``; or as ``evaluate`` and the transformation.
         """

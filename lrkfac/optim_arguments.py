@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.core.base.arguments import check_function
@@ -51,6 +51,16 @@ def settings_of_groups(
     if "lr" in known and transformation is adaptive_low_rank_kfac:
         raise TypeError("lr: adaptive_low_rank_kfac finds its own step sizes and takes none, nor does a group")
     return defaults, known
+
+
+def unwrapped(module: nn.Module, group: Any) -> tuple[nn.Module, Any]:
+    """Return the module inside of a ``DistributedDataParallel``, and its processes unless others are given.
+
+    Its own sums over processes, in hooks of ``backward()``, are not run: evaluations bring theirs.
+    """
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return module.module, module.process_group if group is None else group
+    return module, group
 
 
 def list_params(params: Any) -> list[Any]:

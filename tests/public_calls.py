@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lrkfac
+from lrkfac.core.base.processes import Processes
 from tests import bad_values as values
 from tests.bad_values import EYE, FLAG, FUNCTION, INF, NAN, NOTHING, among, integer, number, one_of, tree
 from tests.public import BY_SHORT_NAME
@@ -61,6 +62,7 @@ NOT_NOISE = among(1, "x", [0.5], torch.rand(6, 2), torch.rand(2, 6, 2), torch.ze
     (torch.rand(1, 6, 2),))
 NOT_TREES = st.one_of(tree(P), st.just(lrkfac.checkpoint.state_dict(P) | {"0.bias": torch.ones(5)}))
 NOT_LEAVES = among(1j, object(), b"x", {"w": 1j}, (torch.ones(2), object()), [nn.Linear(1, 1)], {"a": {"b": b"x"}})
+NOT_GROUPS = among(1, "x", True, 1j, object(), [0], {}, (torch.ones(2),))
 VALID: dict[str, Call] = {}
 # fmt: on
 
@@ -103,7 +105,7 @@ public("LayerKind", {"name": "x", "function": torch.sub, "operation": torch.add}
     channel=among(0, 1, "-1", -1.0, True, torch.tensor(-1), *NOTHING))
 public("evaluator", {"model": MODEL, "likelihood": lrkfac.categorical(), "layers": LAYERS}, model=FUNCTION,
     likelihood=values.LIKELIHOOD, layers=NOT_LAYERS, estimator=one_of("mc", "exact", "empirical", "forward_only"),
-    samples=integer(), has_aux=FLAG, thin=FLAG, differentiable=FLAG)
+    samples=integer(), has_aux=FLAG, thin=FLAG, differentiable=FLAG, group=NOT_GROUPS)
 valid("evaluator()", EVALUATE, {"params": P, "inputs": X, "targets": Y}, params=NOT_TREES, inputs=NOT_INPUTS,
     targets=NOT_TARGETS, statistics=NOT_STATISTICS, layers=NOT_NAMES, examples=NOT_EXAMPLES, noise=NOT_NOISE)
 valid("evaluator(exact)()", EXACT, {"params": P, "inputs": X, "targets": Y},
@@ -156,6 +158,8 @@ public("power_iteration", {"matvec": lambda v: v, "start": torch.ones(3, 2)}, **
 public("subspace_iteration", {"matvec": lambda v: v, "start": torch.ones(3, 2)}, **ITERATED, iterations=integer())
 
 # Trees.
+public("check_replicas", {"tree": P, "group": Processes("alone", 0, 1)}, group=NOT_GROUPS, tree=st.nothing(),
+    what=st.nothing())
 public("materialize", {"x": P}, x=among(1, "x", 1j, object(), [1.0], {"x": "y"}, (torch.ones(2), "x")))
 public("apply_updates", {"params": P, "updates": G}, params=tree(P, shapes=False), updates=NOT_TREES)
 public("state_dict", {"tree": FLAT}, tree=NOT_LEAVES)

@@ -19,7 +19,7 @@ STATISTICS = of.NOT_STATISTICS.filter(lambda x: x is not None)
 public(
     "LowRankKFAC",
     {"module": NET, "likelihood": lrkfac.categorical(), "inputs": X, "lr": 0.1},
-    **{name: VALID["evaluator"].bad[name] for name in ("estimator", "samples")},
+    **{name: VALID["evaluator"].bad[name] for name in ("estimator", "samples", "group")},
     module=VALID["from_module"].bad["module"],
     likelihood=LIKELIHOOD,
     inputs=VALID["find_layers"].bad["inputs"],

@@ -22,7 +22,7 @@ from tests.bad_values import (
     tree,
 )
 from tests.public import BY_SHORT_NAME
-from tests.public_calls import LAYERS, NOT_LAYERS, NOT_TREES, WITHOUT, E, G, P, public, valid
+from tests.public_calls import LAYERS, NOT_GROUPS, NOT_LAYERS, NOT_TREES, WITHOUT, E, G, P, public, valid
 
 # Tables, of few lines each entry.
 # fmt: off
@@ -60,7 +60,7 @@ public("apply_if_finite", {"inner": lrkfac.trace(0.9), "max_consecutive_errors":
 public("accumulate", {"inner": lrkfac.trace(0.9), "every": 3}, inner=TRANSFORMATION, every=integer())
 public("merge_evaluations", {"evaluations": [E, E]},
     evaluations=among(1, "x", E, [E, "x"], [E, WITHOUT], [E, E.grads], (None,), [tuple(E)],
-        *[x for x in NOTHING if not callable(x)]))
+        *[x for x in NOTHING if not callable(x)]), group=NOT_GROUPS)
 public("inject_hyperparams", {"factory": lrkfac.trace}, factory=st.one_of(FUNCTION, st.just(lrkfac.trace(0.9))))
 public("constant_schedule", {"value": 0.1}, value=number())
 public("warmup_cosine_decay_schedule", {"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 2, "decay_steps": 9},

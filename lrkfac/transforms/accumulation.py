@@ -12,10 +12,9 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_integer
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.tree_checks import check_like, check_tree
-from lrkfac.core.base.trees import counter, materialize, selected
+from lrkfac.core.base.trees import counter, materialize, selected, weighted
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.core.evaluation.merging import weighted
 from lrkfac.transforms.base import (
     GradientTransformation,
     check_evaluation,

@@ -72,6 +72,11 @@ def zero_unless(condition: Tensor, x: Tree) -> Tree:
     return optree.tree_map(one, x)
 
 
+def weighted(weight: Tensor, x: Tensor) -> Tensor:
+    """Return ``weight * x``, and 0 where the weight is 0: a batch in which nothing counts has no finite numbers."""
+    return torch.where(weight > 0, weight * wide(x), 0)
+
+
 def materialize(x: Tree) -> Tree:
     """Return the tree with each ``LazyMatrix`` computed, so that all leaves are tensors.
 

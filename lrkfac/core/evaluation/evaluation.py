@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lrkfac.core.base.processes import Among
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.statistics import Statistics
 
@@ -31,6 +32,8 @@ class Evaluation(NamedTuple):
         weight: The weight of this batch beside others, ``[]``: the total weight of all terms (their number, where none
             has a weight); with several heads, the number of examples.
         thin: Whether leaves of ``grads`` and of the updates made of them may be ``LazyMatrix``, see ``evaluator``.
+        among: The place of this process among those of a joint batch (``group=``), else ``None``. All other attributes
+            are then of the joint batch, but for ``outputs``, ``aux`` and the rows in ``statistics``.
 
     Examples:
         >>> import torch, lrkfac
@@ -55,3 +58,4 @@ class Evaluation(NamedTuple):
     loss_at: Callable[[Tree], Tensor]
     weight: Tensor
     thin: bool = False
+    among: Among | None = None

@@ -11,15 +11,16 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.processes import Among, processes_of
 from lrkfac.core.base.tree_checks import check_like, difference
-from lrkfac.core.base.trees import materialize
+from lrkfac.core.base.trees import materialize, weighted
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
+from lrkfac.core.evaluation.joined import joined
 from lrkfac.core.layers.statistics import Statistics
 
 
-def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
+def merge_evaluations(evaluations: Sequence[Evaluation], group: Any = None) -> Evaluation:
     """Return the evaluation of a batch from those of its micro-batches, all at the same parameters.
 
     Loss, gradients and Fisher products are means over the micro-batches, weighted with ``Evaluation.weight``: the means
@@ -35,12 +36,15 @@ def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
 
     Args:
         evaluations: At least one; either all with statistics or all without.
+        group: The processes that have parts of the batch, see ``evaluator``. Evaluations made without a group are then
+            merged over processes as well, by one sum for all of them.
 
     Returns:
         The evaluation of the union; all its gradients are tensors.
 
     Raises:
-        ValueError: If there is none, or trees, layers or lengths differ.
+        ValueError: If there is none, trees, layers or lengths differ, some were made with a group and some without, or
+            all were and there is another ``group``.
         TypeError: If one is no ``Evaluation``.
 
     Examples:
@@ -62,6 +66,21 @@ def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
         if not isinstance(part, Evaluation):
             raise TypeError(f"evaluations[{i}]: expected an Evaluation, got {type(part).__name__}")
         check_like(evaluations[0].grads, part.grads, f"evaluations[{i}].grads")
+    among = _among(evaluations)
+    if group is not None and among is not None:
+        raise ValueError(
+            "group: expected none, since the evaluations were made with a group and are those of joint batches; give "
+            "it to evaluator() for a sum in each evaluation, or to merge_evaluations() for one in all"
+        )
+    merged = _merged(evaluations, among)
+    if group is None:
+        return merged
+    examples = sum(int(optree.tree_leaves(part.outputs)[0].shape[0]) for part in evaluations)
+    facts = "no statistics" if merged.statistics is None else f"statistics of {sorted(merged.statistics.inputs)}"
+    return joined(merged, processes_of(group), examples, facts, {})
+
+
+def _merged(evaluations: tuple[Evaluation, ...], among: Among | None) -> Evaluation:
     weights = torch.stack([part.weight for part in evaluations])
     shares = (weights / weights.sum()).unbind()
     aux = tuple(part.aux for part in evaluations)
@@ -80,7 +99,24 @@ def merge_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
         gram=partial(MergedProducts.gram, products),
         loss_at=partial(MergedProducts.loss_at, products),
         weight=weights.sum(),
+        among=among,
     )
+
+
+def _among(evaluations: tuple[Evaluation, ...]) -> Among | None:
+    """Return the place of this process for the union.
+
+    Raises:
+        ValueError: If evaluations differ in their group.
+    """
+    places = [part.among for part in evaluations]
+    groups = {None if place is None else place.processes for place in places}
+    if len(groups) > 1:
+        raise ValueError(f"evaluations: expected all with the same group or all without, got {groups}")
+    if places[0] is None:
+        return None
+    counts = [torch.stack(numbers).sum() for numbers in zip(*[place[1:] for place in places if place], strict=True)]
+    return Among(places[0].processes, *counts)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,11 +159,6 @@ def merged_from(evaluation: Evaluation) -> tuple[tuple[Evaluation, ...], Tree]:
     if not isinstance(products, MergedProducts):
         return (evaluation,), None
     return tuple([one for part in products.parts for one in merged_from(part)[0]]), products.grads
-
-
-def weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """Return ``weight * x``, and 0 where the weight is 0: a batch in which nothing counts has no finite numbers."""
-    return torch.where(weight > 0, weight * wide(x), 0)
 
 
 def mean(shares: Sequence[Tensor], trees: Sequence[Tree]) -> Any:

@@ -176,6 +176,15 @@ class Layers:
         """The labels among ``sources`` whose uses stand inside ``vmap``."""
         return frozenset(label for layer in self.layers if layer.mapped for label, _ in layer.sites)
 
+    def facts(self) -> dict[str, str]:
+        """Return each layer's kinds and factors, and why other parameters have none, in words by name."""
+        layers = {
+            f"layer {one.name}": f"{one.kind} of {one.uses} uses, {one.groups} groups, A {one.d_in}, B {one.d_out}"
+            for one in self.layers
+        }
+        whole = {"independent examples": str(self.independent), "single outputs": str(self.single)}
+        return layers | {f"parameter {p.path}": reason for p, reason in self.uncovered} | whole
+
     def __str__(self) -> str:
         rows = [("name", "kind", "parameters", "shape", "factors", "uses")]
         for layer in self.layers:

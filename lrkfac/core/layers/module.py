@@ -180,9 +180,9 @@ def _check_part(name: str, part: nn.Module) -> None:
     """Raise ``ValueError`` if a module does what no pure function can."""
     if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel) or _is_sharded(part):
         raise ValueError(
-            f"module: {name!r} is {type(part).__name__} over several processes or devices, so that gradients would be "
-            "those of this process alone: nothing is synchronised yet; pass the module inside, unsharded, and average "
-            "evaluation.grads over processes"
+            f"module: {name!r} is {type(part).__name__} over several processes or devices, whose synchronisation in "
+            "hooks of backward() nothing here runs; pass the module inside, unsharded, and "
+            "evaluator(..., group=torch.distributed.group.WORLD), or give LowRankKFAC the DistributedDataParallel"
         )
     if has_backward_hooks(part):
         raise ValueError(

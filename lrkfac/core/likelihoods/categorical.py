@@ -150,10 +150,10 @@ class _Categorical:
             raise TypeError(f"categorical: expected targets that are class numbers as integers, got {targets.dtype}")
         shape = tuple([s for i, s in enumerate(outputs.shape) if i != axis % outputs.ndim])
         check_target_shape("categorical", targets, shape)
-        if has_values(targets):
-            self._check_target_values(outputs, targets, classes)
+        if has_values(targets) and targets.numel():
+            self._check_target_values(targets, classes)
 
-    def _check_target_values(self, outputs: Tensor, targets: Tensor, classes: int) -> None:
+    def _check_target_values(self, targets: Tensor, classes: int) -> None:
         if self.plain and 0 <= int(targets.min()) and int(targets.max()) < classes:
             return  # after few operations: under torch.func each is dear
         outside = self._counts(targets) & ((targets.long() < 0) | (targets.long() >= classes))
@@ -161,11 +161,6 @@ class _Categorical:
             raise ValueError(
                 f"categorical: expected targets that are class numbers from 0 to {classes - 1}, got "
                 f"{targets[outside][0].item()}; ignore_index names the one that counts for nothing"
-            )
-        if not self.plain and not (self.weights(outputs, targets).mean > 0).any():
-            raise ValueError(
-                f"categorical: expected targets of which one counts, got a batch in which all are ignored "
-                f"(ignore_index={self.ignore_index}) or of a class of weight 0; leave the batch out"
             )
 
     def _log_probabilities(self, outputs: Tensor) -> Tensor:

@@ -33,11 +33,15 @@ class Joint:
         tree: Likelihoods in the structure of the outputs.
         heads: Its leaves.
         weights: One for each head.
+        part: Whether batches are parts of larger ones, and may be empty or count for nothing.
+        totals: What the sums of each head are divided by, ``[]``, in place of the weight of its terms.
     """
 
     tree: Tree
     heads: tuple[Likelihood, ...]
     weights: tuple[float, ...]
+    part: bool = False
+    totals: tuple[Tensor, ...] | None = None
 
     def leaves(self, values: Tree, source: str, what: str = "") -> list[Tensor]:
         """Return the tensors of a tree with the structure of the heads; ``source`` and ``what`` name it in errors.
@@ -83,7 +87,7 @@ class Joint:
                     "model: expected floating-point outputs with a batch axis, got "
                     f"{one.dtype} of shape {tuple(one.shape)}{remedy}"
                 )
-            if one.numel() == 0:
+            if one.numel() == 0 and not (self.part and one.shape[0] == 0):
                 raise ValueError(f"inputs: the batch is empty: outputs have the shape {tuple(one.shape)}")
             if one.shape[0] != outputs[0].shape[0]:
                 raise ValueError(
@@ -108,11 +112,17 @@ class Joint:
 
     def loss(self, outputs: Leaves, targets: Leaves) -> Tensor:
         """Return ``Σ weightₕ lossₕ``, ``[]``."""
-        losses = [head.loss(f, y) for head, f, y in zip(self.heads, outputs, targets, strict=True)]
+        totals = self.totals or (None,) * len(self.heads)
+        losses = [head.loss(f, y, t) for head, f, y, t in zip(self.heads, outputs, targets, totals, strict=True)]
         total = _times(self.weights[0], losses[0])
         for weight, loss in zip(self.weights[1:], losses[1:], strict=True):
             total = total + weight * loss
         return total
+
+    def head_weights(self, outputs: Leaves, targets: Leaves) -> tuple[Tensor, ...]:
+        """Return ``Σ wₙ`` of each head, ``[]`` each, or ``totals`` in their place."""
+        each = zip(self.heads, outputs, targets, strict=True)
+        return self.totals or tuple([head.total_weight(f, y) for head, f, y in each])
 
     def total_weight(self, outputs: Leaves, targets: Leaves) -> Tensor:
         """Return ``Σ wₙ`` of a single head, the number of examples for several heads, ``[]``."""
@@ -127,12 +137,12 @@ class Joint:
         for the difference. Where nothing counts they are finite all the same.
         """
         inverse = [
-            weight / head.total_weight(f, y).clamp(min=torch.finfo(wide(f).dtype).tiny)
-            for weight, head, f, y in zip(self.weights, self.heads, outputs, targets, strict=True)
+            weight / total.clamp(min=torch.finfo(total.dtype).tiny)
+            for weight, total in zip(self.weights, self.head_weights(outputs, targets), strict=True)
         ]
         if len(inverse) == 1:
             return inverse[0], [1.0]
-        examples = outputs[0].shape[0]
+        examples = max(outputs[0].shape[0], 1)
         return torch.full_like(inverse[0], 1 / examples), [(examples * x).sqrt() for x in inverse]
 
     def columns(self, outputs: Leaves) -> int:
@@ -155,10 +165,9 @@ class Joint:
 
     def product(self, outputs: Leaves, targets: Leaves, tangent: Leaves) -> list[Tensor]:
         """Return the (expected) Hessian of the loss in the outputs times a tangent; like the outputs."""
-        return [
-            (weight / head.total_weight(f, y) * head.weighted_product(f, y, t)).to(f.dtype)
-            for weight, head, f, y, t in zip(self.weights, self.heads, outputs, targets, tangent, strict=True)
-        ]
+        totals = self.head_weights(outputs, targets)
+        each = zip(self.weights, totals, self.heads, outputs, targets, tangent, strict=True)
+        return [(weight / total * head.weighted_product(f, y, t)).to(f.dtype) for weight, total, head, f, y, t in each]
 
 
 def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:

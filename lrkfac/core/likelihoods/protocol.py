@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, vjp
+from torch.func import debug_unwrap, grad, vjp
 
 from lrkfac.core.base.arguments import check_function
 from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.eager import has_values
 
 
 class Weights(NamedTuple):
@@ -114,12 +115,12 @@ class Likelihood:
             return outputs.shape[0]
         return outputs.numel() // max(math.prod([outputs.shape[axis] for axis in self.event_axes]), 1)
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss ``Σ lₙ / Σ wₙ``, ``[]``.
+    def loss(self, outputs: Tensor, targets: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return the loss ``Σ lₙ / Σ wₙ``, ``[]``, or ``Σ lₙ / total`` of a part of a batch, which may be empty.
 
         Raises:
-            ValueError: If targets do not fit the outputs or are on another device, or the terms are not as many as
-                ``event_axes`` says.
+            ValueError: If targets do not fit the outputs or are on another device, the terms are not as many as
+                ``event_axes`` says, or, where values are known, none of a whole batch counts.
             TypeError: If targets have the wrong dtype.
         """
         if not isinstance(targets, Tensor):
@@ -135,11 +136,19 @@ class Likelihood:
                 f"terms, got the shape {tuple(terms.shape)}; see event_axes"
             )
         if self.weights is None:
-            return terms.mean()
+            return terms.mean() if total is None else terms.sum() / total
         weight = self.weights(outputs, targets).mean
         if self.weighted_loss is None:
             terms = terms.reshape(weight.shape) * weight
-        return terms.sum() / weight.sum()
+        if total is not None:
+            return terms.sum() / total
+        total = weight.sum()
+        if has_values(targets) and not (debug_unwrap(total, recurse=True) > 0).all():
+            raise ValueError(
+                f"{self.name}: expected targets of which one counts, got a batch in which all are ignored, or of a "
+                "class of weight 0; leave the batch out"
+            )
+        return terms.sum() / total
 
     def total_weight(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ``Σ wₙ``, ``[]``."""

@@ -1,0 +1,74 @@
+"""Checks that processes have the same: settings, and trees bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from lrkfac.core.base.processes import Processes, processes_of
+from lrkfac.core.base.tree_checks import paths
+from lrkfac.core.base.types import Tree
+
+_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_replicas(tree: Tree, group: Any, what: str = "tree") -> None:
+    """Raise unless a tree of tensors is the same on all processes of a group, bit for bit.
+
+    All of them call it. It compares shapes, dtypes and a checksum of each leaf.
+
+    Args:
+        tree: Such as ``(params, state)``.
+        group: A process group, or a ``DeviceMesh`` with one axis.
+        what: Names the tree in the error.
+
+    Raises:
+        ValueError: On all processes, if trees differ: names the first leaf that does, and the ranks. If this
+            process is none of the group.
+
+        TypeError: If ``group`` is neither.
+
+    Examples:
+        >>> import tempfile, torch, lrkfac
+        >>> import torch.distributed as dist
+        >>> store = dist.FileStore(tempfile.mktemp(), 1)
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> lrkfac.check_replicas({"weight": torch.ones(3)}, dist.group.WORLD)
+        >>> dist.destroy_process_group()
+    """
+    processes = group if isinstance(group, Processes) else processes_of(group)
+    check_same(what, processes.exchange(fingerprints(tree)))
+
+
+def check_same(what: str, every: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless the facts of all ranks, by name, are equal; names the first that differs, and where."""
+    for name in dict.fromkeys(name for of_rank in every for name in of_rank):
+        values = [of_rank.get(name, "nothing") for of_rank in every]
+        differing = [rank for rank, value in enumerate(values) if value != values[0]]
+        if differing:
+            others = ", ".join(f"rank {rank} has {values[rank]}" for rank in differing[:3])
+            more = f" and {len(differing) - 3} more ranks differ" if len(differing) > 3 else ""
+            raise ValueError(
+                f"{what}: expected the same on all {len(every)} ranks, {name!r} differs: rank 0 has {values[0]}, "
+                f"{others}{more}; start all ranks from the same numbers, as by the same seed or by "
+                "torch.distributed.broadcast, and give them the same arguments"
+            )
+
+
+def fingerprints(tree: Tree) -> dict[str, str]:
+    """Return shape, dtype and a checksum of each leaf, by its path."""
+    return {path: _fingerprint(leaf) for path, leaf in zip(paths(tree), optree.tree_leaves(tree), strict=True)}
+
+
+def _fingerprint(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    x = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    bits = x.detach().contiguous().reshape(-1).view(_OF_SIZE[x.element_size()]).to(torch.int64)
+    places = torch.arange(bits.numel(), device=bits.device) % 65521 + 1  # a prime
+    checksum = int((bits * places).sum()) & 0xFFFFFFFF
+    return f"{leaf.dtype} {list(leaf.shape)} with the checksum {checksum:08x}"
