@@ -98,7 +98,7 @@ def _(info: Any, in_dims: Any, x: Tensor, group: str) -> tuple[Tensor, int]:
 def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
     rows = x.new_empty(size * x.shape[0], *x.shape[1:])
     with _called("all_gather", x, group) as processes:
-        dist.all_gather_into_tensor(rows, x.contiguous(), group=processes)
+        dist.all_gather(list(rows.chunk(size)), x.contiguous(), group=processes)
     return rows
 
 

@@ -13,7 +13,8 @@ from lrkfac.core.base.processes import Processes, processes_of
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 
-_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.int8, 2: torch.int16}
+"""Integers of a size of entries; larger ones are several of 32 bits, since low bits of float64 are often zero."""
 
 
 def check_replicas(tree: Tree, group: Any, what: str = "tree") -> None:
@@ -68,7 +69,7 @@ def _fingerprint(leaf: Any) -> str:
     if not isinstance(leaf, Tensor):
         return repr(leaf)
     x = torch.view_as_real(leaf) if leaf.is_complex() else leaf
-    bits = x.detach().contiguous().reshape(-1).view(_OF_SIZE[x.element_size()]).to(torch.int64)
+    bits = x.detach().contiguous().reshape(-1).view(_WORDS.get(x.element_size(), torch.int32)).to(torch.int64)
     places = torch.arange(bits.numel(), device=bits.device) % 65521 + 1  # a prime
-    checksum = int((bits * places).sum()) & 0xFFFFFFFF
-    return f"{leaf.dtype} {list(leaf.shape)} with the checksum {checksum:08x}"
+    checksum = int((bits * places).sum()) % 2**64
+    return f"{leaf.dtype} {list(leaf.shape)} with the checksum {checksum:x}"

@@ -1,0 +1,116 @@
+"""Our collective operations under each transformation, on two processes: torch's own are wrong there, in silence."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.func import grad, jvp, vjp, vmap
+
+from lrkfac.core.base.processes import CHUNK, counted, processes_of
+from tests.distributed.processes import run
+
+pytestmark = pytest.mark.slow
+
+BATCH = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.float64)
+
+
+def transformed():
+    """Results of each transformation of a sum and of a gather; this process has ``BATCH * (rank + 1)``."""
+    processes = processes_of(dist.group.WORLD)
+    factor = processes.rank + 1.0
+    x, batch = BATCH[0] * factor, BATCH * factor
+    results = {}
+    for name, f in {
+        "sum": lambda x: processes.sum([x])[0],
+        "gather": lambda x: processes.gather(x, 2),
+    }.items():
+        energy = lambda x, f=f: f(x).square().sum()  # noqa: E731
+        like = torch.ones_like(f(x))
+        leaf = x.clone().requires_grad_()
+        energy(leaf).backward()
+        results |= {
+            f"{name}: values": f(x),
+            f"{name}: vjp": vjp(f, x)[1](factor * like)[0],
+            f"{name}: jvp": jvp(f, (x,), (x,))[1],
+            f"{name}: vmap": vmap(f)(batch),
+            f"{name}: vmap of another axis": vmap(f, in_dims=1, out_dims=1)(batch.mT),
+            f"{name}: nothing mapped": vmap(lambda z, f=f: z * f(x).sum())(torch.ones(3, dtype=x.dtype)),
+            f"{name}: nested vmap": vmap(vmap(f))(batch[None].expand(2, -1, -1)),
+            f"{name}: vmap of gradients": vmap(grad(energy))(batch),
+            f"{name}: jvp of a gradient": jvp(grad(energy), (x,), (x,))[1],
+            f"{name}: backward": leaf.grad,
+            f"{name}: compiled": torch.compile(f, fullgraph=True)(x),
+            f"{name}: compiled vmap": torch.compile(vmap(f), fullgraph=True)(batch),
+        }
+    return {name: x.tolist() for name, x in results.items()}
+
+
+def test_values_and_derivatives_under_every_transformation(tmp_path):
+    """With x and 2 x on two ranks, their sum is 3 x and what is gathered is (x, 2 x)."""
+    of_ranks = run(transformed, 2, tmp_path)
+    x, batch = BATCH[0], BATCH
+    for rank, results in enumerate(of_ranks):
+        own = rank + 1.0
+        both, both_of_batch = torch.cat([x, 2 * x]), torch.cat([batch, 2 * batch], dim=1)
+        expected = {
+            "sum: values": 3 * x,
+            # Each rank's derivative of the sum of what all ranks compute.
+            "sum: vjp": torch.full((2,), 3.0),
+            "sum: jvp": 3 * x,
+            "sum: vmap": 3 * batch,
+            "sum: vmap of another axis": 3 * batch.mT,
+            "sum: nothing mapped": 9 * torch.ones(3),
+            "sum: nested vmap": 3 * batch.expand(2, -1, -1),
+            "sum: vmap of gradients": 2 * 2 * 3 * batch,
+            "sum: jvp of a gradient": 2 * 2 * 3 * x,
+            "sum: backward": 2 * 2 * 3 * x,
+            "sum: compiled": 3 * x,
+            "sum: compiled vmap": 3 * batch,
+            "gather: values": both,
+            "gather: vjp": torch.full((2,), 3.0),
+            "gather: jvp": both,
+            "gather: vmap": both_of_batch,
+            "gather: vmap of another axis": both_of_batch.mT,
+            "gather: nothing mapped": 9 * torch.ones(3),
+            "gather: nested vmap": both_of_batch.expand(2, -1, -1),
+            "gather: vmap of gradients": 2 * 2 * own * batch,
+            "gather: jvp of a gradient": 2 * 2 * own * x,
+            "gather: backward": 2 * 2 * own * x,
+            "gather: compiled": both,
+            "gather: compiled vmap": both_of_batch,
+        }
+        assert {name: x.tolist() for name, x in expected.items()} == results
+
+
+def summed():
+    """Sums of tensors of several dtypes, some larger than a call, and the calls that they took."""
+    processes = processes_of(dist.group.WORLD)
+    sizes = (3, CHUNK // 4 + 5, 0, 7)
+    tensors = [torch.arange(n, dtype=torch.float32) * (processes.rank + 1) for n in sizes]
+    tensors += [torch.ones(2, 3, dtype=torch.float64), torch.tensor(processes.rank)]
+    with counted() as calls:
+        totals = processes.sum(tensors)
+    right = [torch.equal(t, torch.arange(n, dtype=torch.float32) * 3) for t, n in zip(totals, sizes, strict=False)]
+    return [*right, totals[4].tolist(), totals[5].tolist()], calls
+
+
+def test_sums_are_flat_and_in_chunks(tmp_path):
+    results = run(summed, 2, tmp_path)
+    for values, calls in results:
+        assert values == [True] * 4 + [[[2.0] * 3] * 2, 1]
+        numbers = 3 + CHUNK // 4 + 5 + 7
+        assert calls == [
+            ("all_reduce", CHUNK),
+            ("all_reduce", 4 * numbers - CHUNK),
+            ("all_reduce", 6 * 8),
+            ("all_reduce", 8),
+        ]
+
+
+def padded():
+    processes = processes_of(dist.group.WORLD)
+    return processes.gather(torch.full((processes.rank + 1, 2), 1.0 + processes.rank), 3).tolist()
+
+
+def test_rows_of_different_numbers_are_gathered_with_zeros(tmp_path):
+    one, nothing, two = [1.0, 1.0], [0.0, 0.0], [2.0, 2.0]
+    assert run(padded, 2, tmp_path) == [[one, nothing, nothing, two, two, nothing]] * 2
