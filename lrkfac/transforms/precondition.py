@@ -25,7 +25,6 @@ from lrkfac.core.curvature.ranks import AutoRank, resolved
 from lrkfac.core.curvature.refresh import refresh
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.layers.description import Layers, check_layers
-from lrkfac.core.layers.statistics import Statistics
 from lrkfac.transforms.base import GradientTransformation, check_evaluation, check_state, check_transformation
 
 
@@ -206,7 +205,7 @@ class _Preconditioner:
         param_leaves = None if params is None else self._leaves(params, "params")
         states, since = state.blocks, state.since + 1
         if evaluation.statistics is not None:
-            states = self._refreshed(states, evaluation.statistics, factor_damping)
+            states = self._refreshed(states, evaluation, factor_damping)
             since = _since(since, state.blocks, states)
         with profiled("apply"), without_autocast(since):
             for i, natural in natural_gradients(self.alike, states, leaves).items():
@@ -225,8 +224,10 @@ class _Preconditioner:
         return new_updates, PreconditionState(states, since, other)
 
     def _refreshed(
-        self, states: dict[str, BlockState], statistics: Statistics, factor_damping: float | Tensor | None
+        self, states: dict[str, BlockState], evaluation: Evaluation, factor_damping: float | Tensor | None
     ) -> dict[str, BlockState]:
+        statistics = evaluation.statistics
+        assert statistics is not None
         if not self.differentiable:
             statistics = optree.tree_map(Tensor.detach, statistics)
         damping = self.damping if factor_damping is None else factor_damping
@@ -235,7 +236,7 @@ class _Preconditioner:
                 dampings: dict[str, Any] = balanced_dampings(self.blocks, states, damping)
             else:
                 dampings = dict.fromkeys(states, damping)
-            return refresh(self.blocks, states, statistics, dampings, self.decay)
+            return refresh(self.blocks, states, statistics, dampings, self.decay, evaluation.among)
 
     def _leaves(self, tree: Tree, what: str) -> list[Any]:
         return check_like(self.layers.tree, tree, what)

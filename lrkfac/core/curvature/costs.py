@@ -185,7 +185,7 @@ def _refreshed(block: Block, state: BlockState, rows: int, dtype: torch.dtype) -
     whole = sum(x.groups * x.d_out * x.d_in for x in block.layers)
     each = empty(rows, whole, 1) if structure.joins_layers else empty(rows, layer.d_out, layer.d_in)
     a, g = empty(rows, layer.d_in - (layer.bias is not None)), empty(1, rows, layer.d_out)
-    average = structure.update_from(state.average, _Rows(layer, (a,), (g,), empty(), False, each), 0.9)
+    average = structure.update_from(state.average, _Rows(layer, (a,), (g,), empty(), gradients_of_examples=each), 0.9)
     return damped_inverse(structure, average, 1.0)
 
 

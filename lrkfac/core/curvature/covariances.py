@@ -23,6 +23,7 @@ from lrkfac.core.linalg.covariances import (
     RowCovariance,
     SumCovariance,
     joined_rows,
+    scaled,
 )
 
 
@@ -52,7 +53,7 @@ class InputCovariance:
         for a, options, s in self._along(vectors.mT):
             total = total + joined_gradient(self.kind, a, s, self.dimension - self.joint, options, self.joint).mT
             rows += s.numel() // vectors.shape[1]
-        return total / rows
+        return total / max(rows, 1)
 
     def between(self, x: Float[Tensor, "k d"]) -> Float[Tensor, "k k"]:
         """``x A xᵀ``, by the operation alone."""
@@ -61,7 +62,7 @@ class InputCovariance:
             along = s.movedim(self.kind.channel(options), 0).flatten(1)
             total = total + along @ along.mT
             rows += along.shape[1]
-        return total / rows
+        return total / max(rows, 1)
 
     def _along(self, x: Tensor) -> Iterator[tuple[Tensor, Options, Tensor]]:
         """Of each use, its input, its settings, and the operation with ``x`` in place of the weights."""
@@ -86,7 +87,7 @@ class InputCovariance:
             one = torch.ones_like(self.kind.operation(a, a.new_zeros(1, d), options))
             total = total + joined_gradient(self.kind, a.square(), one, d, options, self.joint)[0]
             rows += one.numel()
-        return total / rows
+        return total / max(rows, 1)
 
     def trace(self) -> Float[Tensor, ""]:
         """The mean squared length of a row."""
@@ -116,8 +117,7 @@ def kronecker_factors(
     Without gradients ``B`` is the identity.
 
     Where a weight is used in two ways (an embedding tied to the output layer), its block is a sum of Kronecker
-    products ``Σ Bₖ ⊗ Aₖ``, approximated by the product of its partial traces
-    ``(Σ tr(Aₖ) Bₖ) ⊗ (Σ tr(Bₖ) Aₖ) / Σ tr(Aₖ) tr(Bₖ)``.
+    products, see ``of_parts``.
 
     Args:
         layer: The layer.
@@ -128,25 +128,59 @@ def kronecker_factors(
         stacked: Whether statistics of several such layers are stacked along a leading axis; for kinds in
             ``WITH_PLAIN_ROWS`` and ``"expand"`` alone.
     """
+    return of_parts(kronecker_parts(layer, inputs, gradients, scale, treatment, stacked))
+
+
+def kronecker_parts(
+    layer: Layer,
+    inputs: Uses,
+    gradients: Uses,
+    scale: Tensor,
+    treatment: Treatment = "expand",
+    stacked: bool = False,
+    share: Tensor | None = None,
+) -> tuple[KroneckerFactors, ...]:
+    """Return ``B`` and ``A`` for each way to use the weight, of one way alone those of ``kronecker_factors``.
+
+    With ``share``, of the examples of all processes the share of this one, parts add up over processes. ``scale`` is then
+    that of all examples, so that sums of ``g gᵀ`` do by themselves; means over rows, and the identity in the place of
+    ``B``, get this weight.
+    """
     by_kind = []
     for name in dict.fromkeys(layer.kinds):
         chosen = [i for i, kind in enumerate(layer.kinds) if kind == name]
         options = tuple(layer.options[i] for i in chosen)
         a, g = tuple(inputs[i] for i in chosen), tuple(gradients[i] for i in chosen if gradients)
         if treatment == "expand":
-            by_kind.append(_expand(layer, KINDS[name], options, a, g, scale, stacked))
+            factors = _expand(layer, KINDS[name], options, a, g, scale, stacked)
         else:
-            by_kind.append(_reduce(layer, KINDS[name], options, a, g, scale))
-    if len(by_kind) == 1:
-        return by_kind[0]
-    output_traces = tuple(f.output.trace() for f in by_kind)
-    input_traces = tuple(f.input.trace() for f in by_kind)
-    total = torch.stack([a * b for a, b in zip(output_traces, input_traces, strict=True)]).sum()
+            factors = _reduce(layer, KINDS[name], options, a, g, scale)
+        by_kind.append(factors if share is None else _part(factors, KINDS[name], bool(g), share))
+    return tuple(by_kind)
+
+
+def _part(factors: KroneckerFactors, kind: Kind, gradients: bool, share: Tensor) -> KroneckerFactors:
+    """Return factors of which means and identities have the weight of this process."""
+    is_mean = (kind.one_hot or not gradients, not kind.one_hot or not gradients)
+    return KroneckerFactors(*[scaled(x, share) if mean else x for x, mean in zip(factors, is_mean, strict=True)])
+
+
+def of_parts(parts: tuple[KroneckerFactors, ...]) -> KroneckerFactors:
+    """Return the Kronecker product in the place of ``Σ Bₖ ⊗ Aₖ``: that of its partial traces,
+    ``(Σ tr(Aₖ) Bₖ) ⊗ (Σ tr(Bₖ) Aₖ) / Σ tr(Aₖ) tr(Bₖ)``.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    weights = partial_trace_weights([(B.trace(), A.trace()) for B, A in parts])
+    sides = zip(zip(*parts, strict=True), zip(*weights, strict=True), strict=True)
+    return KroneckerFactors(*[SumCovariance(of_side, factors) for of_side, factors in sides])
+
+
+def partial_trace_weights(traces: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return the weights of parts ``Bₖ`` and ``Aₖ`` in the factors of ``of_parts``, from their traces."""
+    total = torch.stack([b * a for b, a in traces]).sum()
     total = total.clamp(min=torch.finfo(total.dtype).tiny)
-    return KroneckerFactors(
-        SumCovariance(tuple(f.output for f in by_kind), tuple(t / total.sqrt() for t in input_traces)),
-        SumCovariance(tuple(f.input for f in by_kind), tuple(t / total.sqrt() for t in output_traces)),
-    )
+    return [(a / total.sqrt(), b / total.sqrt()) for b, a in traces]
 
 
 WITH_PLAIN_ROWS = frozenset({LINEAR.name, BIAS.name})
@@ -170,7 +204,7 @@ def _expand(
         joined = scale.new_ones(d)
         moment = DiagonalCovariance(joined)
     if kind.one_hot:
-        number = sum(a.numel() for a in inputs)
+        number = max(sum(a.numel() for a in inputs), 1)
         each = torch.stack([counts(a, *o) for a, o in zip(inputs, options, strict=True)]).sum(dim=0)
         return KroneckerFactors(DiagonalCovariance(each.to(joined.dtype) / number), moment)
     joint = layer.bias is not None
@@ -202,7 +236,7 @@ def _reduce(
         one_channel = [kind.operation(a, a.new_zeros(1, d), o) for a, o in zip(inputs, options, strict=True)]
     ones = tuple(torch.ones_like(x, dtype=scale.dtype) for x in one_channel)
     examples = ones[0].shape[0]
-    positions = sum(one.numel() for one in ones) // examples
+    positions = max(sum(one.numel() for one in ones) // max(examples, 1), 1)
 
     def mean_row(a: Uses, g: Uses) -> Tensor:
         parts = [joined_gradient(kind, x, one, d, o, joint) for x, one, o in zip(a, g, options, strict=True)]
@@ -215,7 +249,7 @@ def _reduce(
         moment: Covariance = RowCovariance(summed, scale.to(summed.dtype))
     else:
         moment = DiagonalCovariance(scale.new_ones(layer.d_in if kind.one_hot else layer.d_out))
-    mean = RowCovariance(means, torch.full((), 1 / examples, dtype=means.dtype, device=means.device))
+    mean = RowCovariance(means, torch.full((), 1 / max(examples, 1), dtype=means.dtype, device=means.device))
     return KroneckerFactors(mean, moment) if kind.one_hot else KroneckerFactors(moment, mean)
 
 
@@ -236,5 +270,5 @@ def mean_squares(kind: Kind, inputs: Sequence[Tensor], each: Sequence[Options], 
     for part in eye.split(COLUMNS):
         uses = [kind.operation(a, part, o).movedim(kind.channel(o), -1) for a, o in zip(inputs, each, strict=True)]
         rows = torch.cat([s.reshape(-1, len(part)) for s in uses])
-        means.append(rows.square().mean(dim=0))
+        means.append(rows.square().sum(dim=0) / max(len(rows), 1))
     return torch.cat(means)

@@ -51,6 +51,28 @@ class EigenbasisState(NamedTuple):
         return damped_of([(values, values + damping, times) for values, times in groups])
 
 
+class Turning(NamedTuple):
+    """An update while its factors are updated: what these have reached; average and steps of the last state, and the
+    weight that it keeps.
+    """
+
+    factors: KroneckerState
+    average: EigenbasisKronecker
+    steps: Tensor
+    kept: Tensor
+
+
+class Turned(NamedTuple):
+    """The same with the new factors, and their bases."""
+
+    factors: KroneckerState
+    average: EigenbasisKronecker
+    steps: Tensor
+    kept: Tensor
+    output_vectors: Tensor
+    input_vectors: Tensor
+
+
 @dataclass(frozen=True)
 class EigenbasisStructure(BlockStructure):
     """The diagonal of the block in the basis of the factors: EKFAC (George et al. 2018, arXiv 1806.03884).
@@ -108,11 +130,31 @@ class EigenbasisStructure(BlockStructure):
     ) -> EigenbasisState:
         """Return the state after one more batch with these factors and examples' gradients."""
         factors = self.factors.update(state.factors, output, input, decay)
-        u, v = self._bases(factors)
         kept = kept_weight(state.steps, state.average.rest, decay)
-        pairs = zip(state.average.moments(u, v), gradients.moments(u, v), strict=True)
-        mixed = Moments(*[kept * old + (1 - kept) * new for old, new in pairs])
-        return EigenbasisState(factors, from_moments(u, v, mixed), state.steps + 1)
+        turned = Turned(factors, state.average, state.steps, kept, *self._bases(factors))
+        return _corrected(turned, gradients.moments(turned.output_vectors, turned.input_vectors))
+
+    @property
+    def rounds(self) -> int:
+        """The last round asks for the moments along the bases of the new factors."""
+        return self.factors.rounds + 1 if self.factors.rounds else 0
+
+    def begin(self, state: EigenbasisState, decay: float | Tensor) -> Turning:
+        kept = kept_weight(state.steps, state.average.rest, decay)
+        return Turning(self.factors.begin(state.factors, decay), state.average, state.steps, kept)
+
+    def measure(self, carry: Turning | Turned, statistics: BlockStatistics, round: int) -> Any:
+        if isinstance(carry, Turned):
+            return statistics.moments(carry.output_vectors, carry.input_vectors)
+        return self.factors.measure(carry.factors, statistics, round)
+
+    def advance(self, carry: Turning | Turned, answers: Any, round: int) -> Turning | Turned | EigenbasisState:
+        if isinstance(carry, Turned):
+            return _corrected(carry, answers)
+        factors = self.factors.advance(carry.factors, answers, round)
+        if round + 1 < self.factors.rounds:
+            return carry._replace(factors=factors)
+        return Turned(factors, *carry[1:], *self._bases(factors))
 
     def operator(self, state: EigenbasisState) -> EigenbasisKronecker:
         return state.average
@@ -130,6 +172,14 @@ class EigenbasisStructure(BlockStructure):
 
     def _bases(self, state: KroneckerState) -> tuple[Tensor, Tensor]:
         return self.factors.output.basis(state.output), self.factors.input.basis(state.input)
+
+
+def _corrected(turned: Turned, new: Moments) -> EigenbasisState:
+    """Return the state after a batch of these moments along the new bases."""
+    u, v, kept = turned.output_vectors, turned.input_vectors, turned.kept
+    pairs = zip(turned.average.moments(u, v), new, strict=True)
+    mixed = Moments(*[kept * old + (1 - kept) * x for old, x in pairs])
+    return EigenbasisState(turned.factors, from_moments(u, v, mixed), turned.steps + 1)
 
 
 def from_moments(output_vectors: Tensor, input_vectors: Tensor, moments: Moments) -> EigenbasisKronecker:

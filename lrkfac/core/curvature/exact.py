@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from lrkfac.core.curvature.joining import ALONG_UNITS, APART, Joining
 from lrkfac.core.curvature.protocol import BlockStatistics, BlockStructure, FactorStructure
 from lrkfac.core.curvature.spectra import WHOLE, Part
 from lrkfac.core.layers.matrix import LayerMatrix
-from lrkfac.core.linalg.covariances import RowCovariance
+from lrkfac.core.linalg.covariances import Covariance, RowCovariance
 from lrkfac.core.linalg.operators import Operator
 
 
@@ -70,17 +71,37 @@ class ExactStructure(BlockStructure):
         return ExactState(optree.tree_map(lambda x: x.expand(d_out, *x.shape).clone(), one))
 
     def update_from(self, state: ExactState, statistics: BlockStatistics, decay: float | Tensor) -> ExactState:
-        return self.update(state, statistics.example_gradients(), statistics.scale, decay)
+        def one(state: Any, covariance: Covariance) -> Any:
+            return self.factor.update(state, statistics.summed(covariance), decay)
 
-    def update(self, state: ExactState, gradients: Tensor, scale: Tensor, decay: float | Tensor) -> ExactState:
-        """Return the state after one more batch, with examples' gradients ``[n, d_out, d_in]``."""
+        return ExactState(self._with_covariance(one, state, statistics))
+
+    @property
+    def rounds(self) -> int:
+        return self.factor.rounds
+
+    def begin(self, state: ExactState, decay: float | Tensor) -> ExactState:
+        return ExactState(self._of_each(lambda one: self.factor.begin(one, decay), state.block))
+
+    def measure(self, carry: ExactState, statistics: BlockStatistics, round: int) -> Any:
+        return self._with_covariance(lambda one, x: self.factor.measure(one, x, round), carry, statistics)
+
+    def advance(self, carry: ExactState, answers: Any, round: int) -> ExactState:
+        return ExactState(self._of_each(lambda one, x: self.factor.advance(one, x, round), carry.block, answers))
+
+    def _of_each(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """Return the function of every unit, where there is a block for each."""
+        return vmap(function)(*trees) if self.per == "unit" else function(*trees)
+
+    def _with_covariance(
+        self, function: Callable[[Any, Covariance], Any], state: ExactState, statistics: BlockStatistics
+    ) -> Any:
+        """Return the function of a block and its covariance, from examples' gradients ``[n, d_out, d_in]``."""
+        gradients, scale = statistics.example_gradients(), statistics.scale
         if self.per != "unit":
-            return ExactState(self.factor.update(state.block, RowCovariance(gradients.flatten(1), scale), decay))
-
-        def one(state: Any, rows: Tensor) -> Any:
-            return self.factor.update(state, RowCovariance(rows, scale), decay)
-
-        return ExactState(vmap(one, in_dims=(0, 1))(state.block, gradients))
+            return function(state.block, RowCovariance(gradients.flatten(1), scale))
+        of_rows = vmap(lambda one, rows: function(one, RowCovariance(rows, scale)), in_dims=(0, 1))
+        return of_rows(state.block, gradients)
 
     def operator(self, state: ExactState) -> Operator:
         return self.factor.operator(state.block)
@@ -89,9 +110,7 @@ class ExactStructure(BlockStructure):
         """Return ``(block + damping I)⁻¹``, of every unit where there is a block for each, and the damping, ``[]``."""
         like = next(x for x in optree.tree_leaves(state) if x.is_floating_point())
         dampings = (like.new_zeros(()) + damping).to(like.dtype)
-        if self.per != "unit":
-            return self.factor.inverse(state.block, damping), dampings
-        return vmap(lambda one: self.factor.inverse(one, damping))(state.block), dampings
+        return self._of_each(lambda one: self.factor.inverse(one, damping), state.block), dampings
 
     def apply(self, inverse: Any, gradient: LayerMatrix) -> LayerMatrix:
         matrix = gradient.joined()

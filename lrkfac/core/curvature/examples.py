@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.curvature.covariances import kronecker_factors
+from lrkfac.core.base.processes import Processes
+from lrkfac.core.curvature.covariances import kronecker_parts, of_parts
 from lrkfac.core.layers.description import Layer, Treatment
 from lrkfac.core.layers.kinds import KINDS
 from lrkfac.core.layers.matrix import weight_gradient
 from lrkfac.core.layers.statistics import Uses
-from lrkfac.core.linalg.covariances import KroneckerFactors
+from lrkfac.core.linalg.covariances import Covariance, KroneckerFactors, SummedCovariance
 from lrkfac.core.linalg.moments import Moments
 
 
@@ -31,7 +32,9 @@ class LayerStatistics:
         inputs: Inputs of the group, one tensor for each use.
         gradients: The gradients at its outputs, likewise, or none.
         scale: Weight of each example, ``[]``.
-        stacked: Whether those of several layers are stacked along a leading axis, for ``kronecker_factors`` alone.
+        stacked: Whether those of several layers are stacked along a leading axis, for Kronecker factors alone.
+        share: Of the examples of all processes, the share here, ``[]``; ``None`` on one process.
+        processes: Those over which covariances and moments are summed; ``None`` where parts are asked for, or on one.
     """
 
     layer: Layer
@@ -39,10 +42,22 @@ class LayerStatistics:
     gradients: Uses
     scale: Tensor
     stacked: bool = False
+    share: Tensor | None = None
+    processes: Processes | None = None
 
     def kronecker_factors(self, treatment: Treatment) -> KroneckerFactors:
         """Return the factors ``B`` and ``A``."""
-        return kronecker_factors(self.layer, self.inputs, self.gradients, self.scale, treatment, self.stacked)
+        parts = self.kronecker_parts(treatment)
+        return of_parts(tuple([KroneckerFactors(*[self.summed(x) for x in part]) for part in parts]))
+
+    def kronecker_parts(self, treatment: Treatment) -> tuple[KroneckerFactors, ...]:
+        """Return their parts."""
+        uses = self.inputs, self.gradients, self.scale
+        return kronecker_parts(self.layer, *uses, treatment, self.stacked, self.share)
+
+    def summed(self, covariance: Covariance) -> Covariance:
+        """Return the sum over processes."""
+        return covariance if self.processes is None else SummedCovariance(covariance, self.processes)
 
     def example_gradients(self) -> Float[Tensor, "n o i"]:
         """Return the gradients of all examples and samples."""
@@ -72,7 +87,8 @@ class LayerStatistics:
             size = max(1, numbers // (k * d_out * d_in))
             parts = zip(_split(self.inputs, size, 0), _split(self.gradients, size, 1), strict=True)
             totals = _sum([self._by_matrices(a, g, output_vectors, input_vectors) for a, g in parts])
-        return Moments(*[self.scale.to(total.dtype) * total for total in totals])
+        scaled = [self.scale.to(total.dtype) * total for total in totals]
+        return Moments(*(scaled if self.processes is None else self.processes.sum(scaled)))
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """Return ``a`` ``[n, positions, d_in]`` and ``g`` ``[k, n, positions, d_out]``."""
@@ -149,7 +165,15 @@ class JointStatistics:
         rows = [_all_groups(*layer).flatten(1) for layer in self.layers]
         return torch.cat(rows, dim=1)[:, :, None]
 
+    def summed(self, covariance: Covariance) -> Covariance:
+        """Return the covariance: only a dense matrix holds all layers, and asks in a round of its own."""
+        return covariance
+
     def kronecker_factors(self, treatment: Treatment) -> KroneckerFactors:
+        """Raise: layers together have no factors."""
+        raise NotImplementedError
+
+    def kronecker_parts(self, treatment: Treatment) -> tuple[KroneckerFactors, ...]:
         """Raise: layers together have no factors."""
         raise NotImplementedError
 

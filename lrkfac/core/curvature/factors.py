@@ -7,7 +7,7 @@ Every running average is bias-corrected: after ``t`` batches, batch ``s`` has th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,13 @@ class DenseState(NamedTuple):
         return (self.matrix - other.matrix).square().sum(dim=(-2, -1))
 
 
+class Mixture(NamedTuple):
+    """A state and the weight ``[*]`` that it keeps beside the batch."""
+
+    state: Any
+    kept: Tensor
+
+
 @dataclass(frozen=True)
 class DenseStructure(FactorStructure):
     """See ``dense``."""
@@ -43,12 +50,22 @@ class DenseStructure(FactorStructure):
     def stackable(self) -> bool:
         return True
 
+    @property
+    def rounds(self) -> int:
+        return 1
+
     def init(self, dimension: int, like: Tensor) -> DenseState:
         return DenseState(wide(like).new_zeros(dimension, dimension), no_steps(like))
 
-    def update(self, state: DenseState, covariance: Covariance, decay: float | Tensor) -> DenseState:
-        kept = kept_weight(state.steps, state.matrix, decay)[..., None, None]
-        return DenseState(kept * state.matrix + (1 - kept) * covariance.dense(), state.steps + 1)
+    def begin(self, state: DenseState, decay: float | Tensor) -> Mixture:
+        return Mixture(state, kept_weight(state.steps, state.matrix, decay))
+
+    def measure(self, carry: Mixture, covariance: Covariance, round: int) -> Tensor:
+        return covariance.dense()
+
+    def advance(self, carry: Mixture, answers: Tensor, round: int) -> DenseState:
+        state, kept = carry.state, carry.kept[..., None, None]
+        return DenseState(kept * state.matrix + (1 - kept) * answers, state.steps + 1)
 
     def operator(self, state: DenseState) -> Dense:
         return Dense(state.matrix)
@@ -90,12 +107,22 @@ class DiagonalStructure(FactorStructure):
     def stackable(self) -> bool:
         return True
 
+    @property
+    def rounds(self) -> int:
+        return 1
+
     def init(self, dimension: int, like: Tensor) -> DiagonalState:
         return DiagonalState(wide(like).new_zeros(dimension), no_steps(like))
 
-    def update(self, state: DiagonalState, covariance: Covariance, decay: float | Tensor) -> DiagonalState:
-        kept = kept_weight(state.steps, state.diagonal, decay)[..., None]
-        return DiagonalState(kept * state.diagonal + (1 - kept) * covariance.diagonal(), state.steps + 1)
+    def begin(self, state: DiagonalState, decay: float | Tensor) -> Mixture:
+        return Mixture(state, kept_weight(state.steps, state.diagonal, decay))
+
+    def measure(self, carry: Mixture, covariance: Covariance, round: int) -> Tensor:
+        return covariance.diagonal()
+
+    def advance(self, carry: Mixture, answers: Tensor, round: int) -> DiagonalState:
+        state, kept = carry.state, carry.kept[..., None]
+        return DiagonalState(kept * state.diagonal + (1 - kept) * answers, state.steps + 1)
 
     def operator(self, state: DiagonalState) -> Diagonal:
         return Diagonal(state.diagonal)

@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
+import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.curvature.covariances import partial_trace_weights
 from lrkfac.core.curvature.factors import diagonal
 from lrkfac.core.curvature.joining import STACKED, Joining
 from lrkfac.core.curvature.protocol import BlockStatistics, BlockStructure, FactorStructure
 from lrkfac.core.curvature.spectra import SIDES, Part
 from lrkfac.core.layers.description import Layer, Treatment
 from lrkfac.core.layers.matrix import LayerMatrix
-from lrkfac.core.linalg.covariances import Covariance
+from lrkfac.core.linalg.covariances import Covariance, KroneckerFactors
 from lrkfac.core.linalg.operators import Kronecker, split_damping
 from lrkfac.core.linalg.products import of_rows, two_sided
 
@@ -36,6 +38,13 @@ class KroneckerState(NamedTuple):
 
     def parts(self, inverse: Kronecker, dampings: Tensor) -> list[Part]:
         return [Part(side, self[i], inverse[i], dampings[..., i]) for i, side in enumerate(SIDES)]
+
+
+class PartAnswers(NamedTuple):
+    """What ``B`` and ``A`` answered in a round, for each way to use the weight, and with several the traces of both."""
+
+    parts: tuple[tuple[Any, ...], ...]
+    traces: tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,34 @@ class KroneckerStructure(BlockStructure):
             self.output.update(state.output, output, decay), self.input.update(state.input, input, decay)
         )
 
+    @property
+    def rounds(self) -> int:
+        """Both factors ask in the same rounds; 0 where one of them knows no rounds."""
+        both = self.output.rounds, self.input.rounds
+        return max(both) if all(both) else 0
+
+    def begin(self, state: KroneckerState, decay: float | Tensor) -> KroneckerState:
+        return KroneckerState(self.output.begin(state.output, decay), self.input.begin(state.input, decay))
+
+    def measure(self, carry: KroneckerState, statistics: BlockStatistics, round: int) -> PartAnswers:
+        parts = statistics.kronecker_parts(self.treatment)
+        # The weights of several parts are not linear in them: their traces are summed beside what is weighted.
+        traces = [(part.output.trace(), part.input.trace()) for part in parts] if len(parts) > 1 else []
+        return PartAnswers(tuple([self._asked(carry, part, round) for part in parts]), tuple(traces))
+
+    def advance(self, carry: KroneckerState, answers: PartAnswers, round: int) -> KroneckerState:
+        both = answers.parts[0]
+        if answers.traces:
+            weights = zip(*partial_trace_weights(answers.traces), strict=True)
+            parts = zip(*answers.parts, strict=True)
+            both = tuple([_weighted(*side) for side in zip(parts, weights, strict=True)])
+        sides = zip((self.output, self.input), carry, both, strict=True)
+        return KroneckerState(*[side.advance(one, x, round) if round < side.rounds else one for side, one, x in sides])
+
+    def _asked(self, carry: KroneckerState, part: KroneckerFactors, round: int) -> tuple[Any, ...]:
+        sides = zip((self.output, self.input), carry, part, strict=True)
+        return tuple([side.measure(one, x, round) if round < side.rounds else () for side, one, x in sides])
+
     def operator(self, state: KroneckerState) -> Kronecker:
         """Return the running average, ``B ⊗ A``."""
         return Kronecker(self.output.operator(state.output), self.input.operator(state.input))
@@ -129,3 +166,10 @@ class KroneckerStructure(BlockStructure):
 
     def description(self) -> str:
         return f"A {self.input.description()}, B {self.output.description()}"
+
+
+def _weighted(parts: tuple[Any, ...], weights: tuple[Tensor, ...]) -> Any:
+    """Return ``Σ weights[k] * parts[k]`` of trees."""
+    return optree.tree_map(
+        lambda *x: torch.stack([w * one for w, one in zip(weights, x, strict=True)]).sum(dim=0), *parts
+    )

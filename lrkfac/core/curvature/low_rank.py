@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_choice, check_integer, check_number
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.curvature.factors import dense, kept_weight, no_steps
+from lrkfac.core.curvature.factors import no_steps
+from lrkfac.core.curvature.iterated import IteratedStructure, Method, Turn, start_rows
 from lrkfac.core.curvature.low_rank_states import LowRankPlusDiagonalState, LowRankState
-from lrkfac.core.curvature.protocol import FactorStructure
-from lrkfac.core.linalg.averages import Average, average, explained
+from lrkfac.core.linalg.averages import Average, explained
 from lrkfac.core.linalg.covariances import Covariance
-from lrkfac.core.linalg.eigen import orthonormal, power_iteration, pseudo_random, ritz
+from lrkfac.core.linalg.eigen import orthonormal, pseudo_random
 from lrkfac.core.linalg.operators import LowRankPlusDiagonal
 
 Residual = Literal["isotropic", "none"]
@@ -24,15 +24,8 @@ Residual = Literal["isotropic", "none"]
 Fit = Literal["alternating", "off_diagonal"]
 
 
-Method = Literal["subspace", "power"]
-
-
-OVERSAMPLING = 4
-"""Fresh start columns per update, so that a warm basis does not miss a new direction."""
-
-
 @dataclass(frozen=True)
-class LowRankStructure(FactorStructure):
+class LowRankStructure(IteratedStructure):
     """See ``low_rank``."""
 
     rank: int
@@ -41,28 +34,9 @@ class LowRankStructure(FactorStructure):
     method: Method = "subspace"
     weight: float = 1.0
 
-    @property
-    def stackable(self) -> bool:
-        return self.method == "subspace"
-
-    def fitted(self, dimension: int) -> FactorStructure:
-        return dense() if dimension <= self.rank + 2 else self
-
     def init(self, dimension: int, like: Tensor) -> LowRankState:
         vectors = _start(dimension, min(self.rank, dimension), like)
         return LowRankState(vectors, vectors.new_zeros(vectors.shape[1]), vectors.new_zeros(()), no_steps(like))
-
-    def update(self, state: LowRankState, covariance: Covariance, decay: float | Tensor) -> LowRankState:
-        d, r = state.vectors.shape[-2:]
-        kept = kept_weight(state.steps, state.vectors, decay)
-        new = average(kept, state.operator(), covariance)
-        vectors, nothing = state.vectors, torch.zeros_like(new.previous.diagonal[..., :1])
-        for i in range(self.iterations):
-            vectors, values = _largest(self.method, new, nothing, vectors, state.steps + i)
-        missed = (new.trace() - values.sum(dim=-1)).clamp(min=0)
-        isotropic = self.residual == "isotropic" and r < d
-        residual = missed / (d - r) if isotropic else torch.zeros_like(missed)
-        return LowRankState(vectors, values, residual, state.steps + 1)
 
     def operator(self, state: LowRankState) -> LowRankPlusDiagonal:
         return state.operator(self.weight)
@@ -79,9 +53,6 @@ class LowRankStructure(FactorStructure):
         values = -shrinkage.clamp(max=1 - margin) / rest
         return LowRankPlusDiagonal(state.vectors, values, (1 / rest).expand(state.vectors.shape[:-1]))
 
-    def basis(self, state: LowRankState) -> Tensor:
-        return orthonormal(state.vectors).contiguous()
-
     def size(self, dimension: int) -> int:
         r = min(self.rank, dimension)
         return 2 * (dimension * r + r) + 1 + dimension
@@ -89,9 +60,27 @@ class LowRankStructure(FactorStructure):
     def description(self) -> str:
         return f"rank {self.rank}"
 
+    def _whole(self, covariance: Covariance) -> Tensor:
+        return covariance.trace()
+
+    def _previous(self, state: LowRankState, new: Average) -> tuple[Tensor, Tensor]:
+        return new.previous.trace(), torch.zeros_like(new.previous.diagonal[..., :1])
+
+    def _with_whole(self, carry: Turn, whole: Tensor) -> Turn:
+        return carry._replace(whole=carry.whole + carry.average.weight * whole)
+
+    def _after(self, carry: Turn, vectors: Tensor, values: Tensor, turn: int) -> Turn | LowRankState:
+        steps, (d, r) = carry.state.steps, vectors.shape[-2:]
+        if turn < self.iterations:
+            return carry._replace(rows=start_rows(vectors, steps + turn))
+        missed = (carry.whole - values.sum(dim=-1)).clamp(min=0)
+        isotropic = self.residual == "isotropic" and r < d
+        residual = missed / (d - r) if isotropic else torch.zeros_like(missed)
+        return LowRankState(vectors, values, residual, steps + 1)
+
 
 @dataclass(frozen=True)
-class LowRankPlusDiagonalStructure(FactorStructure):
+class LowRankPlusDiagonalStructure(IteratedStructure):
     """See ``low_rank_plus_diagonal``."""
 
     rank: int
@@ -100,42 +89,14 @@ class LowRankPlusDiagonalStructure(FactorStructure):
     method: Method = "subspace"
     weight: float = 1.0
 
-    @property
-    def stackable(self) -> bool:
-        return self.method == "subspace"
-
-    def fitted(self, dimension: int) -> FactorStructure:
-        return dense() if dimension <= self.rank + 2 else self
-
     def init(self, dimension: int, like: Tensor) -> LowRankPlusDiagonalState:
         vectors = _start(dimension, min(self.rank, dimension), like)
         return LowRankPlusDiagonalState(
             vectors, vectors.new_zeros(vectors.shape[1]), vectors.new_zeros(dimension), no_steps(like)
         )
 
-    def update(
-        self, state: LowRankPlusDiagonalState, covariance: Covariance, decay: float | Tensor
-    ) -> LowRankPlusDiagonalState:
-        kept = kept_weight(state.steps, state.vectors, decay)
-        new = average(kept, state.operator(), covariance)
-        whole = new.diagonal()
-        vectors, rest = state.vectors, state.diagonal
-        # The last diagonal as a share of the whole one: the factor's scale may have changed since.
-        rest = whole * _ratio(rest, rest + explained(vectors, state.values))
-        for i in range(self.iterations):
-            subtracted = whole if self.fit == "off_diagonal" else rest
-            vectors, values = _largest(self.method, new, subtracted, vectors, state.steps + i)
-            diagonal = explained(vectors, values)
-            rest = (whole - diagonal).clamp(min=0)
-        # Where the vectors explain more than the whole diagonal, rows are shortened: it is kept exactly.
-        shortened = _ratio(whole, diagonal).clamp(max=1).sqrt()
-        return LowRankPlusDiagonalState(shortened[..., None] * vectors, values, rest, state.steps + 1)
-
     def operator(self, state: LowRankPlusDiagonalState) -> LowRankPlusDiagonal:
         return state.operator(self.weight)
-
-    def basis(self, state: LowRankPlusDiagonalState) -> Tensor:
-        return orthonormal(state.vectors).contiguous()
 
     def size(self, dimension: int) -> int:
         r = min(self.rank, dimension)
@@ -144,24 +105,29 @@ class LowRankPlusDiagonalStructure(FactorStructure):
     def description(self) -> str:
         return f"rank {self.rank} + diagonal"
 
+    def _whole(self, covariance: Covariance) -> Tensor:
+        return covariance.diagonal()
 
-def _largest(method: Method, new: Average, less: Tensor, vectors: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenpairs of ``new - diag(less)`` after one step towards those of largest value.
+    def _previous(self, state: LowRankPlusDiagonalState, new: Average) -> tuple[Tensor, Tensor]:
+        # The last diagonal as a share of the whole one: the factor's scale may have changed since.
+        whole = state.diagonal + explained(state.vectors, state.values)
+        return (1 - new.weight)[..., None] * whole, _ratio(state.diagonal, whole)
 
-    Negative values, which a positive semi-definite operator cannot have, become 0.
-    """
-    d, r = vectors.shape[-2:]
-    fresh = pseudo_random(d, min(OVERSAMPLING, d - r), seed).to(vectors.dtype)
-    if method == "power":
-        start = torch.cat([vectors, fresh], dim=-1)
-        vectors, values = power_iteration(lambda v: new.of_rows(v.mT, less).mT, start, max_iterations=1)
-        order = values.argsort(descending=True)[:r]
-        return vectors[:, order], values[order].clamp(min=0)
-    # Rows, as which they lie in memory for products and QR alike.
-    start = torch.cat([vectors.mT, fresh.mT], dim=-2)
-    basis = orthonormal(new.of_rows(start, less).mT)
-    values, rotation = ritz(new.between(basis.mT, less))
-    return basis @ rotation[..., -r:].flip(-1), values[..., -r:].flip(-1).clamp(min=0)
+    def _with_whole(self, carry: Turn, whole: Tensor) -> Turn:
+        whole = carry.whole + carry.average.weight[..., None] * whole
+        return carry._replace(whole=whole, less=self._subtracted(whole, whole * carry.less))
+
+    def _subtracted(self, whole: Tensor, rest: Tensor) -> Tensor:
+        return whole if self.fit == "off_diagonal" else rest
+
+    def _after(self, carry: Turn, vectors: Tensor, values: Tensor, turn: int) -> Turn | LowRankPlusDiagonalState:
+        whole, diagonal, steps = carry.whole, explained(vectors, values), carry.state.steps
+        rest = (whole - diagonal).clamp(min=0)
+        if turn < self.iterations:
+            return carry._replace(rows=start_rows(vectors, steps + turn), less=self._subtracted(whole, rest))
+        # Where the vectors explain more than the whole diagonal, rows are shortened: it is kept exactly.
+        shortened = _ratio(whole, diagonal).clamp(max=1).sqrt()
+        return LowRankPlusDiagonalState(shortened[..., None] * vectors, values, rest, steps + 1)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

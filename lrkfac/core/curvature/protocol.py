@@ -56,6 +56,11 @@ class FactorStructure(ABC):
     NamedTuples of tensors with a count ``steps`` and methods ``spectrum()`` and ``inner(other)``; see ``FactorState``.
     ``explain`` calls the methods with tensors on the device "meta". ``lrkfac.testing.check_structure`` checks the laws.
 
+    On several processes each has a covariance of its own rows, and the factor is that of their sum. Whatever ``update``
+    asks of the covariance is summed over processes, one call for each question. Instead of ``update``, a structure may
+    give ``rounds`` and ``begin``, ``measure`` and ``advance``, of which ``update`` then consists: the answers of all
+    layers in one round then go into one call.
+
     Attributes:
         stackable: Whether all methods also take states of several factors, stacked along leading axes; where they do
             not, several are mapped over by ``vmap``.
@@ -82,9 +87,33 @@ class FactorStructure(ABC):
     def init(self, dimension: int, like: Tensor) -> Any:
         """Return the state before the first batch, in the dtype (at least float32) and on the device of ``like``."""
 
-    @abstractmethod
+    @property
+    def rounds(self) -> int:
+        """Number of rounds of questions to the covariance in an update; 0 where ``update`` is not made of rounds."""
+        return 0
+
+    def begin(self, state: Any, decay: float | Tensor) -> Any:
+        """Return what the first round starts from: a NamedTuple of tensors, by default the state."""
+        return state
+
+    def measure(self, carry: Any, covariance: Covariance, round: int) -> Any:
+        """Return what a round asks of the covariance, a tree of tensors linear in it: answers of processes add up."""
+        raise NotImplementedError
+
+    def advance(self, carry: Any, answers: Any, round: int) -> Any:
+        """Return what the next round starts from, and after the last one the state."""
+        raise NotImplementedError
+
     def update(self, state: Any, covariance: Covariance, decay: float | Tensor) -> Any:
         """Return the state after one more batch."""
+        if not self.rounds:
+            raise NotImplementedError(
+                f"{type(self).__name__}: expected a method update(), or rounds with begin(), measure() and advance()"
+            )
+        carry = self.begin(state, decay)
+        for round in range(self.rounds):
+            carry = self.advance(carry, self.measure(carry, covariance, round), round)
+        return carry
 
     @abstractmethod
     def operator(self, state: Any) -> Operator:
@@ -114,7 +143,15 @@ class BlockStatistics(Protocol):
     """Statistics of a batch for one block: each structure asks for what it needs."""
 
     def kronecker_factors(self, treatment: Treatment) -> KroneckerFactors:
-        """Return the covariances ``B`` and ``A``."""
+        """Return the covariances ``B`` and ``A``; over all processes, where there are several."""
+        ...
+
+    def kronecker_parts(self, treatment: Treatment) -> tuple[KroneckerFactors, ...]:
+        """Return the parts of ``B`` and ``A`` that this process has, of each way to use the weight."""
+        ...
+
+    def summed(self, covariance: Covariance) -> Covariance:
+        """Return the sum of a covariance over processes, where there are several."""
         ...
 
     def moments(self, output_vectors: Tensor, input_vectors: Tensor) -> Moments:
@@ -194,6 +231,23 @@ class BlockStructure(ABC):
     @abstractmethod
     def update_from(self, state: Any, statistics: BlockStatistics, decay: float | Tensor) -> Any:
         """Return the state after one more batch."""
+
+    @property
+    @abstractmethod
+    def rounds(self) -> int:
+        """Number of rounds in which an update asks; 0 where a factor is updated in no rounds."""
+
+    @abstractmethod
+    def begin(self, state: Any, decay: float | Tensor) -> Any:
+        """Return what the first round starts from."""
+
+    @abstractmethod
+    def measure(self, carry: Any, statistics: BlockStatistics, round: int) -> Any:
+        """Return what a round asks of the part of the statistics that this process has: answers add up."""
+
+    @abstractmethod
+    def advance(self, carry: Any, answers: Any, round: int) -> Any:
+        """Return what the next round starts from, and after the last one the state that ``update_from`` returns."""
 
     @abstractmethod
     def operator(self, state: Any) -> Operator:

@@ -1,48 +1,29 @@
 """Refresh: new averages and their damped inverses, from the statistics of a batch.
 
-Blocks of equal layers are refreshed in one call, so that the number of operations does not grow with depth.
+Blocks of equal layers are refreshed in one call, so that the number of operations does not grow with depth; on several
+processes all blocks are, round by round, so that the number of sums over processes does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from lrkfac.core.base.dtypes import floating, floating_dtype
 from lrkfac.core.base.eager import has_values
+from lrkfac.core.base.processes import Among, Processes
 from lrkfac.core.curvature.assignment import Block
-from lrkfac.core.curvature.blocks import BlockState, by_group, damped_inverse, packed
-from lrkfac.core.curvature.covariances import WITH_PLAIN_ROWS
+from lrkfac.core.curvature.blocks import BlockState, damped_inverse
 from lrkfac.core.curvature.examples import JointStatistics, LayerStatistics
+from lrkfac.core.curvature.stacking import StackError, together
 from lrkfac.core.layers.matrix import split_groups
 from lrkfac.core.layers.statistics import Statistics, Uses
-
-CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
-"""Kinds that become grouped convolutions where several layers are mapped over."""
-
-
-LARGEST = {"cpu": 2**24}
-"""Numbers of statistics that are stacked at most, by type of device: beyond, the operations of one layer take longer
-than the copy that stacks them is worth. Measured on one CPU core.
-"""
-
-
-LARGEST_ELSEWHERE = 2**26
-"""The same on other devices, by the time that copies (some TB/s) and starts of operations (some µs) take there: 256 MB
-are copied in the time of a few of the about hundred operations that a stack saves for each layer.
-"""
-
-
-LARGEST_OF_CONVOLUTIONS = 2**18
-"""The same of convolutions, on all devices: grouped ones of more numbers took up to twice as long on a CPU, and the
-kernels of other devices for them are no better than one after another.
-"""
 
 
 def refresh(
@@ -51,6 +32,7 @@ def refresh(
     statistics: Statistics,
     dampings: Mapping[str, float | Tensor],
     decay: float | Tensor,
+    among: Among | None = None,
 ) -> dict[str, BlockState]:
     """Return the state of each block after a batch; the last one, itself, where there are no statistics of a block.
 
@@ -63,94 +45,136 @@ def refresh(
         statistics: Of a batch. They are reduced in the dtype of the averages.
         dampings: ``λ`` for each block, by name.
         decay: Decay of the running averages.
+        among: The place of this process among others, each with a part of the batch: averages are then those of all,
+            bit for bit the same everywhere. Structures ask in rounds: what all blocks ask in one is one sum.
 
     Raises:
         ValueError: If statistics of a layer are missing, have no gradients where the structure needs them, or have no
             finite inverse; names the layer.
     """
     due = [block for block in blocks if _is_due(block, statistics)]
-    refreshed: dict[str, BlockState] = {}
-    for numbers in packed([_candidate(block, states[block.name], statistics) for block in due]):
-        stack = [due[i] for i in numbers]
-        try:
-            refreshed.update(_refresh_stack(stack, states, statistics, dampings, decay))
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"layer {_culprit(stack, statistics)!r}: no inverse of its factors: its statistics, or damping or "
-                f"decay where they are tensors, are not finite or out of range ({error})"
-            ) from error
+    step = _Step(statistics.scale, decay, among)
+    averages, uses = [states[block.name].average for block in due], [_uses(block, statistics) for block in due]
+    try:
+        if among is None:
+            new = together(step.refresh, due, dampings, list(zip(averages, uses, strict=True)), sized_by=1)
+        else:
+            reached = _averages_among(step, due, averages, uses, dampings)
+            new = together(step.inverse, due, dampings, [(average,) for average in reached])
+    except StackError as error:
+        raise ValueError(
+            f"layer {_culprit(error.blocks, statistics)!r}: no inverse of its factors: its statistics, or damping or "
+            f"decay where they are tensors, are not finite or out of range ({error.__cause__})"
+        ) from error
+    refreshed = {block.name: state for block, state in zip(due, new, strict=True)}
     return {block.name: refreshed.get(block.name, states[block.name]) for block in blocks}
 
 
-def _refresh_stack(
-    stack: list[Block],
-    states: Mapping[str, BlockState],
-    statistics: Statistics,
-    dampings: Mapping[str, float | Tensor],
-    decay: float | Tensor,
-) -> dict[str, BlockState]:
-    """Refresh blocks of equal layers: by batched operations, or else mapped over; a block alone needs neither."""
-    first = stack[0]
-    dtype = floating_dtype(states[first.name].average)
-    operands = [(states[block.name].average, _uses(block, statistics, dtype)) for block in stack]
-    update = _Refresh(first, statistics.scale.to(dtype), decay)
-    each = [dampings[block.name] for block in stack]
-    if len(stack) == 1:
-        return {first.name: update.of_groups(each[0], *operands[0])}
-    common = all(one is each[0] for one in each)
-    device = statistics.scale.device
-    damping = each[0] if common else torch.stack([torch.as_tensor(one, device=device) for one in each])
-    average, uses = optree.tree_map(lambda *x: torch.stack(x), *operands)
-    if _has_plain_rows(first):
-        refreshed = update(damping, average, uses, stacked=True)
-    else:
-        refreshed = vmap(update.of_groups, in_dims=(None if common else 0, 0, 0))(damping, average, uses)
-    leaves, structure = optree.tree_flatten(refreshed)
-    # Laid out as those of a block alone; what is repeated along an axis stays so.
-    tidy = [x if 0 in x.stride() else x.contiguous() for x in leaves]
-    members = zip(*[x.unbind() for x in tidy], strict=True)
-    return {b.name: optree.tree_unflatten(structure, list(x)) for b, x in zip(stack, members, strict=True)}
+def _averages_among(
+    step: _Step, blocks: list[Block], averages: list[Any], uses: list[BlockUses], dampings: Mapping[str, float | Tensor]
+) -> list[Any]:
+    """Return the averages after a batch of which every process has a part, in few sums over processes."""
+    assert step.among is not None
+    carries = list(averages)
+    for i, block in enumerate(blocks):
+        if not block.structure.rounds:  # alone: no sum may depend on what is stacked, by the sizes of this process
+            (carries[i],) = together(step.update, [block], dampings, [(averages[i], uses[i])])
+    for round in range(-1, max([block.structure.rounds for block in blocks], default=0)):
+        now = [i for i, block in enumerate(blocks) if round < block.structure.rounds]
+        at = [blocks[i] for i in now]
+        if round < 0:
+            new = together(step.begin, at, dampings, [(carries[i],) for i in now])
+        else:
+            asked = together(partial(step.measure, round), at, dampings, [(carries[i], uses[i]) for i in now], 1)
+            answers = _summed(asked, step.among.processes)
+            pairs = [(carries[i], answer) for i, answer in zip(now, answers, strict=True)]
+            new = together(partial(step.advance, round), at, dampings, pairs)
+        for i, carry in zip(now, new, strict=True):
+            carries[i] = carry
+    return carries
+
+
+def _summed(trees: list[Any], processes: Processes) -> list[Any]:
+    """Return the sums of all trees over processes, in one call."""
+    leaves, structure = optree.tree_flatten(trees)
+    sums: list[Any] = optree.tree_unflatten(structure, processes.sum(leaves) if leaves else leaves)
+    return sums
+
+
+BlockUses = tuple[tuple[Uses, Uses], ...]
+"""Inputs and output gradients of each layer of a block, with groups in front."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Refresh:
-    """The refresh of a block, as a function of tensors: damping, average, and each layer's inputs and gradients."""
+class _Step:
+    """The parts of a refresh, as functions of one group of a block, or of several stacked blocks.
 
-    block: Block
+    Attributes:
+        scale: Of the statistics.
+        decay: Of the running averages.
+        among: The place of this process among others, or ``None``.
+    """
+
     scale: Tensor
     decay: float | Tensor
+    among: Among | None = None
 
-    def of_groups(self, damping: float | Tensor, average: Any, uses: tuple[tuple[Uses, Uses], ...]) -> BlockState:
-        """Refresh all groups of a layer."""
-        mapped = by_group(self.block, lambda average, uses: self(damping, average, uses))
-        state: BlockState = mapped(average, uses)
-        return state
-
-    def __call__(
-        self, damping: float | Tensor, average: Any, uses: tuple[tuple[Uses, Uses], ...], stacked: bool = False
+    def refresh(
+        self, block: Block, damping: float | Tensor, average: Any, uses: BlockUses, stacked: bool = False
     ) -> BlockState:
-        """Refresh one group of a layer, or of several layers that are stacked."""
-        layers, structure = self.block.layers, self.block.structure
-        statistics: LayerStatistics | JointStatistics
-        if structure.joins_layers:
-            each = tuple((layer, *pair) for layer, pair in zip(layers, uses, strict=True))
-            statistics = JointStatistics(each, self.scale)
-        else:
-            statistics = LayerStatistics(layers[0], *uses[0], self.scale, stacked)
-        new = structure.update_from(average, statistics, self.decay)
-        return BlockState(new, *damped_inverse(structure, new, damping))
+        """Return the state after a batch."""
+        return self.inverse(block, damping, self.update(block, damping, average, uses, stacked))
+
+    def update(
+        self, block: Block, damping: float | Tensor, average: Any, uses: BlockUses, stacked: bool = False
+    ) -> Any:
+        """Return the average after a batch; what is asked of statistics is summed over processes."""
+        processes = None if self.among is None else self.among.processes
+        statistics = self._statistics(block, uses, floating_dtype(average), stacked, processes)
+        return block.structure.update_from(average, statistics, self.decay)
+
+    def begin(self, block: Block, damping: float | Tensor, average: Any, stacked: bool = False) -> Any:
+        """Return what the first round starts from."""
+        return block.structure.begin(average, self.decay)
+
+    def measure(
+        self, round: int, block: Block, damping: float | Tensor, carry: Any, uses: BlockUses, stacked: bool = False
+    ) -> Any:
+        """Return what a round asks of the statistics of this process."""
+        statistics = self._statistics(block, uses, floating_dtype(carry), stacked, None)
+        return block.structure.measure(carry, statistics, round)
+
+    def advance(
+        self, round: int, block: Block, damping: float | Tensor, carry: Any, answers: Any, stacked: bool = False
+    ) -> Any:
+        """Return what the next round starts from, after the last one the average."""
+        return block.structure.advance(carry, answers, round)
+
+    def inverse(self, block: Block, damping: float | Tensor, average: Any, stacked: bool = False) -> BlockState:
+        """Return the state of a new average."""
+        return BlockState(average, *damped_inverse(block.structure, average, damping))
+
+    def _statistics(
+        self, block: Block, uses: BlockUses, dtype: torch.dtype, stacked: bool, processes: Processes | None
+    ) -> LayerStatistics | JointStatistics:
+        """Return statistics in the dtype of the averages."""
+        scale, each = self.scale.to(dtype), []
+        for layer, (inputs, gradients) in zip(block.layers, uses, strict=True):
+            each.append(
+                (layer, tuple([floating(a, dtype) for a in inputs]), tuple([floating(g, dtype) for g in gradients]))
+            )
+        if block.structure.joins_layers:
+            return JointStatistics(tuple(each), scale)
+        share = None if self.among is None else self.among.share.to(dtype)
+        return LayerStatistics(*each[0], scale, stacked, share, processes)
 
 
-def _uses(block: Block, statistics: Statistics, dtype: torch.dtype) -> tuple[tuple[Uses, Uses], ...]:
-    """Return inputs and output gradients of each of the block's layers in a dtype, with groups in front."""
-    pairs = []
-    for layer in block.layers:
-        inputs, gradients = (
-            split_groups(layer, tuple([floating(x, dtype) for x in of[layer.name]]))
-            for of in (statistics.inputs, statistics.output_gradients)
-        )
-        pairs.append((inputs, gradients))
-    return tuple(pairs)
+def _uses(block: Block, statistics: Statistics) -> BlockUses:
+    """Return inputs and output gradients of each of the block's layers."""
+    inputs, gradients = statistics.inputs, statistics.output_gradients
+    return tuple(
+        [(split_groups(one, inputs[one.name]), split_groups(one, gradients[one.name])) for one in block.layers]
+    )
 
 
 def _is_due(block: Block, statistics: Statistics) -> bool:
@@ -180,27 +204,6 @@ def _is_due(block: Block, statistics: Statistics) -> bool:
             "uncorrected, or another estimator"
         )
     return True
-
-
-def _candidate(block: Block, state: BlockState, statistics: Statistics) -> tuple[Any, int, int]:
-    """Return what blocks in one stack share, ``None`` for one that stays alone; its size; and the largest stack."""
-    layer = block.layers[0]
-    kinds = set(layer.kinds)
-    if not block.structure.mappable or not kinds <= WITH_PLAIN_ROWS | CONVOLUTIONS:
-        return None, 0, 0
-    rows = [*statistics.inputs[layer.name], *statistics.output_gradients[layer.name]]
-    tensors = [(tuple(x.shape), x.dtype, x.device) for x in (*rows, *optree.tree_leaves(state.average))]
-    sizes = (layer.d_in, layer.d_out, layer.groups, layer.bias is None)
-    largest = LARGEST.get(rows[0].device.type, LARGEST_ELSEWHERE)
-    if kinds & CONVOLUTIONS:
-        largest = min(largest, LARGEST_OF_CONVOLUTIONS)
-    return (block.structure, layer.kinds, layer.options, sizes, tensors), sum(x.numel() for x in rows), largest
-
-
-def _has_plain_rows(block: Block) -> bool:
-    """Return whether a stack needs no ``vmap``: rows are at hand, and the structure takes those of several layers."""
-    kinds = set(block.layers[0].kinds)
-    return block.structure.stackable and len(kinds) == 1 and kinds <= WITH_PLAIN_ROWS
 
 
 def _culprit(stack: list[Block], statistics: Statistics) -> str:

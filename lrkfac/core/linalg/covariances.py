@@ -1,22 +1,24 @@
-"""Covariances known by their action: the protocol; covariances of rows, diagonal ones, and sums."""
+"""Covariances known by their action: the protocol; covariances of rows, diagonal ones, sums, and over processes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lrkfac.core.base.processes import Processes
 from lrkfac.core.base.rows import with_ones
 
 
 @runtime_checkable
 class Covariance(Protocol):
     """A symmetric positive semi-definite ``[d, d]`` matrix known by its action: the seam between
-    layers and structures. Where that is cheaper, ``between(x)`` is ``x C xᵀ`` for ``x`` ``[k, d]``.
+    layers and structures. Where that is cheaper, ``of_rows(x)`` is ``x C`` and ``between(x)`` is ``x C xᵀ`` for ``x``
+    ``[k, d]``.
     """
 
     def matvec(self, vectors: Tensor) -> Tensor:
@@ -120,6 +122,10 @@ class SumCovariance:
         """Return ``C V``."""
         return self._sum(lambda part: part.matvec(vectors))
 
+    def between(self, x: Float[Tensor, "k d"]) -> Float[Tensor, "k k"]:
+        """Return ``x C xᵀ``."""
+        return self._sum(lambda part: between(part, x))
+
     def diagonal(self) -> Float[Tensor, "d"]:
         """Return the diagonal."""
         return self._sum(lambda part: part.diagonal())
@@ -135,6 +141,62 @@ class SumCovariance:
     def _sum(self, of: Callable[[Covariance], Tensor]) -> Tensor:
         terms = [weight * of(part) for part, weight in zip(self.parts, self.weights, strict=True)]
         return torch.stack(terms).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class SummedCovariance:
+    """The sum over processes of a covariance of which each has a part; every answer is one sum."""
+
+    part: Covariance
+    processes: Processes
+
+    def matvec(self, vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+        """Return ``C V``."""
+        return self._sum(self.part.matvec(vectors))
+
+    def of_rows(self, x: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        """Return ``x C``."""
+        return self._sum(of_rows(self.part, x))
+
+    def between(self, x: Float[Tensor, "k d"]) -> Float[Tensor, "k k"]:
+        """Return ``x C xᵀ``."""
+        return self._sum(between(self.part, x))
+
+    def diagonal(self) -> Float[Tensor, "d"]:
+        """Return the diagonal."""
+        return self._sum(self.part.diagonal())
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Return the trace."""
+        return self._sum(self.part.trace())
+
+    def dense(self) -> Float[Tensor, "d d"]:
+        """Return the matrix."""
+        return self._sum(self.part.dense())
+
+    def _sum(self, answer: Tensor) -> Tensor:
+        return self.processes.sum([answer])[0]
+
+
+def of_rows(covariance: Covariance, x: Float[Tensor, "*many k d"]) -> Float[Tensor, "*many k d"]:
+    """Return ``x C``: the matrix applied to each row of ``x``."""
+    direct: Callable[[Tensor], Tensor] | None = getattr(covariance, "of_rows", None)
+    return covariance.matvec(x.mT).mT if direct is None else direct(x)
+
+
+def between(covariance: Covariance, x: Float[Tensor, "*many k d"]) -> Float[Tensor, "*many k k"]:
+    """Return ``x C xᵀ``."""
+    direct: Callable[[Tensor], Tensor] | None = getattr(covariance, "between", None)
+    return x @ covariance.matvec(x.mT) if direct is None else direct(x)
+
+
+def scaled(covariance: Covariance, factor: Float[Tensor, ""]) -> Covariance:
+    """Return ``factor * C``."""
+    if isinstance(covariance, RowCovariance):
+        return replace(covariance, scale=factor * covariance.scale)
+    if isinstance(covariance, DiagonalCovariance):
+        return DiagonalCovariance(factor * covariance.entries)
+    return SumCovariance((covariance,), (factor,))
 
 
 class KroneckerFactors(NamedTuple):

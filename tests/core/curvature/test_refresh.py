@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lrkfac
 from lrkfac import precondition_by_fisher
 from lrkfac.core.base.lazy import LazyMatrix
-from lrkfac.core.curvature import precondition, refresh
+from lrkfac.core.curvature import precondition, stacking
 from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, unit_wise
 
 STRUCTURES = {
@@ -110,8 +110,8 @@ PROBLEMS = {f"joint, {name}": (partial(deep, 5), structure) for name, structure 
 @pytest.fixture
 def sizes(monkeypatch):
     refreshed, applied = [], []
-    of_refresh, of_apply = refresh._refresh_stack, precondition.apply
-    monkeypatch.setattr(refresh, "_refresh_stack", lambda x, *args: refreshed.append(len(x)) or of_refresh(x, *args))
+    of_stack, of_apply = stacking._of_stack, precondition.apply
+    monkeypatch.setattr(stacking, "_of_stack", lambda f, x, *args: refreshed.append(len(x)) or of_stack(f, x, *args))
     monkeypatch.setattr(precondition, "apply", lambda *args: applied.append(len(args[2])) or of_apply(*args))
     return refreshed, applied
 
@@ -124,7 +124,7 @@ def test_together_equals_one_by_one(monkeypatch, sizes, structure, make):
     assert max(sizes[0]) >= 2 and (max(sizes[1]) >= 2 or any(layer.groups > 1 for layer in layers))
     tx, e = precondition_by_fisher(layers, structure, decay=0.7), evaluate(params)
     together = lrkfac.materialize(tx.update(e.grads, state, params, evaluation=e)[0])
-    for module in (refresh, precondition):
+    for module in (stacking, precondition):
         monkeypatch.setitem(module.LARGEST, "cpu", 0)
     for numbers in sizes:
         numbers.clear()
@@ -137,11 +137,11 @@ def test_together_equals_one_by_one(monkeypatch, sizes, structure, make):
 
 def test_statistics_beyond_the_largest_are_not_stacked_together(monkeypatch, sizes):
     """Five layers of 4 × (6 + 6) numbers each: two of them fit, and two, and one."""
-    monkeypatch.setitem(refresh.LARGEST, "cpu", 2 * 48)
+    monkeypatch.setitem(stacking.LARGEST, "cpu", 2 * 48)
     run(*deep(5), STRUCTURES["low rank"], steps=1)
     assert sizes[0] == [2, 2, 1, 1]
-    monkeypatch.setitem(refresh.LARGEST, "cpu", 2**24)
-    monkeypatch.setattr(refresh, "LARGEST_OF_CONVOLUTIONS", 0)
+    monkeypatch.setitem(stacking.LARGEST, "cpu", 2**24)
+    monkeypatch.setattr(stacking, "LARGEST_OF_CONVOLUTIONS", 0)
     run(*convolutions(3), STRUCTURES["low rank"], steps=1)
     assert sizes[0][4:] == [1, 1, 1, 1]
 

@@ -14,7 +14,7 @@ from torch.func import vmap
 
 import lrkfac
 from lrkfac import factor_drift, precondition_by_fisher, round_robin_refresh
-from lrkfac.core.curvature import refresh
+from lrkfac.core.curvature import stacking
 from lrkfac.core.curvature.assignment import blocks
 from lrkfac.core.curvature.blocks import initial_average, mean_eigenvalue_of
 from lrkfac.linalg import to_dense
@@ -61,7 +61,7 @@ def test_blocks_within_three_decades_have_one_damping(shares, structure):
 def test_beyond_damping_is_in_proportion_to_the_blocks(monkeypatch, structure):
     together = dampings((1.0, 0.1, 0.01), structure)
     close(together[0], {f"l{i}": torch.tensor(0.1 * 100.0**-i, dtype=torch.float64) for i in range(3)})
-    monkeypatch.setitem(refresh.LARGEST, "cpu", 0)
+    monkeypatch.setitem(stacking.LARGEST, "cpu", 0)
     close(together, dampings((1.0, 0.1, 0.01), structure))
 
 

@@ -1,0 +1,127 @@
+"""Eigenpairs of a running average by steps of subspace iteration from the last ones, in rounds of questions."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrkfac.core.curvature.factors import dense, kept_weight
+from lrkfac.core.curvature.protocol import FactorStructure
+from lrkfac.core.linalg.averages import Average, average
+from lrkfac.core.linalg.covariances import Covariance, between, of_rows
+from lrkfac.core.linalg.eigen import orthonormal, power_iteration, pseudo_random, ritz
+
+Method = Literal["subspace", "power"]
+
+
+OVERSAMPLING = 4
+"""Fresh start columns per update, so that a warm basis does not miss a new direction."""
+
+
+class Turn(NamedTuple):
+    """Where an update is between two rounds; several may be stacked.
+
+    Attributes:
+        state: The last state.
+        average: The new average, which is never formed.
+        rows: Start of the next step, ``[*, k, d]``, or the orthonormal basis that it has led to.
+        whole: Trace ``[*]`` or diagonal ``[*, d]`` of the new average; of its previous part alone, before the first
+            answers.
+        less: What is subtracted from the diagonal before eigenpairs are looked for, ``[*, d]`` or ``[*, 1]``; before
+            the first answers, as a share of the whole.
+    """
+
+    state: Any
+    average: Average
+    rows: Tensor
+    whole: Tensor
+    less: Tensor
+
+
+class IteratedStructure(FactorStructure):
+    """Steps from the last eigenpairs towards those of the new average: two rounds for each step.
+
+    The first asks for the covariance along the start, the second for its projection to the basis that follows.
+    """
+
+    rank: int
+    iterations: int
+    method: Method
+
+    @property
+    def stackable(self) -> bool:
+        return self.method == "subspace"
+
+    @property
+    def rounds(self) -> int:
+        return 2 * self.iterations if self.method == "subspace" else 0
+
+    def fitted(self, dimension: int) -> FactorStructure:
+        return dense() if dimension <= self.rank + 2 else self
+
+    def begin(self, state: Any, decay: float | Tensor) -> Turn:
+        new = average(kept_weight(state.steps, state.vectors, decay), state.operator())
+        return Turn(state, new, start_rows(state.vectors, state.steps), *self._previous(state, new))
+
+    def measure(self, carry: Turn, covariance: Covariance, round: int) -> Any:
+        if round % 2:
+            return between(covariance, carry.rows)
+        along = of_rows(covariance, carry.rows)
+        return along if round else (along, self._whole(covariance))
+
+    def advance(self, carry: Turn, answers: Any, round: int) -> Any:
+        rows, new = carry.rows, carry.average
+        if round % 2:
+            values, rotation = ritz(new.between(rows, answers, carry.less))
+            r = carry.state.values.shape[-1]
+            vectors = rows.mT @ rotation[..., -r:].flip(-1)
+            # Negative values, which a positive semi-definite operator cannot have, become 0.
+            return self._after(carry, vectors, values[..., -r:].flip(-1).clamp(min=0), (round + 1) // 2)
+        if not round:
+            answers, whole = answers
+            carry = self._with_whole(carry, whole)
+        return carry._replace(rows=orthonormal(new.of_rows(rows, answers, carry.less).mT).mT)
+
+    def update(self, state: Any, covariance: Covariance, decay: float | Tensor) -> Any:
+        if self.method == "subspace":
+            return super().update(state, covariance, decay)
+        carry = self._with_whole(self.begin(state, decay), self._whole(covariance))
+        for turn in range(1, self.iterations + 1):
+            rows, new, less = carry.rows, carry.average, carry.less
+
+            def product(x: Tensor, new: Average = new, less: Tensor = less) -> Tensor:
+                return new.of_rows(x.mT, of_rows(covariance, x.mT), less).mT
+
+            vectors, values = power_iteration(product, rows.mT, max_iterations=1)
+            order = values.argsort(descending=True)[: state.values.shape[-1]]
+            carry = self._after(carry, vectors[:, order], values[order].clamp(min=0), turn)
+        return carry
+
+    def basis(self, state: Any) -> Tensor:
+        return orthonormal(state.vectors).contiguous()
+
+    @abstractmethod
+    def _whole(self, covariance: Covariance) -> Tensor:
+        """Return the trace or the diagonal."""
+
+    @abstractmethod
+    def _previous(self, state: Any, new: Average) -> tuple[Tensor, Tensor]:
+        """Return the whole of the previous part, and the share of it that is subtracted."""
+
+    @abstractmethod
+    def _with_whole(self, carry: Turn, whole: Tensor) -> Turn:
+        """Return the carry with the whole of the new average, from that of the covariance."""
+
+    @abstractmethod
+    def _after(self, carry: Turn, vectors: Tensor, values: Tensor, turn: int) -> Any:
+        """Return the start of the next step from new eigenpairs, or the state where there is none."""
+
+
+def start_rows(vectors: Tensor, seed: Tensor) -> Tensor:
+    """Return the last vectors and fresh ones as rows, as which they lie in memory for products and QR alike."""
+    d, r = vectors.shape[-2:]
+    fresh = pseudo_random(d, min(OVERSAMPLING, d - r), seed).to(vectors.dtype)
+    return torch.cat([vectors.mT, fresh.mT], dim=-2)
