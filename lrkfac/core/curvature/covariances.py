@@ -53,7 +53,7 @@ class InputCovariance:
         for a, options, s in self._along(vectors.mT):
             total = total + joined_gradient(self.kind, a, s, self.dimension - self.joint, options, self.joint).mT
             rows += s.numel() // vectors.shape[1]
-        return total / max(rows, 1)
+        return total / rows
 
     def between(self, x: Float[Tensor, "k d"]) -> Float[Tensor, "k k"]:
         """``x A xᵀ``, by the operation alone."""
@@ -62,7 +62,7 @@ class InputCovariance:
             along = s.movedim(self.kind.channel(options), 0).flatten(1)
             total = total + along @ along.mT
             rows += along.shape[1]
-        return total / max(rows, 1)
+        return total / rows
 
     def _along(self, x: Tensor) -> Iterator[tuple[Tensor, Options, Tensor]]:
         """Of each use, its input, its settings, and the operation with ``x`` in place of the weights."""
@@ -87,7 +87,7 @@ class InputCovariance:
             one = torch.ones_like(self.kind.operation(a, a.new_zeros(1, d), options))
             total = total + joined_gradient(self.kind, a.square(), one, d, options, self.joint)[0]
             rows += one.numel()
-        return total / max(rows, 1)
+        return total / rows
 
     def trace(self) -> Float[Tensor, ""]:
         """The mean squared length of a row."""
@@ -204,7 +204,7 @@ def _expand(
         joined = scale.new_ones(d)
         moment = DiagonalCovariance(joined)
     if kind.one_hot:
-        number = max(sum(a.numel() for a in inputs), 1)
+        number = sum(a.numel() for a in inputs)
         each = torch.stack([counts(a, *o) for a, o in zip(inputs, options, strict=True)]).sum(dim=0)
         return KroneckerFactors(DiagonalCovariance(each.to(joined.dtype) / number), moment)
     joint = layer.bias is not None
@@ -236,7 +236,7 @@ def _reduce(
         one_channel = [kind.operation(a, a.new_zeros(1, d), o) for a, o in zip(inputs, options, strict=True)]
     ones = tuple(torch.ones_like(x, dtype=scale.dtype) for x in one_channel)
     examples = ones[0].shape[0]
-    positions = max(sum(one.numel() for one in ones) // max(examples, 1), 1)
+    positions = sum(one.numel() for one in ones) // examples
 
     def mean_row(a: Uses, g: Uses) -> Tensor:
         parts = [joined_gradient(kind, x, one, d, o, joint) for x, one, o in zip(a, g, options, strict=True)]
@@ -249,7 +249,7 @@ def _reduce(
         moment: Covariance = RowCovariance(summed, scale.to(summed.dtype))
     else:
         moment = DiagonalCovariance(scale.new_ones(layer.d_in if kind.one_hot else layer.d_out))
-    mean = RowCovariance(means, torch.full((), 1 / max(examples, 1), dtype=means.dtype, device=means.device))
+    mean = RowCovariance(means, torch.full((), 1 / examples, dtype=means.dtype, device=means.device))
     return KroneckerFactors(mean, moment) if kind.one_hot else KroneckerFactors(moment, mean)
 
 
@@ -270,5 +270,5 @@ def mean_squares(kind: Kind, inputs: Sequence[Tensor], each: Sequence[Options], 
     for part in eye.split(COLUMNS):
         uses = [kind.operation(a, part, o).movedim(kind.channel(o), -1) for a, o in zip(inputs, each, strict=True)]
         rows = torch.cat([s.reshape(-1, len(part)) for s in uses])
-        means.append(rows.square().sum(dim=0) / max(len(rows), 1))
+        means.append(rows.square().mean(dim=0))
     return torch.cat(means)

@@ -21,7 +21,7 @@ from lrkfac.core.base.processes import Among, Processes
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import BlockState, damped_inverse
 from lrkfac.core.curvature.examples import JointStatistics, LayerStatistics
-from lrkfac.core.curvature.stacking import StackError, together
+from lrkfac.core.curvature.stacking import StackError, Work, together
 from lrkfac.core.layers.matrix import split_groups
 from lrkfac.core.layers.statistics import Statistics, Uses
 
@@ -54,7 +54,11 @@ def refresh(
     """
     due = [block for block in blocks if _is_due(block, statistics)]
     step = _Step(statistics.scale, decay, among)
-    averages, uses = [states[block.name].average for block in due], [_uses(block, statistics) for block in due]
+    averages, seen = (
+        [states[block.name].average for block in due],
+        statistics if among is None else _occupied(statistics),
+    )
+    uses = [_uses(block, seen) for block in due]
     try:
         if among is None:
             new = together(step.refresh, due, dampings, list(zip(averages, uses, strict=True)), sized_by=1)
@@ -76,20 +80,24 @@ def _averages_among(
     """Return the averages after a batch of which every process has a part, in few sums over processes."""
     assert step.among is not None
     carries = list(averages)
-    for i, block in enumerate(blocks):
-        if not block.structure.rounds:  # alone: no sum may depend on what is stacked, by the sizes of this process
-            (carries[i],) = together(step.update, [block], dampings, [(averages[i], uses[i])])
-    for round in range(-1, max([block.structure.rounds for block in blocks], default=0)):
-        now = [i for i, block in enumerate(blocks) if round < block.structure.rounds]
-        at = [blocks[i] for i in now]
-        if round < 0:
-            new = together(step.begin, at, dampings, [(carries[i],) for i in now])
-        else:
-            asked = together(partial(step.measure, round), at, dampings, [(carries[i], uses[i]) for i in now], 1)
-            answers = _summed(asked, step.among.processes)
-            pairs = [(carries[i], answer) for i, answer in zip(now, answers, strict=True)]
-            new = together(partial(step.advance, round), at, dampings, pairs)
-        for i, carry in zip(now, new, strict=True):
+
+    def of_each(work: Work, numbers: list[int], with_each: list[tuple[Any, ...]], sized_by: int = 0) -> dict[int, Any]:
+        operands = [(carries[i], *more) for i, more in zip(numbers, with_each, strict=True)]
+        results = together(work, [blocks[i] for i in numbers], dampings, operands, sized_by)
+        return dict(zip(numbers, results, strict=True))
+
+    rounds = [block.structure.rounds for block in blocks]
+    for i, number in enumerate(rounds):
+        if not number:  # alone: no sum may depend on what is stacked, by the sizes of this process
+            carries[i] = of_each(step.update, [i], [(uses[i],)])[i]
+    in_rounds = [i for i, number in enumerate(rounds) if number]
+    for i, carry in of_each(step.begin, in_rounds, [() for _ in in_rounds]).items():
+        carries[i] = carry
+    for round in range(max(rounds, default=0)):
+        now = [i for i in in_rounds if round < rounds[i]]
+        answers = of_each(partial(step.measure, round), now, [(uses[i],) for i in now], sized_by=1)
+        sums = _summed(list(answers.values()), step.among.processes)
+        for i, carry in of_each(partial(step.advance, round), now, [(one,) for one in sums]).items():
             carries[i] = carry
     return carries
 
@@ -175,6 +183,19 @@ def _uses(block: Block, statistics: Statistics) -> BlockUses:
     return tuple(
         [(split_groups(one, inputs[one.name]), split_groups(one, gradients[one.name])) for one in block.layers]
     )
+
+
+def _occupied(statistics: Statistics) -> Statistics:
+    """Return statistics with one example of zeros where there is none, which has no share of the batch."""
+    inputs, gradients = statistics.inputs, statistics.output_gradients
+    return statistics._replace(
+        inputs={name: tuple([_padded(a, 0) for a in uses]) for name, uses in inputs.items()},
+        output_gradients={name: tuple([_padded(g, 1) for g in uses]) for name, uses in gradients.items()},
+    )
+
+
+def _padded(x: Tensor, axis: int) -> Tensor:
+    return x if x.shape[axis] else x.new_zeros(*x.shape[:axis], 1, *x.shape[axis + 1 :])
 
 
 def _is_due(block: Block, statistics: Statistics) -> bool:
