@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.eager import changes_in_place
 from lrkfac.core.linalg.operators import LowRankPlusDiagonal
 from lrkfac.core.linalg.products import added
 
@@ -25,8 +26,9 @@ class Average(NamedTuple):
     def of_rows(self, x: Tensor, batch: Tensor, less: Tensor) -> Tensor:
         """Return ``x (M - diag(less))`` for rows ``x`` ``[*, k, d]``, from ``x`` times the covariance."""
         vectors, values, diagonal = self.previous
-        total = added(self.weight[..., None, None] * batch, (x @ vectors) * values[..., None, :], vectors.mT)
-        return torch.addcmul(total, x, (diagonal - less)[..., None, :])
+        total, weight = x * (diagonal - less)[..., None, :], self.weight[..., None, None]
+        total = total.addcmul_(weight, batch) if changes_in_place() else torch.addcmul(total, weight, batch)
+        return added(total, (x @ vectors) * values[..., None, :], vectors.mT)
 
     def between(self, x: Tensor, batch: Tensor, less: Tensor) -> Tensor:
         """Return ``x (M - diag(less)) xᵀ``, from that of the covariance."""
