@@ -76,7 +76,8 @@ def check_structure(
 
     ``update`` leaves its arguments unchanged and keeps the form of the state. The average is symmetric, positive
     semi-definite and of the scale of the batches. ``inverse`` is positive definite and the inverse of the average plus
-    damping. ``vmap`` over two factors equals one after the other.
+    damping. ``vmap`` over two factors equals one after the other. In a structure with rounds, the answers of two parts
+    of a batch add up to the update by the whole of it.
 
     Examples:
         >>> from lrkfac.structures import low_rank
@@ -109,6 +110,9 @@ def check_structure(
         _same((state, rows), before, "update leaves its arguments unchanged")
         _same_form(new, state, "update keeps the form of the state")
         matrix = _float64(structure.operator(new)).to_dense()
+        if structure.rounds:
+            in_parts = _float64(structure.operator(_of_parts(structure, state, rows, decay))).to_dense()
+            check_close(in_parts, matrix, 10 * eps**0.5, "answers of parts add up")
         check_close(matrix, matrix.mT, 10 * eps, "the average is symmetric")
         least = torch.linalg.eigvalsh(matrix)[0] / torch.linalg.matrix_norm(matrix)
         check_law(least > -100 * eps, f"the average is positive semi-definite: relative eigenvalue {least:.2e}")
@@ -191,6 +195,16 @@ def check_transformation(
 def _updated(structure: FactorStructure, state: Any, rows: Tensor, decay: float) -> Any:
     scale = torch.full((), 1 / rows.shape[0], dtype=rows.dtype, device=rows.device)
     return structure.update(state, RowCovariance(rows, scale), decay)
+
+
+def _of_parts(structure: FactorStructure, state: Any, rows: Tensor, decay: float) -> Any:
+    """Return the state after a batch of which two processes have parts."""
+    scale, half = torch.full((), 1 / rows.shape[0], dtype=rows.dtype, device=rows.device), rows.shape[0] // 2
+    parts, carry = [RowCovariance(part, scale) for part in (rows[:half], rows[half:])], structure.begin(state, decay)
+    for round in range(structure.rounds):
+        answers = [structure.measure(carry, part, round) for part in parts]
+        carry = structure.advance(carry, optree.tree_map(torch.add, *answers), round)
+    return carry
 
 
 def _spread(operator: Operator) -> Tensor:

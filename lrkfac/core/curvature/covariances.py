@@ -142,9 +142,9 @@ def kronecker_parts(
 ) -> tuple[KroneckerFactors, ...]:
     """Return ``B`` and ``A`` for each way to use the weight, of one way alone those of ``kronecker_factors``.
 
-    With ``share``, of the examples of all processes the share of this one, parts add up over processes: sums of ``g gᵀ``
-    by themselves, as ``scale`` is that of all examples; means over rows, and the identity in the place of ``B``, with
-    this weight.
+    With ``share``, of the examples of all processes the share of this one, parts add up over processes: sums of
+    ``g gᵀ`` by themselves, as ``scale`` is that of all examples; means over rows, and the identity in the place of
+    ``B``, with this weight.
     """
     by_kind = []
     for name in dict.fromkeys(layer.kinds):
