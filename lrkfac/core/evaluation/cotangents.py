@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import optree
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.dtypes import widest
 from lrkfac.core.base.eager import has_values
+from lrkfac.core.base.hashing import new_seeds, uniform
 from lrkfac.core.base.types import Tree
 from lrkfac.core.likelihoods.joint import Joint, Leaves
 from lrkfac.core.likelihoods.protocol import Likelihood
@@ -24,6 +26,19 @@ OUTPUTS_AT_ONCE = 2**22
 """Outputs for which targets are drawn at once, since the drawing needs memory beside the cotangent itself."""
 
 
+class Processes(Protocol):
+    """What a draw asks of the processes that share a joint batch."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
+Noise = Callable[[int, int, slice], Tensor]
+"""``(sample, head, part) -> `` uniform numbers for a part of the examples of one head."""
+
+
 def sampled_cotangents(
     heads: Joint,
     outputs: Leaves,
@@ -32,6 +47,7 @@ def sampled_cotangents(
     transpose: Callable[[list[Tensor]], Tree],
     samples: int,
     noise: Tree | None,
+    processes: Processes | None = None,
 ) -> Any:
     """Take back the gradients of the terms at targets drawn from the model.
 
@@ -45,6 +61,7 @@ def sampled_cotangents(
         transpose: Linear in cotangents like the outputs.
         samples: Number of draws.
         noise: Uniform on [0, 1), ``[samples, ...]`` in the structure of the outputs; drawn where it is ``None``.
+        processes: Those that share a joint batch, each of which draws its part, see ``example_numbers``.
 
     Returns:
         ``transpose`` of the cotangents, with a leading axis of length ``samples``.
@@ -54,19 +71,44 @@ def sampled_cotangents(
             on the CPU and its values known).
         TypeError: If it is of integers.
     """
-    uniform = None if noise is None else heads.leaves(noise, "noise")
-    if uniform is not None:
-        check_noise(uniform, outputs, samples)
+    uniform_numbers = _noise(outputs, samples, None if noise is None else heads.leaves(noise, "noise"), processes)
     parts = []
     for i in range(samples):
-        draws = [None] * len(outputs) if uniform is None else [u[i] for u in uniform]
-        of_heads = zip(heads.heads, outputs, targets, draws, strict=True)
-        parts.append(transpose(_multiplied(factors, [sampled_cotangent(*head) for head in of_heads])))
+        of_heads = enumerate(zip(heads.heads, outputs, targets, strict=True))
+        cotangents = [sampled_cotangent(*head, partial(uniform_numbers, i, j)) for j, head in of_heads]
+        parts.append(transpose(_multiplied(factors, cotangents)))
     return optree.tree_map(lambda *g: g[0][None] if samples == 1 else torch.stack(g), *parts)
 
 
-def random_signs(heads: Joint, outputs: Leaves, noise: Any) -> Tensor:
+def _noise(outputs: Leaves, samples: int, given: Leaves | None, processes: Processes | None) -> Noise:
+    if given is not None:
+        check_noise(given, outputs, samples)
+        return lambda sample, head, part: given[head][sample, part]
+    seeds = new_seeds(samples, len(outputs), device=outputs[0].device)
+    numbers = example_numbers(outputs[0], processes)
+
+    def draw(sample: int, head: int, part: slice) -> Tensor:
+        dtype = widest(outputs[head].dtype, torch.float32)
+        return uniform(seeds[sample, head], numbers[part], outputs[head].shape[1:], dtype)
+
+    return draw
+
+
+def example_numbers(outputs: Tensor, processes: Processes | None) -> Tensor:
+    """Return the numbers of the examples of this process within the joint batch, int64 ``[N]``.
+
+    Processes take turns, as in ``torch.utils.data.DistributedSampler``. So no two examples share a number, also where
+    processes have batches of different sizes, and none needs to know those of the others. An example is an entry of
+    the leading axis of the outputs.
+    """
+    rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
+    return torch.arange(outputs.shape[0], device=outputs.device) * size + rank
+
+
+def random_signs(heads: Joint, outputs: Leaves, noise: Any, processes: Processes | None = None) -> Tensor:
     """Return signs for ``exact_cotangents`` from uniform noise on [0, 1), ``[columns, N]``, drawn if it is ``None``.
+
+    Args are those of ``sampled_cotangents``.
 
     Raises:
         ValueError: If the noise has another shape or device.
@@ -74,7 +116,7 @@ def random_signs(heads: Joint, outputs: Leaves, noise: Any) -> Tensor:
     """
     shape, device = (heads.columns(outputs), outputs[0].shape[0]), outputs[0].device
     if noise is None:
-        noise = torch.rand(shape, device=device)
+        noise = uniform(new_seeds(device=device), example_numbers(outputs[0], processes), shape[:1]).mT
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
         raise TypeError(f"noise: expected uniform numbers on [0, 1), a tensor of shape {shape}, got {noise!r}")
     if tuple(noise.shape) != shape or noise.device != device:
@@ -98,18 +140,12 @@ def check_noise(noise: Leaves, outputs: Leaves, samples: int) -> None:
             raise ValueError(f"noise: expected numbers on [0, 1), got some from {u.min():g} to {u.max():g}")
 
 
-def sampled_cotangent(head: Likelihood, outputs: Tensor, targets: Tensor, noise: Tensor | None) -> Tensor:
+def sampled_cotangent(head: Likelihood, outputs: Tensor, targets: Tensor, noise: Callable[[slice], Tensor]) -> Tensor:
     """Return one draw's cotangent of one head, of the shape of ``outputs``."""
-
-    def part(outputs: Tensor, targets: Tensor, noise: Tensor | None) -> Tensor:
-        if noise is None:
-            noise = torch.rand(outputs.shape, dtype=wide(outputs).dtype, device=outputs.device)
-        return head.weighted_score(outputs, targets, noise)
-
-    at_once = max(OUTPUTS_AT_ONCE * outputs.shape[0] // outputs.numel(), 1)
-    parts = list(zip(outputs.split(at_once), targets.split(at_once), strict=True))
-    draws = [None] * len(parts) if noise is None else noise.split(at_once)
-    return torch.cat([part(f, y, u) for (f, y), u in zip(parts, draws, strict=True)])
+    examples = outputs.shape[0]
+    at_once = max(OUTPUTS_AT_ONCE * examples // max(outputs.numel(), 1), 1)
+    parts = [slice(start, start + at_once) for start in range(0, max(examples, 1), at_once)]
+    return torch.cat([head.weighted_score(outputs[part], targets[part], noise(part)) for part in parts])
 
 
 def exact_cotangents(

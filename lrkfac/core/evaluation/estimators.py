@@ -9,7 +9,7 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_choice, check_integer
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.capture import Captured, LayerRows, ProbeGradients
-from lrkfac.core.evaluation.cotangents import exact_cotangents, random_signs, sampled_cotangents
+from lrkfac.core.evaluation.cotangents import Processes, exact_cotangents, random_signs, sampled_cotangents
 from lrkfac.core.layers.statistics import Statistics, Uses
 from lrkfac.core.likelihoods.joint import Joint, Leaves
 
@@ -33,6 +33,7 @@ def estimate(
     estimator: Estimator,
     samples: int,
     noise: Tree | None,
+    processes: Processes | None = None,
 ) -> Statistics:
     """Return the statistics of a captured pass.
 
@@ -44,6 +45,7 @@ def estimate(
         estimator: See ``evaluator``.
         samples: Draws per term.
         noise: See ``evaluator``.
+        processes: Those that share a joint batch, each of which draws its part.
 
     Raises:
         ValueError: If there is noise for an estimator that draws nothing, or as ``sampled_cotangents``.
@@ -64,10 +66,11 @@ def estimate(
             return captured.transpose(cotangent)[1]
 
         if estimator == "exact":
-            signs = random_signs(heads, captured.outputs, noise) if signed else None
+            signs = random_signs(heads, captured.outputs, noise, processes) if signed else None
             at_probes = exact_cotangents(heads, captured.outputs, targets, factors, to_probes, signs)
         else:
-            at_probes = sampled_cotangents(heads, captured.outputs, targets, factors, to_probes, samples, noise)
+            drawn = samples, noise, processes
+            at_probes = sampled_cotangents(heads, captured.outputs, targets, factors, to_probes, *drawn)
             scale = scale / samples
         gradients = {name: uses for name, (_, uses) in captured.rows(at_probes).items()}
     return Statistics({name: inputs for name, (inputs, _) in rows.items()}, gradients, scale)

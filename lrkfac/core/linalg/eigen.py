@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_function, check_integer, check_number
+from lrkfac.core.base.hashing import GOLDEN, hashed
 
 
 def power_iteration(
@@ -147,8 +148,7 @@ def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "*many
     """Return numbers in [-1, 1) that depend on their place and on ``seed`` alone, float32.
 
     Start vectors need no quality beyond generic position, but must be pure and equal on every device,
-    in eager and compiled code and under ``vmap``; hence an integer hash (the finaliser of
-    MurmurHash3) and not a random generator.
+    in eager and compiled code and under ``vmap``; hence an integer hash and not a random generator.
 
     Args:
         rows: Number of rows.
@@ -157,12 +157,8 @@ def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "*many
     """
     if seed.device.type == "meta":  # shapes alone, for which torch would go through Python operation by operation
         return torch.empty(*seed.shape, rows, columns, dtype=torch.float32, device=seed.device)
-    mask = 0xFFFFFFFF
     place = torch.arange(rows * columns, dtype=torch.int64, device=seed.device).reshape(rows, columns)
-    x = (place + (seed * 0x9E3779B9 + 1)[..., None, None]) & mask
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
-    x = x ^ (x >> 16)
+    x = hashed((place + (seed * GOLDEN + 1)[..., None, None]).to(torch.int32)).to(torch.int64) & 0xFFFFFFFF
     return x.to(torch.float32) / 2**31 - 1
 
 

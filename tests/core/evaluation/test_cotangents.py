@@ -1,5 +1,7 @@
 """Cotangents are made a few at a time: equal to all at once, without the memory of that."""
 
+from typing import NamedTuple
+
 import optree
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import lrkfac
 from lrkfac.core.evaluation import cotangents
-from lrkfac.core.evaluation.cotangents import exact_cotangents, sampled_cotangents
+from lrkfac.core.evaluation.cotangents import exact_cotangents, example_numbers, random_signs, sampled_cotangents
 from tests import reference
 from tests.dispatch import LargestTensor, PeakMemory
 from tests.tensors import close, normal
@@ -46,12 +48,75 @@ def test_targets_drawn_in_parts_are_those_drawn_at_once(name, shape, seed, sampl
     def total(outputs, u):
         return likelihood.negative_log_likelihood(outputs, likelihood.sample(outputs, u).detach()).sum()
 
+    def drawn(noise):
+        torch.manual_seed(seed)
+        heads = lrkfac.joint(likelihood)
+        return sampled_cotangents(heads, [outputs], [outputs[..., 0]], [1.0], same, samples, noise)["all"][0]
+
+    whole = drawn(None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cotangents, "OUTPUTS_AT_ONCE", at_once)
-        arguments = (lrkfac.joint(likelihood), [outputs], [outputs[..., 0]], [1.0], same, samples)
-        sampled, drawn = (sampled_cotangents(*arguments, u)["all"][0] for u in (noise, None))
-    close(sampled, torch.stack([torch.func.grad(total)(outputs, u) for u in noise]))
-    assert drawn.shape == sampled.shape
+        close(drawn(noise), torch.stack([torch.func.grad(total)(outputs, u) for u in noise]))
+        assert torch.equal(drawn(None), whole)
+
+
+class Part(NamedTuple):
+    """The place of a process among those that share a batch."""
+
+    rank: int
+    size: int
+
+
+def draws_of(heads, outputs, processes=None):
+    """Cotangents of three samples, ``[3, N, *]`` of each head, signs ``[columns, N]``, and the generator's next."""
+    torch.manual_seed(1)
+    targets = [f.argmax(-1) if f.shape[-1] == 4 else f for f in outputs]
+    cotangents = sampled_cotangents(heads, outputs, targets, [1.0] * len(outputs), same, 3, None, processes)["all"]
+    signs = random_signs(heads, outputs, None, processes)
+    return [*cotangents, signs.mT[None]], torch.rand(5)
+
+
+HEADS = {
+    "one": (lrkfac.categorical(), [normal(14, 5, 4)]),
+    "two": ((lrkfac.gaussian(), lrkfac.categorical()), [normal(14, 2, seed=1), normal(14, 4, seed=2)]),
+}
+
+
+@pytest.mark.parametrize("heads, outputs", HEADS.values(), ids=HEADS)
+def test_processes_draw_parts_of_one_joint_draw(heads, outputs):
+    """Each its own, of any size, in the order in which ``DistributedSampler`` deals examples; bit for bit."""
+    heads, world = lrkfac.joint(heads), 3
+    whole, after = draws_of(heads, outputs)
+    for rank in range(world):
+        part, after_part = draws_of(heads, [f[rank::world] for f in outputs], Part(rank, world))
+        assert all(torch.equal(x, w[:, rank::world]) for x, w in zip(part, whole, strict=True))
+        assert torch.equal(after_part, after), "the generators of all processes go on alike"
+
+
+def test_examples_of_different_processes_never_share_a_number():
+    sizes = (5, 9, 0, 2)
+    numbers = [example_numbers(torch.zeros(n, 3), Part(rank, len(sizes))) for rank, n in enumerate(sizes)]
+    assert len(torch.cat(numbers).unique()) == sum(sizes)
+    assert torch.equal(example_numbers(torch.zeros(3), None), torch.arange(3))
+
+
+def test_samples_heads_examples_and_calls_are_drawn_independently():
+    """Errors of a Gaussian, and signs, of the same outputs everywhere."""
+    outputs, heads = torch.zeros(60, 7, dtype=torch.float64), lrkfac.joint((lrkfac.gaussian(), lrkfac.gaussian()))
+    drawn = [sampled_cotangents(heads, [outputs] * 2, [outputs] * 2, [1.0] * 2, same, 20, None) for _ in range(5)]
+    x = torch.stack([torch.stack(list(d["all"])) for d in drawn])  # [calls, heads, samples, N, entries]
+    signs = torch.stack([random_signs(heads, [outputs] * 2, None) for _ in range(40)])
+    for z, axes in ((x, range(5)), (signs.double(), range(3))):
+        assert z.mean().abs() < 4 / z.numel() ** 0.5 and (z.square().mean() - 1).abs() < 6 / z.numel() ** 0.5
+        for axis in axes:
+            products = (z * z.roll(1, axis)).mean()
+            assert products.abs() < 4 / (z.numel() / 2) ** 0.5, axis
+
+
+def test_an_empty_part_draws_nothing():
+    empty = [torch.zeros(0, 4)]
+    (cotangent, signs), _ = draws_of(lrkfac.joint(lrkfac.categorical()), empty, Part(2, 3))
+    assert cotangent.shape == (3, 0, 4) and signs.shape == (1, 0, 4)
 
 
 def evaluated(model, params, inputs, targets, estimator):
