@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import optree
 import torch
@@ -14,6 +14,7 @@ from torch.func import vmap
 from lrkfac.core.base.dtypes import widest
 from lrkfac.core.base.eager import has_values
 from lrkfac.core.base.hashing import new_seeds, uniform
+from lrkfac.core.base.processes import Processes
 from lrkfac.core.base.types import Tree
 from lrkfac.core.likelihoods.joint import Joint, Leaves
 from lrkfac.core.likelihoods.protocol import Likelihood
@@ -24,16 +25,6 @@ COLUMNS_AT_ONCE = 16
 
 OUTPUTS_AT_ONCE = 2**22
 """Outputs for which targets are drawn at once, since the drawing needs memory beside the cotangent itself."""
-
-
-class Processes(Protocol):
-    """What a draw asks of the processes that share a joint batch."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-
 
 Noise = Callable[[int, int, slice], Tensor]
 """``(sample, head, part) -> `` uniform numbers for a part of the examples of one head."""

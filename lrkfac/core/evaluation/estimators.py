@@ -7,9 +7,10 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_choice, check_integer
+from lrkfac.core.base.processes import Processes
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.capture import Captured, LayerRows, ProbeGradients
-from lrkfac.core.evaluation.cotangents import Processes, exact_cotangents, random_signs, sampled_cotangents
+from lrkfac.core.evaluation.cotangents import exact_cotangents, random_signs, sampled_cotangents
 from lrkfac.core.layers.statistics import Statistics, Uses
 from lrkfac.core.likelihoods.joint import Joint, Leaves
 

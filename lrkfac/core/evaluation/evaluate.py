@@ -81,8 +81,12 @@ class Evaluator:
                 those of the whole batch.
             noise: Uniform on [0, 1). For ``"mc"`` ``[samples, *outputs.shape]`` (a tree of such where outputs are one)
                 for these examples; for ``"exact"`` with random signs ``[columns, N]``, with one column for each entry
-                of the outputs of one of the ``N`` entries of their leading axis. By default it comes from torch's
-                default generator (``torch.manual_seed``), and ``vmap`` then asks for ``randomness="different"``.
+                of the outputs of one of the ``N`` entries of their leading axis. With a ``group``, that of this
+                process' part. By default it is a function of the number of the example and of one seed, which comes
+                from torch's default generator (``torch.manual_seed``); ``vmap`` then asks for
+                ``randomness="different"``. Processes with equal generators draw parts of one joint draw, without
+                communication, in which example ``n`` of process ``rank`` has the number ``n * size + rank``, as
+                ``torch.utils.data.DistributedSampler`` deals examples.
 
         Raises:
             ValueError: If parameters, targets, names, numbers or noise do not fit, an estimator that draws nothing
@@ -185,7 +189,8 @@ class Evaluator:
     def _estimate(
         self, heads: Joint, captured: Captured, rows: LayerRows, targets: list[Tensor], noise: Tree | None
     ) -> Statistics:
-        return estimate(captured, rows, heads, targets, self.estimator, self.samples, noise)
+        processes = None if self.parts is None else self.parts.processes
+        return estimate(captured, rows, heads, targets, self.estimator, self.samples, noise, processes)
 
     def _estimate_of_examples(
         self,

@@ -37,7 +37,8 @@ def merge_evaluations(evaluations: Sequence[Evaluation], group: Any = None) -> E
     Args:
         evaluations: At least one; either all with statistics or all without.
         group: The processes that have parts of the batch, see ``evaluator``. Evaluations made without a group are then
-            merged over processes as well, by one sum for all of them.
+            merged over processes as well, by one sum for all of them. They drew their targets as one process does, so
+            that processes need different seeds, or ``noise=``; with equal seeds all draw the same numbers.
 
     Returns:
         The evaluation of the union; all its gradients are tensors.

@@ -1,6 +1,6 @@
 """Cotangents are made a few at a time: equal to all at once, without the memory of that."""
 
-from typing import NamedTuple
+from dataclasses import replace
 
 import optree
 import pytest
@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrkfac
+from lrkfac.core.base.processes import Processes
 from lrkfac.core.evaluation import cotangents
 from lrkfac.core.evaluation.cotangents import exact_cotangents, example_numbers, random_signs, sampled_cotangents
+from lrkfac.core.evaluation.parts import Parts
 from tests import reference
 from tests.dispatch import LargestTensor, PeakMemory
 from tests.tensors import close, normal
@@ -60,13 +62,6 @@ def test_targets_drawn_in_parts_are_those_drawn_at_once(name, shape, seed, sampl
         close(drawn(None), whole)  # of vectors of other lengths, sigmoid rounds otherwise
 
 
-class Part(NamedTuple):
-    """The place of a process among those that share a batch."""
-
-    rank: int
-    size: int
-
-
 def draws_of(heads, outputs, processes=None):
     """Cotangents of three samples, ``[3, N, *]`` of each head, signs ``[columns, N]``, and the generator's next."""
     torch.manual_seed(1)
@@ -88,14 +83,27 @@ def test_processes_draw_parts_of_one_joint_draw(heads, outputs):
     heads, world = lrkfac.joint(heads), 3
     whole, after = draws_of(heads, outputs)
     for rank in range(world):
-        part, after_part = draws_of(heads, [f[rank::world] for f in outputs], Part(rank, world))
+        part, after_part = draws_of(heads, [f[rank::world] for f in outputs], Processes("", rank, world))
         close(part, [x[:, rank::world] for x in whole])
         assert torch.equal(after_part, after), "the generators of all processes go on alike"
 
 
+@pytest.mark.parametrize("estimator", ["mc", "exact"])
+def test_an_evaluator_hands_on_the_place_of_its_process(estimator):
+    """Statistics of a part are rows of those of the whole."""
+    model, params, x, y = lambda p, x: x @ p["w"].T, {"w": normal(4, 3)}, normal(9, 3, seed=1), torch.arange(9) % 4
+    layers = replace(lrkfac.find_layers(model, params, x), independent=False)  # "exact" then draws signs
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)
+    torch.manual_seed(0)
+    whole = evaluate(params, x, y).statistics.output_gradients["w"][0]
+    torch.manual_seed(0)
+    part = replace(evaluate, parts=Parts(Processes("", 1, 3), 1))._evaluate(params, x[1::3], y[1::3], True, *[None] * 3)
+    close(part.statistics.output_gradients["w"][0], whole[:, 1::3])
+
+
 def test_examples_of_different_processes_never_share_a_number():
     sizes = (5, 9, 0, 2)
-    numbers = [example_numbers(torch.zeros(n, 3), Part(rank, len(sizes))) for rank, n in enumerate(sizes)]
+    numbers = [example_numbers(torch.zeros(n, 3), Processes("", rank, len(sizes))) for rank, n in enumerate(sizes)]
     assert len(torch.cat(numbers).unique()) == sum(sizes)
     assert torch.equal(example_numbers(torch.zeros(3), None), torch.arange(3))
 
@@ -115,7 +123,7 @@ def test_samples_heads_examples_and_calls_are_drawn_independently():
 
 def test_an_empty_part_draws_nothing():
     empty = [torch.zeros(0, 4)]
-    (cotangent, signs), _ = draws_of(lrkfac.joint(lrkfac.categorical()), empty, Part(2, 3))
+    (cotangent, signs), _ = draws_of(lrkfac.joint(lrkfac.categorical()), empty, Processes("", 2, 3))
     assert cotangent.shape == (3, 0, 4) and signs.shape == (1, 0, 4)
 
 
