@@ -100,7 +100,7 @@ def _of_stack(work: Work, stack: list[Block], each: list[float | Tensor], operan
     leaves, structure = optree.tree_flatten(result)
     # Laid out as those of a block alone; what is repeated along an axis stays so.
     tidy = [x if 0 in x.stride() else x.contiguous() for x in leaves]
-    members = zip(*[x.unbind() for x in tidy], strict=True)
+    members = zip(*[x.unbind() for x in tidy], strict=True) if tidy else [()] * len(stack)  # with B = I, no answers
     return [optree.tree_unflatten(structure, list(x)) for x in members]
 
 

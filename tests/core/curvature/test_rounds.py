@@ -166,8 +166,8 @@ def of_parts(assigned, states, batches, sizes):
 
     def on(process):
         own = [part_of(one, ends[process.rank] - sizes[process.rank], ends[process.rank]) for one in batches]
-        share = torch.tensor(sizes[process.rank] / sum(sizes)).double()
-        return refreshed(assigned, states, own, Among(process, share))
+        counts = torch.tensor([sizes[process.rank], sum(sizes)]).double()
+        return refreshed(assigned, states, own, Among(process, *counts))
 
     return in_lockstep(len(sizes), on)
 
@@ -262,6 +262,6 @@ def test_what_is_stacked_does_not_change_what_is_summed():
     evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "empirical")
     own = [evaluate(params, x, torch.arange(4)).statistics for x in inputs]
     assigned = blocks(layers, LOW_RANK, None)
-    states, share = start(assigned, optree.tree_leaves(params)), torch.tensor(0.5).double()
-    results, _ = in_lockstep(2, lambda one: refreshed(assigned, states, [own[one.rank]], Among(one, share)))
+    states, counts = start(assigned, optree.tree_leaves(params)), torch.tensor([4.0, 8.0]).double()
+    results, _ = in_lockstep(2, lambda one: refreshed(assigned, states, [own[one.rank]], Among(one, *counts)))
     assert all(map(torch.equal, *map(optree.tree_leaves, results)))
