@@ -40,7 +40,17 @@ def test_code_blocks_run_one_after_another(page, tmp_path, monkeypatch):
 
 def test_code_is_on_the_pages_that_show_how_and_marked_as_python_or_not_at_all():
     """A block in another spelling would not be run."""
-    showing = {"README", "index", "tutorial", "modules", "structures", "recipes", "diagnostics", "reproducibility", "distributed"}
+    showing = {
+        "README",
+        "index",
+        "tutorial",
+        "modules",
+        "structures",
+        "recipes",
+        "diagnostics",
+        "reproducibility",
+        "distributed",
+    }
     assert showing <= {page.stem for page in WITH_CODE}
     for page in PAGES:
         assert set(re.findall(r"^```(\S+)$", page.read_text(), re.MULTILINE)) <= {"python"}, page.name

@@ -1,13 +1,19 @@
 """The examples run, if only for a few steps, and write what they say; their parts compute what they promise."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.func import hessian, jacrev, vmap
 
 import lrkfac
-from examples import ensemble, fine_tuning, language_model, physics_informed, training_loop
+from examples import data_parallel, ensemble, fine_tuning, language_model, physics_informed, training_loop
 from examples.text import init_transformer, text_windows, transformer
 
+ROOT = Path(__file__).parent.parent
 SHORT = {
     "language_model": ["--steps", "2", "--batch-size", "4", "--methods", "adam", "rank-16"],
     "ensemble": ["--steps", "6", "--members", "3"],
@@ -63,3 +69,19 @@ def test_a_character_depends_on_those_before_it_alone():
     changed[:, 5] = (changed[:, 5] + 1) % vocabulary
     before, after = transformer(params, inputs), transformer(params, changed)
     assert torch.equal(before[:, :5], after[:, :5]) and not torch.equal(before[:, 5:], after[:, 5:])
+
+
+TABLE = re.compile(r"^ +\d+ +(\d\.\d+) +(\d\.\d+) +(\d+\.\d)", re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_table_of_one(capsys):
+    data_parallel.main(["--epochs", "3"])
+    alone = capsys.readouterr().out
+    options = ["--standalone", "--nproc-per-node=2", "-m", "examples.data_parallel", "--epochs", "3"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
+    together = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert "parameters of 2 processes: equal bit for bit" in together and together.count("epoch") == 1
+    found, expected = (torch.tensor([[float(x) for x in row] for row in TABLE.findall(t)]) for t in (together, alone))
+    assert found.shape == (3, 3)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -173,9 +173,9 @@ def pieces_between(start: int, end: int, pieces: int) -> list[slice]:
     return [slice(*pair) for pair in pairwise(bounds)]
 
 
-def every_case(world: int) -> dict[str, dict[str, Any]]:
+def every_case() -> dict[str, dict[str, Any]]:
     """Train each case in all processes; the processes share in the references, each of one process alone."""
-    group = dist.group.WORLD
+    group, world = dist.group.WORLD, dist.get_world_size()
     results = {str(case): attempt(lambda case=case: train(case, group)) for case in CASES[world]}
     for i, case in enumerate(CASES[world]):
         if i % world == dist.get_rank():
