@@ -150,7 +150,7 @@ def _affine_prepare(
     place = place._replace(axis=0)
     a = place.in_front(a.permute(order), n)
     g = place.in_front(g.permute(0, *(i + 1 for i in order)), n, leading=1)
-    positions = a[0].numel() // size if size else 0
+    positions = math.prod(a.shape[1:]) // size if size else 0
     return a.reshape(a.shape[0], positions, size), g.reshape(*g.shape[:2], positions, size)
 
 
