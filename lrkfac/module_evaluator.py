@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkfac.core.base.private_torch import copy_all
+from lrkfac.core.base.sharding import reshard, unshard
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.evaluator import evaluator
@@ -65,12 +66,12 @@ class ModuleEvaluator:
         self.modes = [(name, part, part.training) for name, part in module.named_modules()]
         model = self._model()
         with self._naming_normalisations():
-            self.layers = find_layers(model, self.params, self._with_buffers(inputs))
+            self.layers = find_layers(model, unshard(self.params), self._with_buffers(inputs))
         self._function: Callable[..., Evaluation] | None = self._evaluator_of(model)
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """The trained parameters by name; they share memory with the module's."""
+        """The trained parameters by name, sharded as they are; they share memory with the module's."""
         return {name: p.detach() for name, p in self.parameters.items()}
 
     def __call__(self, inputs: Tree, targets: Tree, **requests: Any) -> Evaluation:
@@ -81,11 +82,12 @@ class ModuleEvaluator:
                 of ``evaluator``.
             TypeError: As the function of ``evaluator``.
         """
+        reshard(self.module)
         self._check_unchanged()
         if self._function is None:  # in a copy, whose function must be of its own module
             self._function = self._evaluator_of(self._model())
         with self._naming_normalisations():
-            evaluation = self._function(self.params, self._with_buffers(inputs), targets, **requests)
+            evaluation = self._function(unshard(self.params), self._with_buffers(inputs), targets, **requests)
         if self.has_buffers:
             with torch.no_grad():
                 buffers = dict(self.module.named_buffers())
@@ -98,7 +100,7 @@ class ModuleEvaluator:
     def _model(self) -> Callable[..., Any]:
         """Return the module as a function of its trained parameters."""
         model, params, *_ = from_module(self.module, self.has_buffers, self.output)
-        constants = {name: x for name, x in params.items() if name not in self.parameters}
+        constants = unshard({name: x for name, x in params.items() if name not in self.parameters})
         return WithConstants(model, constants) if constants else model
 
     def _evaluator_of(self, model: Callable[..., Any]) -> Callable[..., Evaluation]:

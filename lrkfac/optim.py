@@ -13,6 +13,7 @@ from lrkfac.chains import low_rank_kfac
 from lrkfac.core.base.arguments import check_integer
 from lrkfac.core.base.dtypes import without_autocast
 from lrkfac.core.base.private_torch import copy_all
+from lrkfac.core.base.sharding import local_parts, shard_like, unshard
 from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.estimators import Estimator
@@ -125,7 +126,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         super().__init__(everything if groups is None else groups, defaults)
         self._describe()
         self.statistics_every = statistics_every
-        self.chain_state = self.transformation.init(self.params)
+        self.chain_state = self.transformation.init(unshard(self.params))
         self._progress = {"steps": 0, "statistics since": 0}
         self.steps = 0
 
@@ -173,7 +174,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         """
         self._pending.prepare()
         evaluation = self._evaluate(inputs, targets, statistics, selection)
-        evaluation = evaluation._replace(grads=materialize(evaluation.grads))
+        evaluation = evaluation._replace(grads=shard_like(self.params, materialize(evaluation.grads)))
         self._pending.add(evaluation)
         return evaluation
 
@@ -210,9 +211,10 @@ class LowRankKFAC(torch.optim.Optimizer):
             params = self.params
             with torch.no_grad(), without_autocast(evaluation.loss):
                 updates, self.chain_state = self.transformation.update(
-                    evaluation.grads, self.chain_state, params, evaluation=evaluation
+                    evaluation.grads, self.chain_state, unshard(params), evaluation=evaluation
                 )
-                copy_all(list(params.values()), list(apply_updates(params, updates).values()))
+                changed = apply_updates(params, updates)
+                copy_all(list(local_parts(params).values()), list(local_parts(changed).values()))
             self.steps += 1
             self._pending.restart(self._evaluator.parameters)
         return evaluation.loss
@@ -262,7 +264,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if is_built:
-            self.chain_state = carry_over(self.transformation.init(self.params), self.chain_state)
+            self.chain_state = carry_over(self.transformation.init(unshard(self.params)), self.chain_state)
             self._progress["statistics since"] = self.steps
             self.steps = self.steps  # of the new parameters, too
 
@@ -285,7 +287,8 @@ class LowRankKFAC(torch.optim.Optimizer):
         if targets is not None:
             self._pending.check_free()
             return self._evaluate(closure, targets, statistics, selection)
-        return self._pending.of_closure(closure)
+        evaluation = self._pending.of_closure(closure)
+        return evaluation._replace(grads=unshard(evaluation.grads))
 
     def _evaluate(self, inputs: Tree, targets: Tree, statistics: bool | None, selection: dict[str, Any]) -> Evaluation:
         if statistics is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.core.base.arguments import check_function
+from lrkfac.core.base.sharding import is_sharded
 from lrkfac.param_groups import PER_GROUP, checked_rate, plain_rate
 from lrkfac.transforms.base import GradientTransformation
 
@@ -56,10 +57,22 @@ def settings_of_groups(
 def unwrapped(module: nn.Module, group: Any) -> tuple[nn.Module, Any]:
     """Return the module inside of a ``DistributedDataParallel``, and its processes unless others are given.
 
-    Its own sums over processes, in hooks of ``backward()``, are not run: evaluations bring theirs.
+    Its own sums over processes, in hooks of ``backward()``, are not run: evaluations bring theirs. A module under
+    ``fully_shard`` stays, and its processes are those of its mesh.
+
+    Raises:
+        ValueError: If ``fully_shard`` has a mesh with several axes, and no group is given.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return module.module, module.process_group if group is None else group
+    meshes = [p.device_mesh for p in module.parameters() if is_sharded(p)] if isinstance(module, nn.Module) else []
+    if meshes and group is None:
+        if meshes[0].ndim > 1:
+            raise ValueError(
+                f"group: missing, and the module is under fully_shard on a mesh of the shape {tuple(meshes[0].shape)}; "
+                "pass the group of all processes with batches of their own, such as torch.distributed.group.WORLD"
+            )
+        group = meshes[0]
     return module, group
 
 

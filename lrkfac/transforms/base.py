@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lrkfac.core.base.autograd import constant_unless
+from lrkfac.core.base.sharding import local_parts, shard_like
 from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.trees import add_scaled
 from lrkfac.core.base.types import Tree
@@ -167,7 +168,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     otherwise constants; see ``differentiable`` of ``evaluator``.
 
     Args:
-        params: Tree of parameters.
+        params: Tree of parameters. They may be sharded: of each ``DTensor``, every process changes its own part.
         updates: Tree of the same structure and shapes, such as a chain's ``update`` returns.
 
     Returns:
@@ -182,9 +183,9 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([1.0, -1.0])})
         {'w': tensor([2., 0.])}
     """
-    check_tree(params, "params")
+    check_tree(local_parts(params), "params")
     check_like(params, updates, "updates")
-    return add_scaled(constant_unless(updates, params), 1.0, updates)
+    return add_scaled(constant_unless(updates, params), 1.0, shard_like(params, updates))
 
 
 def check_params(params: Tree, name: str, updates: Tree) -> Tree:

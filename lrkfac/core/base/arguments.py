@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.eager import has_values
+from lrkfac.core.base.tree_checks import check_whole
 
 
 def check_number(
@@ -99,9 +100,11 @@ def check_model(value: Any) -> Callable[..., Any]:
 
 
 def check_values(**trees: Any) -> None:
-    """Raise if a tree has a tensor on the device "meta"."""
+    """Raise if a tree has a tensor on the device "meta", or a ``DTensor``."""
     for name, tree in trees.items():
-        if any(isinstance(x, Tensor) and x.device.type == "meta" for x in optree.tree_leaves(tree)):
+        leaves = optree.tree_leaves(tree)
+        check_whole(tree, leaves, name)
+        if any(isinstance(x, Tensor) and x.device.type == "meta" for x in leaves):
             raise ValueError(f"{name}: expected tensors with values, got one on the device 'meta'")
 
 

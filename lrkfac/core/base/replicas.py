@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.processes import Processes, processes_of
-from lrkfac.core.base.tree_checks import paths
+from lrkfac.core.base.tree_checks import check_whole, paths
 from lrkfac.core.base.types import Tree
 
 _WORDS = {1: torch.int8, 2: torch.int16}
@@ -30,8 +30,7 @@ def check_replicas(tree: Tree, group: Any, what: str = "tree") -> None:
     Raises:
         ValueError: On all processes, if trees differ: names the first leaf that does, and the ranks. If this
             process is none of the group.
-
-        TypeError: If ``group`` is neither.
+        TypeError: If ``group`` is neither, or a leaf is a ``DTensor``.
 
     Examples:
         >>> import tempfile, torch, lrkfac
@@ -41,6 +40,7 @@ def check_replicas(tree: Tree, group: Any, what: str = "tree") -> None:
         >>> lrkfac.check_replicas({"weight": torch.ones(3)}, dist.group.WORLD)
         >>> dist.destroy_process_group()
     """
+    check_whole(tree, optree.tree_leaves(tree), what)
     processes = group if isinstance(group, Processes) else processes_of(group)
     check_same(what, processes.exchange(fingerprints(tree)))
 

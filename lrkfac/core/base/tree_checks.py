@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import optree
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.sharding import is_sharded
 from lrkfac.core.base.types import Tree
 
 
@@ -45,6 +47,7 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
     Raises:
         ValueError: Names the leaf that is missing, unexpected, of another shape or on another device, or is no
             floating-point tensor.
+        TypeError: If a leaf is a ``DTensor``.
     """
     leaves, structure = optree.tree_flatten(got)
     likes, expected_structure = optree.tree_flatten(expected)
@@ -55,7 +58,7 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
             f"{what}: the tree differs from the one at the start: {differs}; pass a tree like the parameters, "
             "or call find_layers() and init() again for others"
         )
-    _check_devices(leaves, what)
+    _check_places(got, leaves, what)
     for i, (leaf, like) in enumerate(zip(leaves, likes, strict=True)):
         if not isinstance(leaf, Tensor | LazyMatrix) or leaf.shape != like.shape:
             actual = tuple(leaf.shape) if isinstance(leaf, Tensor | LazyMatrix) else type(leaf).__name__
@@ -97,11 +100,23 @@ def check_tree(got: Tree, what: str) -> list[Tensor]:
             raise TypeError(f"{what}: expected floating-point tensors, got {actual} at {paths(got)[i]!r}")
     if got is None:
         raise TypeError(f"{what}: expected a tree of tensors, got None")
-    _check_devices(leaves, what)
+    _check_places(got, leaves, what)
     return leaves
 
 
-def _check_devices(leaves: list[Any], what: str) -> None:
-    """Raise if some leaves have values and some do not; a tree without values at all asks for shapes."""
+def check_whole(tree: Tree, leaves: Sequence[Any], what: str) -> None:
+    """Raise ``TypeError`` if a leaf is a ``DTensor``, with its path in the tree."""
+    for i, leaf in enumerate(leaves):
+        if is_sharded(leaf):
+            parts = f"{tuple(leaf.placements)} over {leaf.device_mesh.size()} processes"
+            raise TypeError(
+                f"{what}: expected whole tensors, got a DTensor {parts} at {paths(tree)[i]!r}; pass "
+                f"lrkfac.unshard({what}); a model whose layers compute with DTensors (tensor parallelism) is not taken"
+            )
+
+
+def _check_places(tree: Tree, leaves: list[Any], what: str) -> None:
+    """Raise if a leaf is sharded, or some leaves have values and some not; a tree without any asks for shapes."""
+    check_whole(tree, leaves, what)
     if len({leaf.device.type == "meta" for leaf in leaves if isinstance(leaf, Tensor)}) > 1:
         raise ValueError(f"{what}: expected tensors with values, got some on the device 'meta'")

@@ -125,7 +125,7 @@ class Evaluator:
     ) -> Evaluation:
         """Evaluate a batch, or the part of one that this process has; see ``__call__``."""
         check_like(self.layers.tree, params, "params")
-        check_values(params=params, inputs=inputs)
+        check_values(params=params, inputs=inputs, targets=targets)
         heads = self.objective.heads
         leaves = heads.leaves(targets, "targets")
         check_selection(statistics, layers, examples, self.layers)

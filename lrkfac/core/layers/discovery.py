@@ -17,7 +17,7 @@ from lrkfac.core.base.arguments import check_choice, check_flag, check_model, ch
 from lrkfac.core.base.by_autograd import attached, constant
 from lrkfac.core.base.containers import result_leaves, with_opened_inputs
 from lrkfac.core.base.private_torch import fake_mode, value_errors, version, without_checkpoints
-from lrkfac.core.base.tree_checks import paths, paths_with_none
+from lrkfac.core.base.tree_checks import check_whole, paths, paths_with_none
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.custom import LayerKind
 from lrkfac.core.layers.dependence import Batch, find_batch
@@ -91,6 +91,7 @@ def find_layers(
     check_choice(bias, "bias", ("joint", "separate"))
     model, inputs = with_opened_inputs(model, inputs)
     check_values(inputs=inputs)
+    check_whole(params, optree.tree_leaves(params), "params")
     custom = _checked_kinds(kinds)
     axes = None if batch_axes is None else _checked_axes(batch_axes, inputs)
     parameters, structure = _parameters(params), optree.tree_structure(params)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lrkfac.core.base.arguments import check_flag
 from lrkfac.core.base.containers import described, named_entries
-from lrkfac.core.base.private_torch import has_backward_hooks, has_old_weight_norm, iterates_spectral_norm
+from lrkfac.core.base.private_torch import (
+    casts_of_fully_shard,
+    has_backward_hooks,
+    has_old_weight_norm,
+    is_fully_sharded,
+    iterates_spectral_norm,
+    unwrapped_copy,
+)
+from lrkfac.core.base.sharding import is_flattened, is_sharded, placements, reshard, unshard
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 
@@ -28,6 +36,9 @@ def from_module(module: nn.Module, buffers: bool = False, output: str | int | No
     Parameters share memory with the module's, which nothing here changes. Those that do not require a gradient are
     frozen: constants of the function, not among ``params``. Gradients of embeddings are dense, whatever their
     ``sparse``. The function copies, pickles and saves where the module does.
+
+    A module under ``fully_shard`` gives the function of the module inside, on whole tensors, and its parameters as
+    sharded: ``model(unshard(params), inputs)``. Frozen parameters and buffers are whole in every process.
 
     Examples:
         >>> import torch
@@ -56,26 +67,32 @@ def from_module(module: nn.Module, buffers: bool = False, output: str | int | No
             have no such entry.
         ValueError: If the module has no parameters; if a submodule draws hidden random numbers for dropout, or has
             backward hooks, as a parameter may; or if it has ``spectral_norm`` in training mode or the old
-            ``weight_norm``.
+            ``weight_norm``; if it is wrapped for several processes otherwise than by ``fully_shard``, its layers
+            compute with a ``DTensor`` (tensor parallelism), or ``fully_shard`` casts to another dtype.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
     check_flag(buffers, "buffers")
     if output is not None and (isinstance(output, bool) or not isinstance(output, str | int)):
         raise TypeError(f"output: expected a name, a number or None, got {type(output).__name__}")
+    reshard(module)
     _check_no_dropout(module)
     for name, part in module.named_modules():
         _check_part(name or type(module).__name__, part)
     check_no_hooks(module)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    constants = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    constants = unshard({name: p.detach() for name, p in module.named_parameters() if not p.requires_grad})
     if not params:
         raise ValueError(f"module: {type(module).__name__} has no parameters that require a gradient")
     shared = {id(x): x for x in (*module.parameters(), *module.buffers())}
     # What the module keeps of its last pass, such as attention weights, cannot be copied with its history.
     kept = [x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor) and x.grad_fn]
     shared.update({id(x): x.detach() for x in kept})
-    frozen = copy.deepcopy(module, shared)  # the module's mode and structure, without copies of tensors
+    if any(is_fully_sharded(part) for part in module.modules()):
+        shared.update({id(p): _without_values(p) for p in module.parameters() if is_sharded(p)})
+        frozen = unwrapped_copy(module, shared)
+    else:
+        frozen = copy.deepcopy(module, shared)  # the module's mode and structure, without copies of tensors
     for part in frozen.modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag):
             part.sparse = False  # torch.func cannot take sparse gradients
@@ -170,20 +187,37 @@ def check_no_hooks(module: nn.Module) -> None:
             )
 
 
-def _is_sharded(part: nn.Module) -> bool:
-    """Return whether parameters are parts of tensors that lie on several devices."""
-    distributed = sys.modules.get("torch.distributed.tensor")  # nothing is one before it is imported
-    return distributed is not None and any(isinstance(p, distributed.DTensor) for p in part.parameters(recurse=False))
+def _without_values(p: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
 
 
-def _check_part(name: str, part: nn.Module) -> None:
-    """Raise ``ValueError`` if a module does what no pure function can."""
-    if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel) or _is_sharded(part):
+def _check_sharding(name: str, part: nn.Module) -> None:
+    """Raise ``ValueError`` if a module over several processes is no function of whole tensors."""
+    if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel) or is_flattened(part):
         raise ValueError(
             f"module: {name!r} is {type(part).__name__} over several processes or devices, whose synchronisation in "
             "hooks of backward() nothing here runs; pass the module inside, unsharded, and "
             "evaluator(..., group=torch.distributed.group.WORLD), or give LowRankKFAC the DistributedDataParallel"
         )
+    for path, p in part.named_parameters(name, recurse=False):
+        cut = [type(place).__name__ for place in placements(p) if not place.is_replicate()]
+        if is_sharded(p) and (not is_fully_sharded(part) or cut not in ([], ["Shard"])):
+            raise ValueError(
+                f"module: {path!r} is a DTensor {placements(p)} that fully_shard has not made, or not alone: "
+                "layers that compute with parts of their weights (tensor parallelism) are not taken; pass the module "
+                "as it was before parallelize_module(), or under fully_shard alone"
+            )
+    casts = casts_of_fully_shard(part)
+    if casts is not None and (casts.param_dtype or casts.output_dtype):
+        raise ValueError(
+            f"module: {name!r} is under fully_shard with {casts}, which a function of its parameters would leave out; "
+            "call fully_shard without param_dtype and output_dtype, and evaluate under torch.autocast"
+        )
+
+
+def _check_part(name: str, part: nn.Module) -> None:
+    """Raise ``ValueError`` if a module does what no pure function can."""
+    _check_sharding(name, part)
     if has_backward_hooks(part):
         raise ValueError(
             f"module: {name!r} has backward hooks (register_full_backward_hook), which would also see the backward "

@@ -1,0 +1,91 @@
+"""Tensors whose parts lie in several processes: ``DTensor``, as ``fully_shard`` makes of parameters."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import optree
+from torch import Tensor, nn
+
+from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.types import Tree
+
+
+def unshard(tree: Tree) -> Tree:
+    """Gather the parts of each ``DTensor`` of a tree from all processes; other leaves pass.
+
+    Everything in lrkfac computes on whole tensors, but for ``apply_updates``, which takes sharded parameters and whole
+    updates. So a loop over a module under ``fully_shard`` gathers its parameters once in each step. All processes call
+    it, with the same tree.
+
+    Args:
+        tree: Such as the parameters that ``from_module`` returns for a module under ``fully_shard``.
+
+    Returns:
+        A tree of the same structure, whose tensors are whole, equal in all processes, and require no gradient.
+
+    Examples:
+        >>> import torch, lrkfac
+        >>> from torch import distributed
+        >>> from torch.distributed.fsdp import fully_shard
+        >>> distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        >>> net = torch.nn.Linear(3, 2)
+        >>> _ = fully_shard(net, mesh=distributed.init_device_mesh("cpu", (1,)))
+        >>> model, params = lrkfac.from_module(net)
+        >>> type(params["weight"]).__name__, type(unshard(params)["weight"]).__name__
+        ('DTensor', 'Tensor')
+        >>> distributed.destroy_process_group()
+    """
+    return optree.tree_map(lambda x: x.detach().full_tensor() if is_sharded(x) else x, tree)
+
+
+def shard_like(params: Tree, tree: Tree) -> Tree:
+    """Return a tree with each leaf cut as its parameter is: no process sends anything, since all have the whole.
+
+    Leaves that are cut already, or whose parameter is whole, pass.
+    """
+
+    def one(p: Any, x: Any) -> Any:
+        if not is_sharded(p) or is_sharded(x):
+            return x
+        from torch.distributed.tensor import distribute_tensor  # takes as long to import as the rest of the package
+
+        whole = x.dense() if isinstance(x, LazyMatrix) else x
+        return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+
+    return optree.tree_map(one, params, tree)
+
+
+def is_sharded(x: Any) -> bool:
+    """Return whether something is a ``DTensor``."""
+    return isinstance(x, Tensor) and hasattr(x, "device_mesh") and hasattr(x, "placements")
+
+
+def placements(x: Any) -> tuple[Any, ...]:
+    """Return how a tensor is spread over each axis of its mesh of processes; ``()`` if it is no ``DTensor``."""
+    return x.placements if is_sharded(x) else ()
+
+
+def reshard(module: nn.Module) -> None:
+    """Leave each process its own part of the parameters under ``fully_shard``.
+
+    After a pass without gradients the outermost module keeps whole ones, which no longer follow their parts.
+    """
+    for part in module.modules():
+        if _is_wrapped(part, "FSDPModule"):
+            part.reshard()  # type: ignore[operator]
+
+
+def is_flattened(part: nn.Module) -> bool:
+    """Return whether a module is ``FullyShardedDataParallel``, whose parameters are many in one row."""
+    return _is_wrapped(part, "FullyShardedDataParallel")
+
+
+def _is_wrapped(part: nn.Module, kind: str) -> bool:
+    return isinstance(part, getattr(sys.modules.get("torch.distributed.fsdp"), kind, ()))
+
+
+def local_parts(tree: Tree) -> Tree:
+    """Return a tree of what lies in this process of each ``DTensor``, in the same memory; other leaves pass."""
+    return optree.tree_map(lambda x: x.to_local() if is_sharded(x) else x, tree)
