@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkfac.core.base.private_torch import copy_all
-from lrkfac.core.base.sharding import reshard, unshard
+from lrkfac.core.base.sharding import local_parts, reshard, unshard
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.evaluator import evaluator
@@ -66,13 +66,18 @@ class ModuleEvaluator:
         self.modes = [(name, part, part.training) for name, part in module.named_modules()]
         model = self._model()
         with self._naming_normalisations():
-            self.layers = find_layers(model, unshard(self.params), self._with_buffers(inputs))
+            self.layers = find_layers(model, self.whole, self._with_buffers(inputs))
         self._function: Callable[..., Evaluation] | None = self._evaluator_of(model)
 
     @property
     def params(self) -> dict[str, Tensor]:
         """The trained parameters by name, sharded as they are; they share memory with the module's."""
         return {name: p.detach() for name, p in self.parameters.items()}
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """The trained parameters by name, gathered where they are sharded."""
+        return unshard(self.params)
 
     def __call__(self, inputs: Tree, targets: Tree, **requests: Any) -> Evaluation:
         """Return the evaluation of a batch; ``requests`` are the other arguments of the function of ``evaluator``.
@@ -87,12 +92,17 @@ class ModuleEvaluator:
         if self._function is None:  # in a copy, whose function must be of its own module
             self._function = self._evaluator_of(self._model())
         with self._naming_normalisations():
-            evaluation = self._function(unshard(self.params), self._with_buffers(inputs), targets, **requests)
+            evaluation = self._function(self.whole, self._with_buffers(inputs), targets, **requests)
         if self.has_buffers:
             with torch.no_grad():
                 buffers = dict(self.module.named_buffers())
                 copy_all(list(buffers.values()), [evaluation.aux[name] for name in buffers])
         return evaluation
+
+    def take(self, values: Mapping[str, Tensor]) -> None:
+        """Copy values, sharded as the parameters are, into the parameters."""
+        parts = local_parts({name: (p, values[name]) for name, p in self.params.items()})
+        copy_all([p for p, _ in parts.values()], [x for _, x in parts.values()])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_function": None}

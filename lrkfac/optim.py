@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from lrkfac.chains import low_rank_kfac
 from lrkfac.core.base.arguments import check_integer
 from lrkfac.core.base.dtypes import without_autocast
-from lrkfac.core.base.private_torch import copy_all
-from lrkfac.core.base.sharding import local_parts, shard_like, unshard
 from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.estimators import Estimator
@@ -126,7 +124,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         super().__init__(everything if groups is None else groups, defaults)
         self._describe()
         self.statistics_every = statistics_every
-        self.chain_state = self.transformation.init(unshard(self.params))
+        self.chain_state = self.transformation.init(self._evaluator.whole)
         self._progress = {"steps": 0, "statistics since": 0}
         self.steps = 0
 
@@ -174,7 +172,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         """
         self._pending.prepare()
         evaluation = self._evaluate(inputs, targets, statistics, selection)
-        evaluation = evaluation._replace(grads=shard_like(self.params, materialize(evaluation.grads)))
+        evaluation = evaluation._replace(grads=materialize(evaluation.grads))
         self._pending.add(evaluation)
         return evaluation
 
@@ -208,13 +206,12 @@ class LowRankKFAC(torch.optim.Optimizer):
                 return evaluation.loss
             if self._make_chain.has_changed():
                 self.transformation = self._make_chain(self.layers, self._evaluator.parameters)
-            params = self.params
+            params, whole = self.params, self._evaluator.whole
             with torch.no_grad(), without_autocast(evaluation.loss):
                 updates, self.chain_state = self.transformation.update(
-                    evaluation.grads, self.chain_state, unshard(params), evaluation=evaluation
+                    evaluation.grads, self.chain_state, whole, evaluation=evaluation
                 )
-                changed = apply_updates(params, updates)
-                copy_all(list(local_parts(params).values()), list(local_parts(changed).values()))
+                self._evaluator.take(apply_updates(params, updates))
             self.steps += 1
             self._pending.restart(self._evaluator.parameters)
         return evaluation.loss
@@ -264,7 +261,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if is_built:
-            self.chain_state = carry_over(self.transformation.init(unshard(self.params)), self.chain_state)
+            self.chain_state = carry_over(self.transformation.init(self._evaluator.whole), self.chain_state)
             self._progress["statistics since"] = self.steps
             self.steps = self.steps  # of the new parameters, too
 
@@ -287,8 +284,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         if targets is not None:
             self._pending.check_free()
             return self._evaluate(closure, targets, statistics, selection)
-        evaluation = self._pending.of_closure(closure)
-        return evaluation._replace(grads=unshard(evaluation.grads))
+        return self._pending.of_closure(closure)
 
     def _evaluate(self, inputs: Tree, targets: Tree, statistics: bool | None, selection: dict[str, Any]) -> Evaluation:
         if statistics is None:

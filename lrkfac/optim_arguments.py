@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.core.base.arguments import check_function
-from lrkfac.core.base.sharding import is_sharded
+from lrkfac.core.base.sharding import mesh_of
+from lrkfac.core.layers.module import check_sharding
 from lrkfac.param_groups import PER_GROUP, checked_rate, plain_rate
 from lrkfac.transforms.base import GradientTransformation
 
@@ -61,18 +62,19 @@ def unwrapped(module: nn.Module, group: Any) -> tuple[nn.Module, Any]:
     ``fully_shard`` stays, and its processes are those of its mesh.
 
     Raises:
-        ValueError: If ``fully_shard`` has a mesh with several axes, and no group is given.
+        ValueError: If ``fully_shard`` has a mesh with several axes, and no group is given; or as ``from_module``.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return module.module, module.process_group if group is None else group
-    meshes = [p.device_mesh for p in module.parameters() if is_sharded(p)] if isinstance(module, nn.Module) else []
-    if meshes and group is None:
-        if meshes[0].ndim > 1:
+    if isinstance(module, nn.Module) and group is None:
+        check_sharding(module)
+        meshes = [mesh_of(p) for p in module.parameters() if mesh_of(p) is not None]
+        if meshes and meshes[0].ndim > 1:
             raise ValueError(
                 f"group: missing, and the module is under fully_shard on a mesh of the shape {tuple(meshes[0].shape)}; "
                 "pass the group of all processes with batches of their own, such as torch.distributed.group.WORLD"
             )
-        group = meshes[0]
+        group = meshes[0] if meshes else None
     return module, group
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkfac.core.base.private_torch import version, weak_reference
+from lrkfac.core.base.sharding import shard_like, unshard
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.merging import mean, merge_evaluations, merged_from
 
@@ -82,7 +83,7 @@ class Pending:
 
     def add(self, evaluation: Evaluation) -> None:
         """Merge an evaluation; each ``.grad`` becomes the mean over the examples of all parts."""
-        grads: dict[str, Tensor] = evaluation.grads
+        grads: dict[str, Tensor] = shard_like(self.parameters, evaluation.grads)
         with torch.no_grad():
             if self.parts:
                 weights = torch.stack([*[part.evaluation.weight for part in self.parts], evaluation.weight])
@@ -94,7 +95,7 @@ class Pending:
                 for name, parameter in self.parameters.items():
                     # A copy: several parameters may have the same gradient, and each may be changed in place.
                     parameter.grad = grads[name].clone()
-        self.parts.append(Part(evaluation._replace(grads={}), _marks(optree.tree_leaves(grads))))
+        self.parts.append(Part(evaluation._replace(grads={}), _marks(optree.tree_leaves(evaluation.grads))))
         self.number += 1
         self._mark()
 
@@ -109,7 +110,7 @@ class Pending:
             raise TypeError(
                 "step: nothing to step with; call step(inputs, targets), or evaluate(inputs, targets) first"
             )
-        parts, grads = [part.evaluation for part in self.parts], self.gradients("step")
+        parts, grads = [part.evaluation for part in self.parts], unshard(self.gradients("step"))
         return (parts[0] if len(parts) == 1 else merge_evaluations(parts))._replace(grads=grads)
 
     def of_closure(self, closure: Any) -> Evaluation:
@@ -162,7 +163,11 @@ class Pending:
         else:
             same = evaluation.grads is merged_grads
         if same:
-            return self.whole() if len(numbers) < len(losses) else evaluation._replace(grads=self.gradients("step"))
+            return (
+                self.whole()
+                if len(numbers) < len(losses)
+                else evaluation._replace(grads=unshard(self.gradients("step")))
+            )
         if self._changed() or len(numbers) < len(losses):
             raise ValueError(
                 "step: both .grad and the gradients of the evaluation have been changed since evaluate(); change "
@@ -211,4 +216,4 @@ def _has_entries(grad: Tensor | None) -> bool:
     if grad is None:
         return False
     values: Any = grad.coalesce().values() if grad.is_sparse else grad
-    return bool(values.any())
+    return bool(unshard(values.any()))  # of all processes

@@ -161,6 +161,7 @@ public("subspace_iteration", {"matvec": lambda v: v, "start": torch.ones(3, 2)},
 public("check_replicas", {"tree": P, "group": Processes("alone", 0, 1)}, group=NOT_GROUPS, tree=st.nothing(),
     what=st.nothing())
 public("materialize", {"x": P}, x=among(1, "x", 1j, object(), [1.0], {"x": "y"}, (torch.ones(2), "x")))
+public("unshard", {"tree": P}, tree=st.nothing())
 public("apply_updates", {"params": P, "updates": G}, params=tree(P, shapes=False), updates=NOT_TREES)
 public("state_dict", {"tree": FLAT}, tree=NOT_LEAVES)
 WRONG_DICTIONARIES = [{**FLAT, "w": torch.ones(3, 2)}, {**FLAT, "w": torch.ones(2, 3).double()}, {**FLAT, "step": 3.0}]

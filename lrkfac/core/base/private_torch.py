@@ -307,11 +307,10 @@ def unwrapped_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         attributes = {name: x for name, x in vars(part).items() if not name.startswith("__composable_api_state_key")}
         for name, x in attributes.items():
             if name.endswith("_hooks") and isinstance(x, dict):
-                attributes[name] = type(x)((key, hook) for key, hook in x.items() if not _is_of_fully_shard(hook))
+                theirs = [
+                    key for key, f in x.items() if getattr(f, "__module__", "").startswith("torch.distributed.fsdp")
+                ]
+                attributes[name] = type(x)((key, hook) for key, hook in x.items() if key not in theirs)
         vars(shell).update(copy.deepcopy(attributes, memo))
         vars(shell).pop("_is_fsdp_managed_module", None)
     return shells[module]
-
-
-def _is_of_fully_shard(hook: Any) -> bool:
-    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")

@@ -49,10 +49,13 @@ def shard_like(params: Tree, tree: Tree) -> Tree:
     def one(p: Any, x: Any) -> Any:
         if not is_sharded(p) or is_sharded(x):
             return x
-        from torch.distributed.tensor import distribute_tensor  # takes as long to import as the rest of the package
+        from torch.distributed.tensor import DTensor, Replicate  # takes as long to import as the rest of the package
 
         whole = x.dense() if isinstance(x, LazyMatrix) else x
-        return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+        everywhere = [Replicate()] * p.device_mesh.ndim
+        return DTensor.from_local(whole, p.device_mesh, everywhere, run_check=False).redistribute(
+            p.device_mesh, p.placements
+        )
 
     return optree.tree_map(one, params, tree)
 
@@ -65,6 +68,11 @@ def is_sharded(x: Any) -> bool:
 def placements(x: Any) -> tuple[Any, ...]:
     """Return how a tensor is spread over each axis of its mesh of processes; ``()`` if it is no ``DTensor``."""
     return x.placements if is_sharded(x) else ()
+
+
+def mesh_of(x: Any) -> Any:
+    """Return the ``DeviceMesh`` of a ``DTensor``, ``None`` of anything else."""
+    return x.device_mesh if is_sharded(x) else None
 
 
 def reshard(module: nn.Module) -> None:

@@ -109,9 +109,10 @@ def check_whole(tree: Tree, leaves: Sequence[Any], what: str) -> None:
     for i, leaf in enumerate(leaves):
         if is_sharded(leaf):
             parts = f"{tuple(leaf.placements)} over {leaf.device_mesh.size()} processes"
+            place = f" at {paths(tree)[i]!r}" if tree is not leaf else ""
             raise TypeError(
-                f"{what}: expected whole tensors, got a DTensor {parts} at {paths(tree)[i]!r}; pass "
-                f"lrkfac.unshard({what}); a model whose layers compute with DTensors (tensor parallelism) is not taken"
+                f"{what}: expected whole tensors, got a DTensor {parts}{place}; pass lrkfac.unshard() of it; "
+                "a model whose layers compute with DTensors (tensor parallelism) is not taken"
             )
 
 

@@ -75,7 +75,7 @@ def from_module(module: nn.Module, buffers: bool = False, output: str | int | No
     check_flag(buffers, "buffers")
     if output is not None and (isinstance(output, bool) or not isinstance(output, str | int)):
         raise TypeError(f"output: expected a name, a number or None, got {type(output).__name__}")
-    reshard(module)
+    check_sharding(module)
     _check_no_dropout(module)
     for name, part in module.named_modules():
         _check_part(name or type(module).__name__, part)
@@ -191,8 +191,14 @@ def _without_values(p: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
 
 
-def _check_sharding(name: str, part: nn.Module) -> None:
-    """Raise ``ValueError`` if a module over several processes is no function of whole tensors."""
+def check_sharding(module: nn.Module) -> None:
+    """Leave each process its part of parameters; raise ``ValueError`` if the module is no function of whole ones."""
+    reshard(module)
+    for name, part in module.named_modules():
+        _check_part_of_sharded(name or type(module).__name__, part)
+
+
+def _check_part_of_sharded(name: str, part: nn.Module) -> None:
     if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel) or is_flattened(part):
         raise ValueError(
             f"module: {name!r} is {type(part).__name__} over several processes or devices, whose synchronisation in "
@@ -217,7 +223,6 @@ def _check_sharding(name: str, part: nn.Module) -> None:
 
 def _check_part(name: str, part: nn.Module) -> None:
     """Raise ``ValueError`` if a module does what no pure function can."""
-    _check_sharding(name, part)
     if has_backward_hooks(part):
         raise ValueError(
             f"module: {name!r} has backward hooks (register_full_backward_hook), which would also see the backward "

@@ -119,19 +119,13 @@ def test_a_module_that_keeps_activations():
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-@pytest.mark.parametrize("wrap", ["DistributedDataParallel", "DataParallel", "fully_shard"])
+@pytest.mark.parametrize("wrap", ["DistributedDataParallel", "DataParallel"])
 def test_modules_over_several_processes_are_refused(wrap, tmp_path):
     """Gradients would be those of each process, in silence."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         net = nn.Sequential(nn.Linear(4, 2))
-        if wrap == "fully_shard":
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
-        else:
-            net = getattr(nn.parallel, wrap)(net)
+        net = getattr(nn.parallel, wrap)(net)
         for make in (from_module, lambda net: LowRankKFAC(net, lrkfac.categorical(), X, lr=0.1)):
             if wrap == "DistributedDataParallel" and make is not from_module:
                 continue  # taken, with its group

@@ -1,0 +1,146 @@
+"""Trainings of modules under ``fully_shard``, and of the same modules unsharded, in one process of several."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import lrkfac
+
+STEPS, EVERY = 10, 3
+RANK = 2
+
+
+class Unused(nn.Module):
+    """One of its parameters is in no output, so that its gradient is zero; another is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.last = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.shared(self.shared(x).tanh()).tanh())
+
+
+def uneven() -> nn.Module:
+    """Three rows, seven, and one: on four processes, some have none of a weight."""
+    return nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 7), nn.LayerNorm(7), nn.Linear(7, 1), nn.Linear(1, 3))
+
+
+def frozen() -> nn.Module:
+    """With parameters that are not trained, and with buffers."""
+    net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    net[0].requires_grad_(False)
+    net[5].bias.requires_grad_(False)
+    return net.eval()
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"uneven": uneven, "frozen": frozen, "unused": Unused}
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(STEPS, 8, 5, dtype=torch.float64, generator=generator)
+    return list(zip(inputs, torch.randint(3, (STEPS, 8), generator=generator), strict=True))
+
+
+def network(name: str, mesh: Any) -> nn.Module:
+    """The same on each process; under ``fully_shard`` where there is a mesh, some of its parts and the whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    net = NETWORKS[name]().double()
+    if mesh is not None:
+        fully_shard(list(net.children())[-1], mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    return net
+
+
+def adaptive(layers: lrkfac.Layers) -> lrkfac.GradientTransformation:
+    return lrkfac.adaptive_low_rank_kfac(layers, rank=RANK)
+
+
+def low_rank(layers: lrkfac.Layers) -> lrkfac.GradientTransformation:
+    return lrkfac.low_rank_kfac(layers, 0.1, rank=RANK, weight_decay=0.01)
+
+
+def by_functions(
+    net: nn.Module, make: Callable[[lrkfac.Layers], lrkfac.GradientTransformation]
+) -> tuple[list[Tensor], Any]:
+    """Losses, and the module with its parameters at the end."""
+    model, params = lrkfac.from_module(net)
+    layers = lrkfac.find_layers(model, lrkfac.unshard(params), batches()[0][0])
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact")
+    tx, losses = make(layers), []
+    state = tx.init(lrkfac.unshard(params))
+    for step, (inputs, targets) in enumerate(batches()):
+        whole = lrkfac.unshard(params)
+        evaluation = evaluate(whole, inputs, targets, step % EVERY == 0)
+        updates, state = tx.update(evaluation.grads, state, whole, evaluation=evaluation)
+        params = lrkfac.apply_updates(params, updates)
+        losses.append(evaluation.loss)
+    net.load_state_dict({**dict(net.state_dict()), **params})
+    return losses, net
+
+
+def by_optimizer(net: nn.Module, style: str) -> tuple[list[Tensor], nn.Module]:
+    """The same with the ``torch.optim`` class; after each step comes a pass without gradients, as a validation has."""
+    optimizer = lrkfac.LowRankKFAC(
+        net, lrkfac.categorical(), batches()[0][0], lr=0.05, rank=RANK, statistics_every=EVERY, estimator="exact"
+    )
+    losses = []
+    for inputs, targets in batches():
+        if style == "step":
+            losses.append(optimizer.step(inputs, targets))
+        else:
+            optimizer.evaluate(inputs, targets)
+            if style == "accumulate":
+                optimizer.evaluate(inputs + 1, targets)
+            trained = [p for p in net.parameters() if p.grad is not None]
+            total = torch.nn.utils.clip_grad_norm_(trained, 0.1)
+            losses += [optimizer.step(), lrkfac.unshard(total)]
+        with torch.no_grad():
+            losses.append(net(inputs).sum())
+    optimizer.load_state_dict(optimizer.state_dict())
+    losses.append(optimizer.step(*batches()[0]))
+    return losses, net
+
+
+WAYS: dict[str, Callable[[nn.Module], tuple[list[Tensor], nn.Module]]] = {
+    "low rank": lambda net: by_functions(net, low_rank),
+    "adaptive": lambda net: by_functions(net, adaptive),
+    **{style: lambda net, style=style: by_optimizer(net, style) for style in ("step", "evaluate", "accumulate")},
+}
+
+
+# Network, axes of the mesh, and way of training, by the number of processes.
+CASES = {
+    2: (
+        ("uneven", 1, "low rank"), ("uneven", 1, "adaptive"), ("uneven", 1, "accumulate"), ("frozen", 1, "low rank"),
+        ("frozen", 1, "evaluate"), ("unused", 1, "step"),
+    ),
+    4: (("uneven", 1, "low rank"), ("unused", 1, "evaluate"), ("uneven", 2, "step")),
+}  # fmt: skip
+
+
+def every_training() -> dict[str, Any]:
+    """Losses, outputs and parameters at the end, sharded and not, and the lengths of the parts of this process."""
+    world, results = dist.get_world_size(), {}
+    meshes = {
+        1: dist.init_device_mesh("cpu", (world,)),
+        2: dist.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("copies", "parts")),
+    }
+    for name, axes, way in CASES[world]:
+        found = {}
+        for kind, mesh in (("sharded", meshes[axes]), ("whole", None)):
+            losses, net = WAYS[way](network(name, mesh))
+            with torch.no_grad():
+                outputs = net(batches()[0][0])
+            params = lrkfac.unshard({n: p.detach() for n, p in net.state_dict().items()})
+            found[kind] = {"losses": torch.stack(losses), "outputs": outputs, **params}
+        results[f"{name}, {axes} axes, {way}"] = found
+    _, params = lrkfac.from_module(network("uneven", meshes[1]))
+    return {"trainings": results, "lengths": [p.to_local().shape[0] for p in params.values()]}
