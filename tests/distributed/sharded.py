@@ -1,4 +1,4 @@
-"""Trainings of modules under ``fully_shard``, and of the same modules unsharded, in one process of several."""
+"""Trainings of modules under ``fully_shard`` on parts of batches, and of the same modules alone on whole batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 
 import lrkfac
 
@@ -41,10 +42,13 @@ def frozen() -> nn.Module:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"uneven": uneven, "frozen": frozen, "unused": Unused}
 
 
-def batches() -> list[tuple[Tensor, Tensor]]:
+def batches(group: Any) -> list[tuple[Tensor, Tensor]]:
+    """The part of this process of each batch, of unequal sizes; all of it where there is no group."""
     generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(STEPS, 8, 5, dtype=torch.float64, generator=generator)
-    return list(zip(inputs, torch.randint(3, (STEPS, 8), generator=generator), strict=True))
+    inputs = torch.randn(STEPS, 9, 5, dtype=torch.float64, generator=generator)
+    targets = torch.randint(3, (STEPS, 9), generator=generator)
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    return list(zip(inputs[:, rank::size], targets[:, rank::size], strict=True))
 
 
 def network(name: str, mesh: Any) -> nn.Module:
@@ -68,15 +72,15 @@ def low_rank(layers: lrkfac.Layers) -> lrkfac.GradientTransformation:
 
 
 def by_functions(
-    net: nn.Module, make: Callable[[lrkfac.Layers], lrkfac.GradientTransformation]
+    net: nn.Module, group: Any, make: Callable[[lrkfac.Layers], lrkfac.GradientTransformation]
 ) -> tuple[list[Tensor], Any]:
     """Losses, and the module with its parameters at the end."""
     model, params = lrkfac.from_module(net)
-    layers = lrkfac.find_layers(model, lrkfac.unshard(params), batches()[0][0])
-    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact")
+    layers = lrkfac.find_layers(model, lrkfac.unshard(params), batches(group)[0][0])
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact", group=group)
     tx, losses = make(layers), []
     state = tx.init(lrkfac.unshard(params))
-    for step, (inputs, targets) in enumerate(batches()):
+    for step, (inputs, targets) in enumerate(batches(group)):
         whole = lrkfac.unshard(params)
         evaluation = evaluate(whole, inputs, targets, step % EVERY == 0)
         updates, state = tx.update(evaluation.grads, state, whole, evaluation=evaluation)
@@ -86,13 +90,15 @@ def by_functions(
     return losses, net
 
 
-def by_optimizer(net: nn.Module, style: str) -> tuple[list[Tensor], nn.Module]:
+def by_optimizer(net: nn.Module, group: Any, style: str) -> tuple[list[Tensor], nn.Module]:
     """The same with the ``torch.optim`` class; after each step comes a pass without gradients, as a validation has."""
+    is_understood = style == "step" and any(getattr(p, "placements", ()) == (Shard(0),) for p in net.parameters())
     optimizer = lrkfac.LowRankKFAC(
-        net, lrkfac.categorical(), batches()[0][0], lr=0.05, rank=RANK, statistics_every=EVERY, estimator="exact"
-    )
+        net, lrkfac.categorical(), batches(group)[0][0], lr=0.05, rank=RANK, statistics_every=EVERY, estimator="exact",
+        group=None if is_understood else group,
+    )  # fmt: skip
     losses = []
-    for inputs, targets in batches():
+    for inputs, targets in batches(group):
         if style == "step":
             losses.append(optimizer.step(inputs, targets))
         else:
@@ -103,16 +109,19 @@ def by_optimizer(net: nn.Module, style: str) -> tuple[list[Tensor], nn.Module]:
             total = torch.nn.utils.clip_grad_norm_(trained, 0.1)
             losses += [optimizer.step(), lrkfac.unshard(total)]
         with torch.no_grad():
-            losses.append(net(inputs).sum())
+            losses.append(net(batches(None)[0][0]).sum())
     optimizer.load_state_dict(optimizer.state_dict())
-    losses.append(optimizer.step(*batches()[0]))
+    losses.append(optimizer.step(*batches(group)[0]))
     return losses, net
 
 
-WAYS: dict[str, Callable[[nn.Module], tuple[list[Tensor], nn.Module]]] = {
-    "low rank": lambda net: by_functions(net, low_rank),
-    "adaptive": lambda net: by_functions(net, adaptive),
-    **{style: lambda net, style=style: by_optimizer(net, style) for style in ("step", "evaluate", "accumulate")},
+WAYS: dict[str, Callable[[nn.Module, Any], tuple[list[Tensor], nn.Module]]] = {
+    "low rank": lambda net, group: by_functions(net, group, low_rank),
+    "adaptive": lambda net, group: by_functions(net, group, adaptive),
+    **{
+        style: lambda net, group, style=style: by_optimizer(net, group, style)
+        for style in ("step", "evaluate", "accumulate")
+    },
 }
 
 
@@ -136,9 +145,9 @@ def every_training() -> dict[str, Any]:
     for name, axes, way in CASES[world]:
         found = {}
         for kind, mesh in (("sharded", meshes[axes]), ("whole", None)):
-            losses, net = WAYS[way](network(name, mesh))
+            losses, net = WAYS[way](network(name, mesh), None if mesh is None else dist.group.WORLD)
             with torch.no_grad():
-                outputs = net(batches()[0][0])
+                outputs = net(batches(None)[0][0])
             params = lrkfac.unshard({n: p.detach() for n, p in net.state_dict().items()})
             found[kind] = {"losses": torch.stack(losses), "outputs": outputs, **params}
         results[f"{name}, {axes} axes, {way}"] = found
