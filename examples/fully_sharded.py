@@ -1,6 +1,7 @@
 """A classifier of handwritten digits whose parameters lie in parts on several processes, beside one process alone.
 
 torchrun --nproc-per-node=2 -m examples.fully_sharded
+python -m examples.fully_sharded
 """
 
 from __future__ import annotations
@@ -69,13 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the example."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    if not dist.is_torchelastic_launched():
-        raise SystemExit("start it by: torchrun --nproc-per-node=2 -m examples.fully_sharded")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", dist.get_node_local_rank())
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(dist.get_node_local_rank())
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         console = Console(quiet=dist.get_rank() > 0)  # all processes print, the others into nothing
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -104,7 +106,7 @@ def _show(console: Console, losses: list[float], losses_alone: list[float]) -> N
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node=2 -m examples.fully_sharded",
+        prog="python -m examples.fully_sharded",
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -2,7 +2,11 @@
 
 import copy
 import pickle
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import optree
 import pytest
@@ -32,6 +36,16 @@ def test_sharded_parameters_train_as_whole_ones(world, tmp_path):
                 assert torch.equal(found["sharded"][what], first), case
     lengths = [result["lengths"] for result in results]
     assert len({tuple(one) for one in lengths}) > 1 and (0 in lengths[-1])
+
+
+@pytest.mark.slow
+def test_the_example_ends_as_one_process_alone():
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "examples.fully_sharded"]
+    root = Path(__file__).parents[2]
+    printed = subprocess.check_output([sys.executable, *command, "--steps", "7"], cwd=root, text=True)
+    (difference,) = re.findall(r"largest difference of parameters: (\S+)", printed)
+    part, alone = re.findall(r"bytes of parameters in a process: (\d+), alone: (\d+)", printed)[0]
+    assert float(difference) < 1e-10 and int(part) * 2 == int(alone)
 
 
 @pytest.fixture
