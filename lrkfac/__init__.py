@@ -6,9 +6,9 @@ from lrkfac import plot as plot
 from lrkfac import schedules as schedules
 from lrkfac import structures as structures
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
+from lrkfac.core.base.gathering import unshard
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.replicas import check_replicas
-from lrkfac.core.base.sharding import unshard
 from lrkfac.core.base.trees import materialize
 from lrkfac.core.curvature.costs import explain
 from lrkfac.core.curvature.drift import factor_drift

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrkfac.core.base.gathering import unshard
 from lrkfac.core.base.private_torch import copy_all
-from lrkfac.core.base.sharding import local_parts, reshard, unshard
+from lrkfac.core.base.sharding import local_parts, reshard
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.evaluator import evaluator

@@ -9,8 +9,9 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from lrkfac.core.base.gathering import unshard
 from lrkfac.core.base.private_torch import version, weak_reference
-from lrkfac.core.base.sharding import shard_like, unshard
+from lrkfac.core.base.sharding import shard_like
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.merging import mean, merge_evaluations, merged_from
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import optree
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import lrkfac
+from lrkfac.core.base.processes import counted
 
 STEPS, EVERY = 10, 3
 RANK = 2
@@ -142,14 +144,34 @@ def every_training() -> dict[str, Any]:
         1: dist.init_device_mesh("cpu", (world,)),
         2: dist.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("copies", "parts")),
     }
-    for name, axes, way in CASES[world]:
-        found = {}
-        for kind, mesh in (("sharded", meshes[axes]), ("whole", None)):
-            losses, net = WAYS[way](network(name, mesh), None if mesh is None else dist.group.WORLD)
-            with torch.no_grad():
-                outputs = net(batches(None)[0][0])
-            params = lrkfac.unshard({n: p.detach() for n, p in net.state_dict().items()})
-            found[kind] = {"losses": torch.stack(losses), "outputs": outputs, **params}
+    for i, (name, axes, way) in enumerate(CASES[world]):
+        found = {"sharded": training(name, meshes[axes], dist.group.WORLD, way)}
+        if i % world == dist.get_rank():
+            found["alone"] = training(name, None, None, way)
         results[f"{name}, {axes} axes, {way}"] = found
     _, params = lrkfac.from_module(network("uneven", meshes[1]))
-    return {"trainings": results, "lengths": [p.to_local().shape[0] for p in params.values()]}
+    with counted() as calls:
+        lrkfac.unshard(params)
+    lengths = [p.to_local().shape[0] for p in params.values()]
+    return {"trainings": results, "lengths": lengths, "calls": calls, "gathered": gathered_as_cut(meshes)}
+
+
+def training(name: str, mesh: Any, group: Any, way: str) -> dict[str, Tensor]:
+    losses, net = WAYS[way](network(name, mesh), group)
+    with torch.no_grad():
+        outputs = net(batches(None)[0][0])
+    params = lrkfac.unshard({n: p.detach() for n, p in net.state_dict().items()})
+    return {"losses": torch.stack(losses), "outputs": outputs, **params}
+
+
+def gathered_as_cut(meshes: dict[int, Any]) -> bool:
+    """Whether tensors that are cut in any way are gathered to what they were, beside tensors that are not cut."""
+    matrix, row = torch.arange(35.0).reshape(7, 5), torch.arange(3)
+    one, two = meshes[1], meshes[2]
+    cuts = [(one, [Shard(0)]), (one, [Shard(1)]), (one, [Replicate()]), (two, [Replicate(), Shard(0)])]
+    cuts += [(two, [Shard(0), Replicate()]), (two, [Shard(0), Shard(1)]), (two, [Shard(1), Replicate()])]
+    trees = [{f"{i}": distribute_tensor(matrix, mesh, cut) for i, (mesh, cut) in enumerate(cuts)}, row, matrix]
+    trees += [distribute_tensor(row, one, [Shard(0)]), None, distribute_tensor(matrix.double(), one, [Shard(0)])]
+    whole = optree.tree_leaves(lrkfac.unshard(trees))
+    same = [matrix] * len(cuts) + [row, matrix, row, matrix.double()]
+    return all(type(x) is Tensor and torch.equal(x, y) for x, y in zip(whole, same, strict=True))

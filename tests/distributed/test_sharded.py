@@ -25,17 +25,17 @@ from tests.distributed.sharded import every_training
 def test_sharded_parameters_train_as_whole_ones(world, tmp_path):
     """Also with parts of unequal lengths and without any rows, and the module runs with its new parameters."""
     results = run(every_training, world, tmp_path)
-    for rank, result in enumerate(results):
-        for name, found in result["trainings"].items():
-            for what, expected in found["whole"].items():
-                case = f"rank {rank}: {name}: {what}"
-                torch.testing.assert_close(
-                    found["sharded"][what], expected, rtol=1e-12, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}"
-                )
-                first = results[0]["trainings"][name]["sharded"][what]
-                assert torch.equal(found["sharded"][what], first), case
+    for name, first in results[0]["trainings"].items():
+        of_ranks = [result["trainings"][name] for result in results]
+        (alone,) = [found["alone"] for found in of_ranks if "alone" in found]
+        for what, expected in alone.items():
+            message = f"{name}: {what}: {{}}".format
+            torch.testing.assert_close(first["sharded"][what], expected, rtol=1e-12, atol=1e-12, msg=message)
+            assert all(torch.equal(found["sharded"][what], first["sharded"][what]) for found in of_ranks), name
     lengths = [result["lengths"] for result in results]
-    assert len({tuple(one) for one in lengths}) > 1 and (0 in lengths[-1])
+    assert len({tuple(one) for one in lengths}) > 1 and 0 in lengths[-1]
+    for result in results:
+        assert result["gathered"] and [operation for operation, _ in result["calls"]] == ["all_gather"]
 
 
 @pytest.mark.slow

@@ -12,34 +12,6 @@ from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.types import Tree
 
 
-def unshard(tree: Tree) -> Tree:
-    """Gather the parts of each ``DTensor`` of a tree from all processes; other leaves pass.
-
-    Everything in lrkfac computes on whole tensors, but for ``apply_updates``, which takes sharded parameters and whole
-    updates. So a loop over a module under ``fully_shard`` gathers its parameters once in each step. All processes call
-    it, with the same tree.
-
-    Args:
-        tree: Such as the parameters that ``from_module`` returns for a module under ``fully_shard``.
-
-    Returns:
-        A tree of the same structure, whose tensors are whole, equal in all processes, and require no gradient.
-
-    Examples:
-        >>> import torch, lrkfac
-        >>> from torch import distributed
-        >>> from torch.distributed.fsdp import fully_shard
-        >>> distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-        >>> net = torch.nn.Linear(3, 2)
-        >>> _ = fully_shard(net, mesh=distributed.init_device_mesh("cpu", (1,)))
-        >>> model, params = lrkfac.from_module(net)
-        >>> type(params["weight"]).__name__, type(unshard(params)["weight"]).__name__
-        ('DTensor', 'Tensor')
-        >>> distributed.destroy_process_group()
-    """
-    return optree.tree_map(lambda x: x.detach().full_tensor() if is_sharded(x) else x, tree)
-
-
 def shard_like(params: Tree, tree: Tree) -> Tree:
     """Return a tree with each leaf cut as its parameter is: no process sends anything, since all have the whole.
 

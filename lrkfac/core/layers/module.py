@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from lrkfac.core.base.arguments import check_flag
 from lrkfac.core.base.containers import described, named_entries
+from lrkfac.core.base.gathering import unshard
 from lrkfac.core.base.private_torch import (
     casts_of_fully_shard,
     has_backward_hooks,
@@ -21,7 +22,7 @@ from lrkfac.core.base.private_torch import (
     iterates_spectral_norm,
     unwrapped_copy,
 )
-from lrkfac.core.base.sharding import is_flattened, is_sharded, placements, reshard, unshard
+from lrkfac.core.base.sharding import is_flattened, is_sharded, placements, reshard
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 
