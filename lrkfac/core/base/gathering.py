@@ -62,7 +62,7 @@ def _batch_of(x: Tensor) -> tuple[Any, int, torch.dtype] | None:
     mesh = mesh_of(x)
     cut = [i for i, place in enumerate(placements(x)) if not place.is_replicate()]
     rows = len(cut) == 1 and type(placements(x)[cut[0]]).__name__ == "Shard" and placements(x)[cut[0]].dim == 0
-    if torch.compiler.is_compiling() or not rows or not bool((mesh.mesh.flatten().diff() > 0).all()):
+    if torch.compiler.is_compiling() or not rows or not x.numel() or not bool((mesh.mesh.flatten().diff() > 0).all()):
         return None
     return mesh, cut[0], x.dtype
 
