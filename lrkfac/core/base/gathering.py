@@ -96,4 +96,5 @@ def _gathered(sharded: Sequence[Any], axis: int) -> list[Tensor]:
     flat = torch.cat(parts)
     everything = processes.gather(flat, flat.shape[0]).view(processes.size, -1)
     pieces = everything.split([part.shape[0] for part in parts], dim=1)
-    return [piece.reshape(-1, *x.shape[1:])[: x.shape[0]] for piece, x in zip(pieces, sharded, strict=True)]
+    whole = [piece.contiguous() for piece in pieces]  # reshape() alone may leave views of all
+    return [flat.reshape(-1, *x.shape[1:])[: x.shape[0]] for flat, x in zip(whole, sharded, strict=True)]
