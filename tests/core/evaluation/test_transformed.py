@@ -48,3 +48,17 @@ def test_ensemble_under_vmap(estimator, numbers):
 def test_compiled_the_same_as_eager(estimator, compiled, some):
     run, numbers = results(estimator, some), NUMBERS[0] if some else None
     close(compiled(run)(P, numbers), run(P, numbers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mapped", [False, True], ids=["alone", "vmap"])
+def test_targets_drawn_in_one_graph(mapped):
+    """They are those of eager mode, where torch's generator is in the same state."""
+    run, params = results("mc", False, drawn=True), optree.tree_map(lambda p: torch.stack([p, p]), P) if mapped else P
+    run = vmap(run, (0, None), randomness="different") if mapped else run
+
+    def after_seed(function):
+        torch.manual_seed(0)
+        return function(params, None)
+
+    close(after_seed(traced(run)), after_seed(run))
