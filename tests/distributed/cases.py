@@ -62,6 +62,7 @@ class Case:
         thin: See ``evaluator``.
         pieces: The number of micro-batches of each process.
         silent: A process whose targets are all ignored.
+        drawn: Whether random numbers come from torch's generator; processes then take turns at the examples.
     """
 
     network: str
@@ -72,10 +73,11 @@ class Case:
     thin: bool = False
     pieces: int = 1
     silent: int | None = None
+    drawn: bool = False
 
     def __str__(self) -> str:
         words = [self.network, self.chain, self.estimator, "+".join(map(str, self.parts)), str(self.dtype)[6:]]
-        words += ["thin"] * self.thin + [f"{self.pieces} pieces"] * (self.pieces > 1)
+        words += ["thin"] * self.thin + ["drawn"] * self.drawn + [f"{self.pieces} pieces"] * (self.pieces > 1)
         return ", ".join(words + [f"{self.silent} silent"] * (self.silent is not None))
 
 
@@ -93,6 +95,7 @@ TWO = (
     *(Case("mlp", chain, (9, 6), pieces=3) for chain in ("low rank", "adaptive")),
     Case("gpt", "low rank", (6, 6), pieces=2),
     Case("heads"),
+    *(Case(network, chain, (8, 8), drawn=True) for network, chain in (("gpt", "low rank"), ("heads", "adaptive"))),
     Case("conv, train", "low rank", (8, 8)),
 )  # fmt: skip
 FOUR = (
@@ -103,6 +106,7 @@ FOUR = (
     *(Case(network, chain, (4, 6, 0, 3)) for network in ("mlp", "conv", "gpt") for chain in ("low rank", "adaptive")),
     Case("heads", "low rank", (5, 9, 2, 1), silent=1),
     Case("mlp", "low rank", (5, 9, 2, 1), dtype=torch.float32),
+    Case("mlp", "corrected", (4, 4, 4, 4), drawn=True),
 )  # fmt: skip
 CASES = {2: TWO, 4: FOUR}
 
@@ -122,7 +126,7 @@ def batch_of(case: Case, step: int) -> tuple[Any, Any, Any]:
         shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
-    return inputs, targets, noise if case.estimator == "mc" else None
+    return inputs, targets, noise if case.estimator == "mc" and not case.drawn else None
 
 
 def cut(tree: Any, part: slice, axis: int = 0) -> Any:
@@ -164,6 +168,8 @@ def pieces_of(case: Case, group: Any) -> list[slice]:
     if group is None:
         return pieces_between(0, sum(case.parts), case.pieces)
     rank = dist.get_rank(group)
+    if case.drawn:
+        return [slice(rank, None, len(case.parts))]
     start = sum(case.parts[:rank])
     return pieces_between(start, start + case.parts[rank], case.pieces)
 
