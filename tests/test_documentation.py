@@ -25,6 +25,15 @@ CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 WITH_CODE = [page for page in PAGES if CODE.search(page.read_text())]
 
 
+@pytest.fixture
+def without_processes():
+    """Ends the group of processes that a page has begun."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("without_processes")
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_code_blocks_run_one_after_another(page, tmp_path, monkeypatch):
     """In one namespace and an empty folder. Compiled functions are traced whole, but run without the compiler."""
