@@ -139,12 +139,14 @@ def kronecker_parts(
     treatment: Treatment = "expand",
     stacked: bool = False,
     share: Tensor | None = None,
+    first: bool = True,
 ) -> tuple[KroneckerFactors, ...]:
     """Return ``B`` and ``A`` for each way to use the weight, of one way alone those of ``kronecker_factors``.
 
     With ``share``, of the examples of all processes the share of this one, parts add up over processes: sums of
-    ``g gᵀ`` by themselves, as ``scale`` is that of all examples; means over rows, and the identity in the place of
-    ``B``, with this weight.
+    ``g gᵀ`` by themselves, as ``scale`` is that of all examples; means over rows with this weight; the identity in the
+    place of ``B`` as that of the ``first`` process alone, so that it is exact: what few vectors make of equal
+    eigenvalues hangs on rounding.
     """
     by_kind = []
     for name in dict.fromkeys(layer.kinds):
@@ -155,14 +157,17 @@ def kronecker_parts(
             factors = _expand(layer, KINDS[name], options, a, g, scale, stacked)
         else:
             factors = _reduce(layer, KINDS[name], options, a, g, scale)
-        by_kind.append(factors if share is None else _part(factors, KINDS[name], bool(g), share))
+        by_kind.append(factors if share is None else _part(factors, KINDS[name], bool(g), share, first))
     return tuple(by_kind)
 
 
-def _part(factors: KroneckerFactors, kind: Kind, gradients: bool, share: Tensor) -> KroneckerFactors:
-    """Return factors of which means and identities have the weight of this process."""
-    is_mean = (kind.one_hot or not gradients, not kind.one_hot or not gradients)
-    return KroneckerFactors(*[scaled(x, share) if mean else x for x, mean in zip(factors, is_mean, strict=True)])
+def _part(factors: KroneckerFactors, kind: Kind, gradients: bool, share: Tensor, first: bool) -> KroneckerFactors:
+    """Return factors of which means have the weight of this process, and identities are the first one's."""
+    mean, moment = factors if kind.one_hot else reversed(factors)
+    mean = scaled(mean, share)
+    if not gradients:
+        moment = scaled(moment, share.new_full((), float(first)))
+    return KroneckerFactors(mean, moment) if kind.one_hot else KroneckerFactors(moment, mean)
 
 
 def of_parts(parts: tuple[KroneckerFactors, ...]) -> KroneckerFactors:
@@ -201,7 +206,7 @@ def _expand(
         joined = joined_rows([_rows(g, d, stacked) for g in _channels_last(kind, options, gradients)])
         moment: Covariance = RowCovariance(joined, scale.to(joined.dtype))
     else:
-        joined = scale.new_ones(d)
+        joined = scale.new_ones(inputs[0].shape[0], d) if stacked else scale.new_ones(d)
         moment = DiagonalCovariance(joined)
     if kind.one_hot:
         number = sum(a.numel() for a in inputs)

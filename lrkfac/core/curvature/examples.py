@@ -34,6 +34,7 @@ class LayerStatistics:
         scale: Weight of each example, ``[]``.
         stacked: Whether those of several layers are stacked along a leading axis, for Kronecker factors alone.
         share: Of the examples of all processes, the share here, ``[]``; ``None`` on one process.
+        first: Whether this is the first process, which alone counts what is the same on all.
         processes: Those over which covariances and moments are summed; ``None`` where parts are asked for, or on one.
     """
 
@@ -43,6 +44,7 @@ class LayerStatistics:
     scale: Tensor
     stacked: bool = False
     share: Tensor | None = None
+    first: bool = True
     processes: Processes | None = None
 
     def kronecker_factors(self, treatment: Treatment) -> KroneckerFactors:
@@ -53,7 +55,7 @@ class LayerStatistics:
     def kronecker_parts(self, treatment: Treatment) -> tuple[KroneckerFactors, ...]:
         """Return their parts."""
         uses = self.inputs, self.gradients, self.scale
-        return kronecker_parts(self.layer, *uses, treatment, self.stacked, self.share)
+        return kronecker_parts(self.layer, *uses, treatment, self.stacked, self.share, self.first)
 
     def summed(self, covariance: Covariance) -> Covariance:
         """Return the sum over processes."""

@@ -173,8 +173,10 @@ class _Step:
             )
         if block.structure.joins_layers:
             return JointStatistics(tuple(each), scale)
-        share = None if self.among is None else self.among.share.to(dtype)
-        return LayerStatistics(*each[0], scale, stacked, share, processes)
+        if self.among is None:
+            return LayerStatistics(*each[0], scale, stacked)
+        share, first = self.among.share.to(dtype), self.among.processes.rank == 0
+        return LayerStatistics(*each[0], scale, stacked, share, first, processes)
 
 
 def _uses(block: Block, statistics: Statistics) -> BlockUses:

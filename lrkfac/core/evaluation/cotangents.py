@@ -127,7 +127,7 @@ def check_noise(noise: Leaves, outputs: Leaves, samples: int) -> None:
             raise ValueError(f"noise: expected uniform numbers of shape {(samples, *f.shape)}, got {tuple(u.shape)}")
         if not u.is_floating_point():
             raise TypeError(f"noise: expected floating-point numbers on [0, 1), got {u.dtype}; see torch.rand")
-        if has_values(u) and not (u.min() >= 0 and u.max() <= 1):  # 1 by rounding to a lower precision
+        if u.numel() and has_values(u) and not (u.min() >= 0 and u.max() <= 1):  # 1 by rounding to a lower precision
             raise ValueError(f"noise: expected numbers on [0, 1), got some from {u.min():g} to {u.max():g}")
 
 
