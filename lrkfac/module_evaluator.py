@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lrkfac.core.base.gathering import unshard
-from lrkfac.core.base.private_torch import copy_all
-from lrkfac.core.base.sharding import local_parts, reshard
+from lrkfac.core.base.private_torch import copy_all, version
+from lrkfac.core.base.sharding import is_sharded, local_parts, reshard
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.evaluator import evaluator
@@ -63,6 +63,7 @@ class ModuleEvaluator:
         self.module, self.parameters = module, dict(parameters)
         self.likelihood, self.options = likelihood, dict(options)
         self.output = self.options.pop("output", None)
+        self._gathered: tuple[list[int], dict[str, Tensor]] | None = None
         self.has_buffers = next(module.buffers(), None) is not None
         self.modes = [(name, part, part.training) for name, part in module.named_modules()]
         model = self._model()
@@ -77,8 +78,13 @@ class ModuleEvaluator:
 
     @property
     def whole(self) -> dict[str, Tensor]:
-        """The trained parameters by name, gathered where they are sharded."""
-        return unshard(self.params)
+        """The trained parameters by name, gathered where they are sharded: once until they change."""
+        if not any(is_sharded(p) for p in self.parameters.values()):
+            return self.params
+        versions = [version(p) for p in self.parameters.values()]
+        if self._gathered is None or self._gathered[0] != versions:
+            self._gathered = versions, unshard(self.params)
+        return self._gathered[1]
 
     def __call__(self, inputs: Tree, targets: Tree, **requests: Any) -> Evaluation:
         """Return the evaluation of a batch; ``requests`` are the other arguments of the function of ``evaluator``.
@@ -89,6 +95,7 @@ class ModuleEvaluator:
             TypeError: As the function of ``evaluator``.
         """
         reshard(self.module)
+        self._gathered = None
         self._check_unchanged()
         if self._function is None:  # in a copy, whose function must be of its own module
             self._function = self._evaluator_of(self._model())
@@ -102,11 +109,12 @@ class ModuleEvaluator:
 
     def take(self, values: Mapping[str, Tensor]) -> None:
         """Copy values, sharded as the parameters are, into the parameters."""
+        self._gathered = None
         parts = local_parts({name: (p, values[name]) for name, p in self.params.items()})
         copy_all([p for p, _ in parts.values()], [x for _, x in parts.values()])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_function": None}
+        return {**vars(self), "_function": None, "_gathered": None}
 
     def _model(self) -> Callable[..., Any]:
         """Return the module as a function of its trained parameters."""
