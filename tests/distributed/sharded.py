@@ -1,16 +1,21 @@
 """Trainings of modules under ``fully_shard`` on parts of batches, and of the same modules alone on whole batches."""
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optree
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import lrkfac
 from lrkfac.core.base.processes import counted
+from lrkfac.core.base.sharding import local_parts
 
 STEPS, EVERY = 10, 3
 RANK = 2
@@ -137,7 +142,7 @@ CASES = {
 }  # fmt: skip
 
 
-def every_training() -> dict[str, Any]:
+def every_training(folder: Path) -> dict[str, Any]:
     """Losses, outputs and parameters at the end, sharded and not, and the lengths of the parts of this process."""
     world, results = dist.get_world_size(), {}
     meshes = {
@@ -149,11 +154,39 @@ def every_training() -> dict[str, Any]:
         if i % world == dist.get_rank():
             found["alone"] = training(name, None, None, way)
         results[f"{name}, {axes} axes, {way}"] = found
-    _, params = lrkfac.from_module(network("uneven", meshes[1]))
-    with counted() as calls:
-        lrkfac.unshard(params)
-    lengths = [p.to_local().shape[0] for p in params.values()]
-    return {"trainings": results, "lengths": lengths, "calls": calls, "gathered": gathered_as_cut(meshes)}
+    net, optimizer = with_optimizer(meshes[1])
+    calls = []
+    for inputs, targets in batches(dist.group.WORLD)[:2]:
+        with counted() as made:
+            optimizer.step(inputs, targets)
+        calls.append([operation for operation, _ in made])
+    resumed, other = with_optimizer(meshes[1])
+    resume(net, optimizer, resumed, other, folder)
+    losses = [one.step(inputs, targets) for one in (optimizer, other)]
+    pairs = zip(local_parts(list(net.parameters())), local_parts(list(resumed.parameters())), strict=True)
+    return {
+        "trainings": results,
+        "lengths": [len(x) for x in local_parts(list(net.parameters()))],
+        "calls": calls,
+        "resumed": torch.equal(*losses) and all(torch.equal(p, q) for p, q in pairs),
+        "gathered": gathered_as_cut(meshes),
+    }
+
+
+def with_optimizer(mesh: Any) -> tuple[nn.Module, lrkfac.LowRankKFAC]:
+    net, group = network("uneven", mesh), dist.group.WORLD
+    inputs = batches(group)[0][0]
+    return net, lrkfac.LowRankKFAC(net, lrkfac.categorical(), inputs, lr=0.05, rank=RANK, estimator="exact")
+
+
+def resume(net: nn.Module, optimizer: Any, resumed: nn.Module, other: Any, folder: Path) -> None:
+    """Save module and optimizer as ``torch.distributed.checkpoint`` does, and load both into others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own
+        checkpoint.save(dict(zip("mo", get_state_dict(net, optimizer), strict=True)), checkpoint_id=folder)
+        states = dict(zip("mo", get_state_dict(resumed, other), strict=True))
+        checkpoint.load(states, checkpoint_id=folder)
+        set_state_dict(resumed, other, model_state_dict=states["m"], optim_state_dict=states["o"])
 
 
 def training(name: str, mesh: Any, group: Any, way: str) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from tests.distributed.sharded import every_training
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_parameters_train_as_whole_ones(world, tmp_path):
     """Also with parts of unequal lengths and without any rows, and the module runs with its new parameters."""
-    results = run(every_training, world, tmp_path)
+    results = run(every_training, world, tmp_path, tmp_path / "checkpoint")
     for name, first in results[0]["trainings"].items():
         of_ranks = [result["trainings"][name] for result in results]
         (alone,) = [found["alone"] for found in of_ranks if "alone" in found]
@@ -35,7 +35,9 @@ def test_sharded_parameters_train_as_whole_ones(world, tmp_path):
     lengths = [result["lengths"] for result in results]
     assert len({tuple(one) for one in lengths}) > 1 and 0 in lengths[-1]
     for result in results:
-        assert result["gathered"] and [operation for operation, _ in result["calls"]] == ["all_gather"]
+        assert result["gathered"] and result["resumed"]
+        refresh, step = result["calls"]
+        assert step == ["all_gather", "all_reduce"] and refresh == step + ["all_reduce"] * 2
 
 
 @pytest.mark.slow
