@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.core.base.arguments import check_function
+from lrkfac.core.base.processes import processes_of
 from lrkfac.core.base.sharding import mesh_of
 from lrkfac.core.layers.module import check_sharding
 from lrkfac.param_groups import PER_GROUP, checked_rate, plain_rate
@@ -62,20 +63,37 @@ def unwrapped(module: nn.Module, group: Any) -> tuple[nn.Module, Any]:
     ``fully_shard`` stays, and its processes are those of its mesh.
 
     Raises:
-        ValueError: If ``fully_shard`` has a mesh with several axes, and no group is given; or as ``from_module``.
+        ValueError: If ``fully_shard`` has a mesh with several axes and no group is given, or processes that are not in
+            the group; or as ``from_module``.
+        TypeError: If ``group`` is none.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return module.module, module.process_group if group is None else group
-    if isinstance(module, nn.Module) and group is None:
-        check_sharding(module)
-        meshes = [mesh_of(p) for p in module.parameters() if mesh_of(p) is not None]
-        if meshes and meshes[0].ndim > 1:
-            raise ValueError(
-                f"group: missing, and the module is under fully_shard on a mesh of the shape {tuple(meshes[0].shape)}; "
-                "pass the group of all processes with batches of their own, such as torch.distributed.group.WORLD"
-            )
-        group = meshes[0] if meshes else None
-    return module, group
+    if not isinstance(module, nn.Module):
+        return module, group
+    check_sharding(module)
+    meshes = [mesh_of(p) for p in module.parameters() if mesh_of(p) is not None]
+    return module, _group_of_mesh(meshes[0], group) if meshes else group
+
+
+def _group_of_mesh(mesh: Any, group: Any) -> Any:
+    """Return the group of a module under ``fully_shard``: each of its processes must step by the same update."""
+    if group is None and mesh.ndim == 1:
+        return mesh
+    whole = "the group of all processes with batches of their own, such as torch.distributed.group.WORLD"
+    if group is None:
+        raise ValueError(
+            f"group: missing, and the module is under fully_shard on a mesh of the shape {tuple(mesh.shape)}; "
+            f"pass {whole}"
+        )
+    present = processes_of(group).ranks
+    missing = [rank for rank in mesh.mesh.flatten().tolist() if rank not in present]
+    if missing:
+        raise ValueError(
+            f"group: expected all processes over which fully_shard has spread the module, got the ranks {present} "
+            f"without {missing}, which would step by updates of their own; pass {whole}"
+        )
+    return group
 
 
 def list_params(params: Any) -> list[Any]:

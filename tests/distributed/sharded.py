@@ -16,6 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import lrkfac
 from lrkfac.core.base.processes import counted
 from lrkfac.core.base.sharding import local_parts
+from tests.distributed.processes import outcome
 
 STEPS, EVERY = 10, 3
 RANK = 2
@@ -170,13 +171,17 @@ def every_training(folder: Path) -> dict[str, Any]:
         "calls": calls,
         "resumed": torch.equal(*losses) and all(torch.equal(p, q) for p, q in pairs),
         "gathered": gathered_as_cut(meshes),
+        "refused": outcome(lambda: with_optimizer(meshes[2], None))
+        + outcome(lambda: with_optimizer(meshes[2], dist.new_subgroups(2)[0]))
+        if world == 4
+        else "",
     }
 
 
-def with_optimizer(mesh: Any) -> tuple[nn.Module, lrkfac.LowRankKFAC]:
-    net, group = network("uneven", mesh), dist.group.WORLD
-    inputs = batches(group)[0][0]
-    return net, lrkfac.LowRankKFAC(net, lrkfac.categorical(), inputs, lr=0.05, rank=RANK, estimator="exact")
+def with_optimizer(mesh: Any, group: Any = None) -> tuple[nn.Module, lrkfac.LowRankKFAC]:
+    net, inputs = network("uneven", mesh), batches(dist.group.WORLD)[0][0]
+    options = {"lr": 0.05, "rank": RANK, "estimator": "exact", "group": group}
+    return net, lrkfac.LowRankKFAC(net, lrkfac.categorical(), inputs, **options)
 
 
 def resume(net: nn.Module, optimizer: Any, resumed: nn.Module, other: Any, folder: Path) -> None:

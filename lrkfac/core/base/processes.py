@@ -34,6 +34,11 @@ class Processes:
     rank: int
     size: int
 
+    @property
+    def ranks(self) -> list[int]:
+        """The numbers of the processes among all, in the order of the group."""
+        return list(dist.get_process_group_ranks(register.group(self.name)))
+
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sum of each tensor over processes, bit for bit the same on all of them.
 
