@@ -34,7 +34,8 @@ def shard_like(params: Tree, tree: Tree) -> Tree:
 
 def is_sharded(x: Any) -> bool:
     """Return whether something is a ``DTensor``."""
-    return isinstance(x, Tensor) and hasattr(x, "device_mesh") and hasattr(x, "placements")
+    plain = type(x) in (Tensor, nn.Parameter) or not isinstance(x, Tensor)
+    return not plain and hasattr(x, "device_mesh") and hasattr(x, "placements")
 
 
 def placements(x: Any) -> tuple[Any, ...]:
