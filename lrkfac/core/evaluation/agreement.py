@@ -22,7 +22,8 @@ def mark(facts: str, processes: Processes, like: Tensor) -> Tensor:
 
     The sum over processes then has the numbers of all. They are exact in float32.
     """
-    number = zlib.crc32(facts.encode()) % 2**22 + 1
+    # Compiled code has no values to compare, and cannot take the checksum.
+    number = 1 if torch.compiler.is_compiling() else zlib.crc32(facts.encode()) % 2**22 + 1
     place = torch.arange(processes.size, device=like.device) == processes.rank
     return place.to(like.dtype) * number
 
