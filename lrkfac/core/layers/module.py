@@ -14,14 +14,8 @@ from torch.func import functional_call
 from lrkfac.core.base.arguments import check_flag
 from lrkfac.core.base.containers import described, named_entries
 from lrkfac.core.base.gathering import unshard
-from lrkfac.core.base.private_torch import (
-    casts_of_fully_shard,
-    has_backward_hooks,
-    has_old_weight_norm,
-    is_fully_sharded,
-    iterates_spectral_norm,
-    unwrapped_copy,
-)
+from lrkfac.core.base.private_fsdp import casts_of_fully_shard, is_fully_sharded, unwrapped_copy
+from lrkfac.core.base.private_torch import has_backward_hooks, has_old_weight_norm, iterates_spectral_norm
 from lrkfac.core.base.sharding import is_flattened, is_sharded, placements, reshard
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree

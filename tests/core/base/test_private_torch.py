@@ -3,7 +3,6 @@
 ``lrkfac.core.base.private_torch`` was written for torch 2.11 to 2.14: what fails here is to be mended there.
 """
 
-import copy
 import inspect
 from contextlib import ExitStack
 from pathlib import Path
@@ -284,36 +283,3 @@ def test_registered_container():
     apart, together = private_torch.registered_container(Pair)
     assert apart(Pair(1, 2)) == ([1, 2], "context") and together([3, 4], "other") == (3, 4, "other")
     assert private_torch.registered_container(Derived) is None and private_torch.registered_container(int) is None
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-def test_modules_under_fully_shard():
-    """Each part of the copy has its own class and hooks, and none of ``fully_shard``."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        net = nn.Sequential(nn.Linear(3, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
-        net[0].register_forward_hook(doubled_output)
-        plain, x = copy.deepcopy(net), torch.randn(4, 3)
-        policy, mesh = MixedPrecisionPolicy(param_dtype=torch.bfloat16), torch.distributed.init_device_mesh("cpu", (1,))
-        assert private_torch.casts_of_fully_shard(net) is None and not private_torch.is_fully_sharded(net[0])
-        fully_shard(net[1], mesh=mesh, mp_policy=policy)
-        fully_shard(net, mesh=mesh)
-        assert private_torch.casts_of_fully_shard(net[1]).param_dtype == torch.bfloat16
-        assert all(private_torch.is_fully_sharded(part) for part in net.modules())
-        memo = {id(p): nn.Parameter(p.detach().full_tensor()) for p in net.parameters()}
-        unwrapped = private_torch.unwrapped_copy(net, memo)
-        assert [type(part).__mro__[1:] for part in unwrapped.modules()] == [
-            type(p).__mro__[1:] for p in plain.modules()
-        ]
-        assert not any(private_torch.is_fully_sharded(part) for part in unwrapped.modules())
-        assert torch.equal(copy.deepcopy(unwrapped)(x), plain(x))
-        assert private_torch.is_fully_sharded(net[0])
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def doubled_output(module, inputs, output):
-    return 2 * output
