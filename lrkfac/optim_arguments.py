@@ -72,22 +72,23 @@ def unwrapped(module: nn.Module, group: Any) -> tuple[nn.Module, Any]:
     if not isinstance(module, nn.Module):
         return module, group
     check_sharding(module)
-    meshes = [mesh_of(p) for p in module.parameters() if mesh_of(p) is not None]
-    return module, _group_of_mesh(meshes[0], group) if meshes else group
+    meshes = list(dict.fromkeys(mesh_of(p) for p in module.parameters() if mesh_of(p) is not None))
+    return module, _group_of_meshes(meshes, group) if meshes else group
 
 
-def _group_of_mesh(mesh: Any, group: Any) -> Any:
+def _group_of_meshes(meshes: Sequence[Any], group: Any) -> Any:
     """Return the group of a module under ``fully_shard``: each of its processes must step by the same update."""
-    if group is None and mesh.ndim == 1:
-        return mesh
     whole = "the group of all processes with batches of their own, such as torch.distributed.group.WORLD"
+    if group is None and len(meshes) == meshes[0].ndim == 1:
+        return meshes[0]
     if group is None:
         raise ValueError(
-            f"group: missing, and the module is under fully_shard on a mesh of the shape {tuple(mesh.shape)}; "
-            f"pass {whole}"
+            "group: missing, and the module is under fully_shard on a mesh with several axes, or several meshes, got "
+            f"{[tuple(mesh.shape) for mesh in meshes]}; pass {whole}"
         )
     present = processes_of(group).ranks
-    missing = [rank for rank in mesh.mesh.flatten().tolist() if rank not in present]
+    spread = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
+    missing = [rank for rank in spread if rank not in present]
     if missing:
         raise ValueError(
             f"group: expected all processes over which fully_shard has spread the module, got the ranks {present} "
