@@ -68,8 +68,9 @@ def fingerprints(tree: Tree) -> dict[str, str]:
 def _fingerprint(leaf: Any) -> str:
     if not isinstance(leaf, Tensor):
         return repr(leaf)
-    x = torch.view_as_real(leaf) if leaf.is_complex() else leaf
-    bits = x.detach().contiguous().reshape(-1).view(_WORDS.get(x.element_size(), torch.int32)).to(torch.int64)
+    x = torch.view_as_real(leaf.detach()) if leaf.is_complex() else leaf.detach()
+    row = x.clone(memory_format=torch.contiguous_format).reshape(-1)
+    bits = row.view(_WORDS.get(x.element_size(), torch.int32)).to(torch.int64)
     places = torch.arange(bits.numel(), device=bits.device) % 65521 + 1  # a prime
     checksum = int((bits * places).sum()) % 2**64
     return f"{leaf.dtype} {list(leaf.shape)} with the checksum {checksum:x}"
