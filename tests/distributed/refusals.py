@@ -82,7 +82,9 @@ FAULTS = {
     "empty everywhere": Fault(lambda rank, group: evaluated(group, targets=TARGETS[:0]), ("empty",)),
     "an error on one alone": Fault(alone, ("rank",)),
     "a group on one alone": Fault(apart, ("rank",)),
-    "outside": Fault(lambda rank, group: evaluated(dist.new_group([1 - rank])), ("rank",)),
+    "outside": Fault(
+        lambda rank, group: evaluated([dist.new_group([1]), dist.new_group([0])][rank]), ("group", "rank")
+    ),
     "no group": Fault(lambda rank, group: evaluated("WORLD"), ("group", "str")),
 }
 
