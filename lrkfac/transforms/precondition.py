@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import optree
@@ -14,6 +14,7 @@ from lrkfac.core.base.dtypes import without_autocast
 from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.profiling import profiled
+from lrkfac.core.base.replicas import Agreed
 from lrkfac.core.base.tree_checks import check_like
 from lrkfac.core.base.trees import counter
 from lrkfac.core.base.types import Tree
@@ -161,6 +162,7 @@ class _Preconditioner:
         alike: Blocks that may be joined.
         signatures: Of each block's average.
         uncovered: Indices of the parameters that no layer covers.
+        agreed: Whether processes have been found to have the same blocks and numbers.
     """
 
     layers: Layers
@@ -174,6 +176,7 @@ class _Preconditioner:
     dtype: torch.dtype | None
     differentiable: bool
     balanced: bool
+    agreed: Agreed = field(default_factory=Agreed, repr=False)
 
     def __post_init__(self) -> None:
         check_number(self.damping, "damping", 0, includes_low=False)
@@ -231,12 +234,24 @@ class _Preconditioner:
         if not self.differentiable:
             statistics = optree.tree_map(Tensor.detach, statistics)
         damping = self.damping if factor_damping is None else factor_damping
+        if evaluation.among is not None:
+            self.agreed.check("precondition_by_fisher", self._facts(states), evaluation.among.processes)
         with profiled("refresh"), without_autocast(statistics.scale):
             if self.balanced:
                 dampings: dict[str, Any] = balanced_dampings(self.blocks, states, damping)
             else:
                 dampings = dict.fromkeys(states, damping)
             return refresh(self.blocks, states, statistics, dampings, self.decay, evaluation.among)
+
+    def _facts(self, states: dict[str, BlockState]) -> dict[str, Any]:
+        """Return what decides how much processes sum, and when: a difference would be an error of the network alone."""
+        numbers = {"damping": self.damping, "decay": self.decay}
+        shapes = {
+            f"structure of {block.name!r}": f"{block.structure.description()}, a state of "
+            f"{sum(x.numel() for x in optree.tree_leaves(states[block.name].average))} numbers"
+            for block in self.blocks
+        }
+        return shapes | {name: x for name, x in numbers.items() if not isinstance(x, Tensor)}
 
     def _leaves(self, tree: Tree, what: str) -> list[Any]:
         return check_like(self.layers.tree, tree, what)

@@ -61,15 +61,26 @@ def count_calls(counter: Callable[[str, int], None]) -> Iterator[None]:
 
 @contextmanager
 def _called(operation: str, x: Tensor, name: str) -> Iterator[Any]:
-    group = register.group(name)
     for counter in _counters:
         counter(operation, x.numel() * x.element_size())
+    with reported(f"{operation} of {x.numel()} numbers", name) as group:
+        yield group
+
+
+@contextmanager
+def reported(call: str, name: str) -> Iterator[Any]:
+    """Give the group of a name, and say which ``call`` between its processes failed, and what may be the cause.
+
+    Raises:
+        CollectiveError: For an error of ``torch.distributed`` within.
+    """
+    group = register.group(name)
     try:
         yield group
     except RuntimeError as error:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         raise CollectiveError(
-            f"rank {rank} of {size}: {operation} of {x.numel()} numbers failed, or another rank did not take part "
+            f"rank {rank} of {size}: {call} failed, or another rank did not take part "
             "within the timeout of the group, the argument timeout of init_process_group; all ranks must call the same "
             "functions in the same order with parameters of the same shapes. Look for an error on another rank, and "
             f"run with TORCH_DISTRIBUTED_DEBUG=DETAIL to find the first call that differs ({error})"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lrkfac.core.base.collectives import all_gather, all_reduce, count_calls, register
+from lrkfac.core.base.collectives import all_gather, all_reduce, count_calls, register, reported
 
 CHUNK = 25 * 2**20
 """Bytes of one call at most, the size of the buckets of ``DistributedDataParallel``."""
@@ -64,7 +64,8 @@ class Processes:
         messages: list[Any] = [None] * self.size
         if self.size == 1:
             return [message]
-        dist.all_gather_object(messages, message, group=register.group(self.name))
+        with reported("an exchange of settings", self.name) as group:
+            dist.all_gather_object(messages, message, group=group)
         return messages
 
     def _sum_of_one_dtype(self, tensors: list[Tensor]) -> list[Tensor]:

@@ -60,6 +60,26 @@ def check_same(what: str, every: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+class Agreed:
+    """Remembers of which groups all processes have been found to have the same settings; copies start anew."""
+
+    def __init__(self) -> None:
+        self._groups: set[str] = set()
+
+    def check(self, what: str, facts: Mapping[str, Any], processes: Processes) -> None:
+        """Raise at the first call for a group unless facts are the same; within the compiler, nothing is checked.
+
+        Raises:
+            ValueError: On all processes; names what differs.
+        """
+        if processes.name not in self._groups and not torch.compiler.is_compiling():
+            check_same(what, processes.exchange(facts))
+            self._groups.add(processes.name)
+
+    def __reduce__(self) -> tuple[type[Agreed], tuple[Any, ...]]:
+        return Agreed, ()
+
+
 def fingerprints(tree: Tree) -> dict[str, str]:
     """Return shape, dtype and a checksum of each leaf, by its path."""
     return {path: _fingerprint(leaf) for path, leaf in zip(paths(tree), optree.tree_leaves(tree), strict=True)}
