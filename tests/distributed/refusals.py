@@ -29,12 +29,12 @@ def network(seed: int = 0, width: int = 5) -> nn.Module:
 
 def evaluated(
     group: Any, params: Any = None, targets: Any = TARGETS, likelihood: Any = None, net: Any = None,
-    options: Any = None, **call: Any,
+    options: Any = None, estimator: Any = "mc", **call: Any,
 ) -> Any:  # fmt: skip
     """An evaluation of this process' part."""
     model, own = lrkfac.from_module(net or network())
     layers = lrkfac.find_layers(model, own, INPUTS, **(options or {}))
-    evaluate = lrkfac.evaluator(model, likelihood or lrkfac.categorical(), layers, group=group)
+    evaluate = lrkfac.evaluator(model, likelihood or lrkfac.categorical(), layers, estimator, group=group)
     return evaluate(own if params is None else params, INPUTS[: len(targets)], targets, **call)
 
 
@@ -43,6 +43,26 @@ def updated(group: Any, rank: int) -> Any:
     model, params = lrkfac.from_module(network())
     tx = lrkfac.low_rank_kfac(lrkfac.find_layers(model, params, INPUTS), 0.1, rank=rank)
     return tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)
+
+
+def later(rank: int, group: Any) -> Any:
+    """A target that one process alone refuses, after an evaluation in which nothing was wrong."""
+    model, params = lrkfac.from_module(network())
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), lrkfac.find_layers(model, params, INPUTS), group=group)
+    evaluate(params, INPUTS, TARGETS)
+    return evaluate(params, INPUTS, TARGETS + 7 * rank)
+
+
+def later_statistics(rank: int, group: Any) -> Any:
+    model, params = lrkfac.from_module(network())
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), lrkfac.find_layers(model, params, INPUTS), group=group)
+    evaluate(params, INPUTS, TARGETS)
+    return evaluate(params, INPUTS, TARGETS, statistics=rank == 1)
+
+
+def twice(rank: int, group: Any) -> Any:
+    """Evaluations of the joint batch are summed already."""
+    return lrkfac.merge_evaluations([evaluated(group), evaluated(group)], group=group)
 
 
 def alone(rank: int, group: Any) -> Any:
@@ -61,32 +81,46 @@ def apart(rank: int, group: Any) -> Any:
 
 IGNORING = lrkfac.categorical(ignore_index=-100)
 FAULTS = {
-    "parameters at the start": Fault(
-        lambda rank, group: lrkfac.LowRankKFAC(network(rank), lrkfac.categorical(), INPUTS, lr=0.1, group=group),
-        ("rank 1", "0.weight"),
+    "parameters": Fault(
+        lambda rank, group: lrkfac.LowRankKFAC(network(rank), lrkfac.categorical(), INPUTS, lr=0.1, group=group).step(
+            INPUTS, TARGETS
+        ),
+        ("rank 1", "params", "0.bias"),
     ),
-    "shapes": Fault(lambda rank, group: evaluated(group, net=network(width=5 + rank)), ("rank 1",)),
+    "shapes": Fault(lambda rank, group: evaluated(group, net=network(width=5 + rank)), ("rank 1", "layer 0", "B 6")),
     "layers": Fault(
-        lambda rank, group: evaluated(group, options={"bias": "separate" if rank else "joint"}), ("rank 1", "layers")
+        lambda rank, group: evaluated(group, options={"bias": "separate" if rank else "joint"}),
+        ("rank 1", "layer 0", "A 6"),
     ),
-    "statistics": Fault(lambda rank, group: evaluated(group, statistics=rank == 0), ("rank 1", "statistics")),
-    "names": Fault(lambda rank, group: evaluated(group, layers=(("0",), ("2",))[rank]), ("rank 1", "layers")),
-    "likelihoods": Fault(
-        lambda rank, group: evaluated(group, likelihood=IGNORING if rank else None), ("rank 1", "likelihood")
+    "estimators": Fault(
+        lambda rank, group: evaluated(group, estimator=("mc", "exact")[rank]), ("rank 1", "estimator", "exact")
     ),
-    "ranks": Fault(lambda rank, group: updated(group, 2 + rank), ("rank 1",)),
+    "structures": Fault(lambda rank, group: updated(group, 2 + rank), ("rank 1", "structure of '0'", "A rank 3")),
+    "statistics": Fault(lambda rank, group: evaluated(group, statistics=rank == 0), ("rank 1", "statistics=False")),
+    "statistics, later": Fault(later_statistics, ("rank 1", "statistics=True")),
+    "names": Fault(lambda rank, group: evaluated(group, layers=(("0",), ("2",))[rank]), ("rank 1", "layers=('2',)")),
+    "targets of one": Fault(
+        lambda rank, group: evaluated(group, targets=TARGETS + 7 * rank), ("rank 1 failed", "targets", "got 7")
+    ),
+    "targets of one, later": Fault(later, ("rank 1 failed", "targets", "got 7")),
     "ignored everywhere": Fault(
         lambda rank, group: evaluated(group, likelihood=IGNORING, targets=torch.full((4,), -100)),
-        ("targets", "counts"),
+        ("something counts", "2 ranks"),
     ),
-    "empty everywhere": Fault(lambda rank, group: evaluated(group, targets=TARGETS[:0]), ("empty",)),
+    "empty everywhere": Fault(
+        lambda rank, group: evaluated(group, targets=TARGETS[:0]), ("something counts", "2 ranks")
+    ),
+    "twice": Fault(twice, ("group: expected none",)),
+    "outside": Fault(
+        lambda rank, group: evaluated([dist.new_group([1]), dist.new_group([0])][rank]), ("group", "without rank")
+    ),
+    "no group": Fault(lambda rank, group: evaluated("WORLD"), ("group", "'WORLD'")),
+    # At the end: these wait for the timeout.
     "an error on one alone": Fault(alone, ("rank",)),
     "a group on one alone": Fault(apart, ("rank",)),
-    "outside": Fault(
-        lambda rank, group: evaluated([dist.new_group([1]), dist.new_group([0])][rank]), ("group", "rank")
-    ),
-    "no group": Fault(lambda rank, group: evaluated("WORLD"), ("group", "str")),
 }
+WAITING = "an error on one alone", "a group on one alone"
+"""Of these the second process has an error of its own; the first one's says what it waited for."""
 
 
 def every_refusal() -> dict[str, str]:
