@@ -127,19 +127,24 @@ def counted_table(found: Sequence[dict[str, Any]], rank: int, depth: int) -> Any
     )  # fmt: skip
 
 
+def milliseconds(seconds: float) -> str:
+    """With three digits or those before the point."""
+    return f"{1e3 * seconds:.3f}"[:5].rstrip(".") if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
+
+
 def model_table(found: Sequence[dict[str, Any]], size: int, rank: int) -> Any:
     """One row for each network at one number of GPUs."""
     steps = list(found[0]["rows"][-1]["steps"])
     headings = ["network", *(f"{name} [MB]" for name in (GRADIENT, LOW_RANK, DENSE)), "gradient [ms]"]
-    headings += [f"{way.name.replace(', ', '_').replace(' ', '_')} [ms]" for way in WAYS]
+    headings += [f"{way.name} [ms]" for way in WAYS]
     rows = []
     for one in found:
         (row,) = [row for row in one["rows"] if row["GPUs"] == size]
         times = [row[GRADIENT], *row["refresh"].values(), *row["steps"].values()]
         sent = [f"{one['bytes'][name] / 1e6:,.1f}" for name in (GRADIENT, LOW_RANK, DENSE)]
-        rows.append([one["network"], *sent, *(f"{1e3 * seconds:.3g}" for seconds in times)])
+        rows.append([one["network"], *sent, *(milliseconds(seconds) for seconds in times)])
     title = f"Model: time of collectives on {size} GPUs, rank {rank}, float32, nothing overlaps"
-    return results_table(title, [*headings, *(f"gradient_and_refresh {name} [ms]" for name in steps)], rows)
+    return results_table(title, [*headings, *(f"gradient and refresh {name} [ms]" for name in steps)], rows)
 
 
 def draw(found: Sequence[dict[str, Any]]) -> Figure:
