@@ -73,6 +73,7 @@ class Parts:
         except Exception as error:
             if not isinstance(error, CollectiveError):
                 self._stop(turn, params, failure(error), checks)
+                error.add_note(f"rank {self.processes.rank} failed; all {self.processes.size} ranks stop with an error")
             raise
         if checks:
             self._agree(facts, params, part.grads)
