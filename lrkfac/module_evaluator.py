@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lrkfac.core.base.gathering import unshard
 from lrkfac.core.base.private_torch import copy_all, version
+from lrkfac.core.base.replicas import check_replicas
 from lrkfac.core.base.sharding import is_sharded, local_parts, reshard
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
@@ -67,6 +68,8 @@ class ModuleEvaluator:
         self.has_buffers = next(module.buffers(), None) is not None
         self.modes = [(name, part, part.training) for name, part in module.named_modules()]
         model = self._model()
+        if self.options.get("group") is not None:
+            check_replicas(self.whole, self.options["group"], "module")
         with self._naming_normalisations():
             self.layers = find_layers(model, self.whole, self._with_buffers(inputs))
         self._function: Callable[..., Evaluation] | None = self._evaluator_of(model)
