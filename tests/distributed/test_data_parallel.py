@@ -5,8 +5,7 @@ import torch
 
 from tests.distributed.cases import CASES
 
-# One start of processes serves all tests of this file.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("data parallel")]
+pytestmark = pytest.mark.slow
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 ROUNDS = {
     "dense": 1, "unit-wise": 1, "layer-wise": 1, "full": 1, "diagonal": 1, "low rank": 2, "reduce": 2, "adaptive": 2,

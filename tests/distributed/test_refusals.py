@@ -5,7 +5,7 @@ import pytest
 from tests.distributed.processes import run
 from tests.distributed.refusals import FAULTS, WAITING, every_refusal
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("refusals")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
