@@ -82,10 +82,12 @@ def apart(rank: int, group: Any) -> Any:
 IGNORING = lrkfac.categorical(ignore_index=-100)
 FAULTS = {
     "parameters": Fault(
-        lambda rank, group: lrkfac.LowRankKFAC(network(rank), lrkfac.categorical(), INPUTS, lr=0.1, group=group).step(
-            INPUTS, TARGETS
-        ),
+        lambda rank, group: evaluated(group, params=lrkfac.from_module(network(rank))[1]),
         ("rank 1", "params", "0.bias"),
+    ),
+    "parameters of a module": Fault(
+        lambda rank, group: lrkfac.LowRankKFAC(network(rank), lrkfac.categorical(), INPUTS, lr=0.1, group=group),
+        ("rank 1", "module", "0.bias"),
     ),
     "shapes": Fault(lambda rank, group: evaluated(group, net=network(width=5 + rank)), ("rank 1", "layer 0", "B 6")),
     "layers": Fault(
