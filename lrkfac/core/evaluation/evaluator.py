@@ -109,7 +109,13 @@ def evaluator(
     heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)
     parts = None if group is None else Parts(processes_of(group), len(heads.heads))
     if parts is not None:
-        options = {"estimator": estimator, "samples": samples, "thin": thin, "differentiable": differentiable}
+        options: dict[str, Any] = {
+            "estimator": estimator,
+            "samples": samples,
+            "thin": thin,
+            "differentiable": differentiable,
+        }
+        options |= {"likelihood": [head.name for head in heads.heads], "weights of heads": heads.weights}
         check_same("evaluator", parts.processes.exchange({**options, **layers.facts()}))
         heads = replace(heads, part=True)
     return Evaluator(Objective(model, heads, has_aux), layers, estimator, samples, thin, differentiable, parts)
