@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
 from lrkfac.core.base.arguments import check_function
-from lrkfac.core.base.processes import processes_of
+from lrkfac.core.base.processes import Processes, processes_of
 from lrkfac.core.base.sharding import mesh_of
 from lrkfac.core.layers.module import check_sharding
 from lrkfac.param_groups import PER_GROUP, checked_rate, plain_rate
@@ -56,7 +56,7 @@ def settings_of_groups(
     return defaults, known
 
 
-def unwrapped(module: nn.Module, group: Any) -> tuple[nn.Module, Any]:
+def unwrapped(module: nn.Module, group: Any) -> tuple[nn.Module, Processes | None]:
     """Return the module inside of a ``DistributedDataParallel``, and its processes unless others are given.
 
     Its own sums over processes, in hooks of ``backward()``, are not run: evaluations bring theirs. A module under
@@ -68,12 +68,12 @@ def unwrapped(module: nn.Module, group: Any) -> tuple[nn.Module, Any]:
         TypeError: If ``group`` is none.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        return module.module, module.process_group if group is None else group
-    if not isinstance(module, nn.Module):
-        return module, group
-    check_sharding(module)
-    meshes = list(dict.fromkeys(mesh_of(p) for p in module.parameters() if mesh_of(p) is not None))
-    return module, _group_of_meshes(meshes, group) if meshes else group
+        module, group = module.module, module.process_group if group is None else group
+    elif isinstance(module, nn.Module):
+        check_sharding(module)
+        meshes = list(dict.fromkeys(mesh_of(p) for p in module.parameters() if mesh_of(p) is not None))
+        group = _group_of_meshes(meshes, group) if meshes else group
+    return module, None if group is None else processes_of(group)  # which can be copied, unlike groups
 
 
 def _group_of_meshes(meshes: Sequence[Any], group: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_integer
@@ -37,6 +38,7 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
     Finite must be what goes in (updates, and of ``evaluation`` the loss and the statistics) and what comes out
     (updates). After ``max_consecutive_errors`` skipped steps in a row, the next one that is not finite goes to
     ``inner`` as it is, so that its result shows (or ``precondition_by_fisher`` refuses it), until a finite one comes.
+    A step with statistics that are not finite on one process is skipped on all.
     Momentum and weight decay rest in a skipped step if they stand within ``inner``.
 
     Args:
@@ -89,7 +91,7 @@ class ApplyIfFinite:
         if evaluation is not None:
             check_evaluation(evaluation, "apply_if_finite")
         measured = None if evaluation is None else (evaluation.loss, evaluation.statistics)
-        sound = all_finite((updates, measured))
+        sound = _of_all(all_finite((updates, measured)), evaluation)
         gives_up = state.consecutive >= self.max_consecutive_errors
         # A decomposition of what is not finite raises, even where its result is then not used.
         passed = sound | gives_up
@@ -103,3 +105,11 @@ class ApplyIfFinite:
         failed = (~sound).to(state.total.dtype)
         counts = (failed * (state.consecutive + 1), state.total + failed)
         return zero_unless(passed, changed), ApplyIfFiniteState(selected(passed, new, state.inner), *counts)
+
+
+def _of_all(sound: Tensor, evaluation: Evaluation | None) -> Tensor:
+    """Return whether all processes of a joint batch are sound; statistics, unlike the rest, are those of each."""
+    if evaluation is None or evaluation.among is None or evaluation.statistics is None:
+        return sound
+    (faults,) = evaluation.among.processes.sum([(~sound).to(torch.float32)])
+    return faults == 0

@@ -31,8 +31,11 @@ class Register:
         """Return a group.
 
         Raises:
-            RuntimeError: If this process has not registered it, as after unpickling elsewhere.
+            RuntimeError: If this process has not registered it, as after unpickling elsewhere; ``WORLD`` is known.
         """
+        world = dist.group.WORLD
+        if world is not None and world.group_name == name:
+            return world  # after unpickling, and after another init_process_group()
         if name not in self._groups:
             raise RuntimeError(
                 f"group: expected the group {name!r} to be known to this process, known are {sorted(self._groups)}; "

@@ -84,27 +84,29 @@ class Among(NamedTuple):
 
     Attributes:
         processes: All of them.
-        examples: The number of examples of which this process has statistics, ``[]``.
-        total: The number on all processes, ``[]``.
+        size: Of the examples of which this process has statistics, see ``Evaluation``, ``[]``.
+        total: That of all processes, ``[]``.
     """
 
     processes: Processes
-    examples: Tensor
+    size: Tensor
     total: Tensor
 
     @property
     def share(self) -> Tensor:
         """The share that this process has, ``[]``; shares add up to 1."""
-        return self.examples / self.total.clamp(min=1)
+        return self.size / self.total.clamp(min=1)
 
 
 def processes_of(group: Any) -> Processes:
-    """Return the processes of a ``torch.distributed.ProcessGroup`` or of a ``DeviceMesh`` with one axis.
+    """Return the processes of a ``torch.distributed.ProcessGroup`` or of a ``DeviceMesh`` with one axis, or themselves.
 
     Raises:
         TypeError: If ``group`` is something else.
         ValueError: If this process is none of the group, or a mesh has several axes.
     """
+    if isinstance(group, Processes):
+        return group
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(

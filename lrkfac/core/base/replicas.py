@@ -41,8 +41,7 @@ def check_replicas(tree: Tree, group: Any, what: str = "tree") -> None:
         >>> dist.destroy_process_group()
     """
     check_whole(tree, optree.tree_leaves(tree), what)
-    processes = group if isinstance(group, Processes) else processes_of(group)
-    check_same(what, processes.exchange(fingerprints(tree)))
+    check_same(what, processes_of(group).exchange(fingerprints(tree)))
 
 
 def check_same(what: str, every: Sequence[Mapping[str, Any]]) -> None:

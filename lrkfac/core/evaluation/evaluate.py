@@ -105,10 +105,8 @@ class Evaluator:
         facts = f"statistics={bool(statistics)}, layers={layers}"
         counts = 1 + (statistics and layers != () and examples is not None)
 
-        def run(turn: Turn) -> tuple[Evaluation, int]:
-            part = self._evaluate(params, inputs, targets, statistics, layers, examples, noise, turn)
-            outputs = optree.tree_leaves(part.outputs)[0]
-            return part, (outputs if examples is None else examples).shape[0]
+        def run(turn: Turn) -> Evaluation:
+            return self._evaluate(params, inputs, targets, statistics, layers, examples, noise, turn)
 
         return self.parts.evaluate(run, params, facts, counts)
 
@@ -153,6 +151,7 @@ class Evaluator:
             loss_at=partial(FisherProducts.loss_at, products),
             weight=weight,
             thin=self.thin,
+            size=_size(outputs[0], examples),
         )
 
     def _loss_pass(
@@ -216,3 +215,9 @@ class Evaluator:
         else:
             rows = captured.single_rows(captured.probes)  # for the inputs; the zero gradients only give shapes
         return self._estimate(objective.heads, captured, rows, targets, noise)
+
+
+def _size(outputs: Tensor, examples: Tensor | None) -> Tensor:
+    """Return the number of entries of the outputs of all examples, wherever these stand, or of some."""
+    number = outputs.numel() if examples is None else outputs.shape[1:].numel() * examples.shape[0]
+    return torch.full((), number, dtype=torch.int64, device=outputs.device)

@@ -33,7 +33,9 @@ class Evaluation(NamedTuple):
             has a weight); with several heads, the number of examples.
         thin: Whether leaves of ``grads`` and of the updates made of them may be ``LazyMatrix``, see ``evaluator``.
         among: The place of this process among those of a joint batch (``group=``), else ``None``. All other attributes
-            are then of the joint batch, but for ``outputs``, ``aux`` and the rows in ``statistics``.
+            are then of the joint batch, but for ``outputs``, ``aux``, ``size`` and the rows in ``statistics``.
+        size: The number of entries of the outputs of the examples that ``statistics`` have, int64 ``[]``: by it, inputs
+            of layers weigh beside those of other processes. ``None`` counts none.
 
     Examples:
         >>> import torch, lrkfac
@@ -59,3 +61,4 @@ class Evaluation(NamedTuple):
     weight: Tensor
     thin: bool = False
     among: Among | None = None
+    size: Tensor | None = None

@@ -27,16 +27,15 @@ Lengths = Mapping[int, int]
 """Of gradients whose rows are gathered, by the leaf's index: the number of rows of each process, after padding."""
 
 
-def joined(part: Evaluation, processes: Processes, examples: int, facts: str, lengths: Lengths) -> Evaluation:
+def joined(part: Evaluation, processes: Processes, facts: str, lengths: Lengths) -> Evaluation:
     """Return the evaluation of the joint batch from that of this process' part.
 
-    One flat sum over processes: of weights, loss, gradients, the scale of the statistics, the examples, and a mark of
+    One flat sum over processes: of weights, loss, gradients, scale and size of the statistics, and a mark of
     what each process did; and one call that gathers the rows of lazy gradients where ``lengths`` has any.
 
     Args:
         part: Of this process.
         processes: Of the joint batch.
-        examples: The number of examples of which the part has statistics.
         facts: What all processes must have in common, in words.
         lengths: Of gradients whose rows are gathered; all others are formed and summed.
 
@@ -47,10 +46,11 @@ def joined(part: Evaluation, processes: Processes, examples: int, facts: str, le
     leaves, structure = optree.tree_flatten(part.grads)
     formed = {i: materialize(leaf) for i, leaf in enumerate(leaves) if i not in lengths}
     like = weight.to(buffer_dtype(part.grads))
-    inverse_scale = torch.zeros_like(like) if statistics is None or not examples else (1 / statistics.scale).to(like)
-    numbers = [like, inverse_scale, torch.full_like(like, examples), mark(facts, processes, like)]
+    size = torch.zeros_like(like) if statistics is None or part.size is None else part.size.to(like)
+    inverse_scale = size if statistics is None else torch.where(size > 0, (1 / statistics.scale).to(like), 0)
+    numbers = [like, inverse_scale, size, mark(facts, processes, like)]
     sums = [like * x.to(like.dtype) for x in (part.loss, *formed.values())]
-    total, total_inverse, number, marks, loss, *sums = processes.sum([*numbers, *sums])
+    total, total_inverse, total_size, marks, loss, *sums = processes.sum([*numbers, *sums])
     check_marks(marks, processes, facts)
     check_counts(total, processes)
     share = like / total
@@ -68,7 +68,7 @@ def joined(part: Evaluation, processes: Processes, examples: int, facts: str, le
         gram=partial(JointProducts.gram, products),
         loss_at=partial(JointProducts.loss_at, products),
         weight=total.to(weight.dtype),
-        among=Among(processes, torch.full_like(like, examples), number),
+        among=Among(processes, size, total_size),
     )
 
 

@@ -76,9 +76,8 @@ def merge_evaluations(evaluations: Sequence[Evaluation], group: Any = None) -> E
     merged = _merged(evaluations, among)
     if group is None:
         return merged
-    examples = sum(int(optree.tree_leaves(part.outputs)[0].shape[0]) for part in evaluations)
     facts = "no statistics" if merged.statistics is None else f"statistics of {sorted(merged.statistics.inputs)}"
-    return joined(merged, processes_of(group), examples, facts, {})
+    return joined(merged, processes_of(group), facts, {})
 
 
 def _merged(evaluations: tuple[Evaluation, ...], among: Among | None) -> Evaluation:
@@ -89,6 +88,7 @@ def _merged(evaluations: tuple[Evaluation, ...], among: Among | None) -> Evaluat
     functions = [part._replace(grads=None, outputs=None, aux=None, statistics=None) for part in evaluations]
     grads = mean(shares, [materialize(part.grads) for part in evaluations])
     products = MergedProducts(tuple(functions), shares, grads)
+    sizes: list[Any] = [part.size for part in evaluations]
     return Evaluation(
         loss=mean(shares, [part.loss for part in evaluations]),
         grads=grads,
@@ -101,6 +101,7 @@ def _merged(evaluations: tuple[Evaluation, ...], among: Among | None) -> Evaluat
         loss_at=partial(MergedProducts.loss_at, products),
         weight=weights.sum(),
         among=among,
+        size=None if None in sizes else torch.stack(sizes).sum(),
     )
 
 

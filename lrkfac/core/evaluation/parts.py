@@ -30,8 +30,8 @@ from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.joined import buffer_dtype, joined, take_part
 from lrkfac.core.likelihoods.joint import Joint, Leaves
 
-Run = Callable[["Turn"], tuple[Evaluation, int]]
-"""Evaluates this process' part; returns it and the number of examples of which it has statistics."""
+Run = Callable[["Turn"], Evaluation]
+"""Evaluates this process' part."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Parts:
         like = optree.tree_leaves(params)[0].new_zeros((), dtype=buffer_dtype(params))
         turn = Turn(self.processes, facts, like, self.heads, counts if self.heads > 1 else 0)
         if torch.compiler.is_compiling() or any(is_transformed(x) for x in optree.tree_leaves(params)):
-            return joined(*self._started(run(turn)), facts, self.agreement.lengths or {})
+            return joined(run(turn), self.processes, facts, self.agreement.lengths or {})
         checks = self.agreement.lengths is None or is_debugging()
         try:
             self._check_device(params)
-            part, examples = run(turn)
+            part = run(turn)
             self._check_lengths(part.grads)
         except Exception as error:
             if not isinstance(error, CollectiveError):
@@ -77,10 +77,7 @@ class Parts:
             raise
         if checks:
             self._agree(facts, params, part.grads)
-        return joined(part, self.processes, examples, facts, self.agreement.lengths or {})
-
-    def _started(self, run: tuple[Evaluation, int]) -> tuple[Evaluation, Processes, int]:
-        return run[0], self.processes, run[1]
+        return joined(part, self.processes, facts, self.agreement.lengths or {})
 
     def _agree(self, facts: str, params: Tree, grads: Tree) -> None:
         """Compare facts and parameters, and settle which gradients are gathered by rows."""

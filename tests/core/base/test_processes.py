@@ -74,7 +74,7 @@ def test_what_is_no_group_is_refused(world):
 def test_shares_are_parts_of_the_examples():
     among = Among(Processes("alone", 0, 1), torch.tensor(3.0), torch.tensor(12.0))
     assert among.share == 0.25
-    assert among._replace(examples=torch.tensor(0.0), total=torch.tensor(0.0)).share == 0
+    assert among._replace(size=torch.tensor(0.0), total=torch.tensor(0.0)).share == 0
 
 
 def test_the_first_difference_is_named_with_its_ranks():
