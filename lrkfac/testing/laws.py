@@ -202,7 +202,7 @@ def _of_parts(structure: FactorStructure, state: Any, rows: Tensor, decay: float
     scale, half = torch.full((), 1 / rows.shape[0], dtype=rows.dtype, device=rows.device), rows.shape[0] // 2
     parts, carry = [RowCovariance(part, scale) for part in (rows[:half], rows[half:])], structure.begin(state, decay)
     for round in range(structure.rounds):
-        answers = [structure.measure(carry, part, round) for part in parts]
+        answers = [structure.measure(structure.question(carry, round), part, round) for part in parts]
         carry = structure.advance(carry, optree.tree_map(torch.add, *answers), round)
     return carry
 

@@ -73,6 +73,13 @@ class Turned(NamedTuple):
     input_vectors: Tensor
 
 
+class Bases(NamedTuple):
+    """The bases along which the last round asks for moments."""
+
+    output_vectors: Tensor
+    input_vectors: Tensor
+
+
 @dataclass(frozen=True)
 class EigenbasisStructure(BlockStructure):
     """The diagonal of the block in the basis of the factors: EKFAC (George et al. 2018, arXiv 1806.03884).
@@ -143,10 +150,15 @@ class EigenbasisStructure(BlockStructure):
         kept = kept_weight(state.steps, state.average.rest, decay)
         return Turning(self.factors.begin(state.factors, decay), state.average, state.steps, kept)
 
-    def measure(self, carry: Turning | Turned, statistics: BlockStatistics, round: int) -> Any:
+    def question(self, carry: Turning | Turned, round: int) -> KroneckerState | Bases:
         if isinstance(carry, Turned):
-            return statistics.moments(carry.output_vectors, carry.input_vectors)
-        return self.factors.measure(carry.factors, statistics, round)
+            return Bases(carry.output_vectors, carry.input_vectors)
+        return self.factors.question(carry.factors, round)
+
+    def measure(self, question: KroneckerState | Bases, statistics: BlockStatistics, round: int) -> Any:
+        if isinstance(question, Bases):
+            return statistics.moments(*question)
+        return self.factors.measure(question, statistics, round)
 
     def advance(self, carry: Turning | Turned, answers: Any, round: int) -> Turning | Turned | EigenbasisState:
         if isinstance(carry, Turned):

@@ -83,8 +83,11 @@ class ExactStructure(BlockStructure):
     def begin(self, state: ExactState, decay: float | Tensor) -> ExactState:
         return ExactState(self._of_each(lambda one: self.factor.begin(one, decay), state.block))
 
-    def measure(self, carry: ExactState, statistics: BlockStatistics, round: int) -> Any:
-        return self._with_covariance(lambda one, x: self.factor.measure(one, x, round), carry, statistics)
+    def question(self, carry: ExactState, round: int) -> ExactState:
+        return ExactState(self.factor.question(carry.block, round))
+
+    def measure(self, question: ExactState, statistics: BlockStatistics, round: int) -> Any:
+        return self._with_covariance(lambda one, x: self.factor.measure(one, x, round), question, statistics)
 
     def advance(self, carry: ExactState, answers: Any, round: int) -> ExactState:
         return ExactState(self._of_each(lambda one, x: self.factor.advance(one, x, round), carry.block, answers))

@@ -60,7 +60,10 @@ class DenseStructure(FactorStructure):
     def begin(self, state: DenseState, decay: float | Tensor) -> Mixture:
         return Mixture(state, kept_weight(state.steps, state.matrix, decay))
 
-    def measure(self, carry: Mixture, covariance: Covariance, round: int) -> Tensor:
+    def question(self, carry: Mixture, round: int) -> Tensor:
+        return carry.kept
+
+    def measure(self, question: Tensor, covariance: Covariance, round: int) -> Tensor:
         return covariance.dense()
 
     def advance(self, carry: Mixture, answers: Tensor, round: int) -> DenseState:
@@ -117,7 +120,10 @@ class DiagonalStructure(FactorStructure):
     def begin(self, state: DiagonalState, decay: float | Tensor) -> Mixture:
         return Mixture(state, kept_weight(state.steps, state.diagonal, decay))
 
-    def measure(self, carry: Mixture, covariance: Covariance, round: int) -> Tensor:
+    def question(self, carry: Mixture, round: int) -> Tensor:
+        return carry.kept
+
+    def measure(self, question: Tensor, covariance: Covariance, round: int) -> Tensor:
         return covariance.diagonal()
 
     def advance(self, carry: Mixture, answers: Tensor, round: int) -> DiagonalState:

@@ -66,10 +66,13 @@ class IteratedStructure(FactorStructure):
         new = average(kept_weight(state.steps, state.vectors, decay), state.operator())
         return Turn(state, new, start_rows(state.vectors, state.steps), *self._previous(state, new))
 
-    def measure(self, carry: Turn, covariance: Covariance, round: int) -> Any:
+    def question(self, carry: Turn, round: int) -> Tensor:
+        return carry.rows
+
+    def measure(self, question: Tensor, covariance: Covariance, round: int) -> Any:
         if round % 2:
-            return between(covariance, carry.rows)
-        along = of_rows(covariance, carry.rows)
+            return between(covariance, question)
+        along = of_rows(covariance, question)
         return along if round else (along, self._whole(covariance))
 
     def advance(self, carry: Turn, answers: Any, round: int) -> Any:

@@ -111,11 +111,15 @@ class KroneckerStructure(BlockStructure):
     def begin(self, state: KroneckerState, decay: float | Tensor) -> KroneckerState:
         return KroneckerState(self.output.begin(state.output, decay), self.input.begin(state.input, decay))
 
-    def measure(self, carry: KroneckerState, statistics: BlockStatistics, round: int) -> PartAnswers:
+    def question(self, carry: KroneckerState, round: int) -> KroneckerState:
+        sides = zip((self.output, self.input), carry, strict=True)
+        return KroneckerState(*[side.question(one, round) if round < side.rounds else () for side, one in sides])
+
+    def measure(self, question: KroneckerState, statistics: BlockStatistics, round: int) -> PartAnswers:
         parts = statistics.kronecker_parts(self.treatment)
         # The weights of several parts are not linear in them: their traces are summed beside what is weighted.
         traces = [(part.output.trace(), part.input.trace()) for part in parts] if len(parts) > 1 else []
-        return PartAnswers(tuple([self._asked(carry, part, round) for part in parts]), tuple(traces))
+        return PartAnswers(tuple([self._answers(question, part, round) for part in parts]), tuple(traces))
 
     def advance(self, carry: KroneckerState, answers: PartAnswers, round: int) -> KroneckerState:
         both = answers.parts[0]
@@ -126,8 +130,8 @@ class KroneckerStructure(BlockStructure):
         sides = zip((self.output, self.input), carry, both, strict=True)
         return KroneckerState(*[side.advance(one, x, round) if round < side.rounds else one for side, one, x in sides])
 
-    def _asked(self, carry: KroneckerState, part: KroneckerFactors, round: int) -> tuple[Any, ...]:
-        sides = zip((self.output, self.input), carry, part, strict=True)
+    def _answers(self, question: KroneckerState, part: KroneckerFactors, round: int) -> tuple[Any, ...]:
+        sides = zip((self.output, self.input), question, part, strict=True)
         return tuple([side.measure(one, x, round) if round < side.rounds else () for side, one, x in sides])
 
     def operator(self, state: KroneckerState) -> Kronecker:

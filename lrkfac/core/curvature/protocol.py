@@ -59,7 +59,7 @@ class FactorStructure(ABC):
     On several processes each has a covariance of its own rows, and the factor is that of their sum. Whatever ``update``
     asks of the covariance is summed over processes, one call for each question. Instead of ``update``, a structure may
     give ``rounds`` and ``begin``, ``measure`` and ``advance``, of which ``update`` then consists: the answers of all
-    layers in one round then go into one call.
+    layers in one round then go into one call. ``question`` says what of its carry others need to answer.
 
     Attributes:
         stackable: Whether all methods also take states of several factors, stacked along leading axes; where they do
@@ -96,8 +96,15 @@ class FactorStructure(ABC):
         """Return what the first round starts from: a NamedTuple of tensors, by default the state."""
         return state
 
-    def measure(self, carry: Any, covariance: Covariance, round: int) -> Any:
-        """Return what a round asks of the covariance, a tree of tensors linear in it: answers of processes add up."""
+    def question(self, carry: Any, round: int) -> Any:
+        """Return those tensors of a carry that ``measure`` looks at in a round, at least one; by default all.
+
+        Where processes divide the layers, they travel from the owner of a layer to all others.
+        """
+        return carry
+
+    def measure(self, question: Any, covariance: Covariance, round: int) -> Any:
+        """Return the answer of the covariance, a tree of tensors linear in it: answers of processes add up."""
         raise NotImplementedError
 
     def advance(self, carry: Any, answers: Any, round: int) -> Any:
@@ -112,7 +119,8 @@ class FactorStructure(ABC):
             )
         carry = self.begin(state, decay)
         for round in range(self.rounds):
-            carry = self.advance(carry, self.measure(carry, covariance, round), round)
+            answers = self.measure(self.question(carry, round), covariance, round)
+            carry = self.advance(carry, answers, round)
         return carry
 
     @abstractmethod
@@ -242,8 +250,12 @@ class BlockStructure(ABC):
         """Return what the first round starts from."""
 
     @abstractmethod
-    def measure(self, carry: Any, statistics: BlockStatistics, round: int) -> Any:
-        """Return what a round asks of the part of the statistics that this process has: answers add up."""
+    def question(self, carry: Any, round: int) -> Any:
+        """Return those tensors of a carry that ``measure`` looks at in a round, at least one."""
+
+    @abstractmethod
+    def measure(self, question: Any, statistics: BlockStatistics, round: int) -> Any:
+        """Return the answer of the part of the statistics that this process has: answers add up."""
 
     @abstractmethod
     def advance(self, carry: Any, answers: Any, round: int) -> Any:

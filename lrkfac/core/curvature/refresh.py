@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
@@ -21,7 +19,8 @@ from lrkfac.core.base.processes import Among, Processes
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import BlockState, damped_inverse
 from lrkfac.core.curvature.examples import JointStatistics, LayerStatistics
-from lrkfac.core.curvature.stacking import StackError, Work, together
+from lrkfac.core.curvature.rounds import Exchange, Undivided, averages_in_rounds
+from lrkfac.core.curvature.stacking import StackError, together
 from lrkfac.core.layers.matrix import split_groups
 from lrkfac.core.layers.statistics import Statistics, Uses
 
@@ -33,7 +32,8 @@ def refresh(
     dampings: Mapping[str, float | Tensor],
     decay: float | Tensor,
     among: Among | None = None,
-) -> dict[str, BlockState]:
+    division: Exchange | None = None,
+) -> dict[str, Any]:
     """Return the state of each block after a batch; the last one, itself, where there are no statistics of a block.
 
     A scale or shift with the default structure also keeps its last state where there are no output gradients:
@@ -47,66 +47,33 @@ def refresh(
         decay: Decay of the running averages.
         among: The place of this process among others, each with a part of the batch: averages are then those of all,
             bit for bit the same everywhere. Structures ask in rounds: what all blocks ask in one is one sum.
+        division: Owners of the blocks among these processes, or ``None`` where all have all states. Where another
+            process owns a block, its state here is empty.
 
     Raises:
         ValueError: If statistics of a layer are missing, have no gradients where the structure needs them, or have no
             finite inverse; names the layer.
     """
-    due = [block for block in blocks if _is_due(block, statistics)]
+    due = due_blocks(blocks, statistics)
+    own = [block for block in due if division is None or division.own(block)]
     step = _Step(statistics.scale, decay, among)
-    averages, seen = (
-        [states[block.name].average for block in due],
-        statistics if among is None else _occupied(statistics),
-    )
+    averages = {block.name: states[block.name].average for block in own}
+    seen = statistics if among is None else _occupied(statistics)
     uses = [_uses(block, seen) for block in due]
     try:
         if among is None:
-            new = together(step.refresh, due, dampings, list(zip(averages, uses, strict=True)), sized_by=1)
+            new = together(step.refresh, due, dampings, list(zip(averages.values(), uses, strict=True)), sized_by=1)
         else:
-            reached = _averages_among(step, due, averages, uses, dampings)
-            new = together(step.inverse, due, dampings, [(average,) for average in reached])
+            exchange = division or Undivided(among.processes)
+            averages = averages_in_rounds(step, due, averages, uses, dampings, exchange)
+            new = together(step.inverse, own, dampings, [(averages[block.name],) for block in own])
     except StackError as error:
         raise ValueError(
             f"layer {_culprit(error.blocks, statistics)!r}: no inverse of its factors: its statistics, or damping or "
             f"decay where they are tensors, are not finite or out of range ({error.__cause__})"
         ) from error
-    refreshed = {block.name: state for block, state in zip(due, new, strict=True)}
+    refreshed = {block.name: state for block, state in zip(own, new, strict=True)}
     return {block.name: refreshed.get(block.name, states[block.name]) for block in blocks}
-
-
-def _averages_among(
-    step: _Step, blocks: list[Block], averages: list[Any], uses: list[BlockUses], dampings: Mapping[str, float | Tensor]
-) -> list[Any]:
-    """Return the averages after a batch of which every process has a part, in few sums over processes."""
-    assert step.among is not None
-    carries = list(averages)
-
-    def of_each(work: Work, numbers: list[int], with_each: list[tuple[Any, ...]], sized_by: int = 0) -> dict[int, Any]:
-        operands = [(carries[i], *more) for i, more in zip(numbers, with_each, strict=True)]
-        results = together(work, [blocks[i] for i in numbers], dampings, operands, sized_by)
-        return dict(zip(numbers, results, strict=True))
-
-    rounds = [block.structure.rounds for block in blocks]
-    for i, number in enumerate(rounds):
-        if not number:  # alone: no sum may depend on what is stacked, by the sizes of this process
-            carries[i] = of_each(step.update, [i], [(uses[i],)])[i]
-    in_rounds = [i for i, number in enumerate(rounds) if number]
-    for i, carry in of_each(step.begin, in_rounds, [() for _ in in_rounds]).items():
-        carries[i] = carry
-    for round in range(max(rounds, default=0)):
-        now = [i for i in in_rounds if round < rounds[i]]
-        answers = of_each(partial(step.measure, round), now, [(uses[i],) for i in now], sized_by=1)
-        sums = _summed(list(answers.values()), step.among.processes)
-        for i, carry in of_each(partial(step.advance, round), now, [(one,) for one in sums]).items():
-            carries[i] = carry
-    return carries
-
-
-def _summed(trees: list[Any], processes: Processes) -> list[Any]:
-    """Return the sums of all trees over processes, in one call."""
-    leaves, structure = optree.tree_flatten(trees)
-    sums: list[Any] = optree.tree_unflatten(structure, processes.sum(leaves) if leaves else leaves)
-    return sums
 
 
 BlockUses = tuple[tuple[Uses, Uses], ...]
@@ -146,11 +113,11 @@ class _Step:
         return block.structure.begin(average, self.decay)
 
     def measure(
-        self, round: int, block: Block, damping: float | Tensor, carry: Any, uses: BlockUses, stacked: bool = False
+        self, round: int, block: Block, damping: float | Tensor, question: Any, uses: BlockUses, stacked: bool = False
     ) -> Any:
-        """Return what a round asks of the statistics of this process."""
-        statistics = self._statistics(block, uses, floating_dtype(carry), stacked, None)
-        return block.structure.measure(carry, statistics, round)
+        """Return the answer of the statistics of this process in a round."""
+        statistics = self._statistics(block, uses, floating_dtype(question), stacked, None)
+        return block.structure.measure(question, statistics, round)
 
     def advance(
         self, round: int, block: Block, damping: float | Tensor, carry: Any, answers: Any, stacked: bool = False
@@ -198,6 +165,11 @@ def _occupied(statistics: Statistics) -> Statistics:
 
 def _padded(x: Tensor, axis: int) -> Tensor:
     return x if x.shape[axis] else x.new_zeros(*x.shape[:axis], 1, *x.shape[axis + 1 :])
+
+
+def due_blocks(blocks: Sequence[Block], statistics: Statistics) -> list[Block]:
+    """Return the blocks of which there are statistics; raises as ``refresh``."""
+    return [block for block in blocks if _is_due(block, statistics)]
 
 
 def _is_due(block: Block, statistics: Statistics) -> bool:

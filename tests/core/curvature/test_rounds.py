@@ -61,7 +61,7 @@ def test_answers_of_parts_add_up(structure, stack, joint):
         parts = [RowCovariance(part, scale, joint) for part in rows.split((5, 9, 2), dim=-2)]
         carry = structure.begin(state, 0.7)
         for round in range(structure.rounds):
-            answers = [structure.measure(carry, part, round) for part in parts]
+            answers = [structure.measure(structure.question(carry, round), part, round) for part in parts]
             summed = optree.tree_map(lambda *x: torch.stack(x).sum(0), *answers)
             carry = structure.advance(carry, summed, round)
         state = structure.update(state, RowCovariance(rows, scale, joint), 0.7)
@@ -150,9 +150,9 @@ def part_of(statistics, first, last):
     return statistics._replace(inputs=inputs, output_gradients=gradients)
 
 
-def refreshed(assigned, states, batches, among=None):
+def refreshed(assigned, states, batches, among=None, division=None):
     for statistics in batches:
-        states = refresh(assigned, states, statistics, dict.fromkeys(states, 0.1), 0.7, among)
+        states = refresh(assigned, states, statistics, dict.fromkeys(states, 0.1), 0.7, among, division)
     return states
 
 
