@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 from torch.func import grad, jvp, vjp, vmap
 
+from lrkfac.core.base.collectives import reduce_scatter
+from lrkfac.core.base.exchange import Form, from_owners, to_owners
 from lrkfac.core.base.processes import CHUNK, counted, processes_of
 from tests.distributed.processes import run
 
@@ -14,7 +16,7 @@ BATCH = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.float64)
 
 
 def transformed():
-    """Results of each transformation of a sum and of a gather; this process has ``BATCH * (rank + 1)``."""
+    """Results of each transformation of each operation; this process has ``BATCH * (rank + 1)``."""
     processes = processes_of(dist.group.WORLD)
     factor = processes.rank + 1.0
     x, batch = BATCH[0] * factor, BATCH * factor
@@ -22,6 +24,7 @@ def transformed():
     for name, f in {
         "sum": lambda x: processes.sum([x])[0],
         "gather": lambda x: processes.gather(x, 2),
+        "scatter": lambda x: reduce_scatter(x[:, None], processes.name, 2, processes.rank),
     }.items():
         energy = lambda x, f=f: f(x).square().sum()  # noqa: E731
         like = torch.ones_like(f(x))
@@ -45,7 +48,7 @@ def transformed():
 
 
 def test_values_and_derivatives_under_every_transformation(tmp_path):
-    """With x and 2 x on two ranks, their sum is 3 x and what is gathered is (x, 2 x)."""
+    """With x and 2 x on two ranks, their sum is 3 x, what is gathered (x, 2 x), and a part of the sum 3 x[rank]."""
     of_ranks = run(transformed, 2, tmp_path)
     x, batch = BATCH[0], BATCH
     for rank, results in enumerate(of_ranks):
@@ -77,6 +80,18 @@ def test_values_and_derivatives_under_every_transformation(tmp_path):
             "gather: backward": 2 * 2 * own * x,
             "gather: compiled": both,
             "gather: compiled vmap": both_of_batch,
+            "scatter: values": 3 * x[rank : rank + 1],
+            "scatter: vjp": torch.tensor([1.0, 2.0]),
+            "scatter: jvp": 3 * x[rank : rank + 1],
+            "scatter: vmap": 3 * batch[:, rank : rank + 1],
+            "scatter: vmap of another axis": 3 * batch[:, rank : rank + 1].mT,
+            "scatter: nothing mapped": 3 * x[rank] * torch.ones(3),
+            "scatter: nested vmap": 3 * batch[:, rank : rank + 1].expand(2, -1, -1),
+            "scatter: vmap of gradients": 2 * 3 * batch,
+            "scatter: jvp of a gradient": 2 * 3 * x,
+            "scatter: backward": 2 * 3 * x,
+            "scatter: compiled": 3 * x[rank : rank + 1],
+            "scatter: compiled vmap": 3 * batch[:, rank : rank + 1],
         }
         assert {name: x.tolist() for name, x in expected.items()} == results
 
@@ -114,3 +129,31 @@ def padded():
 def test_rows_of_different_numbers_are_gathered_with_zeros(tmp_path):
     one, nothing, two = [1.0, 1.0], [0.0, 0.0], [2.0, 2.0]
     assert run(padded, 2, tmp_path) == [[one, nothing, nothing, two, two, nothing]] * 2
+
+
+OWNERS = [1, 0, 1, 1, 0]
+
+
+def exchanged():
+    """Tensors of several owners, some larger than a call: what all get of them, sums of them, and the calls."""
+    processes = processes_of(dist.group.WORLD)
+    shapes = [(2, 3), (CHUNK // 4 + 1,), (), (0, 2), (4,)]
+    dtypes = [torch.float32, torch.float32, torch.float32, torch.float32, torch.int64]
+    tensors = [torch.arange(torch.Size(n).numel()).reshape(n).to(t) for n, t in zip(shapes, dtypes, strict=True)]
+    own = {i: x for i, x in enumerate(tensors) if OWNERS[i] == processes.rank}
+    forms = [Form(*pair) for pair in zip(shapes, dtypes, strict=True)]
+    with counted() as calls:
+        everywhere = from_owners(own, forms, OWNERS, processes, torch.zeros(()))
+        sums = to_owners([x * (processes.rank + 1) for x in tensors], OWNERS, processes)
+    same = all(torch.equal(a, b) for a, b in zip(everywhere, tensors, strict=True))
+    return same, sums.keys() == own.keys() and all(torch.equal(x, 3 * own[i]) for i, x in sums.items()), calls
+
+
+def test_tensors_of_several_owners_travel_flat_and_in_chunks(tmp_path):
+    largest = 4 * (CHUNK // 4 + 1)
+    gathers = [("all_gather", CHUNK), ("all_gather", largest - CHUNK), ("all_gather", 4 * 8)]
+    scatters = [("reduce_scatter", CHUNK), ("reduce_scatter", CHUNK), ("reduce_scatter", 8), ("reduce_scatter", 64)]
+    for same, right, calls in run(exchanged, 2, tmp_path):
+        assert same
+        assert right
+        assert calls == gathers + scatters

@@ -126,6 +126,24 @@ def _(info: Any, in_dims: Any, x: Tensor, group: str, size: int) -> tuple[Tensor
     return _all_gather(x.movedim(in_dims[0], -1), group, size), x.ndim - 1
 
 
+@torch.library.custom_op("lrkfac::reduce_scatter", mutates_args=())
+def _reduce_scatter(x: Tensor, group: str) -> Tensor:
+    total = x.new_empty(x.shape[1:])
+    with _called("reduce_scatter", x, group) as processes:
+        dist.reduce_scatter(total, list(x.contiguous().unbind()), group=processes)
+    return total
+
+
+@_reduce_scatter.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape[1:])
+
+
+@_reduce_scatter.register_vmap
+def _(info: Any, in_dims: Any, x: Tensor, group: str) -> tuple[Tensor, int]:
+    return _reduce_scatter(x.movedim(in_dims[0], -1), group), x.ndim - 2
+
+
 class _Sum(torch.autograd.Function):
     """The sum as torch.func differentiates it; the derivative of all processes' sums in one's own part is a sum."""
 
@@ -176,6 +194,30 @@ class _Gather(torch.autograd.Function):
         return _Gather.apply(x.movedim(in_dims[0], -1), group, size, rank), x.ndim - 1
 
 
+class _Scattered(torch.autograd.Function):
+    """One's own part of a sum as torch.func differentiates it: the derivative in all parts is that of their owners."""
+
+    @staticmethod
+    def forward(x: Tensor, group: str, size: int, rank: int) -> Any:
+        return _reduce_scatter(x, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, *ctx.where = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return all_gather(gradients[0][None], *ctx.where), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Scattered.apply(tangents[0], *ctx.where)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, group: str, size: int, rank: int) -> tuple[Tensor, int]:
+        return _Scattered.apply(x.movedim(in_dims[0], -1), group, size, rank), x.ndim - 2
+
+
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """Return the sum of ``x`` over the processes of a registered group."""
     if torch.compiler.is_compiling():
@@ -190,3 +232,11 @@ def all_gather(x: Tensor, group: str, size: int, rank: int) -> Tensor:
         return _all_gather(x, group, size)
     rows: Tensor = _Gather.apply(x, group, size, rank)
     return rows
+
+
+def reduce_scatter(x: Tensor, group: str, size: int, rank: int) -> Tensor:
+    """Return this process' part ``[*]`` of the sum of ``x`` ``[size, *]`` over the processes of a registered group."""
+    if torch.compiler.is_compiling():
+        return _reduce_scatter(x, group)
+    part: Tensor = _Scattered.apply(x, group, size, rank)
+    return part
