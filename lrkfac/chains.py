@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.per_parameter import check_numbers
 from lrkfac.core.base.types import PerParameter
-from lrkfac.core.curvature.assignment import Chosen
 from lrkfac.core.curvature.factors import dense
 from lrkfac.core.curvature.low_rank import low_rank, low_rank_plus_diagonal
 from lrkfac.core.curvature.ranks import AutoRank, ranked
@@ -44,6 +45,7 @@ def low_rank_kfac(
     kl_clip: float = 1e-3,
     dtype: torch.dtype | None = None,
     differentiable: bool = False,
+    owners: Any = None,
 ) -> GradientTransformation:
     """Return natural gradient descent with low-rank factors, clipping, momentum and decoupled weight decay.
 
@@ -61,6 +63,7 @@ def low_rank_kfac(
             sets the length of a step and the learning rate cancels.
         dtype: Of the factors, see ``precondition_by_fisher``.
         differentiable: Whether derivatives through an update go through the statistics, see ``precondition_by_fisher``.
+        owners: Processes among which layers are divided, see ``precondition_by_fisher``.
 
     Returns:
         A chain; its ``update`` takes the extra ``evaluation``.
@@ -85,9 +88,10 @@ def low_rank_kfac(
         True
     """
     structure = ranked(layers, rank, _default_structure)
-    return _kfac(
-        layers, structure, learning_rate, damping, decay, momentum, weight_decay, kl_clip, dtype, differentiable
+    precondition = precondition_by_fisher(
+        layers, structure, damping=damping, decay=decay, dtype=dtype, differentiable=differentiable, owners=owners
     )
+    return _kfac(precondition, learning_rate, momentum, weight_decay, kl_clip)
 
 
 def kfac(
@@ -100,6 +104,7 @@ def kfac(
     kl_clip: float = 1e-3,
     dtype: torch.dtype | None = None,
     differentiable: bool = False,
+    owners: Any = None,
 ) -> GradientTransformation:
     """Return K-FAC with dense factors (Martens & Grosse 2015, arXiv 1503.05671), otherwise as ``low_rank_kfac``.
 
@@ -113,6 +118,7 @@ def kfac(
         kl_clip: Bound on the squared length of a step in the Fisher metric, see ``clip_by_kl``.
         dtype: Of the factors, see ``precondition_by_fisher``.
         differentiable: Whether derivatives through an update go through the statistics, see ``precondition_by_fisher``.
+        owners: Processes among which layers are divided, see ``precondition_by_fisher``.
 
     Returns:
         A chain; its ``update`` takes the extra ``evaluation``.
@@ -129,9 +135,10 @@ def kfac(
         5
     """
     structure = kronecker(dense(), dense())
-    return _kfac(
-        layers, structure, learning_rate, damping, decay, momentum, weight_decay, kl_clip, dtype, differentiable
+    precondition = precondition_by_fisher(
+        layers, structure, damping=damping, decay=decay, dtype=dtype, differentiable=differentiable, owners=owners
     )
+    return _kfac(precondition, learning_rate, momentum, weight_decay, kl_clip)
 
 
 def adaptive_low_rank_kfac(
@@ -143,6 +150,7 @@ def adaptive_low_rank_kfac(
     dtype: torch.dtype | None = None,
     kl_clip: float | Tensor | None = None,
     gradient_decay: float = 0.6,
+    owners: Any = None,
 ) -> GradientTransformation:
     """Return natural gradient descent with low-rank factors and nothing to tune.
 
@@ -163,6 +171,7 @@ def adaptive_low_rank_kfac(
             batches that are wrong by orders of magnitude, see ``scale_by_quadratic_model``.
         gradient_decay: Decay of the sum of gradients, in [0, 1); 0 preconditions the batch's own gradient, as in
             Martens & Grosse 2015.
+        owners: Processes among which layers are divided, see ``precondition_by_fisher``.
 
     Returns:
         A chain; its ``update`` takes the extra ``evaluation``.
@@ -186,7 +195,7 @@ def adaptive_low_rank_kfac(
         True
     """
     structure = ranked(layers, rank, _adaptive_structure)
-    precondition = precondition_by_fisher(layers, structure, decay=decay, dtype=dtype, balanced=True)
+    precondition = precondition_by_fisher(layers, structure, decay=decay, dtype=dtype, balanced=True, owners=owners)
     return chain(
         scale_by_quadratic_model(precondition, damping, weight_decay, kl_clip=kl_clip, gradient_decay=gradient_decay),
         ema_params(),
@@ -204,23 +213,16 @@ def _adaptive_structure(rank: int) -> ProductStructure:
 
 
 def _kfac(
-    layers: Layers,
-    structure: Chosen,
+    precondition: GradientTransformation,
     learning_rate: PerParameter,
-    damping: float | Tensor,
-    decay: float | Tensor,
     momentum: PerParameter,
     weight_decay: PerParameter,
     kl_clip: float,
-    dtype: torch.dtype | None,
-    differentiable: bool,
 ) -> GradientTransformation:
     check_numbers(momentum, "momentum", 0, 1)
     check_number(kl_clip, "kl_clip", 0, includes_low=False)
     return chain(
-        precondition_by_fisher(
-            layers, structure, damping=damping, decay=decay, dtype=dtype, differentiable=differentiable
-        ),
+        precondition,
         clip_by_kl(kl_clip, learning_rate),
         trace(momentum),
         add_decayed_weights(weight_decay),

@@ -111,8 +111,9 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
     (steps) of the quadratic model; ``left_out`` (steps) of ``apply_if_finite``; ``hyperparameters/…`` of
     ``inject_hyperparams``.
 
-    Eigenvalues of dense factors are computed, in O(d³). Nothing leaves the device, so that it can be mapped over an
-    ensemble: ``vmap(lambda s: diagnose(s, layers).metrics())(states)``.
+    Where processes divide the layers (``owners``), those of this process. Eigenvalues of dense factors are computed, in
+    O(d³). Nothing leaves the device, so that it can be mapped over an ensemble:
+    ``vmap(lambda s: diagnose(s, layers).metrics())(states)``.
 
     Args:
         state: Of ``precondition_by_fisher``, or of any chain with it; of a ``LowRankKFAC``, its ``chain_state``.
@@ -153,7 +154,8 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
     diagnosed = {name: of_block(block, before.get(name)) for name, block in blocks.items()}
     for _, one in _within(state, PreconditionState):
         for name, since in zip(sorted(one.blocks), one.since.unbind(-1), strict=True):
-            diagnosed[name].numbers[WHOLE]["since_statistics"] = since
+            if name in diagnosed:
+                diagnosed[name].numbers[WHOLE]["since_statistics"] = since
     leaves = _updates(state, layers, updates)
     for name, one in diagnosed.items() if leaves is not None else ():
         of_block_layers = [layer for layer in layers if name in ("", layer.name)]
@@ -165,14 +167,17 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
 def _blocks(what: str, state: Any, layers: Layers) -> dict[str, BlockState]:
     """Return the states of all blocks in a state, by layer."""
     blocks: dict[str, BlockState] = {}
-    for _, one in _within(state, PreconditionState):
+    preconditioners = [one for _, one in _within(state, PreconditionState)]
+    for one in preconditioners:
         for name, block in one.blocks.items():
+            if block == ():  # another process owns it
+                continue
             if name in blocks:
                 raise ValueError(
                     f"{what}: layer {name!r} has two preconditioners in it; diagnose the state of each by itself"
                 )
             blocks[name] = block
-    if not blocks:
+    if not blocks and not any(one.blocks for one in preconditioners):
         raise ValueError(
             f"{what}: expected the state of precondition_by_fisher(layers), or of a chain with it, got "
             f"{type(state).__name__} without one; of a LowRankKFAC, pass its chain_state"

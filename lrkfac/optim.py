@@ -22,7 +22,7 @@ from lrkfac.core.likelihoods.joint import Joint
 from lrkfac.core.likelihoods.protocol import Likelihood
 from lrkfac.loss_scaling import told_by_scaler
 from lrkfac.module_evaluator import ModuleEvaluator
-from lrkfac.optim_arguments import READY_MADE, list_params, settings_of_groups, unwrapped
+from lrkfac.optim_arguments import chain_gradients, fixed_options, list_params, settings_of_groups, unwrapped
 from lrkfac.optim_state import Loading, Saved, note_steps, with_chain
 from lrkfac.param_groups import ChainFactory, check_group, parameters_of, with_defaults
 from lrkfac.pending import Pending
@@ -114,11 +114,11 @@ class LowRankKFAC(torch.optim.Optimizer):
         defaults, known = settings_of_groups(transformation, lr, groups, options, LowRankKFAC)
         check_integer(statistics_every, "statistics_every")
         _, trainable = from_module(module, output=output)
-        thin = transformation in READY_MADE if thin is None else thin
-        evaluation = {"estimator": estimator, "samples": samples, "thin": thin, "output": output, "group": group}
+        evaluation = {"estimator": estimator, "samples": samples, "output": output, "group": group}
+        evaluation |= chain_gradients(transformation, thin, group, options)
         self._module, self._pending = module, Pending()
         self._make_evaluator = partial(ModuleEvaluator, module, likelihood, inputs, evaluation)
-        fixed = {name: value for name, value in options.items() if name not in defaults}
+        fixed = fixed_options(transformation, options, defaults)
         self._make_chain = ChainFactory(self, partial(transformation, **fixed), known)
         everything = [p for name, p in module.named_parameters() if name in trainable]
         super().__init__(everything if groups is None else groups, defaults)

@@ -56,6 +56,24 @@ def settings_of_groups(
     return defaults, known
 
 
+def chain_gradients(
+    transformation: Callable[..., GradientTransformation], thin: bool | None, group: Any, options: Mapping[str, Any]
+) -> dict[str, bool]:
+    """Return the options of ``evaluator`` that say in what form a chain takes gradients."""
+    scatters = transformation in (low_rank_kfac, kfac) and group is not None and options.get("owners") is not None
+    return {"thin": transformation in READY_MADE if thin is None else thin, "scatter": scatters}
+
+
+def fixed_options(
+    transformation: Callable[..., GradientTransformation], options: Mapping[str, Any], defaults: Collection[str]
+) -> dict[str, Any]:
+    """Return the options that no group of parameters sets."""
+    fixed = {name: value for name, value in options.items() if name not in defaults}
+    if transformation in READY_MADE and fixed.get("owners") is not None:
+        fixed["owners"] = processes_of(fixed["owners"], "owners")  # which can be copied, unlike groups
+    return fixed
+
+
 def unwrapped(module: nn.Module, group: Any) -> tuple[nn.Module, Processes | None]:
     """Return the module inside of a ``DistributedDataParallel``, and its processes unless others are given.
 

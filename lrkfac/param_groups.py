@@ -78,13 +78,22 @@ class ChainFactory:
         self.optimizer, self.make = optimizer, make
         self.known, self.names = tuple(known), [name for name in PER_GROUP if name in known]
         self.used: list[list[Any]] = []
+        self.layers: list[str] = []
 
     def __call__(self, layers: Layers, parameters: Mapping[str, Tensor]) -> GradientTransformation:
         """Return the chain for the layers of all parameters in the groups; ``parameters`` maps their names to them.
 
         Raises:
             TypeError: If the function makes something else.
+            ValueError: If layers are divided among processes, and others than before.
         """
+        layer_names = [layer.name for layer in layers]
+        if self.used and layer_names != self.layers and getattr(self.make, "keywords", {}).get("owners") is not None:
+            raise ValueError(
+                "owners: expected the layers that the optimizer was made with, got others, as by add_param_group(): "
+                "layers would pass to processes that do not have their averages; make the optimizer anew with all "
+                "groups, or leave owners= out"
+            )
         names = {id(p): name for name, p in parameters.items()}
         values = self._values()
         rates = [GroupRate(self.optimizer, i) for i in range(len(self.optimizer.param_groups))]
@@ -96,7 +105,7 @@ class ChainFactory:
                 "transformation: expected a function that makes a GradientTransformation, such as kfac, got one of "
                 f"{type(transformation).__name__}"
             )
-        self.used = values
+        self.used, self.layers = values, layer_names
         return transformation
 
     def has_changed(self) -> bool:

@@ -105,7 +105,8 @@ public("LayerKind", {"name": "x", "function": torch.sub, "operation": torch.add}
     channel=among(0, 1, "-1", -1.0, True, torch.tensor(-1), *NOTHING))
 public("evaluator", {"model": MODEL, "likelihood": lrkfac.categorical(), "layers": LAYERS}, model=FUNCTION,
     likelihood=values.LIKELIHOOD, layers=NOT_LAYERS, estimator=one_of("mc", "exact", "empirical", "forward_only"),
-    samples=integer(), has_aux=FLAG, thin=FLAG, differentiable=FLAG, group=NOT_GROUPS)
+    samples=integer(), has_aux=FLAG, thin=FLAG, differentiable=FLAG, group=NOT_GROUPS,
+    scatter=among(1, "x", True, 1j, None))
 valid("evaluator()", EVALUATE, {"params": P, "inputs": X, "targets": Y}, params=NOT_TREES, inputs=NOT_INPUTS,
     targets=NOT_TARGETS, statistics=NOT_STATISTICS, layers=NOT_NAMES, examples=NOT_EXAMPLES, noise=NOT_NOISE)
 valid("evaluator(exact)()", EXACT, {"params": P, "inputs": X, "targets": Y},

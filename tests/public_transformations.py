@@ -78,18 +78,18 @@ public("join_schedules", {"schedules": [SCHEDULE, SCHEDULE], "boundaries": [5]},
         *[x for x in NOTHING if x not in ([1.0], b"x")]))
 public("precondition_by_fisher", {"layers": LAYERS}, layers=NOT_LAYERS, structure=STRUCTURE, rank=RANK,
     damping=POSITIVE, decay=SHARE, fallback=TRANSFORMATION.filter(lambda x: x is not None), differentiable=FLAG,
-    balanced=FLAG, **OF_DTYPE)
+    balanced=FLAG, owners=NOT_GROUPS, **OF_DTYPE)
 public("scale_by_quadratic_model", {"preconditioner": PRECONDITION}, preconditioner=TRANSFORMATION, damping=POSITIVE,
     weight_decay=DECAYS, kl_clip=KL_CLIP, gradient_decay=SHARE)
 valid("chain", lambda transformations: lrkfac.chain(*transformations), {"transformations": [lrkfac.trace(0.9)]},
     transformations=st.lists(TRANSFORMATION, min_size=1, max_size=3))
 KFAC = {"learning_rate": RATE, "damping": POSITIVE, "decay": SHARE, "momentum": SHARES, "weight_decay": DECAYS}
-OF_STATISTICS = {**OF_DTYPE, "differentiable": FLAG}
+OF_STATISTICS = {**OF_DTYPE, "differentiable": FLAG, "owners": NOT_GROUPS}
 public("kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, **KFAC, kl_clip=POSITIVE, **OF_STATISTICS)
 public("low_rank_kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, rank=RANK_OF_CHAIN, **KFAC,
     kl_clip=POSITIVE, **OF_STATISTICS)
 public("adaptive_low_rank_kfac", {"layers": LAYERS}, layers=NOT_LAYERS, rank=RANK_OF_CHAIN, damping=POSITIVE,
-    decay=SHARE, weight_decay=DECAYS, **OF_DTYPE, kl_clip=KL_CLIP, gradient_decay=SHARE)
+    decay=SHARE, weight_decay=DECAYS, **OF_DTYPE, kl_clip=KL_CLIP, gradient_decay=SHARE, owners=NOT_GROUPS)
 valid("inject_hyperparams()", lrkfac.inject_hyperparams(lrkfac.scale_by_learning_rate), {"learning_rate": 0.1},
     learning_rate=RATE)
 valid("masked().init", lambda mask: lrkfac.masked(lrkfac.trace(0.9), mask).init(P), {"mask": True},

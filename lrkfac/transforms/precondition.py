@@ -11,21 +11,25 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_dtype, check_flag, check_number
 from lrkfac.core.base.dtypes import without_autocast
+from lrkfac.core.base.exchange import blank
 from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.processes import processes_of
 from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.replicas import Agreed
 from lrkfac.core.base.tree_checks import check_like
 from lrkfac.core.base.trees import counter
 from lrkfac.core.base.types import Tree
 from lrkfac.core.curvature.assignment import Block, Chosen, blocks
-from lrkfac.core.curvature.blocks import BlockState, check_block_states, dtype_of, initial_state, signatures
+from lrkfac.core.curvature.blocks import check_block_states, dtype_of, facts_of, initial_state, signatures
 from lrkfac.core.curvature.damping import balanced_dampings
+from lrkfac.core.curvature.owners import Division, Owners, check_division, owners_of
 from lrkfac.core.curvature.precondition import alike, natural_gradients
 from lrkfac.core.curvature.ranks import AutoRank, resolved
-from lrkfac.core.curvature.refresh import refresh
+from lrkfac.core.curvature.refresh import due_blocks, refresh
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.layers.description import Layers, check_layers
+from lrkfac.core.layers.statistics import Statistics
 from lrkfac.transforms.base import GradientTransformation, check_evaluation, check_state, check_transformation
 
 
@@ -34,12 +38,12 @@ class PreconditionState(NamedTuple):
 
     Attributes:
         blocks: By layer name, the running average of the block, its damped inverse as of the last statistics, and the
-            dampings in that, with a leading axis for groups.
+            dampings in that, with a leading axis for groups. With ``owners``, ``()`` where another process owns it.
         since: For each block, sorted by name, the number of steps since its last statistics, int64 ``[n]``.
         fallback: The state of the transformation of all other parameters.
     """
 
-    blocks: dict[str, BlockState]
+    blocks: dict[str, Any]
     since: Tensor
     fallback: Any
 
@@ -51,17 +55,17 @@ class PreconditionState(NamedTuple):
     @property
     def factors(self) -> dict[str, Any]:
         """The running averages, by layer name."""
-        return {name: block.average for name, block in self.blocks.items()}
+        return {name: block.average for name, block in self.blocks.items() if block}
 
     @property
     def inverses(self) -> dict[str, Any]:
         """Their damped inverses, by layer name."""
-        return {name: block.inverse for name, block in self.blocks.items()}
+        return {name: block.inverse for name, block in self.blocks.items() if block}
 
     @property
     def dampings(self) -> dict[str, Tensor]:
         """``δ_B`` and ``δ_A`` of a product, ``[2]``, else ``λ``, ``[]``, by layer name."""
-        return {name: block.dampings for name, block in self.blocks.items()}
+        return {name: block.dampings for name, block in self.blocks.items() if block}
 
 
 def precondition_by_fisher(
@@ -75,6 +79,7 @@ def precondition_by_fisher(
     dtype: torch.dtype | None = None,
     differentiable: bool = False,
     balanced: bool = False,
+    owners: Any = None,
 ) -> GradientTransformation:
     """Precondition each layer's gradient, ``(B + δ_B I)⁻¹ ∇W (A + δ_A I)⁻¹``: natural gradient by K-FAC.
 
@@ -107,6 +112,10 @@ def precondition_by_fisher(
             ``p`` rises from 0 to 1 while ``max s / min s`` does from 1000 to 3200. Queries and keys of a transformer
             start with millionths of the curvature of other layers: what is a small damping to these leaves those with
             plain gradients.
+        owners: A process group, or a ``DeviceMesh`` with one axis, among whose processes layers are divided: each has
+            one owner, which alone has its state and preconditions its gradient; updates are then gathered. The group is
+            that of ``evaluator(..., group=)``, best with ``scatter=True``. It pays for dense factors of some hundred
+            rows on; low-rank ones are applied about as fast as updates are gathered. By default all have all states.
 
     Returns:
         A transformation with a ``PreconditionState``. Its ``update`` takes the extra ``evaluation``, and
@@ -115,7 +124,8 @@ def precondition_by_fisher(
     Raises:
         ValueError: If ``rank`` is below 1 or no layer takes it, ``damping`` not positive and finite, ``decay`` outside
             [0, 1), a pattern decides for no layer, a structure makes no sense for a layer, or ``dtype`` is another; in
-            ``update``, if the tree, the state or the statistics are not those of ``layers``.
+            ``update``, if the tree, the state or the statistics are not those of ``layers``, or the evaluation is not
+            one of the processes of ``owners``.
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
 
     Examples:
@@ -137,10 +147,12 @@ def precondition_by_fisher(
     if dtype is not None:
         check_dtype(dtype)
     assigned = blocks(layers, structure, resolved(layers, structure, rank))
+    processes = None if owners is None else processes_of(owners, "owners")
+    divided = None if processes is None or processes.size == 1 else owners_of(assigned, processes)
     preconditioner = _Preconditioner(
         layers=layers,
         blocks=assigned,
-        alike=alike(assigned),
+        alike=alike([block for block in assigned if divided is None or divided.own(block)]),
         signatures=signatures(assigned, layers),
         uncovered=[p.index for p in layers.parameters if p.index not in layers.covered],
         damping=damping,
@@ -149,6 +161,7 @@ def precondition_by_fisher(
         dtype=dtype,
         differentiable=differentiable,
         balanced=balanced,
+        owners=divided,
     )
     return GradientTransformation(preconditioner.init, preconditioner.update)
 
@@ -159,9 +172,10 @@ class _Preconditioner:
 
     Attributes:
         blocks: Layers with their structures.
-        alike: Blocks that may be joined.
+        alike: Blocks of this process that may be joined.
         signatures: Of each block's average.
         uncovered: Indices of the parameters that no layer covers.
+        owners: Of the blocks, or ``None`` where all processes have all states.
         agreed: Whether processes have been found to have the same blocks and numbers.
     """
 
@@ -176,6 +190,7 @@ class _Preconditioner:
     dtype: torch.dtype | None
     differentiable: bool
     balanced: bool
+    owners: Owners | None
     agreed: Agreed = field(default_factory=Agreed, repr=False)
 
     def __post_init__(self) -> None:
@@ -185,7 +200,9 @@ class _Preconditioner:
     def init(self, params: Tree) -> PreconditionState:
         """Return the state before the first statistics, with which gradients pass unchanged."""
         leaves = self._leaves(params, "params")
-        states = {block.name: initial_state(block, leaves, self.dtype) for block in self.blocks}
+        states = {
+            block.name: initial_state(block, leaves, self.dtype) if self._own(block) else () for block in self.blocks
+        }
         other = self.fallback.init([leaves[i] for i in self.uncovered]) if self.fallback else ()
         return PreconditionState(states, counter(leaves).repeat(len(states)), other)
 
@@ -202,16 +219,17 @@ class _Preconditioner:
         """Return the preconditioned updates, after a refresh where the evaluation has statistics."""
         evaluation = check_evaluation(evaluation, "precondition_by_fisher")
         check_state(state, PreconditionState)
-        leaves: list[Any] = self._leaves(updates, "updates")
+        leaves: list[Any] = self._leaves(self.owners.collected(updates) if self.owners else updates, "updates")
         dtypes = {block.name: self.dtype or dtype_of(block, leaves) for block in self.blocks}
-        check_block_states(self.signatures, state.blocks, dtypes)
+        self._check_states(evaluation, state.blocks, dtypes)
         param_leaves = None if params is None else self._leaves(params, "params")
         states, since = state.blocks, state.since + 1
+        damping = self.damping if factor_damping is None else factor_damping
         if evaluation.statistics is not None:
-            states = self._refreshed(states, evaluation, factor_damping)
-            since = _since(since, state.blocks, states)
+            states = self._refreshed(state, evaluation, damping, dtypes)
+            since = self._since(since, evaluation.statistics)
         with profiled("apply"), without_autocast(since):
-            for i, natural in natural_gradients(self.alike, states, leaves).items():
+            for i, natural in self._natural(states, leaves, since, damping).items():
                 leaf = with_layout_of(natural, leaves[i])
                 # Scaled and added to in fewer passes over memory, at the end of the chain.
                 waits = evaluation.thin and isinstance(leaf, Tensor) and leaf.ndim == 2
@@ -227,37 +245,55 @@ class _Preconditioner:
         return new_updates, PreconditionState(states, since, other)
 
     def _refreshed(
-        self, states: dict[str, BlockState], evaluation: Evaluation, factor_damping: float | Tensor | None
-    ) -> dict[str, BlockState]:
-        statistics = evaluation.statistics
+        self,
+        state: PreconditionState,
+        evaluation: Evaluation,
+        damping: float | Tensor,
+        dtypes: dict[str, torch.dtype],
+    ) -> dict[str, Any]:
+        states, statistics = state.blocks, evaluation.statistics
         assert statistics is not None
         if not self.differentiable:
             statistics = optree.tree_map(Tensor.detach, statistics)
-        damping = self.damping if factor_damping is None else factor_damping
-        if evaluation.among is not None:
-            self.agreed.check("precondition_by_fisher", self._facts(states), evaluation.among.processes)
+        division = None
+        if self.owners is not None:
+            mapped = blank(state.since, self.decay, *optree.tree_leaves(statistics))
+            division = Division(self.owners, dtypes, mapped)
         with profiled("refresh"), without_autocast(statistics.scale):
             if self.balanced:
-                dampings: dict[str, Any] = balanced_dampings(self.blocks, states, damping)
+                dampings: dict[str, Any] = balanced_dampings(self.blocks, states, damping, division)
             else:
                 dampings = dict.fromkeys(states, damping)
-            return refresh(self.blocks, states, statistics, dampings, self.decay, evaluation.among)
+            return refresh(self.blocks, states, statistics, dampings, self.decay, evaluation.among, division)
 
-    def _facts(self, states: dict[str, BlockState]) -> dict[str, Any]:
-        """Return what decides how much processes sum, and when: a difference would be an error of the network alone."""
-        numbers = {"damping": self.damping, "decay": self.decay}
-        shapes = {
-            f"structure of {block.name!r}": f"{block.structure.description()}, a state of "
-            f"{sum(x.numel() for x in optree.tree_leaves(states[block.name].average))} numbers"
-            for block in self.blocks
-        }
-        return shapes | {name: x for name, x in numbers.items() if not isinstance(x, Tensor)}
+    def _natural(
+        self, states: dict[str, Any], leaves: list[Any], since: Tensor, damping: float | Tensor
+    ) -> dict[int, Any]:
+        """Return the natural gradients of all covered parameters, by index."""
+        natural = natural_gradients(self.alike, states, leaves)
+        return natural if self.owners is None else self.owners.gathered(natural, leaves, blank(since, damping, *leaves))
+
+    def _since(self, steps: Tensor, statistics: Statistics) -> Tensor:
+        """Return the steps, 0 where a block has been refreshed."""
+        due = {block.name for block in due_blocks(self.blocks, statistics)}
+        unchanged = [name not in due for name in sorted(block.name for block in self.blocks)]
+        return steps * torch.tensor(unchanged, device=steps.device) if any(unchanged) else torch.zeros_like(steps)
+
+    def _own(self, block: Block) -> bool:
+        return self.owners is None or self.owners.own(block)
+
+    def _check_states(self, evaluation: Evaluation, states: dict[str, Any], dtypes: dict[str, torch.dtype]) -> None:
+        """Raise unless states are those of this process' blocks, and processes have the same blocks and numbers."""
+        expected = self.signatures
+        if self.owners is not None:
+            check_division(self.owners, evaluation.among, states)
+            expected, states = self.owners.own_part(expected), self.owners.own_part(states)
+        check_block_states(expected, states, dtypes)
+        if evaluation.among is not None:
+            numbers = {"damping": self.damping, "decay": self.decay}
+            facts: dict[str, Any] = {name: x for name, x in numbers.items() if not isinstance(x, Tensor)}
+            facts |= facts_of(self.blocks, self.signatures) | (self.owners.facts() if self.owners else {})
+            self.agreed.check("precondition_by_fisher", facts, evaluation.among.processes)
 
     def _leaves(self, tree: Tree, what: str) -> list[Any]:
         return check_like(self.layers.tree, tree, what)
-
-
-def _since(steps: Tensor, before: dict[str, BlockState], after: dict[str, BlockState]) -> Tensor:
-    """Return the steps, 0 where a block has been refreshed."""
-    unchanged = [after[name] is before[name] for name in sorted(after)]
-    return steps * torch.tensor(unchanged, device=steps.device) if any(unchanged) else torch.zeros_like(steps)

@@ -98,7 +98,7 @@ class Among(NamedTuple):
         return self.size / self.total.clamp(min=1)
 
 
-def processes_of(group: Any) -> Processes:
+def processes_of(group: Any, argument: str = "group") -> Processes:
     """Return the processes of a ``torch.distributed.ProcessGroup`` or of a ``DeviceMesh`` with one axis, or themselves.
 
     Raises:
@@ -110,19 +110,19 @@ def processes_of(group: Any) -> Processes:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
-                f"group: expected a mesh with one axis, along which batches differ, got the axes "
+                f"{argument}: expected a mesh with one axis, along which batches differ, got the axes "
                 f"{group.mesh_dim_names or group.ndim}; pass one of them, as in mesh['data']"
             )
         group = group.get_group()
     known = dist.is_available() and isinstance(group, dist.ProcessGroup)
     if (known and dist.get_rank(group) < 0) or (dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER):
         raise ValueError(
-            f"group: expected a group of which this process is one, got one without rank {dist.get_rank()}; give each "
-            "process a group that it is in"
+            f"{argument}: expected a group of which this process is one, got one without rank {dist.get_rank()}; give "
+            "each process a group that it is in"
         )
     if not known:
         raise TypeError(
-            "group: expected a torch.distributed process group, such as torch.distributed.group.WORLD, or a "
+            f"{argument}: expected a torch.distributed process group, such as torch.distributed.group.WORLD, or a "
             f"DeviceMesh, both after init_process_group(), got {group!r}"
         )
     return Processes(register.add(group), dist.get_rank(group), dist.get_world_size(group))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.sharding import is_sharded
+from lrkfac.core.base.summand import Summand
 from lrkfac.core.base.types import Tree
 
 
@@ -105,8 +106,14 @@ def check_tree(got: Tree, what: str) -> list[Tensor]:
 
 
 def check_whole(tree: Tree, leaves: Sequence[Any], what: str) -> None:
-    """Raise ``TypeError`` if a leaf is a ``DTensor``, with its path in the tree."""
+    """Raise ``TypeError`` if a leaf is a ``DTensor`` or a ``Summand``, with its path in the tree."""
     for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Summand):
+            raise TypeError(
+                f"{what}: expected whole gradients, got one process' part at {paths(tree)[i]!r}, as "
+                "evaluator(..., scatter=True) leaves them; put precondition_by_fisher(layers, owners=group) first, or "
+                "pass lrkfac.materialize() of them, which sums them"
+            )
         if is_sharded(leaf):
             parts = f"{tuple(leaf.placements)} over {leaf.device_mesh.size()} processes"
             place = f" at {paths(tree)[i]!r}" if tree is not leaf else ""

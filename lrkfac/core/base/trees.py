@@ -11,15 +11,17 @@ from torch import Tensor
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.lazy import LazyMatrix, add_multiple
 from lrkfac.core.base.per_parameter import is_number
+from lrkfac.core.base.summand import Summand, summed
 from lrkfac.core.base.types import PerParameter, Tree
 
 
 def vdot(x: Tree, y: Tree, weights: Tree | None = None) -> Tensor:
     """Return the inner product of two trees, ``[]``: the sum over leaves of ``weight * sum(x * y)``.
 
-    Weights are 1 by default. Half-precision leaves are summed in float32.
+    Weights are 1 by default. Half-precision leaves are summed in float32. Of leaves of ``y`` that are ``Summand``, the
+    products are summed over processes.
     """
-    products = optree.tree_leaves(optree.tree_map(_vdot, x, y))
+    products = _summed_products(optree.tree_leaves(optree.tree_map(_vdot, x, y)), optree.tree_leaves(y))
     if weights is not None:
         products = [weight * one for weight, one in zip(optree.tree_leaves(weights), products, strict=True)]
     return torch.stack(products).sum() if products else torch.zeros(())
@@ -80,6 +82,8 @@ def weighted(weight: Tensor, x: Tensor) -> Tensor:
 def materialize(x: Tree) -> Tree:
     """Return the tree with each ``LazyMatrix`` computed, so that all leaves are tensors.
 
+    Parts of gradients, as ``evaluator(..., scatter=True)`` leaves them, are summed over processes, which all call it.
+
     Examples:
         >>> import torch
         >>> from lrkfac import LazyMatrix
@@ -97,7 +101,9 @@ def materialize(x: Tree) -> Tree:
     Raises:
         TypeError: If a leaf is neither tensor nor ``LazyMatrix``.
     """
-    return optree.tree_map(_materialized, x)
+    summands = [leaf for leaf in optree.tree_leaves(x) if isinstance(leaf, Summand)]
+    sums = iter(summed(summands))
+    return optree.tree_map(lambda leaf: next(sums) if isinstance(leaf, Summand) else _materialized(leaf), x)
 
 
 def copied_or_lazy(x: Tree, y: Tree) -> Tree:
@@ -122,7 +128,18 @@ def _materialized(leaf: Any) -> Any:
     return leaf
 
 
+def _summed_products(products: list[Tensor], leaves: list[Any]) -> list[Tensor]:
+    """Return inner products with leaves; those with summands, of which this process has a part, in one sum."""
+    parts = {i: leaf.processes for i, leaf in enumerate(leaves) if isinstance(leaf, Summand)}
+    if parts:
+        (whole,) = next(iter(parts.values())).sum([torch.stack([products[i] for i in parts])])
+        for i, one in zip(parts, whole.unbind(), strict=True):
+            products[i] = one
+    return products
+
+
 def _vdot(a: Any, b: Any) -> Tensor:
+    b = b.part if isinstance(b, Summand) else b
     if isinstance(a, LazyMatrix) or isinstance(b, LazyMatrix):
         a, b = (a, b) if isinstance(a, LazyMatrix) else (b, a)
         return wide(a).vdot(wide(b))

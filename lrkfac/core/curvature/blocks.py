@@ -118,6 +118,14 @@ def signatures(blocks: tuple[Block, ...], layers: Layers) -> dict[str, Any]:
     return {block.name: signature(initial_average(block, leaves)) for block in blocks}
 
 
+def facts_of(blocks: tuple[Block, ...], signatures: Mapping[str, Any]) -> dict[str, str]:
+    """Return what decides how much processes sum, in words: a difference would be an error of the network alone."""
+    return {
+        f"structure of {one.name!r}": f"{one.structure.description()}, averages in the form {signatures[one.name]}"
+        for one in blocks
+    }
+
+
 def check_block_states(
     expected: Mapping[str, Any], states: Mapping[str, BlockState], dtypes: Mapping[str, torch.dtype]
 ) -> None:

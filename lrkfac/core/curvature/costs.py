@@ -175,18 +175,24 @@ class _Rows(LayerStatistics):
         return self.gradients_of_examples
 
 
-def _refreshed(block: Block, state: BlockState, rows: int, dtype: torch.dtype) -> Any:
-    """Return the state after a refresh with a number of rows, of numbers that do not matter."""
+def statistics_of_rows(block: Block, dtype: torch.dtype, rows: int = 2) -> tuple[Block, LayerStatistics]:
+    """Return the block of one group of a layer, as a product with rows, and statistics of them without numbers."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    layer, structure = block.layers[0], block.structure
-    whole = sum(x.groups * x.d_out * x.d_in for x in block.layers)
-    each = empty(rows, whole, 1) if structure.joins_layers else empty(rows, layer.d_out, layer.d_in)
+    one = _one_group(block)
+    layer = one.layers[0]
+    whole = sum(x.groups * x.d_out * x.d_in for x in one.layers)
+    each = empty(rows, whole, 1) if one.structure.joins_layers else empty(rows, layer.d_out, layer.d_in)
     a, g = empty(rows, layer.d_in - (layer.bias is not None)), empty(1, rows, layer.d_out)
-    average = structure.update_from(state.average, _Rows(layer, (a,), (g,), empty(), gradients_of_examples=each), 0.9)
-    return damped_inverse(structure, average, 1.0)
+    return one, _Rows(layer, (a,), (g,), empty(), gradients_of_examples=each)
+
+
+def _refreshed(block: Block, state: BlockState, rows: int, dtype: torch.dtype) -> Any:
+    """Return the inverse after a refresh with a number of rows, of numbers that do not matter."""
+    one, statistics = statistics_of_rows(block, dtype, rows)
+    return damped_inverse(one.structure, one.structure.update_from(state.average, statistics, 0.9), 1.0)
 
 
 def _operations(of: Callable[[], Any]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import BlockState, mean_eigenvalue_of
+from lrkfac.core.curvature.owners import Division
 
 FIRST_DECADES, FULL_DECADES = 3.0, 3.5
 """Spread of block sizes, in decades, at which damping begins to follow them, and at which it follows them fully."""
@@ -17,17 +18,25 @@ LOWEST_DECADE = -6.0
 
 
 def balanced_dampings(
-    blocks: Sequence[Block], states: Mapping[str, BlockState], damping: float | Tensor
+    blocks: Sequence[Block],
+    states: Mapping[str, BlockState],
+    damping: float | Tensor,
+    division: Division | None = None,
 ) -> dict[str, Tensor]:
     """Return ``λ (s / max s)^p`` for each block, by name; ``s`` is the mean eigenvalue of its average.
 
     ``p`` rises from 0 to 1 while ``max s / min s`` does from 1000 to 3200. No block has less than a millionth of ``λ``.
-    A block whose average is zero or not finite has ``λ`` and does not count.
+    A block whose average is zero or not finite has ``λ`` and does not count. With ``division``, each process has the
+    states of its own blocks.
     """
     if not blocks:
         return {}
-    each = [mean_eigenvalue_of(block, states[block.name].average) for block in blocks]
-    sizes = torch.stack([one.to(each[0].dtype) for one in each])
+    own = [block for block in blocks if division is None or division.own(block)]
+    each = {block.name: mean_eigenvalue_of(block, states[block.name].average) for block in own}
+    if division is not None:
+        each = division.numbers(each)
+    first = each[blocks[0].name].dtype
+    sizes = torch.stack([each[block.name].to(first) for block in blocks])
     known = (sizes > 0) & sizes.isfinite()
     logs = torch.where(known, sizes, 1.0).log10()
     largest = torch.where(known, logs, -torch.inf).amax()

@@ -20,7 +20,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss: Mean negative log-likelihood, ``[]``.
-        grads: Gradient of the loss, a tree like the parameters; with ``thin=True``, some leaves are ``LazyMatrix``.
+        grads: Gradient of the loss, a tree like the parameters; with ``thin=True``, some leaves are ``LazyMatrix``,
+            and with ``scatter=True`` a process' own part; ``lrkfac.materialize`` makes tensors of both.
         outputs: The model's outputs, ``[N, ...]``, or a tree of them.
         aux: The model's auxiliary result (``has_aux=True``), else ``None``.
         statistics: For ``precondition_by_fisher``; ``None`` where the evaluation took none.

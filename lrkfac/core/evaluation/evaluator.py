@@ -29,6 +29,7 @@ def evaluator(
     thin: bool = False,
     differentiable: bool = False,
     group: Any = None,
+    scatter: bool = False,
 ) -> Evaluator:
     """Return the function that evaluates a batch: loss, gradients and statistics for K-FAC.
 
@@ -66,6 +67,10 @@ def evaluator(
             All processes call the same functions in the same order, at equal parameters. Before
             ``init_process_group()``, ``torch.distributed.group.WORLD`` is ``None``, which means one process.
             ``outputs`` and ``aux``, such as BatchNorm's statistics, are those of the part.
+        scatter: Whether gradients of covered parameters stay parts, one on each process, which
+            ``precondition_by_fisher(..., owners=group)`` sums where their owner is: half of what it costs to sum them
+            everywhere. It must be the first to see them; of others only ``clip_by_kl`` takes such gradients.
+            ``lrkfac.materialize`` sums them.
 
     Returns:
         ``evaluate(params, inputs, targets, statistics=True, layers=None, examples=None, noise=None)``, which returns
@@ -73,8 +78,8 @@ def evaluator(
         can.
 
     Raises:
-        ValueError: If an option is unknown or out of range, or ``differentiable`` with ``layers.autograd``; on all
-            processes, if layers or options differ.
+        ValueError: If an option is unknown or out of range, ``scatter`` without a group, or ``differentiable`` with
+            ``layers.autograd``; on all processes, if layers or options differ.
         TypeError: If an argument has the wrong type.
 
     Examples:
@@ -97,6 +102,9 @@ def evaluator(
     check_flag(has_aux, "has_aux")
     check_flag(thin, "thin")
     check_flag(differentiable, "differentiable")
+    check_flag(scatter, "scatter")
+    if scatter and group is None:
+        raise ValueError("scatter: expected a group whose processes have the parts of gradients, got none; pass group=")
     if differentiable and layers.autograd:
         raise ValueError(
             "differentiable: expected False for a model whose derivatives are taken by torch.autograd, since it does "
@@ -107,15 +115,14 @@ def evaluator(
     if not isinstance(likelihood, Likelihood | Joint):
         raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")
     heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)
-    parts = None if group is None else Parts(processes_of(group), len(heads.heads))
-    if parts is not None:
-        options: dict[str, Any] = {
-            "estimator": estimator,
-            "samples": samples,
-            "thin": thin,
-            "differentiable": differentiable,
-        }
-        options |= {"likelihood": [head.name for head in heads.heads], "weights of heads": heads.weights}
+    parts = None
+    if group is not None:
+        processes = processes_of(group)
+        scattered = layers.covered if scatter and processes.size > 1 else frozenset()
+        parts = Parts(processes, len(heads.heads), scattered)
+        options: dict[str, Any] = {"estimator": estimator, "samples": samples, "thin": thin, "scatter": scatter}
+        options |= {"differentiable": differentiable, "likelihood": [head.name for head in heads.heads]}
+        options |= {"weights of heads": heads.weights}
         check_same("evaluator", parts.processes.exchange({**options, **layers.facts()}))
         heads = replace(heads, part=True)
     return Evaluator(Objective(model, heads, has_aux), layers, estimator, samples, thin, differentiable, parts)

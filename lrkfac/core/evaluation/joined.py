@@ -18,6 +18,7 @@ from torch import Tensor
 from lrkfac.core.base.dtypes import widest
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.processes import Among, Processes
+from lrkfac.core.base.summand import Summand
 from lrkfac.core.base.trees import materialize, weighted
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.agreement import check_counts, check_marks, mark
@@ -27,7 +28,13 @@ Lengths = Mapping[int, int]
 """Of gradients whose rows are gathered, by the leaf's index: the number of rows of each process, after padding."""
 
 
-def joined(part: Evaluation, processes: Processes, facts: str, lengths: Lengths) -> Evaluation:
+def joined(
+    part: Evaluation,
+    processes: Processes,
+    facts: str,
+    lengths: Lengths,
+    scattered: frozenset[int] = frozenset(),
+) -> Evaluation:
     """Return the evaluation of the joint batch from that of this process' part.
 
     One flat sum over processes: of weights, loss, gradients, scale and size of the statistics, and a mark of
@@ -37,14 +44,15 @@ def joined(part: Evaluation, processes: Processes, facts: str, lengths: Lengths)
         part: Of this process.
         processes: Of the joint batch.
         facts: What all processes must have in common, in words.
-        lengths: Of gradients whose rows are gathered; all others are formed and summed.
+        lengths: Of gradients whose rows are gathered; all others are formed.
+        scattered: Indices of the gradients that stay parts; the others are summed.
 
     Raises:
         ValueError: On all processes, where values are known, if their facts differ or nothing counts.
     """
     weight, statistics = part.weight, part.statistics
     leaves, structure = optree.tree_flatten(part.grads)
-    formed = {i: materialize(leaf) for i, leaf in enumerate(leaves) if i not in lengths}
+    formed = {i: materialize(leaf) for i, leaf in enumerate(leaves) if i not in lengths and i not in scattered}
     like = weight.to(buffer_dtype(part.grads))
     size = torch.zeros_like(like) if statistics is None or part.size is None else part.size.to(like)
     inverse_scale = size if statistics is None else torch.where(size > 0, (1 / statistics.scale).to(like), 0)
@@ -56,6 +64,11 @@ def joined(part: Evaluation, processes: Processes, facts: str, lengths: Lengths)
     share = like / total
     means: dict[int, Any] = {i: (x / total).to(formed[i].dtype) for i, x in zip(formed, sums, strict=True)}
     means |= gathered({i: leaves[i] for i in lengths}, lengths, processes, share)
+    means |= {
+        i: Summand(share * materialize(leaves[i]).to(like.dtype), leaves[i].dtype, processes)
+        for i in scattered
+        if i not in lengths
+    }
     products = JointProducts(_functions(part), processes, share)
     if statistics is not None:
         statistics = statistics._replace(scale=(1 / total_inverse).to(statistics.scale.dtype))
@@ -72,7 +85,9 @@ def joined(part: Evaluation, processes: Processes, facts: str, lengths: Lengths)
     )
 
 
-def take_part(params: Tree, processes: Processes, facts: str, lengths: Lengths) -> None:
+def take_part(
+    params: Tree, processes: Processes, facts: str, lengths: Lengths, scattered: frozenset[int] = frozenset()
+) -> None:
     """Take part in the sum of ``joined`` with nothing but a mark, so that no other process waits for this one.
 
     Raises:
@@ -80,7 +95,11 @@ def take_part(params: Tree, processes: Processes, facts: str, lengths: Lengths) 
     """
     leaves = optree.tree_leaves(params)
     like = leaves[0].new_zeros((), dtype=buffer_dtype(params))
-    zeros = [torch.zeros_like(leaf, dtype=like.dtype) for i, leaf in enumerate(leaves) if i not in lengths]
+    zeros = [
+        torch.zeros_like(leaf, dtype=like.dtype)
+        for i, leaf in enumerate(leaves)
+        if i not in lengths and i not in scattered
+    ]
     marks = processes.sum([like, like, like, mark(facts, processes, like), like, *zeros])[3]
     check_marks(marks, processes, facts)
 

@@ -41,11 +41,13 @@ class Parts:
     Attributes:
         processes: All of them.
         heads: The number of heads.
+        scattered: Indices of the gradients that stay parts.
         agreement: What they have found to agree upon.
     """
 
     processes: Processes
     heads: int
+    scattered: frozenset[int] = frozenset()
     agreement: Agreement = field(default_factory=Agreement, compare=False, repr=False)
 
     def evaluate(self, run: Run, params: Tree, facts: str, counts: int) -> Evaluation:
@@ -64,7 +66,7 @@ class Parts:
         like = optree.tree_leaves(params)[0].new_zeros((), dtype=buffer_dtype(params))
         turn = Turn(self.processes, facts, like, self.heads, counts if self.heads > 1 else 0)
         if torch.compiler.is_compiling() or any(is_transformed(x) for x in optree.tree_leaves(params)):
-            return joined(run(turn), self.processes, facts, self.agreement.lengths or {})
+            return joined(run(turn), self.processes, facts, self.agreement.lengths or {}, self.scattered)
         checks = self.agreement.lengths is None or is_debugging()
         try:
             self._check_device(params)
@@ -77,7 +79,7 @@ class Parts:
             raise
         if checks:
             self._agree(facts, params, part.grads)
-        return joined(part, self.processes, facts, self.agreement.lengths or {})
+        return joined(part, self.processes, facts, self.agreement.lengths or {}, self.scattered)
 
     def _agree(self, facts: str, params: Tree, grads: Tree) -> None:
         """Compare facts and parameters, and settle which gradients are gathered by rows."""
@@ -118,7 +120,7 @@ class Parts:
             if checks:
                 self.processes.exchange((facts, {}, {}))
             else:
-                take_part(params, self.processes, facts, self.agreement.lengths or {})
+                take_part(params, self.processes, facts, self.agreement.lengths or {}, self.scattered)
 
 
 class Turn:
