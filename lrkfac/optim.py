@@ -62,7 +62,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             in ``param_groups``, or a tree of schedules.
         estimator: See ``evaluator``.
         samples: See ``evaluator``.
-        thin: See ``evaluator``; by default on for lrkfac's own chains. It concerns ``step(inputs, targets)`` alone:
+        thin: See ``evaluator``; by default on for lrkfac's own chains on one process. It concerns ``step`` alone:
             ``evaluate`` materializes all gradients.
         output: See ``from_module``.
         statistics_every: Number of steps from one evaluation with statistics to the next.

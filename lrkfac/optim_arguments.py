@@ -61,7 +61,9 @@ def chain_gradients(
 ) -> dict[str, bool]:
     """Return the options of ``evaluator`` that say in what form a chain takes gradients."""
     scatters = transformation in (low_rank_kfac, kfac) and group is not None and options.get("owners") is not None
-    return {"thin": transformation in READY_MADE if thin is None else thin, "scatter": scatters}
+    # Processes gather as many rows as the first batch has, and a later one may have more.
+    lazy = transformation in READY_MADE and group is None
+    return {"thin": lazy if thin is None else thin, "scatter": scatters}
 
 
 def fixed_options(

@@ -8,7 +8,7 @@ from jaxtyping import TypeCheckError
 from torch.func import grad, vmap
 
 from lrkfac import linalg
-from lrkfac.core.curvature import low_rank
+from lrkfac.core.curvature import iterated
 from lrkfac.linalg import Diagonal
 from tests.shape_checking import check_shapes
 
@@ -18,7 +18,7 @@ def test_a_wrong_shape_raises_also_where_the_function_was_imported_to():
         ("return value", lambda: Diagonal(torch.ones(3)).matvec(torch.ones(1))),
         ("return value", lambda: Diagonal(torch.ones(2, 3)).matvec(torch.ones(3))),
         ("parameter 'x'", lambda: Diagonal(torch.ones(())).of_rows(torch.ones(()))),
-        ("parameter 'projected'", lambda: low_rank.ritz(torch.ones(2, 3))),
+        ("parameter 'projected'", lambda: iterated.ritz(torch.ones(2, 3))),
         ("return value", lambda: vmap(Diagonal.matvec)(Diagonal(torch.rand(5, 3)), torch.rand(5, 1))),
     ):
         with pytest.raises(TypeCheckError, match=match):

@@ -60,6 +60,14 @@ def later_statistics(rank: int, group: Any) -> Any:
     return evaluate(params, INPUTS, TARGETS, statistics=rank == 1)
 
 
+def later_parameters(rank: int, group: Any) -> Any:
+    """Another tree on one process, after an evaluation in which nothing was wrong."""
+    model, params = lrkfac.from_module(network())
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), lrkfac.find_layers(model, params, INPUTS), group=group)
+    evaluate(params, INPUTS, TARGETS)
+    return evaluate({} if rank else params, INPUTS, TARGETS)
+
+
 def twice(rank: int, group: Any) -> Any:
     """Evaluations of the joint batch are summed already."""
     return lrkfac.merge_evaluations([evaluated(group), evaluated(group)], group=group)
@@ -97,6 +105,11 @@ FAULTS = {
     "estimators": Fault(
         lambda rank, group: evaluated(group, estimator=("mc", "exact")[rank]), ("rank 1", "estimator", "exact")
     ),
+    "likelihoods": Fault(
+        lambda rank, group: evaluated(group, likelihood=lrkfac.categorical(label_smoothing=0.1 * rank)),
+        ("rank 1", "likelihood", "label_smoothing=0.1"),
+    ),
+    "parameters, later": Fault(later_parameters, ("rank 1 failed", "params", "missing")),
     "structures": Fault(lambda rank, group: updated(group, 2 + rank), ("rank 1", "structure of '0'", "A rank 3")),
     "statistics": Fault(lambda rank, group: evaluated(group, statistics=rank == 0), ("rank 1", "statistics=False")),
     "statistics, later": Fault(later_statistics, ("rank 1", "statistics=True")),

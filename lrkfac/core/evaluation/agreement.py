@@ -84,9 +84,11 @@ class Agreement:
 
     Attributes:
         lengths: Of gradients whose rows are gathered, see ``joined``; ``None`` before the first evaluation.
+        leaves: Zeros in the place of the parameters, which a process that refuses its own ones sums; none before.
     """
 
     def __init__(self) -> None:
+        self.leaves: list[Tensor] = []
         self.lengths: dict[int, int] | None = None
 
     def __reduce__(self) -> tuple[type[Agreement], tuple[Any, ...]]:

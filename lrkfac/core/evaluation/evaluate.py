@@ -102,7 +102,8 @@ class Evaluator:
             return same(params, opened, targets, statistics, layers, examples, noise)
         if self.parts is None:
             return self._evaluate(params, inputs, targets, statistics, layers, examples, noise)
-        facts = f"statistics={bool(statistics)}, layers={layers}"
+        some = "" if examples is None or len(self.objective.heads.heads) == 1 else ", of some examples"
+        facts = f"statistics={bool(statistics)}, layers={layers}{some}"
         counts = 1 + (statistics and layers != () and examples is not None)
 
         def run(turn: Turn) -> Evaluation:

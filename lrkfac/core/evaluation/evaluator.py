@@ -121,7 +121,7 @@ def evaluator(
         scattered = layers.covered if scatter and processes.size > 1 else frozenset()
         parts = Parts(processes, len(heads.heads), scattered)
         options: dict[str, Any] = {"estimator": estimator, "samples": samples, "thin": thin, "scatter": scatter}
-        options |= {"differentiable": differentiable, "likelihood": [head.name for head in heads.heads]}
+        options |= {"differentiable": differentiable, "likelihood": [head.facts() for head in heads.heads]}
         options |= {"weights of heads": heads.weights}
         check_same("evaluator", parts.processes.exchange({**options, **layers.facts()}))
         heads = replace(heads, part=True)

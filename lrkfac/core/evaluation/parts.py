@@ -63,18 +63,20 @@ class Parts:
             ValueError: On all processes, if one of them fails, or as ``joined``; on the first evaluation, if parameters
                 differ.
         """
-        like = optree.tree_leaves(params)[0].new_zeros((), dtype=buffer_dtype(params))
+        given = [x for x in optree.tree_leaves(params) if isinstance(x, Tensor)]
+        leaves = self.agreement.leaves or given or [torch.zeros(())]  # also of parameters that are to be refused
+        like = leaves[0].new_zeros((), dtype=buffer_dtype(leaves))
         turn = Turn(self.processes, facts, like, self.heads, counts if self.heads > 1 else 0)
-        if torch.compiler.is_compiling() or any(is_transformed(x) for x in optree.tree_leaves(params)):
+        if torch.compiler.is_compiling() or any(is_transformed(x) for x in given):
             return joined(run(turn), self.processes, facts, self.agreement.lengths or {}, self.scattered)
         checks = self.agreement.lengths is None or is_debugging()
         try:
-            self._check_device(params)
+            self._check_device(like.device)
             part = run(turn)
             self._check_lengths(part.grads)
         except Exception as error:
             if not isinstance(error, CollectiveError):
-                self._stop(turn, params, failure(error), checks)
+                self._stop(turn, leaves, failure(error), checks)
                 error.add_note(f"rank {self.processes.rank} failed; all {self.processes.size} ranks stop with an error")
             raise
         if checks:
@@ -88,6 +90,7 @@ class Parts:
         check_facts([one for one, _, _ in every])
         check_same("params", [one for _, one, _ in every])
         if self.agreement.lengths is None:
+            self.agreement.leaves = [x.new_zeros(()).expand(x.shape) for x in optree.tree_leaves(params)]
             lazy = {i: max(of[i] for _, _, of in every) for i in rows if all(i in of for _, _, of in every)}
             shapes = [x.shape for x in optree.tree_leaves(params)]
             size = 2 * self.processes.size
@@ -106,12 +109,11 @@ class Parts:
                     "thin=True processes gather as many rows each; start with the largest batch, or use thin=False"
                 )
 
-    def _check_device(self, params: Tree) -> None:
-        device = optree.tree_leaves(params)[0].device
+    def _check_device(self, device: torch.device) -> None:
         backends = dist.get_backend_config(register.group(self.processes.name))
         check_device(self.processes, device, dict(pair.split(":") for pair in str(backends).split(",")))
 
-    def _stop(self, turn: Turn, params: Tree, facts: str, checks: bool) -> None:
+    def _stop(self, turn: Turn, leaves: list[Tensor], facts: str, checks: bool) -> None:
         """Tell the other processes that this one has failed, in the calls in which they wait for it."""
         while turn.counts:
             with suppress(ValueError):  # the error of this process tells more
@@ -120,7 +122,7 @@ class Parts:
             if checks:
                 self.processes.exchange((facts, {}, {}))
             else:
-                take_part(params, self.processes, facts, self.agreement.lengths or {}, self.scattered)
+                take_part(leaves, self.processes, facts, self.agreement.lengths or {}, self.scattered)
 
 
 class Turn:

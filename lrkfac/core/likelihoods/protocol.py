@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import NamedTuple
 
 import torch
@@ -108,6 +108,11 @@ class Likelihood:
         axes = self.event_axes
         if axes is not None and not (isinstance(axes, tuple) and all(type(axis) is int and axis for axis in axes)):
             raise ValueError(f"event_axes: expected a tuple of axes other than 0, the batch, got {axes!r}")
+
+    def facts(self) -> str:
+        """Return the name, and the settings where functions are methods of a dataclass, in words."""
+        settings = getattr(self.negative_log_likelihood, "__self__", None)
+        return f"{self.name} {settings}" if is_dataclass(settings) else self.name
 
     def terms(self, outputs: Tensor) -> int:
         """Return the number of terms, also counting terms of weight 0."""
