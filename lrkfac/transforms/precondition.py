@@ -191,7 +191,7 @@ class _Preconditioner:
     differentiable: bool
     balanced: bool
     owners: Owners | None
-    agreed: Agreed = field(default_factory=Agreed, repr=False)
+    agreed: Agreed | None = field(default_factory=Agreed.new, repr=False)
 
     def __post_init__(self) -> None:
         check_number(self.damping, "damping", 0, includes_low=False)
@@ -289,7 +289,7 @@ class _Preconditioner:
             check_division(self.owners, evaluation.among, states)
             expected, states = self.owners.own_part(expected), self.owners.own_part(states)
         check_block_states(expected, states, dtypes)
-        if evaluation.among is not None:
+        if evaluation.among is not None and self.agreed is not None:
             numbers = {"damping": self.damping, "decay": self.decay}
             facts: dict[str, Any] = {name: x for name, x in numbers.items() if not isinstance(x, Tensor)}
             facts |= facts_of(self.blocks, self.signatures) | (self.owners.facts() if self.owners else {})

@@ -65,6 +65,11 @@ class Agreed:
     def __init__(self) -> None:
         self._groups: set[str] = set()
 
+    @staticmethod
+    def new() -> Agreed | None:
+        """Return one, and none within the compiler, which could not make it and where nothing is checked."""
+        return None if torch.compiler.is_compiling() else Agreed()
+
     def check(self, what: str, facts: Mapping[str, Any], processes: Processes) -> None:
         """Raise at the first call for a group unless facts are the same; within the compiler, nothing is checked.
 
