@@ -1,7 +1,9 @@
 """Layers divided among processes: the numbers of processes that all have everything, with a part of the state each."""
 
+import tempfile
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import optree
 import pytest
@@ -21,7 +23,7 @@ from tests.core.curvature.test_rounds import LOW_RANK, images, tokens
 from tests.distributed.processes import outcome, run
 from tests.tensors import normal
 
-STEPS, EVERY, RATE = 10, 3, 0.05
+STEPS, EVERY, RATE = 7, 3, 0.05
 
 
 def perceptron(sizes=(6, 9, 9, 9, 5), examples=12):
@@ -137,15 +139,17 @@ def trainings():
     return results
 
 
-def everything(folder):
-    """What two processes do, in one start of them."""
-    return trainings(), measured(), others(folder)
+def everything():
+    """What two processes do, in one start of them, and the folder of their checkpoint."""
+    folder = [Path(tempfile.mkdtemp()) / "checkpoint" if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    return folder[0], (trainings(), measured(), others(folder[0]))
 
 
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("owners")
-    return folder / "checkpoint", list(zip(*run(everything, 2, folder, folder / "checkpoint"), strict=True))
+@pytest.fixture
+def of_two(once):
+    of_ranks = once("owners", everything, 2)
+    return of_ranks[0][0], list(zip(*[results for _, results in of_ranks], strict=True))
 
 
 def preconditioner(state):
