@@ -12,6 +12,7 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_dtype, check_flag, check_number
 from lrkfac.core.base.dtypes import without_autocast
 from lrkfac.core.base.exchange import blank
+from lrkfac.core.base.flags import flags_like
 from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.processes import processes_of
@@ -277,7 +278,7 @@ class _Preconditioner:
         """Return the steps, 0 where a block has been refreshed."""
         due = {block.name for block in due_blocks(self.blocks, statistics)}
         unchanged = [name not in due for name in sorted(block.name for block in self.blocks)]
-        return steps * torch.tensor(unchanged, device=steps.device) if any(unchanged) else torch.zeros_like(steps)
+        return steps * flags_like(unchanged, steps) if any(unchanged) else torch.zeros_like(steps)
 
     def _own(self, block: Block) -> bool:
         return self.owners is None or self.owners.own(block)

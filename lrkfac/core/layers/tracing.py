@@ -63,6 +63,8 @@ class Follow(TorchFunctionMode):
         super().__init__()
         self.tracked, self.guarded, self.custom = tracked, guarded, custom
         self.level = transformation_level() if guarded else None
+        # Identities, which the compiler does not know: a scan for each call would be quadratic in depth.
+        self.numbers = {} if torch.compiler.is_compiling() else {id(x): i for i, (_, _, x) in enumerate(tracked)}
 
     def around(self) -> list[tuple[str, int]]:
         """Return kind and level of the transformations that the model applies around the call."""
@@ -74,10 +76,19 @@ class Follow(TorchFunctionMode):
 
     def place(self, x: Any) -> tuple[str, View] | None:
         """Return path and view of a tensor that is followed, ``None`` for others."""
+        if not torch.compiler.is_compiling():
+            number = self.numbers.get(id(x))
+            return None if number is None else self.tracked[number][:2]
         for path, view, tensor in self.tracked:
             if tensor is x:
                 return path, view
         return None
+
+    def follow(self, path: str, view: View, x: Tensor) -> None:
+        """Follow a view of a parameter; one that is the tensor itself has a place already."""
+        if not torch.compiler.is_compiling():
+            self.numbers.setdefault(id(x), len(self.tracked))
+        self.tracked.append((path, view, x))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -96,7 +107,7 @@ class Follow(TorchFunctionMode):
             place = self.place(args[0]) if args else None
             if place is not None:
                 for step, part in steps_of(name, args, kwargs, result):
-                    self.tracked.append((place[0], (*place[1], step), part))
+                    self.follow(place[0], (*place[1], step), part)
             return result
         call = custom_call(self.custom, func, self.known, args, kwargs)
         if call is None:
