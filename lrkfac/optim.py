@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrkfac.chains import low_rank_kfac
 from lrkfac.core.base.arguments import check_integer
-from lrkfac.core.base.dtypes import without_autocast
+from lrkfac.core.base.dtypes import full_precision
 from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.estimators import Estimator
@@ -207,7 +207,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             if self._make_chain.has_changed():
                 self.transformation = self._make_chain(self.layers, self._evaluator.parameters)
             params, whole = self.params, self._evaluator.whole
-            with torch.no_grad(), without_autocast(evaluation.loss):
+            with torch.no_grad(), full_precision(evaluation.loss):
                 updates, self.chain_state = self.transformation.update(
                     evaluation.grads, self.chain_state, whole, evaluation=evaluation
                 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_dtype, check_flag, check_number
-from lrkfac.core.base.dtypes import without_autocast
+from lrkfac.core.base.dtypes import full_precision
 from lrkfac.core.base.exchange import blank
 from lrkfac.core.base.flags import flags_like
 from lrkfac.core.base.layout import with_layout_of
@@ -229,7 +229,7 @@ class _Preconditioner:
         if evaluation.statistics is not None:
             states = self._refreshed(state, evaluation, damping, dtypes)
             since = self._since(since, evaluation.statistics)
-        with profiled("apply"), without_autocast(since):
+        with profiled("apply"), full_precision(since):
             for i, natural in self._natural(states, leaves, since, damping).items():
                 leaf = with_layout_of(natural, leaves[i])
                 # Scaled and added to in fewer passes over memory, at the end of the chain.
@@ -260,7 +260,7 @@ class _Preconditioner:
         if self.owners is not None:
             mapped = blank(state.since, self.decay, *optree.tree_leaves(statistics))
             division = Division(self.owners, dtypes, mapped)
-        with profiled("refresh"), without_autocast(statistics.scale):
+        with profiled("refresh"), full_precision(statistics.scale):
             if self.balanced:
                 dampings: dict[str, Any] = balanced_dampings(self.blocks, states, damping, division)
             else:

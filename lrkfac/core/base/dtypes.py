@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -40,7 +41,28 @@ def widest(*dtypes: torch.dtype) -> torch.dtype:
     return first if all(dtype == first for dtype in dtypes) else reduce(torch.promote_types, dtypes)
 
 
-def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Return a context without ``torch.autocast`` on the device of a tensor: it would round factors to bfloat16."""
+@contextmanager
+def full_precision(like: Tensor) -> Iterator[None]:
+    """Run a block without ``torch.autocast`` on the device of a tensor, and with products of float32 in float32.
+
+    bfloat16 and TF32 keep 8 and 11 bits, and would turn the sign of an inverse along its largest eigenvectors. The
+    compiler reads the precision of products when it compiles: there, it stays that of the caller.
+    """
     device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with autocast, nullcontext() if torch.compiler.is_compiling() else _exact_products():
+        yield
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Let no product of float32 be rounded, as ``torch.set_float32_matmul_precision`` allows."""
+    backends = [b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if b.fp32_precision != "ieee"]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
+from lrkfac.core.base.eager import has_values
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.operator_checks import check_operator
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
@@ -67,7 +68,10 @@ def _cholesky_inverse(operator: Dense) -> Dense:
     # Rounding alone can make a matrix of large condition indefinite: a shift of a few ulps of its norm
     # is within the factorisation's own error and keeps both the factor and the inverse positive definite.
     norm = operator.matrix.abs().sum(dim=-1).amax(dim=-1)
-    factor = torch.linalg.cholesky(operator.shifted(_margin(operator.matrix) * norm).matrix)
+    shifted = operator.shifted(_margin(operator.matrix) * norm).matrix
+    # Elsewhere than on the CPU the host would wait for the check: NaN then shows in the loss.
+    factor, info = torch.linalg.cholesky_ex(shifted, check_errors=has_values(shifted))
+    factor = torch.where(info[..., None, None] == 0, factor, torch.nan)
     return Dense(torch.cholesky_inverse(factor).mT)  # symmetric, and row-major so
 
 

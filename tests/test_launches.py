@@ -1,0 +1,68 @@
+"""What a step costs a GPU beside its arithmetic: kernels that it starts, and waits of the host, counted on the CPU."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lrkfac
+from tests.dispatch import Launches
+
+CHAINS = {
+    "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=32),
+    "dense": lambda layers: lrkfac.kfac(layers, 0.1),
+    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=32),
+}
+# Of a plain step and of a refresh: of the former, none may wait. A refresh of a shape looks at three small
+# decompositions; the inverse of a dense factor waits for nothing.
+KERNELS = {"low rank": (125, 480), "dense": (105, 275), "adaptive": (300, 930)}
+WAITS = {"low rank": 3, "dense": 0, "adaptive": 3}
+
+
+@pytest.fixture
+def values_unknown(monkeypatch):
+    """As on a GPU, whose values nobody looks at."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("lrkfac.") and hasattr(module, "has_values"):
+            monkeypatch.setattr(module, "has_values", lambda x: False)
+
+
+def launches(chain, statistics):
+    """Of the third or fourth step of four equal layers."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(64, 64), nn.Tanh())][:-1])
+    model, params = lrkfac.from_module(net)
+    x, y = torch.randn(32, 64), torch.randint(64, (32,))
+    layers = lrkfac.find_layers(model, params, x)
+    evaluate, tx = lrkfac.evaluator(model, lrkfac.categorical(), layers), CHAINS[chain](layers)
+    state = tx.init(params)
+    for taken in (True, False, statistics):
+        with Launches() as counted:
+            evaluation = evaluate(params, x, y, statistics=taken)
+            updates, state = tx.update(evaluation.grads, state, params, evaluation=evaluation)
+            params = lrkfac.apply_updates(params, updates)
+    return counted
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_plain_step_waits_for_nothing(chain, values_unknown):
+    counted = launches(chain, statistics=False)
+    assert not counted.waits
+    assert sum(counted.kernels.values()) <= KERNELS[chain][0]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_refresh_waits_for_small_decompositions_alone(chain, values_unknown):
+    counted = launches(chain, statistics=True)
+    assert set(counted.waits) <= {"_linalg_eigh"} and sum(counted.waits.values()) <= WAITS[chain]
+    assert sum(counted.kernels.values()) <= KERNELS[chain][1]
+
+
+def test_waits_are_seen():
+    with Launches() as counted:
+        x = torch.ones(3)
+        bool(x.sum() > 0)
+        torch.linalg.cholesky(torch.eye(3))
+        assert x[x > 0].shape == (3,)
+    assert counted.waits == {"_local_scalar_dense": 1, "_linalg_check_errors": 1, "index": 1}
