@@ -9,6 +9,7 @@ import time
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.linalg.inverses import inverse, sherman_morrison
 from lrkfac.core.linalg.operator_checks import to_dense
 from lrkfac.core.linalg.operators import Dense, Kronecker, LowRankPlusDiagonal, Operator
@@ -46,7 +47,7 @@ def errors(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
     largest = {}
     for name, (operator, inverted) in operators.items():
-        product = to_dense(operator).double().cpu() @ to_dense(inverted).double().cpu()
+        product = to_dense(operator).cpu().double() @ to_dense(inverted).cpu().double()
         largest[name] = float((product - torch.eye(len(product), dtype=torch.float64)).abs().max())
     return largest
 
@@ -60,7 +61,7 @@ def main() -> int:
         name = torch.get_device_module(device).get_device_name() if device.type == "cuda" else platform.machine()
         print(f"{device}: {name}")
         for dtype, tolerance in TOLERANCE.items():
-            if device.type == "mps" and dtype == torch.float64:
+            if dtype == torch.float64 != most_precise(device):
                 continue
             for kind, error in errors(device, dtype).items():
                 right = error <= tolerance

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_flag, check_number
+from lrkfac.core.base.dtypes import most_precise
 
 __all__ = [
     "constant_schedule",
@@ -253,4 +254,4 @@ def _as_tensor(value: float | Tensor, step: Tensor) -> Tensor:
 
 
 def _real(step: Tensor) -> Tensor:
-    return step.to(torch.float64 if step.device.type != "mps" else torch.float32)
+    return step.to(most_precise(step.device))

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 
 @functools.cache
@@ -26,4 +25,3 @@ def has_compiler() -> bool:
 
 
 requires_compiler = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
-requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

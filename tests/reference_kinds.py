@@ -109,7 +109,7 @@ def network(operation: Operation, params: Params, inputs: Tensor, probe: Tensor 
 def hidden(operation: Operation, params: Params, inputs: Tensor, probe: Tensor | float = 0.0) -> Tensor:
     """The inputs of the head, ``[N, 4]``."""
     s = operation.apply(params, inputs) + probe
-    return torch.tanh(torch.tanh(s).flatten(1) @ fixed(operation))
+    return torch.tanh(torch.tanh(s).flatten(1) @ fixed(operation).to(s))
 
 
 def cotangents(outputs: Tensor, labels: Tensor | None) -> Tensor:

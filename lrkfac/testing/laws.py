@@ -41,26 +41,26 @@ def check_inverse(operator: Operator, damping: float | Tensor) -> None:
         AssertionError: Says which law is broken, and by how much.
     """
     shifted = operator.shifted(damping)
-    matrix = _float64(shifted).to_dense()
+    matrix = float64(shifted).to_dense()
     d, eps = matrix.shape[0], torch.finfo(optree.tree_leaves(operator)[0].dtype).eps
     smallest = torch.linalg.eigvalsh(matrix)[0]
     check_law(smallest > 0, f"operator + damping is not positive definite: smallest eigenvalue {smallest:.2e}")
     result = inverse(operator, damping)
     check_law(type(result) is type(operator), f"class: {type(operator).__name__} became {type(result).__name__}")
-    inverted = _float64(result).to_dense()
-    spread = _spread(_float64(shifted))
+    inverted = float64(result).to_dense()
+    spread = _spread(float64(shifted))
     tolerance = 200 * eps * spread + 100 * d * eps
     check_close(inverted, inverted.mT, 1e-12 if eps < 1e-10 else 1e-5, "symmetry of the inverse")
     least = torch.linalg.eigvalsh((inverted + inverted.mT) / 2)[0]
     check_law(least > 0, f"positive definite: the inverse has the eigenvalue {least:.2e}")
     dense = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
     check_close(inverted, dense, tolerance, "inverse = dense inverse")
-    x = gradients(torch.empty(d, 2, dtype=optree.tree_leaves(operator)[0].dtype))
+    x = gradients(optree.tree_leaves(operator)[0].new_empty(d, 2))
     for name, op in {"operator": shifted, "inverse": result}.items():
-        check_close(op.matvec(x), _float64(op).to_dense() @ x.double(), tolerance, f"matvec = to_dense @ x ({name})")
+        check_close(op.matvec(x), float64(op).to_dense() @ float64(x), tolerance, f"matvec = to_dense @ x ({name})")
         check_close(op.matvec(x[:, 0]), op.matvec(x)[:, 0], tolerance, f"matvec of a vector = of a column ({name})")
     if tolerance * spread < 1:
-        twice = _float64(inverse(result)).to_dense()
+        twice = float64(inverse(result)).to_dense()
         check_close(twice, matrix, tolerance * spread, "inverting twice returns the start")
 
 
@@ -71,6 +71,7 @@ def check_structure(
     decay: float = 0.9,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Check the laws of a structure over a few batches.
 
@@ -90,6 +91,7 @@ def check_structure(
         decay: The decay of the average.
         dtype: The dtype of rows and state.
         seed: The seed of the rows.
+        device: The device of rows and state.
 
     Raises:
         AssertionError: Says which law is broken, and by how much.
@@ -97,35 +99,35 @@ def check_structure(
     if isinstance(structure, EigenbasisStructure):
         structure = structure.factors
     if isinstance(structure, ProductStructure):
-        check_structure(structure.input, dimension, damping, decay, dtype, seed)
-        check_structure(structure.output, dimension, damping, decay, dtype, seed + 1)
+        check_structure(structure.input, dimension, damping, decay, dtype, seed, device)
+        check_structure(structure.output, dimension, damping, decay, dtype, seed + 1, device)
         return
     eps, generator = torch.finfo(dtype).eps, generator_of(seed)
-    state = scaled = structure.init(dimension, torch.zeros((), dtype=dtype))
+    state = scaled = structure.init(dimension, torch.zeros((), dtype=dtype, device=device))
     for step in range(4):
         rows = torch.randn(dimension // 2 + 5 * step + 1, dimension, generator=generator, dtype=torch.float64)
-        rows = (rows * torch.logspace(0, -2, dimension, dtype=torch.float64)).to(dtype)
+        rows = (rows * torch.logspace(0, -2, dimension, dtype=torch.float64)).to(dtype).to(device)
         before = _copy((state, rows))
         new = _updated(structure, state, rows, decay)
         _same((state, rows), before, "update leaves its arguments unchanged")
         _same_form(new, state, "update keeps the form of the state")
-        matrix = _float64(structure.operator(new)).to_dense()
+        matrix = float64(structure.operator(new)).to_dense()
         if structure.rounds:
-            in_parts = _float64(structure.operator(_of_parts(structure, state, rows, decay))).to_dense()
+            in_parts = float64(structure.operator(_of_parts(structure, state, rows, decay))).to_dense()
             check_close(in_parts, matrix, 10 * eps**0.5, "answers of parts add up")
         check_close(matrix, matrix.mT, 10 * eps, "the average is symmetric")
         least = torch.linalg.eigvalsh(matrix)[0] / torch.linalg.matrix_norm(matrix)
         check_law(least > -100 * eps, f"the average is positive semi-definite: relative eigenvalue {least:.2e}")
         scaled = _updated(structure, scaled, 4 * rows, decay)
-        larger = _float64(structure.operator(scaled)).to_dense()
+        larger = float64(structure.operator(scaled)).to_dense()
         check_close(larger, 16 * matrix, 10 * eps**0.5, "batches 16 times as large make an average 16 times as large")
         stacked = optree.tree_map(lambda x: torch.stack([x, x]), (state, rows))
         mapped = vmap(lambda s, r: _updated(structure, s, r, decay))(*stacked)
         second = structure.operator(optree.tree_map(lambda x: x[1], mapped))
         # Directions that a batch says nothing about follow its rounding, damped to the root of the precision.
-        check_close(_float64(second).to_dense(), matrix, 10 * eps**0.5, "update under vmap = update alone")
+        check_close(float64(second).to_dense(), matrix, 10 * eps**0.5, "update under vmap = update alone")
         damped = matrix + damping * torch.eye(dimension, dtype=torch.float64)
-        inverted = _float64(structure.inverse(new, damping)).to_dense()
+        inverted = float64(structure.inverse(new, damping)).to_dense()
         tolerance = 500 * eps * torch.linalg.cond(damped)
         check_close(inverted, torch.linalg.inv(damped), tolerance, "inverse = inverse of the average plus damping")
         least = torch.linalg.eigvalsh((inverted + inverted.mT) / 2)[0]
@@ -187,7 +189,7 @@ def check_transformation(
         _same(in_chain, updates, "in a chain the same as alone")
         mapped, stacked_state = vmap(lambda p, s: step(tx, p, s))(stacked_params, stacked_state)
         for one, alone in zip(optree.tree_leaves(mapped), optree.tree_leaves(updates), strict=True):
-            check_close(one[1], alone.double(), 1e4 * eps, "under vmap the same as alone")
+            check_close(one[1], alone, 1e4 * eps, "under vmap the same as alone")
         params, state = apply_updates(params, updates), new
         stacked_params = apply_updates(stacked_params, mapped)
 
@@ -216,8 +218,9 @@ def _spread(operator: Operator) -> Tensor:
     return values[-1] / torch.minimum(least, values[0])
 
 
-def _float64(operator: Operator) -> Operator:
-    return optree.tree_map(Tensor.double, operator)
+def float64(tree: Any) -> Any:
+    """Return tensors in float64 on the CPU, where the laws are checked: some devices have no float64."""
+    return optree.tree_map(lambda x: x.cpu().double(), tree)
 
 
 def _copy(tree: Tree) -> Tree:
@@ -232,15 +235,14 @@ def check_law(holds: bool | Tensor, message: str) -> None:
 
 def check_close(actual: Tensor, expected: Tensor, tolerance: float | Tensor, law: str) -> None:
     """Raise unless two tensors are close, relative to the norm of the expected one."""
-    actual, expected = as_real(actual, -1), as_real(expected, -1)
-    error = (actual.double() - expected.double()).norm()
-    bound = tolerance * expected.double().norm()
+    actual, expected = float64((as_real(actual, -1), as_real(expected, -1)))
+    error, bound = (actual - expected).norm(), tolerance * expected.norm()
     check_law(error <= bound, f"{law}: error {error:.2e}, allowed {bound:.2e}")
 
 
 def _same(actual: Tree, expected: Tree, law: str) -> None:
     for a, b in zip(optree.tree_leaves(actual), optree.tree_leaves(expected), strict=True):
-        difference = (a.double() - b.double()).abs().max() if a.numel() else 0.0
+        difference = (float64(a) - float64(b)).abs().max() if a.numel() else 0.0
         check_law(torch.equal(a, b), f"{law}: largest difference {difference:.2e}")
 
 

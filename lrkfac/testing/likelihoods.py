@@ -9,7 +9,7 @@ from torch.func import grad, jacrev, jvp, vmap
 from lrkfac.core.base.types import Tree
 from lrkfac.core.likelihoods.joint import Joint
 from lrkfac.core.likelihoods.protocol import Likelihood
-from lrkfac.testing.laws import check_close, check_law
+from lrkfac.testing.laws import check_close, check_law, float64
 from lrkfac.testing.strategies import generator_of, gradients
 
 STANDARD_ERRORS = 6.0
@@ -106,13 +106,11 @@ def _check_root(likelihood: Likelihood, outputs: Tensor) -> None:
 
     tolerance = 1e4 * torch.finfo(outputs.dtype).eps
     check_law(root(x).shape == outputs.shape, f"square_root: of the shape of outputs, got {tuple(root(x).shape)}")
-    check_close(
-        root(2 * x - 3 * y), (2 * root(x) - 3 * root(y)).double(), tolerance, "square_root: linear in coefficients"
-    )
+    check_close(root(2 * x - 3 * y), 2 * root(x) - 3 * root(y), tolerance, "square_root: linear in coefficients")
     if likelihood.product is not None:
         by_root = likelihood.hessian_product(outputs, x)
         S = _blocks(likelihood, outputs)
-        expected = torch.einsum("nij,nkj,nk->ni", S, S, x.flatten(1)).reshape(x.shape)
+        expected = torch.einsum("nij,nkj,nk->ni", S, S, float64(x).flatten(1)).reshape(x.shape)
         check_close(by_root, expected, tolerance, "product: H tangent = S Sᵀ tangent")
     alone = torch.zeros_like(x)
     alone[0] = x[0]
@@ -138,7 +136,7 @@ def _check_moments(likelihood: Likelihood, outputs: Tensor, many: Tensor, drawn:
     def total(f: Tensor) -> Tensor:
         return likelihood.negative_log_likelihood(f, drawn).sum()
 
-    g = grad(total)(many).double().reshape(samples, outputs.shape[0], -1)
+    g = float64(grad(total)(many)).reshape(samples, outputs.shape[0], -1)
     # What is too rare to turn up may weigh this much.
     rare = 20 / samples * g.abs().max()
     mean, error = g.mean(0), g.std(0) / samples**0.5
@@ -158,7 +156,7 @@ def _check_moments(likelihood: Likelihood, outputs: Tensor, many: Tensor, drawn:
     # The mean Hessian says which of the two is wrong; it is no law, for it may not exist (absolute errors).
     units = torch.eye(S.shape[1], dtype=many.dtype, device=many.device).reshape(-1, 1, *many.shape[1:])
     curvature = vmap(lambda unit: jvp(grad(total), (many,), (unit.expand(many.shape),))[1])(units)
-    hessian = curvature.double().reshape(len(units), samples, outputs.shape[0], -1).mean(1).permute(1, 0, 2)
+    hessian = float64(curvature).reshape(len(units), samples, outputs.shape[0], -1).mean(1).permute(1, 0, 2)
     norm = root.norm() + second.norm()
     if (hessian - root).norm() < 0.02 * norm:
         blame = (
@@ -175,8 +173,8 @@ def _check_moments(likelihood: Likelihood, outputs: Tensor, many: Tensor, drawn:
 
 
 def _blocks(likelihood: Likelihood, outputs: Tensor) -> Tensor:
-    """Return ``S`` of every example, ``[N, D, D]``, with all its outputs in one axis; in float64."""
+    """Return ``S`` of every example, ``[N, D, D]``, with all its outputs in one axis; in float64 on the CPU."""
     entries = outputs[0].numel()
     units = torch.eye(entries, dtype=outputs.dtype, device=outputs.device).reshape(entries, 1, *outputs.shape[1:])
     columns = vmap(lambda unit: likelihood.square_root(outputs, unit.expand(outputs.shape)))(units)
-    return columns.double().flatten(2).permute(1, 2, 0)
+    return float64(columns).flatten(2).permute(1, 2, 0)

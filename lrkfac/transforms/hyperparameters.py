@@ -101,7 +101,7 @@ class _Injector:
                 f"learning_rate=0.1, got {list(options) or 'none'}"
             )
         injected = InjectHyperparams(self.factory, args, fixed, variable)
-        start = torch.zeros((), dtype=torch.int64)
+        start = torch.zeros((), dtype=torch.int64, device="cpu")
         injected.made({name: _first(name, value, start) for name, value in variable.items()})
         injected.made(injected.values(start, torch.float64, {}))
         return transformation(injected)
@@ -182,7 +182,7 @@ class InjectHyperparams:
 
     @cached_property
     def _template(self) -> _Template:
-        start = torch.zeros((), dtype=torch.int64)
+        start = torch.zeros((), dtype=torch.int64, device="cpu")
         values = self.values(start, torch.float64, {})
         placeholders = {name: Placeholder.like(value) for name, value in values.items()}
         made = self.made(placeholders)

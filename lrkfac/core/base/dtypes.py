@@ -35,6 +35,13 @@ def floating_dtype(x: Tree) -> torch.dtype:
     return next(leaf.dtype for leaf in optree.tree_leaves(x) if leaf.is_floating_point())
 
 
+def most_precise(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for a device that has none."""
+    if device.type == "xpu":
+        return torch.float64 if torch.xpu.get_device_properties(device).has_fp64 else torch.float32
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def widest(*dtypes: torch.dtype) -> torch.dtype:
     """Return the dtype to which all of these promote."""
     first = dtypes[0]  # torch counts a promotion as an operation

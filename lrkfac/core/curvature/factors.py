@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.dtypes import most_precise, wide
 from lrkfac.core.curvature.protocol import FactorStructure
 from lrkfac.core.curvature.spectra import Spectrum, spectrum_of
 from lrkfac.core.linalg.covariances import Covariance
@@ -175,8 +175,8 @@ def diagonal() -> DiagonalStructure:
 
 def kept_weight(steps: Tensor, like: Tensor, decay: float | Tensor) -> Tensor:
     """Return the weight of the previous, bias-corrected average in the next one; 0 at the first step."""
-    accurate = like.dtype if like.device.type == "mps" else torch.float64  # of a decay near 1 little is left
-    power = torch.pow(decay, (steps + 1).to(accurate))
+    accurate = (steps + 1).to(most_precise(like.device))  # of a decay near 1 little is left
+    power = torch.pow(decay, accurate)
     return ((decay - power) / (1 - power)).to(like.dtype)
 
 

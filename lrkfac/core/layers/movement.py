@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.containers import result_leaves
+from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.layers.generic import Examples, places
 from lrkfac.core.layers.placement import BatchAxis, Placement
 from lrkfac.core.layers.uses import Use
@@ -127,4 +128,4 @@ def _constant_axis(pairs: Sequence[tuple[int, Tensor, Tensor]], candidates: Sequ
 def comparable(x: Tensor) -> Tensor:
     """Return real numbers in double precision, finite ones; complex ones as pairs."""
     x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-    return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64).nan_to_num()
+    return x.detach().to(most_precise(x.device)).nan_to_num()

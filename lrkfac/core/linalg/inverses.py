@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.eager import has_values
+from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.operator_checks import check_operator
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
@@ -123,7 +124,7 @@ def _woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     scale = torch.maximum(operator.diagonal, margin * _eigenvalues(operator).amax(dim=-1, keepdim=True)).rsqrt()
     roots = operator.values.abs().sqrt()[..., None, :]
     basis, triangle = torch.linalg.qr(scale[..., None] * operator.vectors * roots)
-    accurate = triangle.to(_widest(triangle))
+    accurate = triangle.to(most_precise(triangle.device))
     mu, rotation = torch.linalg.eigh((accurate * operator.values.sign()[..., None, :]) @ accurate.mT)
     shrinkage = mu / (1 + mu).clamp(min=torch.finfo(basis.dtype).eps)
     vectors = scale[..., None] * (basis @ rotation.to(basis.dtype))
@@ -161,7 +162,7 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
         True
     """
     check_operator(operator, LowRankPlusDiagonal)
-    dtype, accurate = operator.vectors.dtype, _widest(operator.vectors)
+    dtype, accurate = operator.vectors.dtype, most_precise(operator.vectors.device)
     order = operator.values.argsort(descending=True)
     values = operator.values[order].to(accurate)
     floor = _margin(operator.vectors) * _eigenvalues(operator).sum()
@@ -181,11 +182,6 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
 def _eigenvalues(operator: LowRankPlusDiagonal) -> Tensor:
     """Return the eigenvalue of each positive rank-one term."""
     return (operator.values * operator.vectors.square().sum(dim=-2)).clamp(min=0)
-
-
-def _widest(x: Tensor) -> torch.dtype:
-    """Return float64, or the tensor's dtype on devices that have no float64."""
-    return x.dtype if x.device.type == "mps" else torch.float64
 
 
 def _margin(x: Tensor) -> float:
