@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.func import grad
 
 import lrkfac
-from benchmarks.common import interleaved, median_ratios
+from benchmarks.common import interleaved, median_ratios, peak_bytes
 from benchmarks.floors import Rates, cost
 from benchmarks.libraries import steps_of_libraries
 from benchmarks.networks import Work, mean_loss
 from lrkfac.transforms.precondition import PreconditionState
 
-SGD, MOMENTUM, DENSE = "SGD", "SGD, momentum", "dense K-FAC"
+SGD, MOMENTUM, DENSE, ADAPTIVE = "SGD", "SGD, momentum", "dense K-FAC", "adaptive"
 GRADIENT, EMPIRICAL = "gradient", "gradient, empirical statistics"
 DAMPING, RATE = 1e-2, 0.1
 COSTLY_REPEATS = 5
@@ -39,6 +39,8 @@ class Choice:
         dense: Whether dense K-FAC and other libraries take part.
         variants: Whether the first rank is also timed with formed gradients, without momentum, with weight decay.
         capture: Whether the gradient alone is timed with and without empirical statistics.
+        adaptive: Whether the adaptive chain takes part, with the first rank.
+        peaks: Whether the most bytes are noted that a step allocates beyond parameters, batch and state.
     """
 
     ranks: Sequence[int] = (32,)
@@ -48,6 +50,8 @@ class Choice:
     dense: bool = False
     variants: bool = False
     capture: bool = False
+    adaptive: bool = False
+    peaks: bool = False
 
 
 class Method(NamedTuple):
@@ -172,6 +176,8 @@ def methods(work: Work, choice: Choice) -> tuple[dict[str, Method], dict[str, Me
             ("weight decay", True, {"weight_decay": 5e-4}),
         ):
             cheap[f"{name}, {what}"] = functional.low_rank(rank, thin, **options)
+    if choice.adaptive:
+        cheap[ADAPTIVE] = functional.kfac(lrkfac.adaptive_low_rank_kfac(functional.layers, rank=choice.ranks[0]))
     if choice.capture:
         cheap |= functional.captures()
     costly: dict[str, Method] = {}
@@ -208,6 +214,9 @@ def measured(work: Work, choice: Choice, rates: Rates, device: torch.device) -> 
             row |= {"refresh seconds": statistics.median(seconds[of_refresh]), "refresh ratio": ratios[of_refresh]}
             row |= {"refresh floor": again, "mean ratio": mean_of(ratios[name], ratios[of_refresh])}
             row["mean floor"] = None if floor is None or again is None else mean_of(floor, again)
+        if choice.peaks:
+            row["peak"] = peak_bytes(method.plain, device)
+            row["refresh peak"] = None if method.refresh is None else peak_bytes(method.refresh, device)
         rows.append(row)
     return {"SGD seconds": sgd, "rows": rows, "missing": missing, "capture ratio": capture}
 
