@@ -5,6 +5,7 @@ with "meta" as the default device, on which a tensor lands that is made without 
 """
 
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import optree
@@ -14,27 +15,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrkfac
 from tests import cases
+from tests.device.conftest import chosen_device
 from tests.device.moving import moved_case, on_device
-from tests.device.test_steps import CHAINS
+from tests.device.test_steps import CHAINS, WIDE
 from tests.test_training_step import noises, stepper
 
 META = torch.device("meta")
 SMALL = cases.make_case("small", (cases.linear(3, 4), cases.tanh, cases.linear(4, 2)), (5, 3))
 GAUSSIAN, GROUPS = cases.LINEAR[1], cases.CONVOLUTION[3]
-CASES = [SMALL, cases.LINEAR[6], GAUSSIAN, cases.SEQUENCE[2], GROUPS]
+CASES = [SMALL, WIDE, cases.LINEAR[6], GAUSSIAN, cases.SEQUENCE[2], GROUPS]
 
 
 class Elsewhere(TorchDispatchMode):
-    """Notes the operations that take or make a tensor with axes on another device than "meta"."""
+    """Notes the operations that take or make a tensor on another device than "meta"; those without axes on demand."""
 
-    def __init__(self):
+    def __init__(self, scalars=True):
         super().__init__()
-        self.found = []
+        self.scalars, self.found = scalars, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         tensors = [x for x in optree.tree_leaves((args, kwargs or {}, result)) if isinstance(x, torch.Tensor)]
-        if any(x.device != META and x.ndim for x in tensors):
+        if any(x.device != META and (x.ndim or self.scalars) for x in tensors):
             self.found.append(str(func))
         return result
 
@@ -49,11 +51,12 @@ def meta_is_a_device(monkeypatch):
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
 
 
-def steps(case, step, init, noise):
+def steps(case, step, init, noise, around=lambda statistics: nullcontext()):
     """A refresh, a plain step and a refresh."""
     params, state = case.params, init(case.params)
     for i, statistics in enumerate((True, False, True)):
-        params, state, loss = step(params, state, case.inputs, case.targets, noise[i], statistics)
+        with around(statistics):
+            params, state, loss = step(params, state, case.inputs, case.targets, noise[i], statistics)
     return params, state, loss
 
 
@@ -69,29 +72,36 @@ def test_every_chain_stays_there(chain, meta_is_a_device):
 
 
 def stays_there(case, make, estimator="mc"):
-    """Layers are found with values."""
-    step, init = stepper(case, make, estimator)
+    """Layers are found with values. A number may leave the device in a refresh, whose factorisations are checked."""
+    step, init = stepper(case, make, estimator, thin=case is WIDE)
     there, noise = moved_case(case, META, None), noises(case, 3).to(META)
-    with Elsewhere() as elsewhere:
-        result = steps(there, step, init, noise)
-    assert on_device(result, META) and not elsewhere.found
+    modes = {statistics: Elsewhere(scalars=not statistics) for statistics in (True, False)}
+    result = steps(there, step, init, noise, modes.get)
+    assert on_device(result, META) and not [mode.found for mode in modes.values() if mode.found]
 
 
 def test_labels_are_drawn_there(meta_is_a_device):
     case = moved_case(SMALL, META, None)
     layers = lrkfac.find_layers(SMALL.model, SMALL.params, SMALL.inputs)
     evaluate = lrkfac.evaluator(case.model, lrkfac.categorical(), layers)
-    with Elsewhere() as elsewhere:
+    with Elsewhere(scalars=False) as elsewhere:
         assert on_device(evaluate(case.params, case.inputs, case.targets).statistics, META)
     assert not elsewhere.found
 
 
+@pytest.mark.parametrize("name", ["meta", "nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_an_error(name):
+    with pytest.raises(pytest.UsageError, match=f"LRKFAC_TEST_DEVICE: expected a device .*{name}"):
+        chosen_device(name)
+
+
 def test_a_tensor_elsewhere_is_noted():
-    with Elsewhere() as elsewhere:
-        torch.ones(2, device=META).mul(torch.ones(()))
-        assert not elsewhere.found
+    x, scalar = torch.ones(2, device=META), torch.ones(())
+    with Elsewhere() as every, Elsewhere(scalars=False) as with_axes:
+        x.mul(scalar)
+        assert every.found == ["aten.mul.Tensor"] and not with_axes.found
         torch.ones(2)
-    assert set(elsewhere.found) == {"aten.ones.default"}
+    assert with_axes.found == ["aten.ones.default"]
 
 
 @pytest.mark.parametrize("chain", CHAINS)

@@ -44,7 +44,8 @@ def categorical(
     Args:
         axis: The axis of the classes; not 0, which is the batch.
         ignore_index: Targets of this value count for nothing; by default there are none.
-        class_weights: Nonnegative, ``[C]``; by default 1.
+        class_weights: Nonnegative, ``[C]``; by default 1. Elsewhere than on the outputs' device, they are copied to it
+            in each step.
         label_smoothing: ``ε``, in [0, 1).
 
     Returns:

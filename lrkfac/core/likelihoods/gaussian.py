@@ -27,6 +27,7 @@ def gaussian(variance: float | Tensor = 1.0) -> Likelihood:
     Args:
         variance: Of each target, in the square of its unit: one number, or a tensor that broadcasts against the
             outputs of one example, such as ``[D]`` for outputs ``[N, D]``. A constant: it gets no gradient.
+            Elsewhere than on the outputs' device, a tensor is copied to it in each step.
 
     Returns:
         The likelihood, for ``evaluator`` and ``joint``.
