@@ -122,7 +122,7 @@ def main() -> None:
             content["parts"][name] = measured_in_child(name, seconds, arguments, Path(folder))
             shown(name, content["parts"][name], console)
             write_json(path, content)  # what there is, should the rest be interrupted
-    path.with_suffix(".txt").write_text(console.export_text())
+            path.with_suffix(".txt").write_text(console.export_text(clear=False))
     written(path, console)
     written(path.with_suffix(".txt"), console)
 

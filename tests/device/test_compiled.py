@@ -14,7 +14,7 @@ from tests.test_training_step import noises, stepper
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")  # torch's own aten.diagonal
+@pytest.mark.filterwarnings("ignore")  # what the compilers of devices have to say, such as of precision
 @pytest.mark.parametrize(("case", "chain"), [(MLP, "kept low rank"), (GROUPS, "dense")], ids=["low rank", "dense"])
 def test_a_compiled_step_equals_the_eager_one(device, case, chain):
     """On the CPU traced alone: what compiles for it is tested in ``tests/test_compiled_step.py``."""
@@ -53,6 +53,7 @@ def waiting_is_an_error():
         torch.cuda.set_sync_debug_mode("default")
 
 
+prototype = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 each = pytest.mark.parametrize(
     ("case", "chain"),
     [(MLP, "kept low rank"), (WIDE, "kept low rank"), (GROUPS, "dense"), (MLP, "adaptive"), (MLP, "corrected")],
@@ -67,6 +68,7 @@ def cuda(device):
     return device
 
 
+@prototype
 @each
 def test_a_plain_step_does_not_wait_for_the_device(cuda, case, chain):
     plain, arguments = begun(case, chain, cuda)
@@ -74,6 +76,7 @@ def test_a_plain_step_does_not_wait_for_the_device(cuda, case, chain):
         plain(*arguments)
 
 
+@prototype
 def test_waits_are_seen(cuda):
     x = torch.ones(3, device=cuda)
     with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchronizing"):
@@ -99,3 +102,15 @@ def test_a_plain_step_in_a_graph_equals_the_eager_one(cuda, case, chain):
         optree.tree_map(torch.Tensor.copy_, inputs, (moved_on, arguments[1]))
         graph.replay()
         close(outputs, plain(moved_on, arguments[1]), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_plain_step_compiled_to_a_graph_equals_the_eager_one(cuda):
+    plain, arguments = begun(MLP, "kept low rank", cuda)
+    compiled = torch.compile(plain, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):  # it warms up, captures, and replays
+        torch.compiler.cudagraph_mark_step_begin()
+        found = optree.tree_map(torch.clone, compiled(*arguments))
+        close(found, plain(*arguments), TOLERANCE[torch.float32])
+        arguments = found[:2]
