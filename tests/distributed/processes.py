@@ -20,8 +20,8 @@ TIMEOUT = 30.0
 def run(function: Callable[..., Any], world: int, folder: Path, *arguments: Any, limit: float = 300.0) -> list[Any]:
     """``function(*arguments)`` in ``world`` processes; the results by rank, or the error of a rank with its traceback.
 
-    The function is one of a module, arguments and results can be pickled. The first call imports torch, later ones start
-    within a second.
+    The function is one of a module, arguments and results can be pickled. The first call imports torch; later
+    ones start within a second.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shared = function, world, folder, arguments, list(warnings.filters)

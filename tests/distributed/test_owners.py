@@ -3,7 +3,6 @@
 import tempfile
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import optree
 import pytest
@@ -140,16 +139,16 @@ def trainings():
 
 
 def everything():
-    """What two processes do, in one start of them, and the folder of their checkpoint."""
-    folder = [Path(tempfile.mkdtemp()) / "checkpoint" if dist.get_rank() == 0 else None]
+    """What two processes do, in one start of them, and where their checkpoint is."""
+    folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
     return folder[0], (trainings(), measured(), others(folder[0]))
 
 
 @pytest.fixture
 def of_two(once):
-    of_ranks = once("owners", everything, 2)
-    return of_ranks[0][0], list(zip(*[results for _, results in of_ranks], strict=True))
+    folders, results = zip(*once("owners", everything, 2), strict=True)
+    return folders[0], list(zip(*results, strict=True))
 
 
 def preconditioner(state):
@@ -293,11 +292,9 @@ def test_other_uses(of_two):
             assert "expected whole gradients, got one process' part" in refused[name], name
         assert "owners: expected the layers that the optimizer was made with" in refused["a group more"]
         assert "precondition_by_fisher: expected the same on all 2 ranks" in refused["another structure"]
-    assert sorted(of_ranks[0][2] + of_ranks[1][2]) == ["l0", "l1", "l2"]
-    assert of_ranks[0][3] + of_ranks[1][3] == 3
+    assert sorted(of_ranks[0][2] + of_ranks[1][2]) == ["l0", "l1", "l2"] and of_ranks[0][3] + of_ranks[1][3] == 3
     model, params, x, _ = perceptron((6, 7, 7, 5))
     read = state_dict(LOW(lrkfac.find_layers(model, params, x), None).init(params))
     dcp.load(read, checkpoint_id=folder)
     saved = state_dict(of_ranks[0][4]) | state_dict(of_ranks[1][4])
-    assert read.keys() == saved.keys()
-    assert all(torch.equal(x, saved[name]) for name, x in read.items())
+    assert read.keys() == saved.keys() and all(torch.equal(x, saved[name]) for name, x in read.items())
