@@ -15,8 +15,8 @@ from lrkfac.core.base.processes import counted
 from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal, unit_wise
 from tests.distributed.networks import IGNORED, NETWORKS
 
-STEPS, FEWER, EVERY = 20, 9, 4
-"""Steps of a training, of one of the variants, and from one refresh to the next."""
+STEPS, EVERY = 20, 4
+"""Steps of a training, and from one refresh to the next."""
 RANK = 3
 
 
@@ -74,12 +74,6 @@ class Case:
     pieces: int = 1
     silent: int | None = None
     drawn: bool = False
-
-    @property
-    def steps(self) -> int:
-        """The number of steps."""
-        plain = Case(self.network, self.chain, self.parts, dtype=self.dtype) == self
-        return STEPS if plain and self.chain in ("low rank", "dense", "adaptive") else FEWER
 
     def __str__(self) -> str:
         words = [self.network, self.chain, self.estimator, "+".join(map(str, self.parts)), str(self.dtype)[6:]]
@@ -152,7 +146,7 @@ def train(case: Case, group: Any = None) -> dict[str, Any]:
     )
     tx = CHAINS[case.chain](layers)
     state, losses, calls = tx.init(params), [], {}
-    for step in range(case.steps):
+    for step in range(STEPS):
         statistics = step % EVERY == 0
         with counted() as made:
             evaluations = [
