@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.processes import CHUNK, processes_of
+from lrkfac.core.base.rows import padded
 from lrkfac.core.base.sharding import is_sharded, mesh_of, placements
 from lrkfac.core.base.types import Tree
 
@@ -88,11 +89,7 @@ def _gathered(sharded: Sequence[Any], axis: int) -> list[Tensor]:
     """
     processes = processes_of(mesh_of(sharded[0]).get_group(axis))
     lengths = [-(-x.shape[0] // processes.size) for x in sharded]
-    parts = []
-    for x, length in zip(sharded, lengths, strict=True):
-        part = x.to_local()
-        missing = part.new_zeros(length - part.shape[0], *part.shape[1:])
-        parts.append(torch.cat([part, missing]).reshape(-1))
+    parts = [padded(x.to_local(), length).reshape(-1) for x, length in zip(sharded, lengths, strict=True)]
     flat = torch.cat(parts)
     everything = processes.gather(flat, flat.shape[0]).view(processes.size, -1)
     pieces = everything.split([part.shape[0] for part in parts], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lrkfac.core.base.collectives import all_gather, all_reduce, count_calls, register, reported
+from lrkfac.core.base.rows import padded
 
 CHUNK = 25 * 2**20
 """Bytes of one call at most, the size of the buckets of ``DistributedDataParallel``."""
@@ -55,18 +57,37 @@ class Processes:
 
     def gather(self, rows: Tensor, length: int) -> Tensor:
         """Return the rows ``[n, *]`` of all processes, padded to ``[length, *]`` with zeros each, one after another."""
-        missing = length - rows.shape[0]
-        padded = rows if not missing else torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-        return padded if self.size == 1 else all_gather(padded, self.name, self.size, self.rank)
+        part = padded(rows, length)
+        return part if self.size == 1 else all_gather(part, self.name, self.size, self.rank)
 
     def exchange(self, message: Any) -> list[Any]:
-        """Return the messages of all processes, objects that pickle; on the host, outside of the compiler."""
-        messages: list[Any] = [None] * self.size
+        """Return the messages of all processes, objects that pickle; on the host, outside of the compiler.
+
+        Not by ``torch.distributed.all_gather_object``, which needs NumPy.
+        """
         if self.size == 1:
             return [message]
+        device = self._device_of_messages()
+        data = torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8).to(device)
         with reported("an exchange of settings", self.name) as group:
-            dist.all_gather_object(messages, message, group=group)
-        return messages
+            sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
+            dist.all_gather(sizes, torch.full_like(sizes[0], len(data)), group=group)
+            lengths = [int(size) for size in sizes]
+            rows = [data.new_zeros(max(lengths)) for _ in lengths]
+            dist.all_gather(rows, padded(data, max(lengths)), group=group)
+        return [pickle.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """The backend of the group for tensors of each type of device."""
+        config = str(dist.get_backend_config(register.group(self.name)))
+        return dict(pair.split(":") for pair in config.split(","))
+
+    def _device_of_messages(self) -> torch.device:
+        kinds = list(self.backends)
+        if "cpu" in kinds:
+            return torch.device("cpu")
+        return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())
 
     def _sum_of_one_dtype(self, tensors: list[Tensor]) -> list[Tensor]:
         pieces: list[list[Tensor]] = [[] for _ in tensors]

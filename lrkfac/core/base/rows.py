@@ -15,6 +15,12 @@ def as_real(x: Tensor, axis: int) -> Tensor:
     return torch.view_as_real(x.resolve_conj()).movedim(-1, axis) if x.is_complex() else x
 
 
+def padded(rows: Tensor, length: int) -> Tensor:
+    """Return rows ``[n, *]`` with zeros behind them, ``[length, *]``; rows of that length pass."""
+    missing = length - rows.shape[0]
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+
 def with_ones(rows: Tensor) -> Tensor:
     """Return rows ``[..., d]`` with the trailing 1 of a joint bias, ``[..., d + 1]``."""
     return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)

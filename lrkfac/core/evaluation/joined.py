@@ -18,6 +18,7 @@ from torch import Tensor
 from lrkfac.core.base.dtypes import widest
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.processes import Among, Processes
+from lrkfac.core.base.rows import padded
 from lrkfac.core.base.summand import Summand
 from lrkfac.core.base.trees import materialize, weighted
 from lrkfac.core.base.types import Tree
@@ -115,18 +116,14 @@ def gathered(
     """Return lazy matrices with the rows of all processes, each process' times its share, by one call."""
     if not rows:
         return {}
-    sides = [side for i in rows for side in _padded(rows[i].scaled(share), lengths[i])]
+    scaled = {i: matrix.scaled(share) for i, matrix in rows.items()}
+    sides = [padded(x, lengths[i]) for i, matrix in scaled.items() for x in (matrix.left, matrix.right)]
     dtype = widest(*[side.dtype for side in sides])
     flat = torch.cat([side.reshape(-1).to(dtype) for side in sides])[None]
     parts = processes.gather(flat, 1).split([side.numel() for side in sides], dim=1)
     whole = [x.reshape(-1, side.shape[1]).to(side.dtype) for x, side in zip(parts, sides, strict=True)]
     pairs = zip(whole[::2], whole[1::2], strict=True)
     return {i: LazyMatrix(left, right, rows[i].dtype) for i, (left, right) in zip(rows, pairs, strict=True)}
-
-
-def _padded(matrix: LazyMatrix, length: int) -> list[Tensor]:
-    missing = length - matrix.left.shape[0]
-    return [torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x for x in (matrix.left, matrix.right)]
 
 
 def _functions(part: Evaluation) -> Evaluation:

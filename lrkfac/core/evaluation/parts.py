@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import optree
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lrkfac.core.base.collectives import CollectiveError, register
+from lrkfac.core.base.collectives import CollectiveError
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.private_torch import is_transformed
 from lrkfac.core.base.processes import Processes
@@ -71,7 +70,8 @@ class Parts:
             return joined(run(turn), self.processes, facts, self.agreement.lengths or {}, self.scattered)
         checks = self.agreement.lengths is None or is_debugging()
         try:
-            self._check_device(like.device)
+            if checks:
+                check_device(self.processes, like.device, self.processes.backends)
             part = run(turn)
             self._check_lengths(part.grads)
         except Exception as error:
@@ -108,10 +108,6 @@ class Parts:
                     f"gradient of shape {tuple(leaves[i].shape)}, got {'more' if rows is None else rows}; with "
                     "thin=True processes gather as many rows each; start with the largest batch, or use thin=False"
                 )
-
-    def _check_device(self, device: torch.device) -> None:
-        backends = dist.get_backend_config(register.group(self.processes.name))
-        check_device(self.processes, device, dict(pair.split(":") for pair in str(backends).split(",")))
 
     def _stop(self, turn: Turn, leaves: list[Tensor], facts: str, checks: bool) -> None:
         """Tell the other processes that this one has failed, in the calls in which they wait for it."""
