@@ -64,6 +64,7 @@ class ModuleEvaluator:
         self.module, self.parameters = module, dict(parameters)
         self.likelihood, self.options = likelihood, dict(options)
         self.output = self.options.pop("output", None)
+        self.is_sharded = any(is_sharded(p) for p in self.parameters.values())
         self._gathered: tuple[list[int], dict[str, Tensor]] | None = None
         self.has_buffers = next(module.buffers(), None) is not None
         self.modes = [(name, part, part.training) for name, part in module.named_modules()]
@@ -82,7 +83,7 @@ class ModuleEvaluator:
     @property
     def whole(self) -> dict[str, Tensor]:
         """The trained parameters by name, gathered where they are sharded: once until they change."""
-        if not any(is_sharded(p) for p in self.parameters.values()):
+        if not self.is_sharded:
             return self.params
         versions = [version(p) for p in self.parameters.values()]
         if self._gathered is None or self._gathered[0] != versions:

@@ -164,11 +164,9 @@ class Pending:
         else:
             same = evaluation.grads is merged_grads
         if same:
-            return (
-                self.whole()
-                if len(numbers) < len(losses)
-                else evaluation._replace(grads=unshard(self.gradients("step")))
-            )
+            if len(numbers) < len(losses):
+                return self.whole()
+            return evaluation._replace(grads=unshard(self.gradients("step")))
         if self._changed() or len(numbers) < len(losses):
             raise ValueError(
                 "step: both .grad and the gradients of the evaluation have been changed since evaluate(); change "

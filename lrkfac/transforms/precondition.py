@@ -261,10 +261,8 @@ class _Preconditioner:
             mapped = blank(state.since, self.decay, *optree.tree_leaves(statistics))
             division = Division(self.owners, dtypes, mapped)
         with profiled("refresh"), full_precision(statistics.scale):
-            if self.balanced:
-                dampings: dict[str, Any] = balanced_dampings(self.blocks, states, damping, division)
-            else:
-                dampings = dict.fromkeys(states, damping)
+            even: dict[str, Any] = dict.fromkeys(states, damping)
+            dampings = balanced_dampings(self.blocks, states, damping, division) if self.balanced else even
             return refresh(self.blocks, states, statistics, dampings, self.decay, evaluation.among, division)
 
     def _natural(
@@ -291,10 +289,12 @@ class _Preconditioner:
             expected, states = self.owners.own_part(expected), self.owners.own_part(states)
         check_block_states(expected, states, dtypes)
         if evaluation.among is not None and self.agreed is not None:
-            numbers = {"damping": self.damping, "decay": self.decay}
-            facts: dict[str, Any] = {name: x for name, x in numbers.items() if not isinstance(x, Tensor)}
-            facts |= facts_of(self.blocks, self.signatures) | (self.owners.facts() if self.owners else {})
-            self.agreed.check("precondition_by_fisher", facts, evaluation.among.processes)
+            self.agreed.check("precondition_by_fisher", self._facts, evaluation.among.processes)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what processes must have in common, by name."""
+        facts = facts_of(self.blocks, self.signatures, damping=self.damping, decay=self.decay)
+        return facts | (self.owners.facts() if self.owners else {})
 
     def _leaves(self, tree: Tree, what: str) -> list[Any]:
         return check_like(self.layers.tree, tree, what)

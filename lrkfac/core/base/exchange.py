@@ -1,4 +1,4 @@
-"""What travels where each of several tensors belongs to one process: to all from its owner, and sums to its owner."""
+"""Exchange of tensors that each belong to one process: to all from its owner, and sums to its owner."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -70,14 +70,16 @@ class Agreed:
         """Return one, and none within the compiler, which could not make it and where nothing is checked."""
         return None if torch.compiler.is_compiling() else Agreed()
 
-    def check(self, what: str, facts: Mapping[str, Any], processes: Processes) -> None:
+    def check(self, what: str, facts: Callable[[], Mapping[str, Any]], processes: Processes) -> None:
         """Raise at the first call for a group unless facts are the same; within the compiler, nothing is checked.
+
+        ``facts`` is called at that call alone.
 
         Raises:
             ValueError: On all processes; names what differs.
         """
         if processes.name not in self._groups and not torch.compiler.is_compiling():
-            check_same(what, processes.exchange(facts))
+            check_same(what, processes.exchange(facts()))
             self._groups.add(processes.name)
 
     def __reduce__(self) -> tuple[type[Agreed], tuple[Any, ...]]:

@@ -118,9 +118,10 @@ def signatures(blocks: tuple[Block, ...], layers: Layers) -> dict[str, Any]:
     return {block.name: signature(initial_average(block, leaves)) for block in blocks}
 
 
-def facts_of(blocks: tuple[Block, ...], signatures: Mapping[str, Any]) -> dict[str, str]:
-    """Return what decides how much processes sum, in words: a difference would be an error of the network alone."""
-    return {
+def facts_of(blocks: tuple[Block, ...], signatures: Mapping[str, Any], **numbers: float | Tensor) -> dict[str, Any]:
+    """Return numbers, and what decides how much processes sum: a difference would be an error of the network alone."""
+    known = {name: x for name, x in numbers.items() if not isinstance(x, Tensor)}
+    return known | {
         f"structure of {one.name!r}": f"{one.structure.description()}, averages in the form {signatures[one.name]}"
         for one in blocks
     }

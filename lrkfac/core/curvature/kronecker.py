@@ -41,7 +41,7 @@ class KroneckerState(NamedTuple):
 
 
 class PartAnswers(NamedTuple):
-    """What ``B`` and ``A`` answered in a round, for each way to use the weight, and with several the traces of both."""
+    """Answers of ``B`` and ``A`` in a round, for each way to use the weight, and with several the traces of both."""
 
     parts: tuple[tuple[Any, ...], ...]
     traces: tuple[tuple[Tensor, Tensor], ...]

@@ -80,7 +80,7 @@ def failure(error: BaseException) -> str:
 
 
 class Agreement:
-    """What the processes of an evaluator have agreed upon at its first evaluation; copies start without.
+    """Agreement of the processes of an evaluator, made at its first evaluation; copies start without.
 
     Attributes:
         lengths: Of gradients whose rows are gathered, see ``joined``; ``None`` before the first evaluation.
