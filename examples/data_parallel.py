@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lrkfac
 from examples.common import digits
+from examples.processes import group_of_processes
 from examples.report import positive, progress_bar
 
 # So that parts are equal on 2, 3, 4, 5, 6, 8, 10 or 12 processes: with parts of a batch that are not, training is as
@@ -98,13 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the example."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    device = torch.device("cpu")
-    if dist.is_torchelastic_launched():
-        if torch.cuda.is_available():
-            device = torch.device("cuda", dist.get_node_local_rank())
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
+    with group_of_processes() as device:
         # All processes print, the others into nothing.
         console = Console(quiet=dist.is_initialized() and dist.get_rank() > 0)
         start = time.perf_counter()
@@ -115,9 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             same = "equal bit for bit" if equal_on_all(net) else "DIFFERENT"
             console.print(f"parameters of {dist.get_world_size()} processes: {same}", highlight=False)
         console.print(f"{seconds:.1f} seconds", highlight=False)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _show(console: Console, epochs: Sequence[Epoch]) -> None:

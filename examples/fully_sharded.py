@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 import lrkfac
 from examples.common import digits
+from examples.processes import group_of_processes
 from examples.report import positive, progress_bar
 
 BATCH = 240
@@ -70,15 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the example."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            torch.cuda.set_device(dist.get_node_local_rank())
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with group_of_processes(of_one=True) as device:
         console = Console(quiet=dist.get_rank() > 0)  # all processes print, the others into nothing
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         sharded, losses = train(options, device, mesh, console)
@@ -89,8 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"largest difference of parameters: {difference:.0e}", highlight=False)
         part, all_of_them = local_bytes(sharded), local_bytes(alone)
         console.print(f"bytes of parameters in a process: {part}, alone: {all_of_them}", highlight=False)
-    finally:
-        dist.destroy_process_group()
 
 
 def _show(console: Console, losses: list[float], losses_alone: list[float]) -> None:

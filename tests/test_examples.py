@@ -1,9 +1,6 @@
 """The examples run, if only for a few steps, and write what they say; their parts compute what they promise."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +9,8 @@ from torch.func import hessian, jacrev, vmap
 import lrkfac
 from examples import data_parallel, ensemble, fine_tuning, language_model, physics_informed, training_loop
 from examples.text import init_transformer, text_windows, transformer
+from tests.distributed.processes import torchrun
 
-ROOT = Path(__file__).parent.parent
 SHORT = {
     "language_model": ["--steps", "2", "--batch-size", "4", "--methods", "adam", "rank-16"],
     "ensemble": ["--steps", "6", "--members", "3"],
@@ -78,9 +75,7 @@ TABLE = re.compile(r"^ +\d+ +(\d\.\d+) +(\d\.\d+) +(\d+\.\d)", re.MULTILINE)
 def test_processes_end_with_the_table_of_one(capsys):
     data_parallel.main(["--epochs", "3"])
     alone = capsys.readouterr().out
-    options = ["--standalone", "--nproc-per-node=2", "-m", "examples.data_parallel", "--epochs", "3"]
-    command = [sys.executable, "-m", "torch.distributed.run", *options]
-    together = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    together = torchrun("examples.data_parallel", "--epochs", "3")
     assert "parameters of 2 processes: equal bit for bit" in together and together.count("epoch") == 1
     found, expected = (torch.tensor([[float(x) for x in row] for row in TABLE.findall(t)]) for t in (together, alone))
     assert found.shape == (3, 3)

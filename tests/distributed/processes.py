@@ -1,6 +1,8 @@
 """Runs a function in several processes that form a group of torch.distributed, on gloo, without a network port."""
 
 import pickle
+import subprocess
+import sys
 import time
 import traceback
 import warnings
@@ -64,3 +66,12 @@ def outcome(function: Callable[[], Any]) -> str:
     except Exception as error:
         return "".join(traceback.format_exception_only(error))
     return ""
+
+
+def torchrun(module: str, *options: str) -> str:
+    """What a module of this repository prints when torchrun starts it in two processes; what failed is in the error."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module]
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([*command, *options], check=False, capture_output=True, text=True, cwd=root)
+    assert ended.returncode == 0, f"{module} ended with {ended.returncode}:\n{ended.stdout}\n{ended.stderr}"
+    return ended.stdout

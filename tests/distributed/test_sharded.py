@@ -3,10 +3,7 @@
 import copy
 import pickle
 import re
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import optree
 import pytest
@@ -16,7 +13,7 @@ from torch.func import functional_call
 
 import lrkfac
 from lrkfac.core.base.sharding import local_parts, shard_like
-from tests.distributed.processes import run
+from tests.distributed.processes import run, torchrun
 from tests.distributed.sharded import every_training
 
 
@@ -46,9 +43,7 @@ def test_sharded_parameters_train_as_whole_ones(world, tmp_path):
 
 @pytest.mark.slow
 def test_the_example_ends_as_one_process_alone():
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "examples.fully_sharded"]
-    root = Path(__file__).parents[2]
-    printed = subprocess.check_output([sys.executable, *command, "--steps", "7"], cwd=root, text=True)
+    printed = torchrun("examples.fully_sharded", "--steps", "7")
     (difference,) = re.findall(r"largest difference of parameters: (\S+)", printed)
     part, alone = re.findall(r"bytes of parameters in a process: (\d+), alone: (\d+)", printed)[0]
     assert float(difference) < 1e-10 and int(part) * 2 == int(alone)
