@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.private_torch import is_transformed, transformation_level
+from lrkfac.core.base.private_torch import forward_level, is_transformed, transformation_level
 
 
 def has_values(x: Tensor) -> bool:
@@ -17,3 +19,21 @@ def has_values(x: Tensor) -> bool:
 def changes_in_place() -> bool:
     """Return whether a new tensor may be changed in place: under ``vmap`` it may lack an axis that the change has."""
     return not torch.compiler.is_compiling() and transformation_level() is None
+
+
+def in_one_call(*leaves: Any) -> bool:
+    """Return whether one operation may change all leaves: plain tensors of one dtype and device, without derivatives.
+
+    Operations on lists of tensors have no rule of ``vmap``, and no derivative with respect to a scale. The compiler
+    joins operations by itself.
+    """
+    if len(leaves) < 2 or torch.compiler.is_compiling() or transformation_level() is not None or forward_level() >= 0:
+        return False
+    first = leaves[0]
+    return all(
+        type(x) in PLAIN and x.dtype == first.dtype and x.device == first.device and not x.requires_grad for x in leaves
+    )
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors without behaviour of their own."""

@@ -262,6 +262,16 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(targets), list(sources))
 
 
+def multiplied_all(xs: Sequence[Tensor], scale: float | Tensor) -> list[Tensor]:
+    """Return ``scale * x`` of each tensor, all of one dtype and device, in one call without a rule for ``vmap``."""
+    return list(torch._foreach_mul(tuple(xs), scale))
+
+
+def added_all(xs: Sequence[Tensor], scale: float, ys: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``x + scale * y`` of each pair, likewise."""
+    return list(torch._foreach_add(tuple(xs), tuple(ys), alpha=scale))
+
+
 def weak_reference(x: Tensor) -> Callable[[], Tensor | None]:
     """Return a function that returns a tensor as long as something else keeps it alive, ``None`` afterwards."""
     from torch.utils.weak import TensorWeakRef

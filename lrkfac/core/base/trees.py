@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.eager import in_one_call
 from lrkfac.core.base.lazy import LazyMatrix, add_multiple
 from lrkfac.core.base.per_parameter import is_number
+from lrkfac.core.base.private_torch import added_all, multiplied_all
 from lrkfac.core.base.summand import Summand, summed
 from lrkfac.core.base.types import PerParameter, Tree
 
@@ -37,9 +39,13 @@ def add_scaled(x: Tree, scale: PerParameter, y: Tree) -> Tree:
             return b.scaled(c).plus(a).unrounded().to(a.dtype)
         return add_multiple(a, c, b).to(a.dtype)
 
-    if is_number(scale):
-        return optree.tree_map(lambda a, b: one(a, b, scale), x, y)
-    return optree.tree_map(one, x, y, scale)
+    if not is_number(scale):
+        return optree.tree_map(one, x, y, scale)
+    leaves, structure = optree.tree_flatten(x)
+    others = structure.flatten_up_to(y)
+    if not isinstance(scale, Tensor) and in_one_call(*leaves, *others):
+        return optree.tree_unflatten(structure, added_all(leaves, scale, others))
+    return optree.tree_unflatten(structure, [one(a, b, scale) for a, b in zip(leaves, others, strict=True)])
 
 
 def scaled(scale: PerParameter, x: Tree) -> Tree:
@@ -48,7 +54,12 @@ def scaled(scale: PerParameter, x: Tree) -> Tree:
     def one(a: Any, c: float | Tensor) -> Any:
         return a.scaled(c) if isinstance(a, LazyMatrix) else (c * a).to(a.dtype)
 
-    return optree.tree_map(lambda a: one(a, scale), x) if is_number(scale) else optree.tree_map(one, x, scale)
+    if not is_number(scale):
+        return optree.tree_map(one, x, scale)
+    leaves, structure = optree.tree_flatten(x)
+    if in_one_call(*leaves, *([scale] if isinstance(scale, Tensor) else [])):
+        return optree.tree_unflatten(structure, multiplied_all(leaves, scale))
+    return optree.tree_unflatten(structure, [one(a, scale) for a in leaves])
 
 
 def zeros_like(x: Tree) -> Tree:

@@ -214,6 +214,20 @@ def test_operation_counts():
     assert batch == 4 * 2 * 2 * 3 * 5
 
 
+def test_multiplied_all():
+    xs = [torch.ones(2), torch.full((3,), 2.0)]
+    for scale in (3.0, torch.tensor(3.0)):
+        scaled = private_torch.multiplied_all(xs, scale)
+        assert torch.equal(scaled[0], 3 * xs[0]) and torch.equal(scaled[1], 3 * xs[1])
+    with pytest.raises(RuntimeError, match="Batching rule"):  # else trees could be changed in one call there, too
+        vmap(lambda x: private_torch.multiplied_all([x, x], 2.0)[0])(torch.ones(2, 3))
+
+
+def test_added_all():
+    added = private_torch.added_all([torch.ones(2), torch.ones(3)], -0.5, [torch.ones(2), torch.zeros(3)])
+    assert torch.equal(added[0], torch.full((2,), 0.5)) and torch.equal(added[1], torch.ones(3))
+
+
 def test_copy_all():
     targets = [torch.zeros(2), torch.zeros(3, dtype=torch.float64)]
     pointers = [x.data_ptr() for x in targets]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import vmap
+from torch.func import grad, jvp, vmap
 
 from lrkfac import apply_updates, materialize
 from lrkfac.core.base.dtypes import wide
@@ -119,3 +119,27 @@ OTHERS = [
 def test_check_like_names_what_differs(other, words):
     with pytest.raises(ValueError, match=words):
         check_like(TREE, other, "thing")
+
+
+@given(st.lists(st.sampled_from([(), (3,), (2, 3)]), min_size=1, max_size=3), st.floats(-2, 2), st.booleans())
+def test_many_leaves_are_changed_as_one_by_one(shapes, number, as_tensor):
+    """Bit for bit, in the dtype of the leaves; ``vmap`` takes another way."""
+    torch.manual_seed(0)
+    scale = torch.tensor(number) if as_tensor else number
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, y = ({i: torch.randn(shape).to(dtype) for i, shape in enumerate(shapes)} for _ in range(2))
+        for found, alone in ((scaled(scale, x), lambda a, b: scaled(scale, a)),
+                             (add_scaled(x, scale, y), lambda a, b: add_scaled(a, scale, b))):  # fmt: skip
+            for i, leaf in found.items():
+                assert leaf.dtype == dtype and torch.equal(leaf, alone(x[i], y[i]))
+        many, of_many = ({i: a.expand(4, *a.shape) for i, a in tree.items()} for tree in (x, y))
+        mapped = vmap(lambda a, b: add_scaled(scaled(scale, a), number, b))(many, of_many)
+        for i, leaf in mapped.items():
+            torch.testing.assert_close(leaf[1], add_scaled(scaled(scale, x[i]), number, y[i]))
+
+
+def test_scales_have_derivatives():
+    x, scale = [torch.ones(3), torch.ones(2)], torch.tensor(2.0, requires_grad=True)
+    assert grad(lambda s: scaled(s, x)[0].sum())(torch.tensor(2.0)) == 3
+    assert torch.autograd.grad(scaled(scale, x)[0].sum(), scale)[0] == 3
+    assert jvp(lambda s: scaled(s, x)[1].sum(), (torch.tensor(2.0),), (torch.tensor(1.0),))[1] == 2
