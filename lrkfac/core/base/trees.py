@@ -121,6 +121,9 @@ def copied_or_lazy(x: Tree, y: Tree) -> Tree:
     """Return ``y`` in leaves that may be changed without a change of ``y``: lazy matrices where ``x`` has them, else
     copies.
     """
+    leaves, structure = optree.tree_flatten(y)
+    if in_one_call(*leaves, *optree.tree_leaves(x)):
+        return optree.tree_unflatten(structure, multiplied_all(leaves, 1))
     return optree.tree_map(lambda a, b: LazyMatrix.of(b) if isinstance(a, LazyMatrix) else b.clone(), x, y)
 
 
