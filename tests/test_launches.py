@@ -16,7 +16,7 @@ CHAINS = {
 }
 # Of a plain step and of a refresh: of the former, none may wait. A refresh of a shape looks at three small
 # decompositions; the inverse of a dense factor waits for nothing.
-KERNELS = {"low rank": (89, 443), "dense": (69, 241), "adaptive": (280, 905)}
+KERNELS = {"low rank": (80, 426), "dense": (66, 234), "adaptive": (279, 901)}
 WAITS = {"low rank": 3, "dense": 0, "adaptive": 3}
 
 

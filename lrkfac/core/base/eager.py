@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,12 +28,16 @@ def in_one_call(*leaves: Any) -> bool:
     Operations on lists of tensors have no rule of ``vmap``, and no derivative with respect to a scale. The compiler
     joins operations by itself.
     """
-    if len(leaves) < 2 or torch.compiler.is_compiling() or transformation_level() is not None or forward_level() >= 0:
+    if len(leaves) < 2 or not is_plain_and_constant(leaves):
         return False
-    first = leaves[0]
-    return all(
-        type(x) in PLAIN and x.dtype == first.dtype and x.device == first.device and not x.requires_grad for x in leaves
-    )
+    return all(x.dtype == leaves[0].dtype and x.device == leaves[0].device for x in leaves)
+
+
+def is_plain_and_constant(leaves: Sequence[Any]) -> bool:
+    """Return whether leaves are tensors without behaviour of their own, of which no derivative is taken."""
+    if torch.compiler.is_compiling() or transformation_level() is not None or forward_level() >= 0:
+        return False
+    return all(type(x) in PLAIN and not x.requires_grad for x in leaves)
 
 
 PLAIN = (Tensor, torch.nn.Parameter)

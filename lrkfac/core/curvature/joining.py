@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.stacks import stacked
 from lrkfac.core.layers.matrix import LayerMatrix
 
 
@@ -69,7 +70,7 @@ APART = Joining(None, lambda joined, like: [joined])
 """Each block alone."""
 
 
-STACKED = Joining(torch.stack, lambda joined, like: joined.unbind())
+STACKED = Joining(stacked, lambda joined, like: joined.unbind())
 """Along a new leading axis."""
 
 

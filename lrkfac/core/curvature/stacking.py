@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from lrkfac.core.base.stacks import stacked
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import by_group, packed
 from lrkfac.core.curvature.covariances import WITH_PLAIN_ROWS
@@ -90,7 +91,7 @@ def _of_stack(work: Work, stack: list[Block], each: list[float | Tensor], operan
     if len(stack) == 1:
         return [of_groups(each[0], *operands[0])]
     common = all(one is each[0] for one in each)
-    trees = optree.tree_map(lambda *x: torch.stack(x), *operands)
+    trees = optree.tree_map(lambda *x: stacked(x), *operands)
     device = optree.tree_leaves(operands[0])[0].device
     damping = each[0] if common else torch.stack([torch.as_tensor(one, device=device) for one in each])
     if _has_plain_rows(first):

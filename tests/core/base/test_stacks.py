@@ -1,0 +1,54 @@
+"""Stacks without copies are what stacks are, and only parts of one stack are taken for it."""
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+from lrkfac.core.base.stacks import stacked
+
+WHOLE = torch.arange(48.0).reshape(4, 3, 4)
+ONE_AFTER_ANOTHER = {
+    "parts of a stack": WHOLE.unbind(),
+    "the last parts": WHOLE.unbind()[1:],
+    "numbers": torch.arange(5).unbind(),
+    "repeated": torch.arange(3.0)[:, None].expand(3, 7).unbind(),
+}
+APART = {
+    "alone": WHOLE[:1].unbind(),
+    "in another order": WHOLE.unbind()[::-1],
+    "the same twice": (WHOLE[0], WHOLE[0]),
+    "every other": WHOLE[::2].unbind(),
+    "transposed": WHOLE.mT.unbind(),
+    "along the last axis": WHOLE.unbind(-1),
+    "of several stacks": (WHOLE[0], WHOLE.clone()[1]),
+    "of other dtypes": (WHOLE[0].view(torch.int32), WHOLE[1].view(torch.int32).to(torch.int32).clone()),
+    "one of them with a derivative": (WHOLE[0], WHOLE[1].clone().requires_grad_()),
+    "empty": torch.zeros(2, 0).unbind(),
+}
+
+
+def shares(x, tensors):
+    return x.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("name", ONE_AFTER_ANOTHER)
+def test_what_lies_one_after_another_is_not_copied(name):
+    tensors = ONE_AFTER_ANOTHER[name]
+    assert torch.equal(stacked(tensors), torch.stack(tensors)) and shares(stacked(tensors), tensors)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_all_else_is_copied(name):
+    tensors = APART[name]
+    found = stacked(tensors)
+    assert torch.equal(found, torch.stack(tensors)) and found.is_contiguous()
+    assert not shares(found, tensors) or not found.numel()
+
+
+def test_derivatives_and_axes_of_vmap_pass():
+    parts = WHOLE.unbind()
+    assert torch.equal(vmap(lambda x: stacked(x.unbind()))(WHOLE), WHOLE)
+    assert torch.equal(grad(lambda x: (stacked(x.unbind()) ** 2).sum())(WHOLE), 2 * WHOLE)
+    leaf = WHOLE.clone().requires_grad_()
+    (slope,) = torch.autograd.grad((stacked(leaf.unbind()) ** 2).sum(), leaf)
+    assert torch.equal(slope, 2 * WHOLE) and torch.equal(torch.compile(stacked, backend="eager")(parts), WHOLE)
