@@ -15,6 +15,7 @@ from lrkfac.core.base.exchange import blank
 from lrkfac.core.base.flags import flags_like
 from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.leaves import tree_leaves, tree_structure, tree_unflatten
 from lrkfac.core.base.processes import processes_of
 from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.replicas import Agreed
@@ -242,7 +243,7 @@ class _Preconditioner:
             changed, other = self.fallback.update(rest_updates, other, rest, evaluation=evaluation, **extra)
             for i, leaf in zip(self.uncovered, changed, strict=True):
                 leaves[i] = leaf
-        new_updates = optree.tree_unflatten(optree.tree_structure(updates), leaves)
+        new_updates = tree_unflatten(tree_structure(updates), leaves)
         return new_updates, PreconditionState(states, since, other)
 
     def _refreshed(
@@ -258,7 +259,7 @@ class _Preconditioner:
             statistics = optree.tree_map(Tensor.detach, statistics)
         division = None
         if self.owners is not None:
-            mapped = blank(state.since, self.decay, *optree.tree_leaves(statistics))
+            mapped = blank(state.since, self.decay, *tree_leaves(statistics))
             division = Division(self.owners, dtypes, mapped)
         with profiled("refresh"), full_precision(statistics.scale):
             even: dict[str, Any] = dict.fromkeys(states, damping)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.eager import has_values
+from lrkfac.core.base.leaves import tree_leaves
 from lrkfac.core.base.tree_checks import check_whole
 
 
@@ -102,7 +102,7 @@ def check_model(value: Any) -> Callable[..., Any]:
 def check_values(**trees: Any) -> None:
     """Raise if a tree has a tensor on the device "meta", or a ``DTensor``."""
     for name, tree in trees.items():
-        leaves = optree.tree_leaves(tree)
+        leaves = tree_leaves(tree)
         check_whole(tree, leaves, name)
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in leaves):
             raise ValueError(f"{name}: expected tensors with values, got one on the device 'meta'")

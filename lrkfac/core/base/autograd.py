@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.leaves import tree_leaves
 from lrkfac.core.base.private_torch import is_differentiated, is_mapped, within_vmap
 from lrkfac.core.base.types import Tree
 
@@ -25,9 +26,9 @@ def recording(asked: bool) -> AbstractContextManager[Any]:
 
 def constant_unless(followed: Tree, x: Tree) -> Tree:
     """Return ``x`` cut off autograd's graph, unless ``followed`` hangs on one, or ``torch.func`` differentiates."""
-    if is_differentiated() or not any(has_graph(leaf) for leaf in optree.tree_leaves(x)):
+    if is_differentiated() or not any(has_graph(leaf) for leaf in tree_leaves(x)):
         return x  # as in every step on detached parameters
-    if any(has_graph(leaf) for leaf in optree.tree_leaves(followed)):
+    if any(has_graph(leaf) for leaf in tree_leaves(followed)):
         return x
     return optree.tree_map(lambda leaf: leaf.detach() if has_graph(leaf) else leaf, x)
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.leaves import tree_leaves
 from lrkfac.core.base.types import Tree
 
 
@@ -32,7 +32,7 @@ def floating(x: Any, dtype: torch.dtype) -> Any:
 
 def floating_dtype(x: Tree) -> torch.dtype:
     """Return the dtype of the first floating-point leaf of ``x``."""
-    return next(leaf.dtype for leaf in optree.tree_leaves(x) if leaf.is_floating_point())
+    return next(leaf.dtype for leaf in tree_leaves(x) if leaf.is_floating_point())
 
 
 def most_precise(device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.leaves import same_structure, tree_flatten, tree_leaves, tree_structure
 from lrkfac.core.base.sharding import is_sharded
 from lrkfac.core.base.summand import Summand
 from lrkfac.core.base.types import Tree
@@ -32,11 +33,11 @@ def _key(entry: optree.PyTreeEntry) -> Any:
 
 def difference(expected: Tree, got: Tree) -> str | None:
     """Describe in words how the structure of ``got`` differs from that of ``expected``; ``None`` if it does not."""
-    # The compiler cannot compare structures; paths, which it can, take too long for every eager step.
-    compiling = torch.compiler.is_compiling()
-    if paths(got) == paths(expected) if compiling else optree.tree_structure(got) == optree.tree_structure(expected):
+    if same_structure(tree_structure(expected), tree_structure(got)):
         return None
     expected_paths, got_paths = paths(expected), paths(got)
+    if torch.compiler.is_compiling() and expected_paths == got_paths:  # the compiler cannot compare all structures
+        return None
     missing = [path for path in expected_paths if path not in got_paths]
     unexpected = [path for path in got_paths if path not in expected_paths]
     return f"missing {missing}, unexpected {unexpected}" if missing or unexpected else f"{optree.tree_structure(got)}"
@@ -50,10 +51,9 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
             floating-point tensor.
         TypeError: If a leaf is a ``DTensor``.
     """
-    leaves, structure = optree.tree_flatten(got)
-    likes, expected_structure = optree.tree_flatten(expected)
-    same = not torch.compiler.is_compiling() and structure == expected_structure
-    differs = None if same else difference(expected, got)
+    leaves, structure = tree_flatten(got)
+    likes, expected_structure = tree_flatten(expected)
+    differs = None if same_structure(expected_structure, structure) else difference(expected, got)
     if differs is not None:
         raise ValueError(
             f"{what}: the tree differs from the one at the start: {differs}; pass a tree like the parameters, "
@@ -82,7 +82,7 @@ def check_stacked(expected: Tree, got: Tree, what: str) -> None:
     Raises:
         ValueError: As ``check_like``.
     """
-    leaves = optree.tree_leaves(got)
+    leaves = tree_leaves(got)
     count = leaves[0].shape[:1] if leaves and isinstance(leaves[0], Tensor) else torch.Size([0])
     check_like(optree.tree_map(lambda x: x.expand(*count, *x.shape), expected), got, what)
 
@@ -94,7 +94,7 @@ def check_tree(got: Tree, what: str) -> list[Tensor]:
         TypeError: Names the leaf that is something else.
         ValueError: If some are on the device "meta".
     """
-    leaves: list[Tensor] = optree.tree_leaves(got)
+    leaves: list[Tensor] = tree_leaves(got)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor | LazyMatrix) or not leaf.dtype.is_floating_point:
             actual = leaf.dtype if isinstance(leaf, Tensor | LazyMatrix) else type(leaf).__name__

@@ -11,6 +11,7 @@ from torch import Tensor
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.eager import in_one_call
 from lrkfac.core.base.lazy import LazyMatrix, add_multiple
+from lrkfac.core.base.leaves import tree_flatten, tree_leaves, tree_unflatten
 from lrkfac.core.base.per_parameter import is_number
 from lrkfac.core.base.private_torch import added_all, multiplied_all
 from lrkfac.core.base.summand import Summand, summed
@@ -23,9 +24,9 @@ def vdot(x: Tree, y: Tree, weights: Tree | None = None) -> Tensor:
     Weights are 1 by default. Half-precision leaves are summed in float32. Of leaves of ``y`` that are ``Summand``, the
     products are summed over processes.
     """
-    products = _summed_products(optree.tree_leaves(optree.tree_map(_vdot, x, y)), optree.tree_leaves(y))
+    products = _summed_products(tree_leaves(optree.tree_map(_vdot, x, y)), tree_leaves(y))
     if weights is not None:
-        products = [weight * one for weight, one in zip(optree.tree_leaves(weights), products, strict=True)]
+        products = [weight * one for weight, one in zip(tree_leaves(weights), products, strict=True)]
     return torch.stack(products).sum() if products else torch.zeros(())
 
 
@@ -112,7 +113,7 @@ def materialize(x: Tree) -> Tree:
     Raises:
         TypeError: If a leaf is neither tensor nor ``LazyMatrix``.
     """
-    summands = [leaf for leaf in optree.tree_leaves(x) if isinstance(leaf, Summand)]
+    summands = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Summand)]
     sums = iter(summed(summands))
     return optree.tree_map(lambda leaf: next(sums) if isinstance(leaf, Summand) else _materialized(leaf), x)
 
@@ -130,7 +131,7 @@ def copied_or_lazy(x: Tree, y: Tree) -> Tree:
 def all_finite(x: Tree) -> Tensor:
     """Return whether all entries are finite, ``[]``; of lazy matrices, all that they are made of."""
     parts = optree.tree_map(lambda a: (a.left, a.right, a.terms) if isinstance(a, LazyMatrix) else a, x)
-    leaves = [leaf.isfinite().all() for leaf in optree.tree_leaves(parts) if isinstance(leaf, Tensor)]
+    leaves = [leaf.isfinite().all() for leaf in tree_leaves(parts) if isinstance(leaf, Tensor)]
     return torch.stack(leaves).all() if leaves else torch.ones((), dtype=torch.bool)
 
 
@@ -162,18 +163,18 @@ def _vdot(a: Any, b: Any) -> Tensor:
 
 def as_row(x: Tree) -> Tensor:
     """Return all leaves in one row, ``[P]``, in the widest of their dtypes, at least float32."""
-    return torch.cat([wide(leaf).reshape(-1) for leaf in optree.tree_leaves(x)])
+    return torch.cat([wide(leaf).reshape(-1) for leaf in tree_leaves(x)])
 
 
 def from_row(row: Tensor, like: Tree) -> Tree:
     """Return a row ``[P]`` as a tree with the shapes and dtypes of another: the inverse of ``as_row``."""
-    leaves, structure = optree.tree_flatten(like)
+    leaves, structure = tree_flatten(like)
     parts = row.split([leaf.numel() for leaf in leaves])
     cast = [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
-    return optree.tree_unflatten(structure, cast)
+    return tree_unflatten(structure, cast)
 
 
 def counter(x: Tree) -> Tensor:
     """Return a counter at 0: int64, ``[]``, on the device of the first leaf of ``x``."""
-    leaves = optree.tree_leaves(x)
+    leaves = tree_leaves(x)
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)

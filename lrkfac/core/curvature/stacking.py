@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from lrkfac.core.base.leaves import tree_flatten, tree_leaves, tree_unflatten
 from lrkfac.core.base.stacks import stacked
 from lrkfac.core.curvature.assignment import Block
-from lrkfac.core.curvature.blocks import by_group, packed
+from lrkfac.core.curvature.blocks import by_group, packed, signature
 from lrkfac.core.curvature.covariances import WITH_PLAIN_ROWS
 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
@@ -92,17 +93,17 @@ def _of_stack(work: Work, stack: list[Block], each: list[float | Tensor], operan
         return [of_groups(each[0], *operands[0])]
     common = all(one is each[0] for one in each)
     trees = optree.tree_map(lambda *x: stacked(x), *operands)
-    device = optree.tree_leaves(operands[0])[0].device
+    device = tree_leaves(operands[0])[0].device
     damping = each[0] if common else torch.stack([torch.as_tensor(one, device=device) for one in each])
     if _has_plain_rows(first):
         result = work(first, damping, *trees, stacked=True)
     else:
         result = vmap(of_groups, in_dims=(None if common else 0, *[0 for _ in trees]))(damping, *trees)
-    leaves, structure = optree.tree_flatten(result)
+    leaves, structure = tree_flatten(result)
     # Laid out as those of a block alone; what is repeated along an axis stays so.
     tidy = [x if 0 in x.stride() else x.contiguous() for x in leaves]
     members = zip(*[x.unbind() for x in tidy], strict=True) if tidy else [()] * len(stack)  # with B = I, no answers
-    return [optree.tree_unflatten(structure, list(x)) for x in members]
+    return [tree_unflatten(structure, list(x)) for x in members]
 
 
 def _candidate(block: Block, operands: tuple[Any, ...], sized_by: int) -> tuple[Any, int, int]:
@@ -111,14 +112,14 @@ def _candidate(block: Block, operands: tuple[Any, ...], sized_by: int) -> tuple[
     kinds = set(layer.kinds)
     if not block.structure.mappable or not kinds <= WITH_PLAIN_ROWS | CONVOLUTIONS:
         return None, 0, 0
-    leaves, structure = optree.tree_flatten(operands)
-    tensors = [(tuple(x.shape), x.dtype, x.device) for x in leaves]
+    leaves = tree_leaves(operands)
+    places = [(x.dtype, x.device) for x in leaves]
     sizes = (layer.d_in, layer.d_out, layer.groups, layer.bias is None)
     largest = LARGEST.get(leaves[0].device.type, LARGEST_ELSEWHERE)
     if kinds & CONVOLUTIONS:
         largest = min(largest, LARGEST_OF_CONVOLUTIONS)
-    size = sum(x.numel() for x in optree.tree_leaves(operands[sized_by]))
-    return (block.structure, layer.kinds, layer.options, sizes, tensors, structure), size, largest
+    size = sum(x.numel() for x in tree_leaves(operands[sized_by]))
+    return (block.structure, layer.kinds, layer.options, sizes, places, signature(operands)), size, largest
 
 
 def _has_plain_rows(block: Block) -> bool:

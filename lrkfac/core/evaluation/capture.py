@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 from torch import Tensor
 
 from lrkfac.core.base.by_autograd import constant
+from lrkfac.core.base.leaves import tree_flatten, tree_unflatten
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.auxiliary import join_tensors, split_tensors
 from lrkfac.core.evaluation.derivatives import transposed
@@ -85,7 +85,7 @@ def capture(
         specs: Shapes of these layers' outputs, at least.
         free: Whether there are free leaves; else gradients at the probes are all.
     """
-    leaves, structure = optree.tree_flatten(params)
+    leaves, structure = tree_flatten(params)
     covered = layers.covered
     if layers.autograd:  # whose model may differentiate by free leaves, and change inputs into such
         leaves, inputs, free = constant(leaves), constant(inputs), True
@@ -97,7 +97,7 @@ def capture(
 
     def run(variables: Variables) -> tuple[list[Tensor], tuple[list[Tensor], dict[str, list[Tensor]]]]:
         free_leaves, probes = variables
-        merged = optree.tree_unflatten(structure, [free_leaves.get(i, leaf) for i, leaf in enumerate(leaves)])
+        merged = tree_unflatten(structure, [free_leaves.get(i, leaf) for i, leaf in enumerate(leaves)])
         if layers.layers:
             result, records = run_captured(objective.model, layers, merged, inputs, probes)
         else:  # without the function mode that follows weights

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp
 
 from lrkfac.core.base.by_autograd import attached, autograd_enabled, constant
+from lrkfac.core.base.leaves import tree_flatten, tree_leaves, tree_unflatten
 from lrkfac.core.base.types import Tree
 
 Function = Callable[[Tree], tuple[list[Tensor], Tree]]
@@ -41,23 +42,23 @@ def transposed(
     if torch.compiler.is_compiling() and not autograd:
         outputs, back, aux = vjp(function, tree, has_aux=True)
         return outputs, lambda cotangent: back(cotangent)[0], aux
-    leaves, structure = optree.tree_flatten(tree)
+    leaves, structure = tree_flatten(tree)
     if autograd:
         outputs, of_leaves, aux = _transposed_by_autograd(function, leaves, structure)
-        return outputs, lambda cotangent: optree.tree_unflatten(structure, of_leaves(cotangent)), aux
+        return outputs, lambda cotangent: tree_unflatten(structure, of_leaves(cotangent)), aux
     aux_structure: list[Any] = []
 
     def from_leaves(leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        outputs, aux = function(optree.tree_unflatten(structure, leaves))
+        outputs, aux = function(tree_unflatten(structure, leaves))
         aux_leaves, aux_structure[:] = _flattened(aux)
         return outputs, aux_leaves
 
     outputs, back, aux = vjp(from_leaves, leaves, has_aux=True)
 
     def transpose(cotangent: list[Tensor]) -> Tree:
-        return optree.tree_unflatten(structure, back(cotangent)[0])
+        return tree_unflatten(structure, back(cotangent)[0])
 
-    return outputs, transpose, optree.tree_unflatten(aux_structure[0], aux)
+    return outputs, transpose, tree_unflatten(aux_structure[0], aux)
 
 
 def change(
@@ -87,7 +88,7 @@ def _transposed_by_autograd(
 ) -> tuple[list[Tensor], Callable[[list[Tensor]], list[Tensor]], Tree]:
     with autograd_enabled():
         leaves = attached(leaves)
-        outputs, aux = function(optree.tree_unflatten(structure, leaves))
+        outputs, aux = function(tree_unflatten(structure, leaves))
 
     def transpose(cotangent: list[Tensor]) -> list[Tensor]:
         return _gradients(outputs, leaves, cotangent)
@@ -128,19 +129,17 @@ def _change_by_transposes(
     """Return outputs and change; the transpose is linear in the cotangent, so that it may stand at zero."""
     if not autograd:
         outputs, transpose, _ = transposed(lambda tree: (function(tree), []), tree)
-        _, back, _ = transposed(
-            lambda g: ([*optree.tree_leaves(transpose(g))], []), [torch.zeros_like(f) for f in outputs]
-        )
-        return outputs, back(optree.tree_leaves(tangent))
+        _, back, _ = transposed(lambda g: ([*tree_leaves(transpose(g))], []), [torch.zeros_like(f) for f in outputs])
+        return outputs, back(tree_leaves(tangent))
     with autograd_enabled():
-        leaves, structure = optree.tree_flatten(attached(tree))
-        outputs = function(optree.tree_unflatten(structure, leaves))
+        leaves, structure = tree_flatten(attached(tree))
+        outputs = function(tree_unflatten(structure, leaves))
         cotangent = attached([torch.zeros_like(f) for f in outputs])
         gradients = _gradients(outputs, leaves, cotangent, create_graph=True)
-        changes = _gradients(gradients, cotangent, constant(optree.tree_leaves(tangent)))
+        changes = _gradients(gradients, cotangent, constant(tree_leaves(tangent)))
     return constant(outputs), constant(changes)
 
 
 def _flattened(aux: Tree) -> tuple[list[Tensor], list[Any]]:
-    leaves, structure = optree.tree_flatten(aux)
+    leaves, structure = tree_flatten(aux)
     return leaves, [structure]

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.dtypes import widest
 from lrkfac.core.base.lazy import LazyMatrix
+from lrkfac.core.base.leaves import tree_flatten, tree_leaves, tree_unflatten
 from lrkfac.core.base.processes import Among, Processes
 from lrkfac.core.base.rows import padded
 from lrkfac.core.base.summand import Summand
@@ -52,7 +52,7 @@ def joined(
         ValueError: On all processes, where values are known, if their facts differ or nothing counts.
     """
     weight, statistics = part.weight, part.statistics
-    leaves, structure = optree.tree_flatten(part.grads)
+    leaves, structure = tree_flatten(part.grads)
     formed = {i: materialize(leaf) for i, leaf in enumerate(leaves) if i not in lengths and i not in scattered}
     like = weight.to(buffer_dtype(part.grads))
     size = torch.zeros_like(like) if statistics is None or part.size is None else part.size.to(like)
@@ -75,7 +75,7 @@ def joined(
         statistics = statistics._replace(scale=(1 / total_inverse).to(statistics.scale.dtype))
     return part._replace(
         loss=(loss / total).to(part.loss.dtype),
-        grads=optree.tree_unflatten(structure, [means[i] for i in range(len(leaves))]),
+        grads=tree_unflatten(structure, [means[i] for i in range(len(leaves))]),
         statistics=statistics,
         product=partial(JointProducts.product, products),
         quadratic=partial(JointProducts.quadratic, products),
@@ -94,7 +94,7 @@ def take_part(
     Raises:
         ValueError: If facts differ, as those of a process that failed do.
     """
-    leaves = optree.tree_leaves(params)
+    leaves = tree_leaves(params)
     like = leaves[0].new_zeros((), dtype=buffer_dtype(params))
     zeros = [
         torch.zeros_like(leaf, dtype=like.dtype)
@@ -107,7 +107,7 @@ def take_part(
 
 def buffer_dtype(tree: Tree) -> torch.dtype:
     """Return the dtype in which numbers are summed: the widest of all leaves, at least float32."""
-    return widest(torch.float32, *[leaf.dtype for leaf in optree.tree_leaves(tree)])
+    return widest(torch.float32, *[leaf.dtype for leaf in tree_leaves(tree)])
 
 
 def gathered(
@@ -164,6 +164,6 @@ class JointProducts:
         return total
 
     def _sum(self, tree: Any) -> Any:
-        leaves, structure = optree.tree_flatten(tree)
+        leaves, structure = tree_flatten(tree)
         sums = self.processes.sum([weighted(self.share, x) for x in leaves])
-        return optree.tree_unflatten(structure, [x.to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True)])
+        return tree_unflatten(structure, [x.to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True)])

@@ -13,6 +13,7 @@ from torch.func import vmap
 from lrkfac.core.base.autograd import recording
 from lrkfac.core.base.by_autograd import attached, autograd_enabled, constant
 from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.leaves import tree_leaves
 from lrkfac.core.base.tree_checks import check_like, check_stacked
 from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
@@ -117,6 +118,6 @@ class FisherProducts:
             except RuntimeError:  # such as a torch.autograd.Function without a rule for vmap
                 if torch.compiler.is_compiling():
                     raise
-        size = optree.tree_leaves(tangents)[0].shape[0]
+        size = tree_leaves(tangents)[0].shape[0]
         each = [self._curved_change(optree.tree_map(itemgetter(i), tangents)) for i in range(size)]
         return optree.tree_map(lambda *leaves: torch.stack(leaves), *each)

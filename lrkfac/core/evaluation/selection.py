@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_flag
 from lrkfac.core.base.eager import has_values
+from lrkfac.core.base.leaves import tree_flatten, tree_unflatten
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.description import Layers
@@ -71,7 +71,7 @@ def select_examples(layers: Layers, inputs: Tree, targets: list[Tensor], example
     size, by_path = targets[0].shape[0], dict(axes)
     if has_values(examples) and not (examples.min() >= 0 and examples.max() < size):
         raise ValueError(f"examples: expected numbers of examples from 0 to {size - 1}, got {examples.tolist()}")
-    leaves, structure = optree.tree_flatten(inputs)
+    leaves, structure = tree_flatten(inputs)
     selected = []
     for path, x in zip(paths(inputs), leaves, strict=True):
         axis = by_path.get(path)
@@ -81,4 +81,4 @@ def select_examples(layers: Layers, inputs: Tree, targets: list[Tensor], example
                 f"{f' at {path!r}' if path else ''}, got the shape {tuple(x.shape)}"
             )
         selected.append(x if axis is None else x.index_select(axis, examples))
-    return optree.tree_unflatten(structure, selected), [y[examples] for y in targets]
+    return tree_unflatten(structure, selected), [y[examples] for y in targets]

@@ -6,11 +6,11 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.containers import Rebuilding
+from lrkfac.core.base.leaves import tree_leaves, tree_structure
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.objective import Objective
 from lrkfac.core.layers.description import Layers
@@ -61,7 +61,7 @@ class SpecCache:
 
 def signature(params: Tree, inputs: Tree) -> tuple[Any, ...] | None:
     """Return all that the shapes of a model's outputs depend on, hashable; ``None`` where an input may hide some."""
-    leaves = optree.tree_leaves((params, inputs))
+    leaves = tree_leaves((params, inputs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
     if not all(isinstance(leaf, bool | int | float | complex | str) for leaf in others):
@@ -71,4 +71,4 @@ def signature(params: Tree, inputs: Tree) -> tuple[Any, ...] | None:
         for kind in sorted({x.device.type for x in tensors})
     ]
     forms = tuple([(tuple(x.shape), x.dtype, x.device) for x in tensors])
-    return forms, tuple([(type(x), x) for x in others]), optree.tree_structure(inputs), tuple(autocast)
+    return forms, tuple([(type(x), x) for x in others]), tree_structure(inputs), tuple(autocast)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-import optree
 import torch
 
+from lrkfac.core.base.leaves import tree_leaves
 from lrkfac.core.base.text import table
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
@@ -26,7 +26,7 @@ class Parameter:
 
     Attributes:
         path: Its dotted path.
-        index: Its place among ``optree.tree_leaves(params)``.
+        index: Its place among ``tree_leaves(params)``.
         shape: The shape of the whole parameter.
         view: The steps from the parameter to the part of it, in the arrangement, that a layer uses.
         dtype: Its dtype when ``find_layers`` ran; not compared.
@@ -119,7 +119,7 @@ class Layers:
     Attributes:
         layers: One entry for each weight that is covered, in the order of their first use.
         uncovered: Each other parameter with the reason why no layer covers it.
-        parameters: All parameters, in the order of ``optree.tree_leaves(params)``.
+        parameters: All parameters, in the order of ``tree_leaves(params)``.
         tree: The parameter tree with each parameter's ``Parameter`` as its leaf.
         custom: The custom layer kinds.
         batch_axes: The axis of the batch of each leaf of the inputs that has one, by its path; ``None`` if unknown.
@@ -161,7 +161,7 @@ class Layers:
     def examples(self, inputs: Tree) -> int | None:
         """Return the number of examples of a batch; ``None`` where it is not known which axis holds them."""
         axes = dict(self.batch_axes or ())
-        for path, leaf in zip(paths(inputs), optree.tree_leaves(inputs), strict=True):
+        for path, leaf in zip(paths(inputs), tree_leaves(inputs), strict=True):
             if path in axes:
                 return int(leaf.shape[axes[path]])
         return None

@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lrkfac.core.base.leaves import tree_flatten, tree_unflatten
 from lrkfac.core.base.private_torch import (
     is_transformed,
     transformation_level,
@@ -205,14 +205,14 @@ def run_captured(
             f"model: {sorted(layers.mapped)} are used inside vmap, where torch.compile does not see levels; write the "
             "batch as a leading axis, or evaluate outside of torch.compile"
         )
-    leaves, structure = optree.tree_flatten(params)
+    leaves, structure = tree_flatten(params)
     # Views, so that one tensor at two places of the tree is two parameters.
     leaves = [leaf.view_as(leaf) for leaf in leaves]
     records: dict[str, list[Recorded]] = {}
     tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
     capture = Capture(tracked, layers.sources, records, probes, guarded, layers.custom, layers.mapped)
     with without_checkpoints(), capture:
-        result = model(optree.tree_unflatten(structure, leaves), inputs)
+        result = model(tree_unflatten(structure, leaves), inputs)
     numbers = Counter(site for site, _ in {site for layer in layers for site in layer.sites})
     for layer in layers:
         for site in {site for site, _ in layer.sites}:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.containers import described, main_entry, named_entries, opened
 from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.leaves import tree_leaves, tree_structure, tree_unflatten
 from lrkfac.core.base.tree_checks import difference
 from lrkfac.core.base.types import Tree
 from lrkfac.core.likelihoods.protocol import Likelihood
@@ -54,7 +55,7 @@ class Joint:
                 raise TypeError(f"{source}: expected {what}a tensor, got {described(values)}")
             return [values]
         values, _ = opened(values, source)
-        leaves: list[Any] = optree.tree_leaves(values)
+        leaves: list[Any] = tree_leaves(values)
         differs = difference(self.tree, values)
         if differs is not None:
             raise TypeError(f"{source}: expected {what}a tree in the structure of joint(...), got {differs}")
@@ -108,7 +109,7 @@ class Joint:
 
     def unflatten(self, leaves: Leaves) -> Tree:
         """Return leaves as a tree: the inverse of ``leaves``."""
-        return optree.tree_unflatten(optree.tree_structure(self.tree), list(leaves))
+        return tree_unflatten(tree_structure(self.tree), list(leaves))
 
     def loss(self, outputs: Leaves, targets: Leaves) -> Tensor:
         """Return ``Σ weightₕ lossₕ``, ``[]``."""
@@ -199,13 +200,13 @@ def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:
         ValueError: If there is no head, ``weights`` have another structure, or one is negative or not finite.
         TypeError: If a leaf is no likelihood, or a weight no number.
     """
-    heads = tuple(optree.tree_leaves(likelihoods))
+    heads = tuple(tree_leaves(likelihoods))
     for head in heads:
         if not isinstance(head, Likelihood):
             raise TypeError(f"likelihoods: expected a tree of likelihoods such as categorical(), got {head!r} in it")
     if not heads:
         raise ValueError("likelihoods: expected at least one head")
-    numbers = tuple(optree.tree_leaves(weights)) if weights is not None else (1.0,) * len(heads)
+    numbers = tuple(tree_leaves(weights)) if weights is not None else (1.0,) * len(heads)
     differs = None if weights is None else difference(likelihoods, weights)
     if differs is not None:
         raise ValueError(f"weights: expected a number for each likelihood, in their structure, got {differs}")
