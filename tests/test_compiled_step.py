@@ -121,3 +121,24 @@ def test_layouts_stay(model, params, inputs, make):
         first = layout(params, tx.init(params))
         for step in trained(tx, params, partial(evaluate, inputs=inputs, targets=targets), 4):
             assert layout(step.params, step.state) == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, estimator", [("low rank", "mc"), ("low rank", "exact"), ("dense", "empirical"), ("adaptive", "mc")]
+)
+def test_batches_of_other_sizes_need_no_new_graph(name, estimator):
+    """One graph with statistics and one without, which hold for any size of the batch."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    step, init = stepper(SMALL, MAKERS[name], estimator)
+    compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=True)
+    params, state = SMALL.params, init(SMALL.params)
+    for size in (23, 17, 29):
+        inputs, targets, noise = torch.rand(size, 3).double(), torch.arange(size) % 2, torch.rand(1, size, 2).double()
+        for statistics in (True, False):
+            batch = (params, state, inputs, targets, noise if estimator == "mc" else None, statistics)
+            expected, actual = step(*batch), compiled(*batch)
+            torch.testing.assert_close(actual[0], expected[0], rtol=1e-9, atol=1e-10)
+            params, state, _ = expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -25,4 +25,8 @@ def with_layout_of(x: Any, like: Any) -> Any:
 def _order(x: Tensor) -> list[int]:
     """Return the axes longer than 1, the one with the largest stride first."""
     strides = x.stride()
-    return sorted([i for i in range(x.ndim) if x.shape[i] > 1], key=lambda i: -strides[i])
+    order: list[int] = []
+    for i in range(x.ndim):  # the compiler compares strides that are symbols, but sorts none
+        if x.shape[i] > 1:
+            order.insert(sum([strides[j] >= strides[i] for j in order]), i)
+    return order

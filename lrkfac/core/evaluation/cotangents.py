@@ -133,6 +133,8 @@ def check_noise(noise: Leaves, outputs: Leaves, samples: int) -> None:
 
 def sampled_cotangent(head: Likelihood, outputs: Tensor, targets: Tensor, noise: Callable[[slice], Tensor]) -> Tensor:
     """Return one draw's cotangent of one head, of the shape of ``outputs``."""
+    if torch.compiler.is_compiling():  # which fuses all operations, and makes a number of parts a constant of the graph
+        return head.weighted_score(outputs, targets, noise(slice(None)))
     examples = outputs.shape[0]
     at_once = max(OUTPUTS_AT_ONCE * examples // max(outputs.numel(), 1), 1)
     parts = [slice(start, start + at_once) for start in range(0, max(examples, 1), at_once)]
