@@ -47,6 +47,11 @@ def tree_unflatten(structure: Any, leaves: Iterable[Any]) -> Any:
     )
 
 
+def leaves_like(structure: Any, tree: Tree) -> list[Any]:
+    """Return the leaves of a tree of a structure; under the compiler, which compares none, of any with as many."""
+    return tree_leaves(tree) if torch.compiler.is_compiling() else structure.flatten_up_to(tree)
+
+
 def same_structure(x: Any, y: Any) -> bool:
     """Return whether structures are equal; under the compiler, ``False`` also of unusual containers."""
     return _same(x, y) if torch.compiler.is_compiling() else x == y

@@ -11,7 +11,7 @@ from torch import Tensor
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.eager import in_one_call
 from lrkfac.core.base.lazy import LazyMatrix, add_multiple
-from lrkfac.core.base.leaves import tree_flatten, tree_leaves, tree_unflatten
+from lrkfac.core.base.leaves import leaves_like, tree_flatten, tree_leaves, tree_unflatten
 from lrkfac.core.base.per_parameter import is_number
 from lrkfac.core.base.private_torch import added_all, multiplied_all
 from lrkfac.core.base.summand import Summand, summed
@@ -42,11 +42,11 @@ def add_scaled(x: Tree, scale: PerParameter, y: Tree) -> Tree:
 
     if not is_number(scale):
         return optree.tree_map(one, x, y, scale)
-    leaves, structure = optree.tree_flatten(x)
-    others = structure.flatten_up_to(y)
+    leaves, structure = tree_flatten(x)
+    others = leaves_like(structure, y)
     if not isinstance(scale, Tensor) and in_one_call(*leaves, *others):
-        return optree.tree_unflatten(structure, added_all(leaves, scale, others))
-    return optree.tree_unflatten(structure, [one(a, b, scale) for a, b in zip(leaves, others, strict=True)])
+        return tree_unflatten(structure, added_all(leaves, scale, others))
+    return tree_unflatten(structure, [one(a, b, scale) for a, b in zip(leaves, others, strict=True)])
 
 
 def scaled(scale: PerParameter, x: Tree) -> Tree:
@@ -57,10 +57,10 @@ def scaled(scale: PerParameter, x: Tree) -> Tree:
 
     if not is_number(scale):
         return optree.tree_map(one, x, scale)
-    leaves, structure = optree.tree_flatten(x)
+    leaves, structure = tree_flatten(x)
     if in_one_call(*leaves, *([scale] if isinstance(scale, Tensor) else [])):
-        return optree.tree_unflatten(structure, multiplied_all(leaves, scale))
-    return optree.tree_unflatten(structure, [one(a, scale) for a in leaves])
+        return tree_unflatten(structure, multiplied_all(leaves, scale))
+    return tree_unflatten(structure, [one(a, scale) for a in leaves])
 
 
 def zeros_like(x: Tree) -> Tree:
@@ -122,9 +122,9 @@ def copied_or_lazy(x: Tree, y: Tree) -> Tree:
     """Return ``y`` in leaves that may be changed without a change of ``y``: lazy matrices where ``x`` has them, else
     copies.
     """
-    leaves, structure = optree.tree_flatten(y)
-    if in_one_call(*leaves, *optree.tree_leaves(x)):
-        return optree.tree_unflatten(structure, multiplied_all(leaves, 1))
+    leaves, structure = tree_flatten(y)
+    if in_one_call(*leaves, *tree_leaves(x)):
+        return tree_unflatten(structure, multiplied_all(leaves, 1))
     return optree.tree_map(lambda a, b: LazyMatrix.of(b) if isinstance(a, LazyMatrix) else b.clone(), x, y)
 
 
