@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.packing import from_rows
 from lrkfac.core.base.text import table
 from lrkfac.core.base.tree_checks import check_like
 from lrkfac.core.base.types import Tree
@@ -205,12 +206,12 @@ def _updates(state: Any, layers: Layers, updates: Tree) -> list[Any] | None:
     """Return the leaves of the updates, or of the last updates of the quadratic models in a state."""
     if updates is not None:
         return check_like(layers.tree, updates, "updates")
-    rows = [one.last for _, one in _within(state, QuadraticModelState)]
-    sizes = [math.prod(p.shape) for p in layers.parameters]
-    if not rows or any(row.shape != (sum(sizes),) for row in rows):
+    every = [one.last for _, one in _within(state, QuadraticModelState)]
+    size = sum(math.prod(p.shape) for p in layers.parameters)
+    if not every or any(sum(row.numel() for row in rows) != size for rows in every):
         return None
-    parts = torch.stack(rows).sum(dim=0).split(sizes)
-    return [part.reshape(p.shape) for part, p in zip(parts, layers.parameters, strict=True)]
+    sums = tuple([torch.stack(rows).sum(dim=0) for rows in zip(*every, strict=True)])
+    return from_rows(sums, [torch.empty(p.shape, dtype=sums[0].dtype, device="meta") for p in layers.parameters])
 
 
 def _of_chain(state: Any) -> dict[str, Tensor]:

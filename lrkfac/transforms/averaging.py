@@ -79,5 +79,12 @@ class EmaParams:
         moved = apply_updates(params, updates)
         steps = state.steps + 1
         rest = torch.clamp(1 / steps, min=1 - self.decay)
-        average = optree.tree_map(lambda a, p: (a + rest * (p - a)).to(a.dtype), state.average, moved)
+        average = optree.tree_map(lambda a, p: _between(a, p, rest), state.average, moved)
         return updates, EmaParamsState(average, steps)
+
+
+def _between(a: Tensor, p: Tensor, share: Tensor) -> Tensor:
+    """Return ``a + share (p - a)``, in one pass over memory where dtypes agree and sums are precise in theirs."""
+    if a.dtype == p.dtype and a.dtype in (torch.float32, torch.float64):
+        return torch.lerp(a, p, share.to(a.dtype))
+    return (a + share * (p - a)).to(a.dtype)

@@ -11,21 +11,22 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.base.arguments import check_number
-from lrkfac.core.base.per_parameter import check_numbers, is_number, of_leaves
+from lrkfac.core.base.dtypes import widest
+from lrkfac.core.base.packing import Rows, accumulated, as_rows, cleared_unless, combined, from_rows
+from lrkfac.core.base.per_parameter import check_numbers, of_leaves
 from lrkfac.core.base.tree_checks import check_like, check_tree
-from lrkfac.core.base.trees import add_scaled, as_row, from_row, materialize, selected, vdot, zero_unless
+from lrkfac.core.base.trees import add_scaled, all_finite, materialize, selected, zero_unless
 from lrkfac.core.base.types import PerParameter, Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.transforms.base import (
     GradientTransformation,
-    apply_updates,
     check_evaluation,
     check_params,
     check_state,
     check_transformation,
     preconditions,
 )
-from lrkfac.transforms.quadratic_minimum import Minimum, least, shortened
+from lrkfac.transforms.quadratic_batch import BatchModel
 
 ADAPTATION = 0.95
 """Factor by which a damping may change per step: ``ω₁ = (19/20)^T₁`` of section 6.5, per step."""
@@ -37,26 +38,31 @@ SMALLEST, LARGEST = 1e-10, 1e8
 """Bounds of both dampings: within them, no product with a float32 curvature underflows or overflows."""
 
 
+LONGEST = 20
+"""Steps of which one change of the damping makes up for at most, where statistics are rarer."""
+
+
 class QuadraticModelState(NamedTuple):
     """State of ``scale_by_quadratic_model``; tensors ``[]`` but for the first three.
 
     Attributes:
         preconditioner: State of the preconditioner.
-        last: Last update, all parameters in one row, ``[P]``.
-        total: Decaying sum of the gradients, ``[P]``.
+        last: Last update, a tuple of rows: one of all parameters with fewer than 65536 entries, one for each other.
+        total: Decaying sum of the gradients, in such rows.
         damping: ``λ`` of the quadratic model.
         factor_damping: ``γ`` of the preconditioner, the product of the two factors' dampings.
         since: Steps since the last statistics; int64.
         learning_rate: ``α`` of the last step.
         momentum: ``μ`` of the last step.
         predicted: Change of the loss that the model predicted for the last step, at most 0.
-        reduction_ratio: Change of the loss that came about, over the predicted one.
+        reduction_ratio: Change of the loss that came about, over the predicted one, in the last step with statistics.
         rejected: Number of steps that were undone; int64.
+        failures: Number of the last evaluations in a row that were not finite; int64.
     """
 
     preconditioner: Any
-    last: Tensor
-    total: Tensor
+    last: Rows
+    total: Rows
     damping: Tensor
     factor_damping: Tensor
     since: Tensor
@@ -65,6 +71,7 @@ class QuadraticModelState(NamedTuple):
     predicted: Tensor
     reduction_ratio: Tensor
     rejected: Tensor
+    failures: Tensor
 
 
 def scale_by_quadratic_model(
@@ -81,14 +88,23 @@ def scale_by_quadratic_model(
     ``h = loss + ½ η ‖θ‖²`` (Martens & Grosse 2015, arXiv 1503.05671, sections 6.4 to 6.6 and 7). In each step,
 
     * a forward derivative along each direction gives the 2 × 2 system for ``α`` and ``μ``;
-    * the batch's loss at the new parameters judges the model: where it fell by more than 3/4 of the prediction, the
-      damping ``λ`` falls; by less than 1/4, it rises (Levenberg and Marquardt);
-    * a step after which that loss is higher, or not finite, is undone, and the damping rises. A batch whose loss or
-      gradient is not finite changes nothing.
+    * a step that is not finite, or whose model is not, is not taken. A batch whose loss or gradient is not finite
+      changes nothing.
 
-    Where ``evaluation`` has statistics, the preconditioner runs with three dampings ``γ`` of its factors: its last
-    one, a smaller and a larger. The one with the smallest ``M`` is kept. The result is an update, to be added to the
-    parameters as it is.
+    Where ``evaluation`` has statistics, every five steps or so,
+
+    * the batch's loss at the new parameters judges the model: where it fell by more than 3/4 of the prediction, the
+      damping ``λ`` falls; by less than 1/4, it rises (Levenberg and Marquardt), by as much as for all steps since the
+      last statistics, up to 20. A step after which that loss is higher, or not finite, is undone, and the damping
+      rises;
+    * the preconditioner runs with three dampings ``γ`` of its factors: its last one, a smaller and a larger. The one
+      with the smallest ``M`` is kept.
+
+    A step without statistics costs no forward pass. So the loss after it may be higher; where it is not finite, the
+    next evaluations are not, either. The first of them may have a bad batch, and changes nothing; the second takes the
+    last step back, to where a batch had a finite loss and gradient, and the damping rises.
+
+    The result is an update, to be added to the parameters as it is.
 
     Args:
         preconditioner: Such as ``precondition_by_fisher(layers)``, or a chain with one. It receives the damping
@@ -161,14 +177,12 @@ class ScaleByQuadraticModel:
         # Each with memory of its own, as in every later state, where they are picked among candidates: else a step is
         # compiled once more.
         inner = optree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), inner)
-        last = torch.zeros_like(as_row(params))
-        start = last.new_zeros(()) + self.damping
-        since = torch.zeros_like(start, dtype=torch.int64)
+        last, total = (tuple([torch.zeros_like(row) for row in as_rows(params)]) for _ in range(2))
+        start = last[0].new_zeros((), dtype=widest(*[row.dtype for row in last])) + self.damping
+        since, rejected, failures = (torch.zeros_like(start, dtype=torch.int64) for _ in range(3))
         rate, momentum, predicted, ratio = (torch.zeros_like(start) for _ in range(4))
-        dampings = start, start.clone()
-        return QuadraticModelState(
-            inner, last, last.clone(), *dampings, since, rate, momentum, predicted, ratio, since.clone()
-        )
+        numbers = rate, momentum, predicted, ratio, rejected, failures
+        return QuadraticModelState(inner, last, total, start, start.clone(), since, *numbers)
 
     def update(
         self,
@@ -185,107 +199,98 @@ class ScaleByQuadraticModel:
         params = check_params(params, "scale_by_quadratic_model", updates)
         check_tree(params, "params")
         check_like(params, updates, "updates beside params")
-        updates = materialize(updates)
-        decay = of_leaves(self.weight_decay, params, "weight_decay")
-        slope = as_row(add_scaled(updates, decay, params) if self.decays else updates)
-        if slope.shape != state.last.shape:
-            raise ValueError(
-                f"state: expected one of {len(slope)} parameters, got one of {len(state.last)}; pass what init() or "
-                "the last update() of this transformation returned"
-            )
-        sound = evaluation.loss.isfinite() & slope.isfinite().all()
-        total = add_scaled(slope, self.gradient_decay, state.total)
+        decay = of_leaves(self.weight_decay, params, "weight_decay") if self.decays else None
+        slope = self._slope(updates, decay, params, state)
+        sound = all_finite((evaluation.loss, slope))
+        # Of a batch that is not finite nothing counts: what is computed with it is thrown away.
         if evaluation.statistics is not None:
             evaluation = evaluation._replace(statistics=zero_unless(sound, evaluation.statistics))
-        candidates, rows, inner = self._directions(total, state, params, evaluation, extra)
-        minimum = self._minimum(rows, slope, total, state.damping, decay, params, evaluation)
+        total = accumulated(sound, slope, self.gradient_decay * torch.ones_like(state.damping), state.total)
+        candidates, gradients, inner = self._gradients(total, state, params, evaluation, extra)
+        model = BatchModel(evaluation, params, slope, decay, state.damping)
+        minimum = model.minimum(gradients, state.last, total, self.kl_clip)
         best = minimum.value.argmin(keepdim=True)
-        rate, momentum, predicted, factor_damping = (_pick(x, best) for x in (*minimum, candidates))
+        rate, momentum, predicted, factor_damping = _pick(torch.stack([*minimum, candidates], dim=1), best).unbind()
         if evaluation.statistics is not None:
             inner = optree.tree_map(lambda x: _pick(x, best), inner)
-        row = rate * _pick(rows[:-1], best) + momentum * rows[-1]
-        step = from_row(row, params)
-        accepted, ratio, damping = self._judged(step, predicted, state.damping, decay, params, evaluation)
+        # Parameters at which no batch has a finite loss: the last step led there, and nobody looked.
+        undone = ~sound & (state.failures > 0) & (state.since > 0)
+        back = torch.where(undone, -torch.ones_like(momentum), 1)
+        direction = tuple([_pick(x, best) for x in gradients])
+        row = combined(torch.where(sound, -rate, 0), direction, torch.where(sound, momentum, back), state.last)
+        accepted, ratio, damping = self._judged(row, predicted, state, model)
+        row = cleared_unless(accepted | ~sound, row)
+        step = from_rows(tuple([x * (sound | undone) for x in row]), params)
         since = torch.zeros_like(state.since) if evaluation.statistics is not None else state.since + 1
-        row, rejected = torch.where(accepted, row, 0), state.rejected + ~accepted
-        numbers = rate, momentum, predicted, ratio, rejected
+        numbers = rate, momentum, predicted, ratio, state.rejected + ~accepted, torch.zeros_like(state.failures)
         new = QuadraticModelState(inner, row, total, damping, factor_damping, since, *numbers)
-        return optree.tree_map(lambda x: torch.where(accepted, x, 0), step), selected(sound, new, state)
+        return step, selected(sound, new, self._failed(row, total, undone, state))
 
-    def _directions(
-        self, total: Tensor, state: QuadraticModelState, params: Tree, evaluation: Evaluation, extra: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Return candidates for the factors' damping ``[k]``, their directions and the last update as rows
-        ``[k + 1, P]``, and the preconditioner's states, stacked where there are statistics.
+    def _slope(self, updates: Tree, decay: PerParameter | None, params: Tree, state: QuadraticModelState) -> Rows:
+        """Return the gradient of loss and penalty."""
+        updates = materialize(updates)
+        slope = as_rows(updates if decay is None else add_scaled(updates, decay, params))
+        if [len(row) for row in slope] != [len(row) for row in state.last]:
+            raise ValueError(
+                f"state: expected one of {sum(map(len, slope))} parameters, got one of {sum(map(len, state.last))}; "
+                "pass what init() or the last update() of this transformation returned"
+            )
+        return slope
+
+    def _gradients(
+        self, total: Rows, state: QuadraticModelState, params: Tree, evaluation: Evaluation, extra: dict[str, Any]
+    ) -> tuple[Tensor, Rows, Any]:
+        """Return candidates for the factors' damping ``[k]``, the gradients preconditioned with each, rows ``[k, n]``,
+        and the preconditioner's states, stacked where there are statistics.
         """
-        gradient = from_row(total, params)
+        gradient = from_rows(total, params)
 
-        def precondition(factor_damping: Tensor) -> tuple[Tensor, Any]:
-            natural, inner = self.preconditioner.update(
+        def precondition(factor_damping: Tensor) -> tuple[Tree, Any]:
+            return self.preconditioner.update(
                 gradient, state.preconditioner, params, evaluation=evaluation, factor_damping=factor_damping, **extra
             )
-            return -as_row(natural), inner
 
         if evaluation.statistics is None:
-            direction, inner = precondition(state.factor_damping)
-            return state.factor_damping[None], torch.stack([direction, state.last]), inner
+            natural, inner = precondition(state.factor_damping)
+            return state.factor_damping[None], tuple([row[None] for row in as_rows(natural)]), inner
         change = ADAPTATION ** (state.since + 1).to(state.damping.dtype)
         around = torch.stack([1 / change, torch.ones_like(change), change])
         candidates = (state.factor_damping * around).clamp(SMALLEST, LARGEST)
-        directions, inner = vmap(precondition)(candidates)
-        return candidates, torch.cat([directions, state.last[None]]), inner
-
-    def _minimum(
-        self,
-        rows: Tensor,
-        slope: Tensor,
-        total: Tensor,
-        damping: Tensor,
-        decay: PerParameter,
-        params: Tree,
-        evaluation: Evaluation,
-    ) -> Minimum:
-        """Return the model's minimum for each direction, shortened where ``kl_clip`` binds."""
-        gram = evaluation.gram(vmap(lambda row: from_row(row, params))(rows)).to(rows.dtype)
-        if is_number(decay):
-            curvature = gram + (damping + decay) * (rows @ rows.mT)
-        else:
-            each = optree.tree_map(lambda p, one: torch.zeros_like(p) + one, params, decay)
-            curvature = gram + ((damping + as_row(each)) * rows) @ rows.mT
-        slopes = rows @ slope
-        minimum = least(curvature, slopes)
-        if self.kl_clip is None:
-            return minimum
-        return shortened(self.kl_clip, minimum, gram, curvature, slopes, rows[:-1] @ total)
+        naturals, inner = vmap(precondition)(candidates)
+        return candidates, as_rows(naturals, stacked=True), inner
 
     def _judged(
-        self,
-        step: Tree,
-        predicted: Tensor,
-        damping: Tensor,
-        decay: PerParameter,
-        params: Tree,
-        evaluation: Evaluation,
+        self, row: Rows, predicted: Tensor, state: QuadraticModelState, model: BatchModel
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return whether the batch's loss accepts the step, the reduction ratio, and the next damping (section 6.5)."""
-        moved = apply_updates(params, step)
-        before, after = evaluation.loss, evaluation.loss_at(moved)
-        if self.decays:
-            before, after = before + _penalty(decay, params), after + _penalty(decay, moved)
-        rounding = 16 * torch.finfo(after.dtype).eps * before.abs()
-        accepted = after - before <= rounding  # false where one of them is not finite
-        ratio = (after - before).to(predicted.dtype) / predicted.clamp(max=-torch.finfo(predicted.dtype).tiny)
-        one = torch.ones_like(ratio)
-        factor = torch.where(ratio > GOOD, ADAPTATION * one, torch.where(ratio < POOR, one / ADAPTATION, one))
+        """Return whether a step is accepted, the reduction ratio, and the next damping (section 6.5).
+
+        By the batch's loss after the step where there are statistics, else by the model, which must be finite.
+        """
+        accepted, ratio, one = predicted.isfinite(), state.reduction_ratio, torch.ones_like(predicted)
+        factor = one
+        if model.evaluation.statistics is not None:
+            before, after = model.change(from_rows(row, model.params))
+            rounding = 16 * torch.finfo(after.dtype).eps * before.abs()
+            accepted = accepted & (after - before <= rounding)  # false where one of them is not finite
+            ratio = (after - before).to(predicted.dtype) / predicted.clamp(max=-torch.finfo(predicted.dtype).tiny)
+            change = ADAPTATION ** (state.since + 1).clamp(max=LONGEST).to(one.dtype)
+            factor = torch.where(ratio > GOOD, change, torch.where(ratio < POOR, one / change, one))
         factor = torch.where(accepted, factor, RAISED * one)
-        return accepted, ratio, (damping * factor).clamp(SMALLEST, LARGEST)
+        return accepted, ratio, (state.damping * factor).clamp(SMALLEST, LARGEST)
 
-
-def _penalty(decay: PerParameter, params: Tree) -> Tensor:
-    """Return ``½ η ‖θ‖²``."""
-    return 0.5 * decay * vdot(params, params) if is_number(decay) else 0.5 * vdot(params, params, decay)
+    def _failed(self, row: Rows, total: Rows, undone: Tensor, state: QuadraticModelState) -> QuadraticModelState:
+        """Return the state after a batch that is not finite."""
+        raised = (RAISED * state.damping).clamp(SMALLEST, LARGEST)
+        return state._replace(
+            last=row,
+            total=total,
+            damping=torch.where(undone, raised, state.damping),
+            since=torch.where(undone, 0, state.since),
+            rejected=state.rejected + undone,
+            failures=state.failures + 1,
+        )
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
     """Return ``x[index]`` for an index ``[1]``, without asking for its value."""
-    return x.index_select(0, index)[0]
+    return x[0] if len(x) == 1 else x.index_select(0, index)[0]

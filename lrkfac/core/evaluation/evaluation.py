@@ -27,8 +27,8 @@ class Evaluation(NamedTuple):
         statistics: For ``precondition_by_fisher``; ``None`` where the evaluation took none.
         product: ``product(tangent)`` is ``F tangent`` with the exact Fisher ``F`` of this batch.
         quadratic: ``quadratic(u, v)`` is ``uᵀ F v``, ``[]``.
-        gram: ``gram(tangents)``, for a tree of ``k`` tangents along a leading axis, is ``uᵢᵀ F uⱼ``, ``[k, k]``. It
-            costs one forward pass and ``k`` forward derivatives.
+        gram: ``gram(u, v, ...)`` is ``uᵢᵀ F uⱼ``, ``[k, k]``, for ``k > 1`` tangents, and ``gram(tangents)`` for one
+            tree of them along a leading axis. It costs one forward pass and ``k`` forward derivatives.
         loss_at: ``loss_at(params)`` is the loss of this batch at other parameters, ``[]``.
         weight: The weight of this batch beside others, ``[]``: the total weight of all terms (their number, where none
             has a weight); with several heads, the number of examples.
@@ -57,7 +57,7 @@ class Evaluation(NamedTuple):
     statistics: Statistics | None
     product: Callable[[Tree], Tree]
     quadratic: Callable[[Tree, Tree], Tensor]
-    gram: Callable[[Tree], Tensor]
+    gram: Callable[..., Tensor]
     loss_at: Callable[[Tree], Tensor]
     weight: Tensor
     thin: bool = False

@@ -58,11 +58,19 @@ class FisherProducts:
             _, transpose, _ = transposed(lambda params: (self._outputs(params), []), self.params, self.layers.autograd)
             return transpose(self.objective.heads.product(outputs, self.targets, change))
 
-    def gram(self, tangents: Tree) -> Tensor:
-        """Return ``uᵢᵀ F uⱼ``, ``[k, k]``, for ``k`` tangents stacked along a leading axis; raises as ``product``."""
-        check_stacked(self.params, tangents, "gram: tangents")
+    def gram(self, *tangents: Tree) -> Tensor:
+        """Return ``uᵢᵀ F uⱼ``, ``[k, k]``, for ``k`` tangents, or one tree of them stacked along a leading axis.
+
+        Raises:
+            ValueError: If a tree does not fit the parameters.
+            NotImplementedError: As ``product``.
+        """
+        for one in tangents if len(tangents) > 1 else ():
+            check_like(self.params, one, "gram: tangents")
+        stacked = tangents[0] if len(tangents) == 1 else optree.tree_map(lambda *x: torch.stack(x), *tangents)
+        check_stacked(self.params, stacked, "gram: tangents")
         with recording(self.differentiable):
-            changes, curved = self._curved_changes(tangents)
+            changes, curved = self._curved_changes(stacked)
             of_heads = [wide(c).flatten(1) @ wide(h).flatten(1).mT for c, h in zip(changes, curved, strict=True)]
             return torch.stack(of_heads).sum(dim=0)
 
@@ -71,7 +79,7 @@ class FisherProducts:
         check_like(self.params, u, "quadratic: u")
         check_like(self.params, v, "quadratic: v")
         both = (materialize(u),) if v is u else (materialize(u), materialize(v))
-        return self.gram(optree.tree_map(lambda *leaves: torch.stack(leaves), *both))[0, -1]
+        return self.gram(*both if len(both) > 1 else (optree.tree_map(lambda x: x[None], *both),))[0, -1]
 
     def loss_at(self, params: Tree) -> Tensor:
         """Return the loss of the batch at other parameters, ``[]``.
