@@ -43,7 +43,9 @@ def test_processes_train_as_one_does(trained, world, case):
         if case.network == "conv, train":  # mean and variance are those of the examples of each process
             assert found > 1e-3
         else:
-            assert found <= TOLERANCES[case.dtype], what
+            # Of the adaptive chain, one process in float32 is as far off from itself in float64.
+            rounded = case.chain == "adaptive" and case.dtype == torch.float32
+            assert found <= (1e-3 if rounded else TOLERANCES[case.dtype]), what
 
 
 @each_case
@@ -53,10 +55,10 @@ def test_calls_are_few_whatever_the_depth(trained, world, case):
     calls = results[0]["calls"]
     assert all(result["calls"] == calls for result in results)
     in_evaluation = 1 + case.thin + (case.network == "heads")
-    in_step = in_evaluation + 2 * (case.chain == "adaptive")  # one for the model of the batch, one for the last step
-    assert len(calls["step"]) == in_step
+    adaptive = case.chain == "adaptive"  # one for the model of the batch, and at a refresh one for the loss after it
+    assert len(calls["step"]) == in_evaluation + adaptive
     if case.chain in ROUNDS:
-        assert len(calls["refresh"]) == in_step + ROUNDS[case.chain]
+        assert len(calls["refresh"]) == in_evaluation + 2 * adaptive + ROUNDS[case.chain]
     if case.chain in ("low rank", "dense") and in_evaluation == 1:
         assert len(calls["refresh"]) <= 3
     if in_evaluation == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,10 @@ Variables = tuple[dict[int, Tensor], dict[str, list[Tensor]]]
 """Free leaves of the parameters by their index, and the probes of each source."""
 
 
+OfUses = dict[str, list[Tensor]]
+"""One tensor for each use of each source."""
+
+
 @dataclass(frozen=True, eq=False)
 class Captured:
     """A forward pass with a probe at each output of some layers.
@@ -42,6 +46,7 @@ class Captured:
         outputs: The model's outputs, ``[N, ...]`` for each head.
         aux: The model's auxiliary result, or ``None``.
         recorded: Inputs of each source's operations.
+        results: Outputs of those of the sources that were asked for.
         probes: The probes, zeros.
         examples: The number of examples.
         transpose: From a cotangent of ``outputs`` to the gradients of the free leaves and at the probes.
@@ -51,6 +56,7 @@ class Captured:
     outputs: list[Tensor]
     aux: Any
     recorded: Mapping[str, Sequence[Tensor]]
+    results: Mapping[str, Sequence[Tensor]]
     probes: ProbeGradients
     examples: int
     transpose: Callable[[list[Tensor]], tuple[dict[int, Tensor], ProbeGradients]]
@@ -70,7 +76,13 @@ class Captured:
 
 
 def capture(
-    objective: Objective, layers: Layers, params: Tree, inputs: Tree, specs: Specs, free: bool = True
+    objective: Objective,
+    layers: Layers,
+    params: Tree,
+    inputs: Tree,
+    specs: Specs,
+    free: bool = True,
+    kept: Collection[str] = (),
 ) -> Captured:
     """Run the model once, with probes at the outputs of ``layers``.
 
@@ -84,6 +96,7 @@ def capture(
         inputs: Of the batch.
         specs: Shapes of these layers' outputs, at least.
         free: Whether there are free leaves; else gradients at the probes are all.
+        kept: The sources of which outputs are kept.
     """
     leaves, structure = tree_flatten(params)
     covered = layers.covered
@@ -95,7 +108,7 @@ def capture(
     )
     static: list[Any] = []
 
-    def run(variables: Variables) -> tuple[list[Tensor], tuple[list[Tensor], dict[str, list[Tensor]]]]:
+    def run(variables: Variables) -> tuple[list[Tensor], tuple[list[Tensor], OfUses, OfUses]]:
         free_leaves, probes = variables
         merged = tree_unflatten(structure, [free_leaves.get(i, leaf) for i, leaf in enumerate(leaves)])
         if layers.layers:
@@ -104,8 +117,10 @@ def capture(
             result, records = objective.run(merged, inputs), {}
         outputs, aux = objective.split(result)
         recorded = {source: [use.input for use in uses] for source, uses in records.items()}
-        return outputs, (split_tensors(aux, static), recorded)
+        results = {source: [use.output for use in uses] for source, uses in records.items() if source in kept}
+        return outputs, (split_tensors(aux, static), recorded, results)
 
-    outputs, transpose, (tensors, recorded) = transposed(run, variables, layers.autograd)
+    outputs, transpose, (tensors, recorded, results) = transposed(run, variables, layers.autograd)
     examples = (layers.examples(inputs) if layers.layers else None) or outputs[0].shape[0]
-    return Captured(layers, outputs, join_tensors(tensors, static), recorded, variables[1], examples, transpose)
+    aux = join_tensors(tensors, static)
+    return Captured(layers, outputs, aux, recorded, results, variables[1], examples, transpose)

@@ -27,6 +27,7 @@ from lrkfac.core.evaluation.parts import Parts, Turn
 from lrkfac.core.evaluation.products import FisherProducts
 from lrkfac.core.evaluation.selection import check_selection, select_examples, select_layers
 from lrkfac.core.evaluation.specs import SpecCache
+from lrkfac.core.evaluation.tangents import ThinPass
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.statistics import Statistics
 from lrkfac.core.likelihoods.joint import Joint
@@ -132,14 +133,14 @@ class Evaluator:
         statistics = statistics and layers != ()
         of_all = statistics and examples is None
         with profiled("capture"), recording(self.differentiable):
-            objective, loss, gradients, captured, rows = self._loss_pass(params, inputs, leaves, of_all, turn)
+            objective, loss, gradients, captured, rows, thin = self._loss_pass(params, inputs, leaves, of_all, turn)
             of_layers = self._estimate(objective.heads, captured, rows, leaves, noise) if of_all else None
             outputs, aux = captured.outputs, captured.aux
             weight = heads.total_weight(outputs, leaves)
             del captured, rows  # the graph of the whole batch makes room for that of some examples
             if statistics and examples is not None:
                 of_layers = self._estimate_of_examples(params, inputs, leaves, examples, noise, turn)
-        products = FisherProducts(objective, self.layers, params, inputs, leaves, self.differentiable)
+        products = FisherProducts(objective, self.layers, params, inputs, leaves, self.differentiable, thin)
         return Evaluation(
             loss=loss,
             grads=optree.tree_map(with_layout_of, gradients, params),
@@ -158,8 +159,9 @@ class Evaluator:
 
     def _loss_pass(
         self, params: Tree, inputs: Tree, targets: list[Tensor], statistics: bool, turn: Turn | None
-    ) -> tuple[Objective, Tensor, Tree, Captured, LayerRows]:
-        """Return the objective, the loss, its gradient, the forward pass, and the rows of its layers for statistics.
+    ) -> tuple[Objective, Tensor, Tree, Captured, LayerRows, ThinPass | None]:
+        """Return the objective, the loss, its gradient, the forward pass, the rows of its layers for statistics, and
+        what is known of thin layers.
 
         A pass for statistics captures all layers, any other one those whose gradients become lazy; all leaves of the
         other layers are free.
@@ -169,7 +171,8 @@ class Evaluator:
         specs = self.cache.specs(self.objective, self.layers, params, inputs) if known else {}
         thin = thin_layers(self.layers, specs) if self.thin else ()
         layers = self.layers if statistics else replace(self.layers, layers=thin)
-        captured = capture(self.objective, layers, params, inputs, specs)
+        kept = {source for layer in thin for source, _ in layer.sites}
+        captured = capture(self.objective, layers, params, inputs, specs, kept=kept)
         objective = self._counted(captured, targets, turn)
         empirical = statistics and self.estimator == "empirical"
         backward = loss_rows(objective, captured, targets, empirical)
@@ -179,7 +182,7 @@ class Evaluator:
         rows = backward.rows
         if not empirical:  # the rows of the loss make room for those of the estimator
             rows = {name: (uses, ()) for name, (uses, _) in rows.items()}
-        return objective, backward.loss, gradients, captured, rows
+        return objective, backward.loss, gradients, captured, rows, ThinPass.of(self.layers, thin, captured)
 
     def _counted(self, captured: Captured, targets: list[Tensor], turn: Turn | None) -> Objective:
         """Return the objective, with the totals of a joint batch where this is a part of one."""

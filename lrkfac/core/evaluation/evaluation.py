@@ -28,7 +28,8 @@ class Evaluation(NamedTuple):
         product: ``product(tangent)`` is ``F tangent`` with the exact Fisher ``F`` of this batch.
         quadratic: ``quadratic(u, v)`` is ``uᵀ F v``, ``[]``.
         gram: ``gram(u, v, ...)`` is ``uᵢᵀ F uⱼ``, ``[k, k]``, for ``k > 1`` tangents, and ``gram(tangents)`` for one
-            tree of them along a leading axis. It costs one forward pass and ``k`` forward derivatives.
+            tree of them along a leading axis. It costs ``k`` forward derivatives and one forward pass, in which layers
+            with lazy gradients have run already.
         loss_at: ``loss_at(params)`` is the loss of this batch at other parameters, ``[]``.
         weight: The weight of this batch beside others, ``[]``: the total weight of all terms (their number, where none
             has a weight); with several heads, the number of examples.

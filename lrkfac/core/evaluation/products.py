@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -13,12 +15,12 @@ from torch.func import vmap
 from lrkfac.core.base.autograd import recording
 from lrkfac.core.base.by_autograd import attached, autograd_enabled, constant
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.base.leaves import tree_leaves
 from lrkfac.core.base.tree_checks import check_like, check_stacked
 from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.derivatives import change, transposed
 from lrkfac.core.evaluation.objective import Objective
+from lrkfac.core.evaluation.tangents import ThinPass
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.padding import with_constant_padding
 
@@ -36,6 +38,7 @@ class FisherProducts:
         inputs: Of the batch.
         targets: Of each head.
         differentiable: Whether autograd follows the products.
+        thin: What is known of thin layers from the forward pass, if anything.
     """
 
     objective: Objective
@@ -44,6 +47,7 @@ class FisherProducts:
     inputs: Tree
     targets: list[Tensor]
     differentiable: bool
+    thin: ThinPass | None = None
 
     def product(self, tangent: Tree) -> Tree:
         """Return ``F tangent``, a tree like the parameters.
@@ -67,10 +71,12 @@ class FisherProducts:
         """
         for one in tangents if len(tangents) > 1 else ():
             check_like(self.params, one, "gram: tangents")
-        stacked = tangents[0] if len(tangents) == 1 else optree.tree_map(lambda *x: torch.stack(x), *tangents)
-        check_stacked(self.params, stacked, "gram: tangents")
+        if len(tangents) == 1:
+            check_stacked(self.params, tangents[0], "gram: tangents")
+            count = optree.tree_leaves(tangents[0])[0].shape[0]
+            tangents = tuple([optree.tree_map(itemgetter(i), tangents[0]) for i in range(count)])
         with recording(self.differentiable):
-            changes, curved = self._curved_changes(stacked)
+            changes, curved = self._curved_changes(tangents)
             of_heads = [wide(c).flatten(1) @ wide(h).flatten(1).mT for c, h in zip(changes, curved, strict=True)]
             return torch.stack(of_heads).sum(dim=0)
 
@@ -113,19 +119,23 @@ class FisherProducts:
 
     def _curved_change(self, tangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
         """Return ``J tangent`` and ``H J tangent``."""
-        outputs, change = self._change(tangent)
+        return self._curved(*self._change(tangent))
+
+    def _curved(self, outputs: list[Tensor], change: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return change, self.objective.heads.product(outputs, self.targets, change)
 
-    def _curved_changes(self, tangents: Tree) -> tuple[list[Tensor], list[Tensor]]:
-        """Return ``J tangent`` and ``H J tangent`` of stacked tangents: one by one where the model cannot be mapped."""
+    def _curved_changes(self, tangents: Sequence[Tree]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return ``J tangent`` and ``H J tangent`` of all tangents: one by one where the model cannot be mapped."""
+        if self.thin is not None:
+            with suppress(NotImplementedError, RuntimeError):  # which then come below, if at all
+                return self.thin.along(self.objective, self.params, self.inputs, tangents, self._curved)
         if not self.layers.autograd:
             try:
-                return vmap(self._curved_change)(tangents)
+                return vmap(self._curved_change)(optree.tree_map(lambda *x: torch.stack(x), *tangents))
             except NotImplementedError:
                 raise
             except RuntimeError:  # such as a torch.autograd.Function without a rule for vmap
                 if torch.compiler.is_compiling():
                     raise
-        size = tree_leaves(tangents)[0].shape[0]
-        each = [self._curved_change(optree.tree_map(itemgetter(i), tangents)) for i in range(size)]
+        each = [self._curved_change(tangent) for tangent in tangents]
         return optree.tree_map(lambda *leaves: torch.stack(leaves), *each)

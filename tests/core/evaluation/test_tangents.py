@@ -1,0 +1,133 @@
+"""Products with the Fisher matrix by what the forward pass knows of thin layers are those without, and cost less."""
+
+import optree
+import pytest
+import torch
+from torch import nn
+from torch.func import grad, vmap
+
+import lrkfac
+from tests.dispatch import Launches
+from tests.transforms.test_base import close
+
+WIDE, BATCH, CLASSES = 40, 4, 3
+
+
+def perceptron():
+    return nn.Sequential(
+        nn.Linear(WIDE, WIDE), nn.ReLU(inplace=True), nn.LayerNorm(WIDE), nn.Linear(WIDE, WIDE, bias=False),
+        nn.Tanh(), nn.Linear(WIDE, WIDE), nn.Sigmoid(), nn.Linear(WIDE, CLASSES),
+    )  # fmt: skip
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Unflatten(1, (2, 2, WIDE // 4)), nn.Conv2d(2, 4, 1), nn.Tanh(), nn.Flatten(), nn.Linear(2 * WIDE, WIDE),
+        nn.ReLU(inplace=True), nn.Linear(WIDE, CLASSES),
+    )  # fmt: skip
+
+
+def of_module(make):
+    torch.manual_seed(0)
+    return lrkfac.from_module(make().double())
+
+
+def by_hand(function):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"u": (WIDE, WIDE), "v": (WIDE, WIDE), "b": (WIDE,), "w": (CLASSES, WIDE)}
+    params = {name: torch.randn(*shape, generator=generator).double() / 6 for name, shape in shapes.items()}
+    return function, params
+
+
+def products(params, x):
+    """A weight that stands on the right, one on the left of columns, a bias that is added later."""
+    hidden = torch.tanh(x @ params["u"] + params["b"])
+    return (params["v"] @ hidden.mT).mT.sin() @ params["w"].T
+
+
+def inner(params, x):
+    """A weight within a derivative that the model takes."""
+    energy = lambda one: (one @ params["u"]).sin().square().sum()  # noqa: E731
+    return (torch.tanh(x @ params["v"] + params["b"]) + vmap(grad(energy))(x)) @ params["w"].T
+
+
+MODELS = {
+    "perceptron": (of_module, perceptron),
+    "convolutional": (of_module, convolutional),
+    "products": (by_hand, products),
+    "inner": (by_hand, inner),
+}
+
+
+def evaluations(name, statistics=False):
+    """Model, parameters and batch; evaluations without and with thin gradients."""
+    make, what = MODELS[name]
+    model, params = make(what)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(BATCH, WIDE, generator=generator).double()
+    y = torch.randint(CLASSES, (BATCH,), generator=generator)
+    layers = lrkfac.find_layers(model, params, x)
+    each = [lrkfac.evaluator(model, lrkfac.categorical(), layers, thin=thin) for thin in (False, True)]
+    return params, [evaluate(params, x, y, statistics=statistics) for evaluate in each], (each[1], x, y)
+
+
+def tangents(params, number=3):
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda p: torch.randn(p.shape, generator=generator, dtype=p.dtype)  # noqa: E731
+    return [optree.tree_map(draw, params) for _ in range(number)]
+
+
+def known(evaluation):
+    thin = evaluation.gram.args[0].thin
+    return () if thin is None else tuple(thin.recorded)
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize(("name", "layers"), [
+    ("perceptron", ("0", "3", "5")), ("convolutional", ("4",)), ("products", ("u",)), ("inner", ()),
+])  # fmt: skip
+def test_thin_layers_change_no_product(name, layers, statistics):
+    params, (plain, thin), _ = evaluations(name, statistics)
+    assert known(plain) == () and set(layers) <= set(known(thin))
+    some = tangents(params)
+    expected = plain.gram(*some)
+    stacked = optree.tree_map(lambda *x: torch.stack(x), *some)
+    for found in (thin.gram(*some), thin.gram(stacked), plain.gram(stacked), thin.gram(*some)):
+        close(found, expected, rtol=1e-10)
+    close(thin.quadratic(some[0], some[1]), expected[0, 1], rtol=1e-10)
+    close(thin.quadratic(some[0], some[0]), expected[0, 0], rtol=1e-10)
+
+
+def test_tangents_that_do_not_fit_are_refused():
+    params, (_, thin), _ = evaluations("perceptron")
+    u, v = tangents(params, 2)
+    with pytest.raises(ValueError, match="gram: tangents"):
+        thin.gram(u, {**v, "0.weight": v["0.weight"][:1]})
+
+
+def test_thin_layers_are_not_run_again():
+    """Two products for each tangent and layer, but one of all tangents with each weight, none for the first layer."""
+    params, (_, thin), _ = evaluations("perceptron")
+    with Launches() as counted:
+        thin.gram(*tangents(params, 2))
+    kernels = counted.kernels
+    of_weights = 2 * 3  # input times the change of the weight
+    of_inputs = 2  # the change of the input times the weight
+    of_head = 3  # the head is not thin: both, and the output
+    assert sum(kernels[name] for name in ("mm", "addmm", "bmm", "baddbmm")) <= of_weights + of_inputs + of_head + 1
+
+
+def test_an_ensemble_has_the_products_of_its_members():
+    params, _, (evaluate, x, y) = evaluations("perceptron")
+    members = tangents(params, 2)
+    u, v = tangents(params, 2)
+    of_one = lambda p: evaluate(p, x, y, statistics=False).gram(u, v)  # noqa: E731
+    found = vmap(of_one)(optree.tree_map(lambda *x: torch.stack(x), *members))
+    close(found, torch.stack([of_one(member) for member in members]), rtol=1e-9)
+
+
+def test_a_batch_in_pieces_has_the_products_of_the_whole():
+    params, (_, thin), (evaluate, x, y) = evaluations("perceptron")
+    some = tangents(params, 2)
+    pieces = [evaluate(params, x[part], y[part]) for part in (slice(0, 1), slice(1, None))]
+    close(lrkfac.merge_evaluations(pieces).gram(*some), thin.gram(*some), rtol=1e-10)
