@@ -30,6 +30,11 @@ def floating(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x`` in a dtype, itself where it has it: also a conversion that changes nothing is a call, and traced."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def floating_dtype(x: Tree) -> torch.dtype:
     """Return the dtype of the first floating-point leaf of ``x``."""
     return next(leaf.dtype for leaf in tree_leaves(x) if leaf.is_floating_point())

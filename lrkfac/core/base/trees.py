@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.dtypes import in_dtype, wide
 from lrkfac.core.base.eager import in_one_call
 from lrkfac.core.base.lazy import LazyMatrix, add_multiple
 from lrkfac.core.base.leaves import leaves_like, tree_flatten, tree_leaves, tree_unflatten
@@ -37,8 +37,8 @@ def add_scaled(x: Tree, scale: PerParameter, y: Tree) -> Tree:
         if isinstance(a, LazyMatrix):
             return a.plus(_materialized(b), c)
         if isinstance(b, LazyMatrix):
-            return b.scaled(c).plus(a).unrounded().to(a.dtype)
-        return add_multiple(a, c, b).to(a.dtype)
+            return in_dtype(b.scaled(c).plus(a).unrounded(), a.dtype)
+        return in_dtype(add_multiple(a, c, b), a.dtype)
 
     if not is_number(scale):
         return optree.tree_map(one, x, y, scale)
@@ -53,7 +53,7 @@ def scaled(scale: PerParameter, x: Tree) -> Tree:
     """Return ``scale * x`` leaf by leaf, in the dtype of ``x``."""
 
     def one(a: Any, c: float | Tensor) -> Any:
-        return a.scaled(c) if isinstance(a, LazyMatrix) else (c * a).to(a.dtype)
+        return a.scaled(c) if isinstance(a, LazyMatrix) else in_dtype(c * a, a.dtype)
 
     if not is_number(scale):
         return optree.tree_map(one, x, scale)
@@ -160,7 +160,11 @@ def _vdot(a: Any, b: Any) -> Tensor:
     if isinstance(a, LazyMatrix) or isinstance(b, LazyMatrix):
         a, b = (a, b) if isinstance(a, LazyMatrix) else (b, a)
         return wide(a).vdot(wide(b))
-    return torch.dot(wide(a).reshape(-1), wide(b).reshape(-1))
+    return torch.dot(_row(wide(a)), _row(wide(b)))
+
+
+def _row(x: Tensor) -> Tensor:
+    return x if x.ndim == 1 else x.reshape(-1)
 
 
 def counter(x: Tree) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_values
 from lrkfac.core.base.autograd import recording
 from lrkfac.core.base.containers import with_opened_inputs
+from lrkfac.core.base.dtypes import in_dtype
 from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.leaves import tree_flatten, tree_unflatten
 from lrkfac.core.base.profiling import profiled
@@ -178,7 +179,7 @@ class Evaluator:
         backward = loss_rows(objective, captured, targets, empirical)
         by_index = leaf_gradients(captured, backward, [layer.name for layer in thin])
         leaves, structure = tree_flatten(params)
-        gradients = tree_unflatten(structure, [by_index[i].to(leaf.dtype) for i, leaf in enumerate(leaves)])
+        gradients = tree_unflatten(structure, [in_dtype(by_index[i], leaf.dtype) for i, leaf in enumerate(leaves)])
         rows = backward.rows
         if not empirical:  # the rows of the loss make room for those of the estimator
             rows = {name: (uses, ()) for name, (uses, _) in rows.items()}

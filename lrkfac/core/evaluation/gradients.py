@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lrkfac.core.base.dtypes import widest
+from lrkfac.core.base.dtypes import in_dtype, widest
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.trees import scaled
 from lrkfac.core.evaluation.specs import Specs
@@ -72,7 +72,8 @@ def layer_gradients(
     gradients = {layer.weight.index: scatter_view(layer.weight.view, layer.weight.shape, weight.flatten(0, -2))}
     if layer.bias is not None:
         uses = zip(inputs, output_gradients, layer.kinds, layer.options, strict=True)
-        rows = [g.to(widest(a.dtype, g.dtype)).movedim(KINDS[kind].channel(o), -1) for a, g, kind, o in uses]
-        bias = torch.stack([x.flatten(0, -2).sum(dim=0) for x in rows]).sum(dim=0)
+        rows = [in_dtype(g, widest(a.dtype, g.dtype)).movedim(KINDS[kind].channel(o), -1) for a, g, kind, o in uses]
+        sums = [x.flatten(0, -2).sum(dim=0) for x in rows]
+        bias = sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
         collect(gradients, {layer.bias.index: scatter_view(layer.bias.view, layer.bias.shape, bias)})
     return gradients

@@ -65,7 +65,7 @@ def scatter_view(view: View, shape: tuple[int, ...], x: Tensor) -> Tensor:
     ``x`` may have any shape with the entries of the view in row-major order.
     """
     if all(step.name in SAME_ORDER for step in view):
-        return x.reshape(shape)
+        return x if x.shape == shape else x.reshape(shape)
     if len(shape) == 2 and all(step.name in TRANSPOSITIONS for step in view):
         return x.reshape(shape[::-1]).mT if len(view) % 2 else x.reshape(shape)
     part, transpose = vjp(lambda whole: apply_view(view, whole), torch.zeros(shape, dtype=x.dtype, device=x.device))
