@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
+from lrkfac.core.base.lazy import add_multiple
 from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.trees import counter
 from lrkfac.core.base.types import Tree
@@ -76,15 +77,15 @@ class EmaParams:
         check_like(state.average, updates, "updates")
         params = check_params(params, "ema_params", updates)
         check_like(state.average, params, "params")
-        moved = apply_updates(params, updates)
         steps = state.steps + 1
         rest = torch.clamp(1 / steps, min=1 - self.decay)
-        average = optree.tree_map(lambda a, p: _between(a, p, rest), state.average, moved)
+        average = optree.tree_map(lambda *leaves: _averaged(rest, *leaves), state.average, params, updates)
         return updates, EmaParamsState(average, steps)
 
 
-def _between(a: Tensor, p: Tensor, share: Tensor) -> Tensor:
-    """Return ``a + share (p - a)``, in one pass over memory where dtypes agree and sums are precise in theirs."""
-    if a.dtype == p.dtype and a.dtype in (torch.float32, torch.float64):
-        return torch.lerp(a, p, share.to(a.dtype))
-    return (a + share * (p - a)).to(a.dtype)
+def _averaged(share: Tensor, average: Tensor, p: Tensor, update: Any) -> Tensor:
+    """Return ``average + share (p + update - average)``, with one new tensor where dtypes agree."""
+    if isinstance(update, Tensor) and {average.dtype, p.dtype, update.dtype} in ({torch.float32}, {torch.float64}):
+        share = share.to(average.dtype)
+        return add_multiple(torch.lerp(average, p, share), share, update, fresh=True)
+    return (average + share * (apply_updates(p, update) - average)).to(average.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import optree
@@ -24,35 +25,40 @@ class BatchModel:
     Attributes:
         evaluation: Of the batch.
         params: Where.
-        slope: ``∇h``.
+        slope: ``∇h``; ``None`` in the place of rows whose memory the sum of gradients has taken.
+        total: The sum of the gradients ``∇h`` of this batch and those before.
+        before: That of those before.
+        kept: Their decay: ``total = ∇h + kept before``.
         decay: ``η``, a number or one for each leaf; ``None`` for 0.
         damping: ``λ``.
     """
 
     evaluation: Evaluation
     params: Tree
-    slope: Rows
+    slope: Sequence[Tensor | None]
+    total: Rows
+    before: Rows
+    kept: Tensor
     decay: PerParameter | None
     damping: Tensor
 
-    def minimum(self, gradients: Rows, last: Rows, total: Rows, kl_clip: float | Tensor | None) -> Minimum:
+    def minimum(self, gradients: Rows, last: Rows, kl_clip: float | Tensor | None) -> Minimum:
         """Return the minimum over ``α Δ + μ δ₀``, shortened where ``kl_clip`` binds.
 
         Args:
             gradients: Preconditioned gradients ``-Δ``, ``[k, n]`` each.
             last: ``δ₀``.
-            total: The sum of gradients that was preconditioned.
             kl_clip: See ``scale_by_quadratic_model``.
         """
         trees = [from_rows(tuple([row[i] for row in gradients]), self.params) for i in range(len(gradients[0]))]
         gram = self.evaluation.gram(*trees, from_rows(last, self.params)).to(self.damping.dtype)
         fisher = Form(gram.diagonal(), -gram[:-1, -1])
         curvature = self._damped(fisher, gradients, last)
-        slopes = torch.cat([-products(gradients, self.slope), products(last, self.slope)[None]])
+        slopes = torch.cat([-self._slopes(gradients), self._slopes(last)[None]])
         minimum = least(curvature, slopes)
         if kl_clip is None:
             return minimum
-        return shortened(kl_clip, minimum, fisher, curvature, slopes, products(gradients, total))
+        return shortened(kl_clip, minimum, fisher, curvature, slopes, products(gradients, self.total))
 
     def change(self, step: Tree) -> tuple[Tensor, Tensor]:
         """Return ``h`` before and after a step."""
@@ -61,6 +67,14 @@ class BatchModel:
         if self.decay is None:
             return before, after
         return before + _penalty(self.decay, self.params), after + _penalty(self.decay, moved)
+
+    def _slopes(self, rows: Rows) -> Tensor:
+        """Return the inner products of stacked rows, or of rows, with the gradient."""
+        parts = [
+            x @ total - self.kept * (x @ before) if slope is None else x @ slope
+            for x, slope, total, before in zip(rows, self.slope, self.total, self.before, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
     def _damped(self, fisher: Form, gradients: Rows, last: Rows) -> Form:
         """Return the form of ``F + (λ + η) I``."""

@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import widest
-from lrkfac.core.base.packing import Rows, accumulated, as_rows, cleared_unless, combined, from_rows
+from lrkfac.core.base.packing import Rows, accumulated, as_rows, cleared_unless, combined, disposable, from_rows
 from lrkfac.core.base.per_parameter import check_numbers, of_leaves
 from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.trees import add_scaled, all_finite, materialize, selected, zero_unless
@@ -200,15 +200,17 @@ class ScaleByQuadraticModel:
         check_tree(params, "params")
         check_like(params, updates, "updates beside params")
         decay = of_leaves(self.weight_decay, params, "weight_decay") if self.decays else None
-        slope = self._slope(updates, decay, params, state)
+        slope, spent = self._slope(updates, decay, params, state), disposable(updates)
         sound = all_finite((evaluation.loss, slope))
+        kept = self.gradient_decay * torch.ones_like(state.damping)
         # Of a batch that is not finite nothing counts: what is computed with it is thrown away.
         if evaluation.statistics is not None:
             evaluation = evaluation._replace(statistics=zero_unless(sound, evaluation.statistics))
-        total = accumulated(sound, slope, self.gradient_decay * torch.ones_like(state.damping), state.total)
+        total = accumulated(sound, slope, spent, kept, state.total)
         candidates, gradients, inner = self._gradients(total, state, params, evaluation, extra)
-        model = BatchModel(evaluation, params, slope, decay, state.damping)
-        minimum = model.minimum(gradients, state.last, total, self.kl_clip)
+        left = [None if one else row for one, row in zip(spent, slope, strict=True)]
+        model = BatchModel(evaluation, params, left, total, state.total, kept, decay, state.damping)
+        minimum = model.minimum(gradients, state.last, self.kl_clip)
         best = minimum.value.argmin(keepdim=True)
         rate, momentum, predicted, factor_damping = _pick(torch.stack([*minimum, candidates], dim=1), best).unbind()
         if evaluation.statistics is not None:
@@ -223,8 +225,8 @@ class ScaleByQuadraticModel:
         step = from_rows(tuple([x * (sound | undone) for x in row]), params)
         since = torch.zeros_like(state.since) if evaluation.statistics is not None else state.since + 1
         numbers = rate, momentum, predicted, ratio, state.rejected + ~accepted, torch.zeros_like(state.failures)
-        new = QuadraticModelState(inner, row, total, damping, factor_damping, since, *numbers)
-        return step, selected(sound, new, self._failed(row, total, undone, state))
+        after = QuadraticModelState(inner, row, total, damping, factor_damping, since, *numbers)
+        return step, selected(sound, after, self._failed(row, total, undone, state))
 
     def _slope(self, updates: Tree, decay: PerParameter | None, params: Tree, state: QuadraticModelState) -> Rows:
         """Return the gradient of loss and penalty."""

@@ -6,6 +6,9 @@ keep.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import optree
 import torch
 from torch import Tensor
@@ -65,10 +68,20 @@ def combined(a: Tensor, x: Rows, b: Tensor, y: Rows) -> Rows:
     return _sums(tuple([a.to(u.dtype) * u for u in x]), b, y)
 
 
-def accumulated(condition: Tensor, x: Rows, decay: Tensor, y: Rows) -> Rows:
-    """Return ``x + decay y`` where the condition ``[]`` holds and ``x`` is finite, else ``y``, in memory of its own."""
-    new = tuple([torch.nan_to_num(u, 0.0, 0.0, 0.0) for u in x])
-    return _sums(cleared_unless(condition, new), torch.where(condition, decay, 1), y)
+def disposable(x: Tree) -> list[bool]:
+    """Return for each row of a tree, once materialized, whether it is a large one that nothing else refers to."""
+    leaves = optree.tree_leaves(x)
+    large = [not isinstance(leaf, Tensor) and changes_in_place() for leaf in leaves if math.prod(leaf.shape) >= LARGE]
+    return [*([False] if len(large) < len(leaves) else []), *large]
+
+
+def accumulated(condition: Tensor, x: Rows, spent: Sequence[bool], decay: Tensor, y: Rows) -> Rows:
+    """Return ``x + decay y`` where the condition ``[]`` holds and ``x`` is finite, else ``y``.
+
+    It takes the memory of rows of ``x`` that may be ``spent``.
+    """
+    own = tuple([u if one else torch.nan_to_num(u, 0.0, 0.0, 0.0) for u, one in zip(x, spent, strict=True)])
+    return _sums(cleared_unless(condition, own), torch.where(condition, decay, 1), y)
 
 
 def cleared_unless(condition: Tensor, x: Rows) -> Rows:
