@@ -14,10 +14,10 @@ CHAINS = {
     "dense": lambda layers: lrkfac.kfac(layers, 0.1),
     "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=32),
 }
-# Of a plain step and of a refresh: of the former, none may wait. A refresh of a shape looks at three small
-# decompositions; the inverse of a dense factor waits for nothing.
-KERNELS = {"low rank": (80, 426), "dense": (66, 234), "adaptive": (279, 901)}
-WAITS = {"low rank": 3, "dense": 0, "adaptive": 3}
+# Of a plain step and of a refresh: of the former, none may wait. A refresh of a shape looks at two small
+# decompositions; inverses wait for nothing.
+KERNELS = {"low rank": (125, 480), "dense": (105, 275), "adaptive": (300, 930)}
+WAITS = {"low rank": 2, "dense": 0, "adaptive": 2}
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from lrkfac.core.curvature.low_rank_states import LowRankPlusDiagonalState, LowR
 from lrkfac.core.linalg.averages import Average, explained
 from lrkfac.core.linalg.covariances import Covariance
 from lrkfac.core.linalg.eigen import orthonormal, pseudo_random
+from lrkfac.core.linalg.inverses import semidefinite_inverse
 from lrkfac.core.linalg.operators import LowRankPlusDiagonal
 
 Residual = Literal["isotropic", "none"]
@@ -97,6 +98,9 @@ class LowRankPlusDiagonalStructure(IteratedStructure):
 
     def operator(self, state: LowRankPlusDiagonalState) -> LowRankPlusDiagonal:
         return state.operator(self.weight)
+
+    def inverse(self, state: LowRankPlusDiagonalState, damping: float | Tensor) -> LowRankPlusDiagonal:
+        return semidefinite_inverse(self.operator(state).shifted(damping))
 
     def size(self, dimension: int) -> int:
         r = min(self.rank, dimension)

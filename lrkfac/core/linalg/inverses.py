@@ -10,6 +10,7 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.base.eager import has_values
+from lrkfac.core.linalg.eigen import orthonormal
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.operator_checks import check_operator
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
@@ -120,15 +121,39 @@ def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
 
 
 def _woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
-    margin = _margin(operator.vectors)
-    scale = torch.maximum(operator.diagonal, margin * _eigenvalues(operator).amax(dim=-1, keepdim=True)).rsqrt()
-    roots = operator.values.abs().sqrt()[..., None, :]
+    scale, roots = _scale(operator), operator.values.abs().sqrt()[..., None, :]
     basis, triangle = torch.linalg.qr(scale[..., None] * operator.vectors * roots)
     accurate = triangle.to(most_precise(triangle.device))
     mu, rotation = torch.linalg.eigh((accurate * operator.values.sign()[..., None, :]) @ accurate.mT)
     shrinkage = mu / (1 + mu).clamp(min=torch.finfo(basis.dtype).eps)
     vectors = scale[..., None] * (basis @ rotation.to(basis.dtype))
-    return LowRankPlusDiagonal(vectors, -shrinkage.clamp(max=1 - margin).to(basis.dtype), scale.square())
+    return LowRankPlusDiagonal(vectors, -shrinkage.clamp(max=1 - _margin(basis)).to(basis.dtype), scale.square())
+
+
+def semidefinite_inverse(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
+    """Return what ``woodbury`` does for values that are all ``≥ 0``, without eigenvalues and a wait for them.
+
+    With ``U = D^{-1/2} V Λ^{1/2}`` and ``[U; I] = [W; S] T``, of orthonormal columns and a triangle, ``TᵀT = I + UᵀU``,
+    so that ``W Wᵀ = U (I + UᵀU)⁻¹ Uᵀ`` and ``M⁻¹ = D⁻¹ - D^{-1/2} W Wᵀ D^{-1/2}``. Nothing is squared, and the columns
+    are orthonormal to rounding: the smallest eigenvalue of ``I - W Wᵀ``, which is ``1 / (1 + μ)`` with the largest one
+    ``μ`` of ``UᵀU``, is right to a few ulps of 1. Where ``μ``, by its bound in the largest sum of a row, may be so
+    large that these matter, ``W Wᵀ`` is shrunk as far as the margin of ``woodbury`` asks. ``D`` has the same floor.
+
+    Args:
+        operator: ``[*, d, d]``, with values ``≥ 0`` and ``D > 0``; several may be stacked.
+
+    Returns:
+        Vectors ``[*, d, r]``, values ``[*, r]`` that are all about -1, diagonal ``1 / D``.
+    """
+    scale, roots = _scale(operator), operator.values.sqrt()[..., None, :]
+    updates = scale[..., None] * operator.vectors * roots
+    d, r = updates.shape[-2:]
+    identity = torch.eye(r, dtype=updates.dtype, device=updates.device).expand(*updates.shape[:-2], r, r)
+    both = orthonormal(torch.cat([updates.mT, identity], dim=-1).mT)  # rows in memory, as the updates are
+    largest = torch.linalg.matrix_norm(updates.mT @ updates, torch.inf)
+    kept = ((1 - _margin(updates)) * (1 + 1 / largest)).clamp(max=1)[..., None]
+    lengths = torch.linalg.vector_norm(both, dim=-2).square()  # 1 but for rounding, which grows with d
+    return LowRankPlusDiagonal(scale[..., None] * both[..., :d, :], -kept / lengths, scale.square())
 
 
 def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
@@ -177,6 +202,12 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
         w = y / pivot.clamp(min=torch.finfo(accurate).tiny).sqrt()
         done = torch.cat([done, w[:, None]], dim=1)
     return LowRankPlusDiagonal((scale[:, None] * done).to(dtype), -signs.to(dtype), scale.square().to(dtype))
+
+
+def _scale(operator: LowRankPlusDiagonal) -> Tensor:
+    """Return ``D^{-1/2}``, with ``D`` raised to the floor that ``woodbury`` describes."""
+    margin = _margin(operator.vectors)
+    return torch.maximum(operator.diagonal, margin * _eigenvalues(operator).amax(dim=-1, keepdim=True)).rsqrt()
 
 
 def _eigenvalues(operator: LowRankPlusDiagonal) -> Tensor:

@@ -8,14 +8,17 @@ from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
+from lrkfac.core.linalg.inverses import semidefinite_inverse
 from lrkfac.core.linalg.operators import split_damping
 from lrkfac.core.linalg.products import of_columns, of_rows, two_sided
 from lrkfac.linalg import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, inverse, sherman_morrison, to_dense, woodbury
 from lrkfac.testing import check_inverse, low_rank_plus_diagonals, operators
 from tests import reference
 from tests.dispatch import LargestTensor
+from tests.tensors import normal
 
 BOTH = pytest.mark.parametrize("invert", [woodbury, sherman_morrison])
+ALL = pytest.mark.parametrize("invert", [woodbury, sherman_morrison, semidefinite_inverse])
 
 
 def drawn(d, r, ratio, dtype, seed=0, orthonormal=False):
@@ -43,18 +46,40 @@ def test_laws_of_the_inverse(operator, damping):
 @example(drawn(300, 1, 1e6, torch.float64))
 def test_rank_one_updates_matrix_form_and_dense_inverse_agree(operator):
     dense = torch.linalg.inv(to_dense(operator))
-    for found in (sherman_morrison(operator), woodbury(operator)):
+    for found in (sherman_morrison(operator), woodbury(operator), semidefinite_inverse(operator)):
         assert (to_dense(found) - dense).norm() <= 1e-9 * dense.norm()
         assert torch.equal(found.diagonal, operator.diagonal.rsqrt().square())
 
 
-@BOTH
+@ALL
 @given(low_rank_plus_diagonals(dtype=torch.float32, max_condition=1e8))
 @example(drawn(512, 512, 1e8, torch.float32))
 @example(drawn(512, 32, 1e8, torch.float32, orthonormal=True))
 def test_float32_inverse_stays_positive_definite(invert, operator):
     found = to_dense(optree.tree_map(torch.Tensor.double, invert(operator)))
     assert torch.linalg.eigvalsh((found + found.mT) / 2)[0] > 0
+
+
+@ALL
+@pytest.mark.parametrize("d, rank", [(64, 64), (512, 256)])
+def test_float32_inverse_stays_positive_definite_where_vectors_are_nearly_parallel(invert, d, rank):
+    """Together they have an eigenvalue ``rank`` times as large as the one at which ``D`` is raised."""
+    for seed in range(4 if invert is sherman_morrison else 8):
+        vectors = normal(d, 1, seed=seed) + 0.01 * normal(d, rank, seed=seed + 100)
+        vectors = (vectors / vectors.norm(dim=0)).float()
+        found = invert(LowRankPlusDiagonal(vectors, torch.ones(rank), torch.full((d,), 1e-8)))
+        assert torch.linalg.eigvalsh(to_dense(optree.tree_map(torch.Tensor.double, found)))[0] > 0
+
+
+@ALL
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e8])
+def test_float32_inverse_is_as_large_as_the_exact_one_along_equal_eigenvalues(invert, ratio):
+    """Up to the ratio at which ``D`` is raised, and the margin from there on: then at most twice as large."""
+    vectors = torch.linalg.qr(normal(128, 32)).Q
+    found = invert(LowRankPlusDiagonal(vectors.float(), torch.ones(32), torch.full((128,), 1 / ratio)))
+    lengths = (vectors.mT @ to_dense(optree.tree_map(torch.Tensor.double, found)) @ vectors).diagonal()
+    assert (lengths <= 1 + 2 * 32 * torch.finfo(torch.float32).eps * min(ratio, 2**18)).all()
+    assert (lengths >= 0 if ratio == 1e8 else lengths > 0.9).all()
 
 
 @pytest.mark.parametrize("d, rank, ratio", [(512, 1, 1e8), (512, 512, 1e8), (64, 20, 1e6), (2, 1, 1e8)])
@@ -73,7 +98,7 @@ def test_negative_values_are_closed_under_inversion(invert, operator):
     assert (twice - to_dense(operator)).norm() <= 1e-8 * to_dense(operator).norm()
 
 
-@BOTH
+@ALL
 def test_no_square_matrix_is_made_of_one_or_of_a_stack(invert):
     operators = [drawn(7, 3, 1e3, torch.float64, seed) for seed in range(3)]
     stacked = optree.tree_map(lambda *parts: torch.stack(parts), *operators)
