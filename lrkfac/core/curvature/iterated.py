@@ -11,8 +11,9 @@ from torch import Tensor
 from lrkfac.core.curvature.factors import dense, kept_weight
 from lrkfac.core.curvature.protocol import FactorStructure
 from lrkfac.core.linalg.averages import Average, average
+from lrkfac.core.linalg.bases import orthonormal, pseudo_random
 from lrkfac.core.linalg.covariances import Covariance, between, of_rows
-from lrkfac.core.linalg.eigen import orthonormal, power_iteration, pseudo_random, ritz
+from lrkfac.core.linalg.eigen import power_iteration, ritz
 
 Method = Literal["subspace", "power"]
 

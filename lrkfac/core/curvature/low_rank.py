@@ -14,8 +14,8 @@ from lrkfac.core.curvature.factors import no_steps
 from lrkfac.core.curvature.iterated import IteratedStructure, Method, Turn, start_rows
 from lrkfac.core.curvature.low_rank_states import LowRankPlusDiagonalState, LowRankState
 from lrkfac.core.linalg.averages import Average, explained
+from lrkfac.core.linalg.bases import orthonormal, pseudo_random
 from lrkfac.core.linalg.covariances import Covariance
-from lrkfac.core.linalg.eigen import orthonormal, pseudo_random
 from lrkfac.core.linalg.inverses import semidefinite_inverse
 from lrkfac.core.linalg.operators import LowRankPlusDiagonal
 

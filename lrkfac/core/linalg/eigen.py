@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_function, check_integer, check_number
-from lrkfac.core.base.hashing import GOLDEN, hashed
+from lrkfac.core.linalg.bases import orthonormal
 
 
 def power_iteration(
@@ -133,33 +133,6 @@ def without_subnormal(matrix: Float[Tensor, "*many k k"]) -> Float[Tensor, "*man
     limits = torch.finfo(matrix.dtype)
     smallest = (limits.eps**2 * matrix.abs().amax(dim=(-2, -1), keepdim=True)).clamp(min=limits.tiny)
     return torch.where(matrix.abs() < smallest, 0, matrix)
-
-
-def orthonormal(columns: Float[Tensor, "*many d k"]) -> Float[Tensor, "*many d k"]:
-    """Return an orthonormal basis whose first ``j`` vectors span the first ``j`` columns, for every ``j``.
-
-    Householder reflections: orthonormal to rounding even where columns are zero or dependent, which
-    then get an arbitrary direction orthogonal to the others.
-    """
-    return torch.linalg.qr(columns).Q
-
-
-def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "*many d k"]:
-    """Return numbers in [-1, 1) that depend on their place and on ``seed`` alone, float32.
-
-    Start vectors need no quality beyond generic position, but must be pure and equal on every device,
-    in eager and compiled code and under ``vmap``; hence an integer hash and not a random generator.
-
-    Args:
-        rows: Number of rows.
-        columns: Number of columns.
-        seed: int64, ``[*]``: for each number of it, others.
-    """
-    if seed.device.type == "meta":  # shapes alone, for which torch would go through Python operation by operation
-        return torch.empty(*seed.shape, rows, columns, dtype=torch.float32, device=seed.device)
-    place = torch.arange(rows * columns, dtype=torch.int64, device=seed.device).reshape(rows, columns)
-    x = hashed((place + (seed * GOLDEN + 1)[..., None, None]).to(torch.int32)).to(torch.int64) & 0xFFFFFFFF
-    return x.to(torch.float32) / 2**31 - 1
 
 
 def _deflate(x: Tensor, vectors: Tensor) -> Tensor:

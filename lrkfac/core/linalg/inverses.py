@@ -10,7 +10,7 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.base.eager import has_values
-from lrkfac.core.linalg.eigen import orthonormal
+from lrkfac.core.linalg.bases import orthonormal
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.operator_checks import check_operator
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
