@@ -1,6 +1,7 @@
 """What a step costs a GPU beside its arithmetic: kernels that it starts, and waits of the host, counted on the CPU."""
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ CHAINS = {
     "dense": lambda layers: lrkfac.kfac(layers, 0.1),
     "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=32),
 }
-# Of a plain step and of a refresh: of the former, none may wait. A refresh of a shape looks at two small
-# decompositions; inverses wait for nothing.
-KERNELS = {"low rank": (125, 480), "dense": (105, 275), "adaptive": (300, 930)}
-WAITS = {"low rank": 2, "dense": 0, "adaptive": 2}
+# Of a plain step and of a refresh: of the former, none may wait. A refresh looks at one decomposition
+# of small matrices, those of all layers; inverses wait for nothing.
+KERNELS = {"low rank": (80, 417), "dense": (66, 234), "adaptive": (279, 892)}
+WAITS = {"low rank": 1, "dense": 0, "adaptive": 1}
 
 
 @pytest.fixture
@@ -28,12 +29,12 @@ def values_unknown(monkeypatch):
             monkeypatch.setattr(module, "has_values", lambda x: False)
 
 
-def launches(chain, statistics):
-    """Of the third or fourth step of four equal layers."""
+def launches(chain, statistics, widths=(64, 64, 64, 64, 64)):
+    """Of the third or fourth step of four layers."""
     torch.manual_seed(0)
-    net = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(64, 64), nn.Tanh())][:-1])
+    net = nn.Sequential(*[part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.Tanh())][:-1])
     model, params = lrkfac.from_module(net)
-    x, y = torch.randn(32, 64), torch.randint(64, (32,))
+    x, y = torch.randn(32, widths[0]), torch.randint(widths[-1], (32,))
     layers = lrkfac.find_layers(model, params, x)
     evaluate, tx = lrkfac.evaluator(model, lrkfac.categorical(), layers), CHAINS[chain](layers)
     state = tx.init(params)
@@ -53,10 +54,14 @@ def test_a_plain_step_waits_for_nothing(chain, values_unknown):
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_a_refresh_waits_for_small_decompositions_alone(chain, values_unknown):
+def test_a_refresh_waits_for_one_small_decomposition_alone(chain, values_unknown):
     counted = launches(chain, statistics=True)
     assert set(counted.waits) <= {"_linalg_eigh"} and sum(counted.waits.values()) <= WAITS[chain]
     assert sum(counted.kernels.values()) <= KERNELS[chain][1]
+
+
+def test_layers_of_all_shapes_wait_once(values_unknown):
+    assert launches("low rank", True, (48, 64, 56, 64, 40)).waits == {"_linalg_eigh": 1}
 
 
 def test_waits_are_seen():

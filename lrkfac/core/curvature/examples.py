@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,7 @@ class LayerStatistics:
     share: Tensor | None = None
     first: bool = True
     processes: Processes | None = None
+    _made: dict[Treatment, tuple[KroneckerFactors, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def kronecker_factors(self, treatment: Treatment) -> KroneckerFactors:
         """Return the factors ``B`` and ``A``."""
@@ -53,9 +54,12 @@ class LayerStatistics:
         return of_parts(tuple([KroneckerFactors(*[self.summed(x) for x in part]) for part in parts]))
 
     def kronecker_parts(self, treatment: Treatment) -> tuple[KroneckerFactors, ...]:
-        """Return their parts."""
-        uses = self.inputs, self.gradients, self.scale
-        return kronecker_parts(self.layer, *uses, treatment, self.stacked, self.share, self.first)
+        """Return their parts; once made, the same in each round."""
+        if treatment not in self._made:
+            uses = self.inputs, self.gradients, self.scale
+            parts = kronecker_parts(self.layer, *uses, treatment, self.stacked, self.share, self.first)
+            self._made[treatment] = parts
+        return self._made[treatment]
 
     def summed(self, covariance: Covariance) -> Covariance:
         """Return the sum over processes."""

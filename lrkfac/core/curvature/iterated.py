@@ -13,7 +13,7 @@ from lrkfac.core.curvature.protocol import FactorStructure
 from lrkfac.core.linalg.averages import Average, average
 from lrkfac.core.linalg.bases import orthonormal, pseudo_random
 from lrkfac.core.linalg.covariances import Covariance, between, of_rows
-from lrkfac.core.linalg.eigen import power_iteration, ritz
+from lrkfac.core.linalg.eigen import Eigenpairs, power_iteration, ritz
 
 Method = Literal["subspace", "power"]
 
@@ -76,10 +76,16 @@ class IteratedStructure(FactorStructure):
         along = of_rows(covariance, question)
         return along if round else (along, self._whole(covariance))
 
-    def advance(self, carry: Turn, answers: Any, round: int) -> Any:
+    def takes_eigenpairs(self, round: int) -> bool:
+        return round % 2 == 1 and round < self.rounds
+
+    def eigenproblem(self, carry: Turn, answers: Tensor, round: int) -> Tensor:
+        return carry.average.between(carry.rows, answers, carry.less)
+
+    def advance(self, carry: Turn, answers: Any, round: int, solved: Eigenpairs | None = None) -> Any:
         rows, new = carry.rows, carry.average
         if round % 2:
-            values, rotation = ritz(new.between(rows, answers, carry.less))
+            values, rotation = solved or ritz(self.eigenproblem(carry, answers, round))
             r = carry.state.values.shape[-1]
             vectors = rows.mT @ rotation[..., -r:].flip(-1)
             # Negative values, which a positive semi-definite operator cannot have, become 0.

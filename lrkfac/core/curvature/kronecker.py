@@ -19,6 +19,7 @@ from lrkfac.core.curvature.spectra import SIDES, Part
 from lrkfac.core.layers.description import Layer, Treatment
 from lrkfac.core.layers.matrix import LayerMatrix
 from lrkfac.core.linalg.covariances import Covariance, KroneckerFactors
+from lrkfac.core.linalg.eigen import ritz_of_all
 from lrkfac.core.linalg.operators import Kronecker, split_damping
 from lrkfac.core.linalg.products import of_rows, two_sided
 
@@ -121,14 +122,19 @@ class KroneckerStructure(BlockStructure):
         traces = [(part.output.trace(), part.input.trace()) for part in parts] if len(parts) > 1 else []
         return PartAnswers(tuple([self._answers(question, part, round) for part in parts]), tuple(traces))
 
-    def advance(self, carry: KroneckerState, answers: PartAnswers, round: int) -> KroneckerState:
-        both = answers.parts[0]
-        if answers.traces:
-            weights = zip(*partial_trace_weights(answers.traces), strict=True)
-            parts = zip(*answers.parts, strict=True)
-            both = tuple([_weighted(*side) for side in zip(parts, weights, strict=True)])
-        sides = zip((self.output, self.input), carry, both, strict=True)
-        return KroneckerState(*[side.advance(one, x, round) if round < side.rounds else one for side, one, x in sides])
+    def takes_eigenpairs(self, round: int) -> bool:
+        return any(side.takes_eigenpairs(round) for side in (self.output, self.input))
+
+    def eigenproblem(self, carry: KroneckerState, answers: PartAnswers, round: int) -> tuple[Any, ...]:
+        """Return the matrix of ``B`` and that of ``A``, or ``()`` for a side that takes no eigenpairs."""
+        sides = zip((self.output, self.input), carry, _summed(answers), strict=True)
+        return tuple([x.eigenproblem(one, y, round) if x.takes_eigenpairs(round) else () for x, one, y in sides])
+
+    def advance(self, carry: KroneckerState, answers: PartAnswers, round: int, solved: Any = None) -> KroneckerState:
+        if solved is None and self.takes_eigenpairs(round):
+            solved = ritz_of_all(self.eigenproblem(carry, answers, round))
+        sides = zip((self.output, self.input), carry, _summed(answers), solved or ((), ()), strict=True)
+        return KroneckerState(*[_advanced(side, one, x, pairs, round) for side, one, x, pairs in sides])
 
     def _answers(self, question: KroneckerState, part: KroneckerFactors, round: int) -> tuple[Any, ...]:
         sides = zip((self.output, self.input), question, part, strict=True)
@@ -170,6 +176,22 @@ class KroneckerStructure(BlockStructure):
 
     def description(self) -> str:
         return f"A {self.input.description()}, B {self.output.description()}"
+
+
+def _summed(answers: PartAnswers) -> tuple[Any, ...]:
+    """Return the answers of ``B`` and ``A``, of all ways to use the weight together."""
+    if not answers.traces:
+        return answers.parts[0]
+    weights = zip(*partial_trace_weights(answers.traces), strict=True)
+    parts = zip(*answers.parts, strict=True)
+    return tuple([_weighted(*side) for side in zip(parts, weights, strict=True)])
+
+
+def _advanced(side: Any, carry: Any, answers: Any, solved: Any, round: int) -> Any:
+    """Return what a side's next round starts from; one that has no more rounds stays."""
+    if round >= side.rounds:
+        return carry
+    return side.advance(carry, answers, round, solved) if solved else side.advance(carry, answers, round)
 
 
 def _weighted(parts: tuple[Any, ...], weights: tuple[Tensor, ...]) -> Any:

@@ -48,7 +48,19 @@ class FactorState(Protocol):
         ...
 
 
-class FactorStructure(ABC):
+class Solving:
+    """Eigenpairs of small matrices that rounds need: of all layers in one call, so that a GPU waits once."""
+
+    def takes_eigenpairs(self, round: int) -> bool:
+        """Return whether ``advance(carry, answers, round, solved)`` takes them, or else finds them by itself."""
+        return False
+
+    def eigenproblem(self, carry: Any, answers: Any, round: int) -> Any:
+        """Return a symmetric matrix ``[*, k, k]`` or a tree of some, whose ``Eigenpairs`` are ``solved``."""
+        raise NotImplementedError
+
+
+class FactorStructure(Solving, ABC):
     """How one factor is represented, averaged over time and inverted.
 
     Subclass it, as a frozen dataclass, for a custom structure, and give it to ``kronecker``. Required are ``init``,
@@ -176,7 +188,7 @@ class BlockStatistics(Protocol):
         ...
 
 
-class BlockStructure(ABC):
+class BlockStructure(Solving, ABC):
     """How a layer's block of the Fisher matrix is represented.
 
     Attributes:

@@ -19,6 +19,7 @@ from lrkfac.core.base.processes import Among, Processes
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import BlockState, damped_inverse
 from lrkfac.core.curvature.examples import JointStatistics, LayerStatistics
+from lrkfac.core.curvature.phases import Paused, refreshed_in_phases, takes_eigenpairs
 from lrkfac.core.curvature.rounds import Exchange, Undivided, averages_in_rounds
 from lrkfac.core.curvature.stacking import StackError, together
 from lrkfac.core.layers.matrix import split_groups
@@ -62,7 +63,7 @@ def refresh(
     uses = [_uses(block, seen) for block in due]
     try:
         if among is None:
-            new = together(step.refresh, due, dampings, list(zip(averages.values(), uses, strict=True)), sized_by=1)
+            new = refreshed_in_phases(step, due, dampings, list(averages.values()), uses)
         else:
             exchange = division or Undivided(among.processes)
             averages = averages_in_rounds(step, due, averages, uses, dampings, exchange)
@@ -94,11 +95,29 @@ class _Step:
     decay: float | Tensor
     among: Among | None = None
 
-    def refresh(
-        self, block: Block, damping: float | Tensor, average: Any, uses: BlockUses, stacked: bool = False
-    ) -> BlockState:
-        """Return the state after a batch."""
-        return self.inverse(block, damping, self.update(block, damping, average, uses, stacked))
+    def phase(
+        self, start: int, block: Block, damping: float | Tensor, given: Any, uses: BlockUses, stacked: bool = False
+    ) -> BlockState | Paused:
+        """Return the state after a batch, or what there is before the first round from ``start`` on to take eigenpairs.
+
+        ``given`` is the average, or what there was before that round, with its eigenproblems solved.
+        """
+        structure = block.structure
+        if not any(takes_eigenpairs(structure)):
+            return self.inverse(block, damping, self.update(block, damping, given, uses, stacked))
+        if isinstance(given, Paused):
+            carry = structure.advance(given.carry, given.answers, start, given.problem)  # type: ignore[call-arg]
+            start += 1
+        else:
+            carry = structure.begin(given, self.decay)
+        if start < structure.rounds:
+            statistics = self._statistics(block, uses, floating_dtype(carry), stacked, None)
+        for round in range(start, structure.rounds):
+            answers = structure.measure(structure.question(carry, round), statistics, round)
+            if structure.takes_eigenpairs(round):
+                return Paused(carry, answers, structure.eigenproblem(carry, answers, round))
+            carry = structure.advance(carry, answers, round)
+        return self.inverse(block, damping, carry)
 
     def update(
         self, block: Block, damping: float | Tensor, average: Any, uses: BlockUses, stacked: bool = False
@@ -119,11 +138,24 @@ class _Step:
         statistics = self._statistics(block, uses, floating_dtype(question), stacked, None)
         return block.structure.measure(question, statistics, round)
 
-    def advance(
+    def eigenproblem(
         self, round: int, block: Block, damping: float | Tensor, carry: Any, answers: Any, stacked: bool = False
     ) -> Any:
+        """Return the matrices whose eigenpairs ``advance`` takes in a round."""
+        return block.structure.eigenproblem(carry, answers, round)
+
+    def advance(
+        self,
+        round: int,
+        block: Block,
+        damping: float | Tensor,
+        carry: Any,
+        answers: Any,
+        solved: Any = (),
+        stacked: bool = False,
+    ) -> Any:
         """Return what the next round starts from, after the last one the average."""
-        return block.structure.advance(carry, answers, round)
+        return block.structure.advance(carry, answers, round, *([solved] if solved else []))
 
     def inverse(self, block: Block, damping: float | Tensor, average: Any, stacked: bool = False) -> BlockState:
         """Return the state of a new average."""

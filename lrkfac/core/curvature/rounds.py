@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrkfac.core.base.processes import Processes
 from lrkfac.core.curvature.assignment import Block
-from lrkfac.core.curvature.stacking import Work, together
+from lrkfac.core.curvature.stacking import Work, solved_together, together
 
 
 class Exchange(Protocol):
@@ -90,5 +90,10 @@ def averages_in_rounds(
         questions = exchange.to_all(own, now, round)
         answers = of_each(partial(step.measure, round), {i: (questions[i], uses[i]) for i in now}, sized_by=1)
         sums = exchange.summed(answers, now)
-        carries.update(of_each(partial(step.advance, round), {i: (carries[i], one) for i, one in sums.items()}))
+        taking = {i: one for i, one in sums.items() if blocks[i].structure.takes_eigenpairs(round)}
+        problems = of_each(partial(step.eigenproblem, round), {i: (carries[i], one) for i, one in taking.items()})
+        pairs = solved_together([[blocks[i]] for i in problems], list(problems.values()))
+        solved = dict(zip(problems, pairs, strict=True))
+        ready = {i: (carries[i], one, solved.get(i, ())) for i, one in sums.items()}
+        carries.update(of_each(partial(step.advance, round), ready))
     return {blocks[i].name: carry for i, carry in carries.items()}

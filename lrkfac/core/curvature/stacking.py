@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -15,6 +15,7 @@ from lrkfac.core.base.stacks import stacked
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import by_group, packed, signature
 from lrkfac.core.curvature.covariances import WITH_PLAIN_ROWS
+from lrkfac.core.linalg.eigen import ritz_of_all
 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 """Kinds that become grouped convolutions where several layers are mapped over."""
@@ -50,6 +51,77 @@ class StackError(Exception):
         self.blocks = blocks
 
 
+class Stack(NamedTuple):
+    """Equal blocks whose tensors lie along a new leading axis, or a block alone, without one.
+
+    Attributes:
+        numbers: Of the blocks, among all.
+        blocks: The blocks.
+        damping: ``λ``, with a leading axis unless it is ``common`` to all.
+        common: Whether it is.
+    """
+
+    numbers: list[int]
+    blocks: list[Block]
+    damping: float | Tensor
+    common: bool
+
+    def joined(self, each: Sequence[Any]) -> Any:
+        """Return a tree of the stack's tensors from those of all blocks."""
+        trees = [each[i] for i in self.numbers]
+        return trees[0] if len(trees) == 1 else optree.tree_map(lambda *x: stacked(x), *trees)
+
+    def call(self, work: Work, *trees: Any) -> Any:
+        """Call a function for all: by batched operations, or else mapped over; a block alone needs neither.
+
+        Raises:
+            StackError: If a matrix cannot be decomposed.
+        """
+        first = self.blocks[0]
+
+        def of_groups(damping: float | Tensor, *trees: Any) -> Any:
+            return by_group(first, lambda *trees: work(first, damping, *trees))(*trees)
+
+        try:
+            if len(self.blocks) == 1:
+                return of_groups(self.damping, *trees)
+            if _has_plain_rows(first):
+                return work(first, self.damping, *trees, stacked=True)
+            return vmap(of_groups, in_dims=(None if self.common else 0, *[0 for _ in trees]))(self.damping, *trees)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise StackError(self.blocks) from error
+
+    def apart(self, result: Any) -> dict[int, Any]:
+        """Return the tree of each block, by number, from that of the stack."""
+        if len(self.blocks) == 1:
+            return {self.numbers[0]: result}
+        leaves, structure = tree_flatten(result)
+        # Laid out as those of a block alone; what is repeated along an axis stays so.
+        tidy = [x if 0 in x.stride() else x.contiguous() for x in leaves]
+        members = zip(*[x.unbind() for x in tidy], strict=True) if tidy else [()] * len(self.blocks)  # with B = I
+        trees = [tree_unflatten(structure, list(x)) for x in members]
+        return dict(zip(self.numbers, trees, strict=True))
+
+
+def stacks_of(
+    blocks: Sequence[Block],
+    dampings: Mapping[str, float | Tensor],
+    operands: Sequence[tuple[Any, ...]],
+    sized_by: int = 0,
+) -> list[Stack]:
+    """Return all blocks in stacks, which follow from the shapes of the operands alone; see ``together``."""
+    stacks = []
+    for numbers in packed([_candidate(*pair, sized_by) for pair in zip(blocks, operands, strict=True)]):
+        stack = [blocks[i] for i in numbers]
+        each = [dampings[block.name] for block in stack]
+        common, damping = all(one is each[0] for one in each), each[0]
+        if not common:
+            device = tree_leaves(operands[numbers[0]])[0].device
+            damping = torch.stack([torch.as_tensor(one, device=device) for one in each])
+        stacks.append(Stack(numbers, stack, damping, common))
+    return stacks
+
+
 def together(
     work: Work,
     blocks: Sequence[Block],
@@ -58,8 +130,6 @@ def together(
     sized_by: int = 0,
 ) -> list[Any]:
     """Return what a function makes of each block, alike ones stacked.
-
-    What is stacked follows from the shapes of the operands alone.
 
     Args:
         work: The function.
@@ -72,38 +142,25 @@ def together(
         StackError: If a matrix cannot be decomposed.
     """
     results: dict[int, Any] = {}
-    for numbers in packed([_candidate(*pair, sized_by) for pair in zip(blocks, operands, strict=True)]):
-        stack = [blocks[i] for i in numbers]
-        try:
-            of_stack = _of_stack(work, stack, [dampings[block.name] for block in stack], [operands[i] for i in numbers])
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise StackError(stack) from error
-        results.update(zip(numbers, of_stack, strict=True))
+    for stack in stacks_of(blocks, dampings, operands, sized_by):
+        results.update(stack.apart(stack.call(work, *stack.joined(operands))))
     return [results[i] for i in range(len(blocks))]
 
 
-def _of_stack(work: Work, stack: list[Block], each: list[float | Tensor], operands: list[tuple[Any, ...]]) -> list[Any]:
-    """Call a function for equal blocks: by batched operations, or else mapped over; a block alone needs neither."""
-    first = stack[0]
+def solved_together(stacks: Sequence[list[Block]], problems: Sequence[Any]) -> list[Any]:
+    """Return ``ritz_of_all`` of the matrices of several stacks of blocks, or of blocks, each a tree.
 
-    def of_groups(damping: float | Tensor, *trees: Any) -> Any:
-        return by_group(first, lambda *trees: work(first, damping, *trees))(*trees)
-
-    if len(stack) == 1:
-        return [of_groups(each[0], *operands[0])]
-    common = all(one is each[0] for one in each)
-    trees = optree.tree_map(lambda *x: stacked(x), *operands)
-    device = tree_leaves(operands[0])[0].device
-    damping = each[0] if common else torch.stack([torch.as_tensor(one, device=device) for one in each])
-    if _has_plain_rows(first):
-        result = work(first, damping, *trees, stacked=True)
-    else:
-        result = vmap(of_groups, in_dims=(None if common else 0, *[0 for _ in trees]))(damping, *trees)
-    leaves, structure = tree_flatten(result)
-    # Laid out as those of a block alone; what is repeated along an axis stays so.
-    tidy = [x if 0 in x.stride() else x.contiguous() for x in leaves]
-    members = zip(*[x.unbind() for x in tidy], strict=True) if tidy else [()] * len(stack)  # with B = I, no answers
-    return [tree_unflatten(structure, list(x)) for x in members]
+    Raises:
+        StackError: If a matrix cannot be decomposed; with the blocks to which it belongs.
+    """
+    try:
+        solved: list[Any] = ritz_of_all(list(problems))
+        return solved
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        for blocks, own in zip(stacks, problems, strict=True):
+            if not all(bool(x.isfinite().all()) for x in tree_leaves(own)):
+                raise StackError(blocks) from error
+        raise StackError([block for blocks in stacks for block in blocks]) from error
 
 
 def _candidate(block: Block, operands: tuple[Any, ...], sized_by: int) -> tuple[Any, int, int]:

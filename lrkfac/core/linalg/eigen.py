@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import optree
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -122,10 +124,33 @@ def rayleigh_ritz(
     return basis @ rotation[:, order], values[order]
 
 
-def ritz(projected: Float[Tensor, "*many k k"]) -> tuple[Float[Tensor, "*many k"], Float[Tensor, "*many k k"]]:
-    """Return the eigenvalues of ``Qᵀ M Q``, rising, and its eigenvectors."""
-    values, rotation = torch.linalg.eigh(without_subnormal((projected + projected.mT) / 2))
-    return values, rotation
+class Eigenpairs(NamedTuple):
+    """Eigenvalues ``[*, k]`` of symmetric matrices, rising, and their eigenvectors ``[*, k, k]``."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+def ritz(projected: Float[Tensor, "*many k k"]) -> Eigenpairs:
+    """Return the eigenpairs of ``Qᵀ M Q``."""
+    return Eigenpairs(*torch.linalg.eigh(without_subnormal((projected + projected.mT) / 2)))
+
+
+def ritz_of_all(projections: Any) -> Any:
+    """Return a tree with ``ritz`` of each leaf: those of one size in one call, for which a GPU waits once."""
+    leaves, structure = optree.tree_flatten(projections)
+    alike: dict[Any, list[int]] = {}
+    for i, matrix in enumerate(leaves):
+        alike.setdefault((matrix.shape[-1], matrix.dtype, matrix.device), []).append(i)
+    pairs: dict[int, Eigenpairs] = {}
+    for numbers in alike.values():
+        stacks = [leaves[i].flatten(0, -3) if leaves[i].ndim > 2 else leaves[i][None] for i in numbers]
+        values, vectors = ritz(torch.cat(stacks) if len(stacks) > 1 else stacks[0])
+        sizes = [len(stack) for stack in stacks]
+        for i, *both in zip(numbers, values.split(sizes), vectors.split(sizes), strict=True):
+            many = leaves[i].shape[:-2]
+            pairs[i] = Eigenpairs(*[x.unflatten(0, many) if many else x[0] for x in both])
+    return optree.tree_unflatten(structure, [pairs[i] for i in range(len(leaves))])
 
 
 def without_subnormal(matrix: Float[Tensor, "*many k k"]) -> Float[Tensor, "*many k k"]:

@@ -153,7 +153,8 @@ def semidefinite_inverse(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     largest = torch.linalg.matrix_norm(updates.mT @ updates, torch.inf)
     kept = ((1 - _margin(updates)) * (1 + 1 / largest)).clamp(max=1)[..., None]
     lengths = torch.linalg.vector_norm(both, dim=-2).square()  # 1 but for rounding, which grows with d
-    return LowRankPlusDiagonal(scale[..., None] * both[..., :d, :], -kept / lengths, scale.square())
+    vectors = (scale[..., None] * both[..., :d, :]).contiguous()  # as those of every inverse, of one or of a stack
+    return LowRankPlusDiagonal(vectors, -kept / lengths, scale.square())
 
 
 def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:

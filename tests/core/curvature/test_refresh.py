@@ -110,8 +110,8 @@ PROBLEMS = {f"joint, {name}": (partial(deep, 5), structure) for name, structure 
 @pytest.fixture
 def sizes(monkeypatch):
     refreshed, applied = [], []
-    of_stack, of_apply = stacking._of_stack, precondition.apply
-    monkeypatch.setattr(stacking, "_of_stack", lambda f, x, *args: refreshed.append(len(x)) or of_stack(f, x, *args))
+    packed, of_apply = stacking.packed, precondition.apply
+    monkeypatch.setattr(stacking, "packed", lambda x: [refreshed.append(len(one)) or one for one in packed(x)])
     monkeypatch.setattr(precondition, "apply", lambda *args: applied.append(len(args[2])) or of_apply(*args))
     return refreshed, applied
 
@@ -173,13 +173,25 @@ def test_depth_does_not_change_the_number_of_operations(name, make, deeper):
     assert 0 < many <= 1.2 * few
 
 
-def test_the_layer_that_is_not_finite_is_named():
+@pytest.mark.parametrize("name", ["dense", "low rank"])
+def test_the_layer_that_is_not_finite_is_named(name):
     layers, params, evaluate = deep(4)
-    tx, e = precondition_by_fisher(layers, kronecker(dense(), dense())), evaluate(params)
+    tx, e = precondition_by_fisher(layers, STRUCTURES[name]), evaluate(params)
     wrong = {**e.statistics.inputs, "l2": (e.statistics.inputs["l2"][0] * torch.nan,)}
     e = e._replace(statistics=e.statistics._replace(inputs=wrong))
     with pytest.raises(ValueError, match="layer 'l2': no inverse of its factors"):
         tx.update(e.grads, tx.init(params), params, evaluation=e)
+
+
+def test_the_stack_whose_average_is_not_finite_is_named():
+    """Statistics are, so that they do not tell; the eigenpairs of all layers are found in one call."""
+    layers, params, evaluate = deep(4)
+    tx, e = precondition_by_fisher(layers, STRUCTURES["low rank"]), evaluate(params)
+    state = tx.update(e.grads, tx.init(params), params, evaluation=e)[1]
+    bad = optree.tree_map(lambda x: x * torch.nan if x.is_floating_point() else x, state.blocks["out"].average)
+    blocks = state.blocks | {"out": state.blocks["out"]._replace(average=bad)}
+    with pytest.raises(ValueError, match="layer 'out': no inverse of its factors"):
+        tx.update(e.grads, state._replace(blocks=blocks), params, evaluation=e)
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # of torch 2.11

@@ -1,14 +1,17 @@
 """Iterations: orthonormal whatever happens, right where they had time enough; under vmap: laws of structures."""
 
+import optree
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.func import vmap
 
 from lrkfac.core.linalg.bases import pseudo_random
-from lrkfac.core.linalg.eigen import rayleigh_ritz
+from lrkfac.core.linalg.eigen import Eigenpairs, rayleigh_ritz, ritz_of_all
 from lrkfac.linalg import power_iteration, subspace_iteration
 from lrkfac.testing import dtypes, seeds
+from tests.dispatch import Launches
 from tests.tensors import normal
 
 BOTH = pytest.mark.parametrize("iterate", [power_iteration, subspace_iteration])
@@ -88,3 +91,23 @@ def test_what_is_left_of_units_that_died_is_no_harm():
     vectors, values = rayleigh_ritz(lambda v: matrix @ v, torch.eye(7), 7)
     assert_orthonormal(vectors)
     assert values.isfinite().all() and abs(values[0] - 0.059258) < 1e-6
+
+
+def test_matrices_of_one_size_are_decomposed_together():
+    """The eigenpairs of each leaf are its own, also of stacks, of no matrices, under ``vmap`` and in other dtypes."""
+    one, stack, large = normal(3, 3), normal(2, 4, 3, 3), normal(5, 5)
+    tree = [{"a": one, "b": ()}, (stack, large, normal(3, 3).float())]
+
+    def checked(projections, found):
+        for matrix, pairs in zip(optree.tree_leaves(projections), leaves_of(found), strict=True):
+            assert pairs.vectors.shape == matrix.shape and pairs.values.shape == matrix.shape[:-1]
+            whole = (pairs.vectors * pairs.values[..., None, :]) @ pairs.vectors.mT
+            torch.testing.assert_close(whole, (matrix + matrix.mT) / 2)
+
+    leaves_of = lambda x: optree.tree_leaves(x, is_leaf=lambda y: isinstance(y, Eigenpairs))  # noqa: E731
+    with Launches() as counted:
+        checked(tree, ritz_of_all(tree))
+    assert counted.kernels["_linalg_eigh"] == 3
+    many = optree.tree_map(lambda x: torch.stack([x, 2 * x]), tree)
+    checked(many, vmap(ritz_of_all)(many))
+    assert ritz_of_all([(), ()]) == [(), ()]
