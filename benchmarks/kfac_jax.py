@@ -72,14 +72,16 @@ class Child:
         self._errors.close()
 
 
-def measured(size: str, frameworks: Sequence[str], arguments: Namespace) -> dict[str, Any]:
-    """The rows of each framework, whose processes take rounds in turn, one at a time."""
+def measured(size: str, arguments: Namespace) -> dict[str, Any]:
+    """The rows of each framework, whose processes take rounds in turn, one at a time; wide networks take fewer."""
+    frameworks = [JAX, EAGER, *([COMPILED] if size in arguments.compile else [])]
+    repeats = arguments.repeats if size == DIGITS else max(2, arguments.repeats * 512 // max(512, int(size)))
     children: dict[str, Child] = {}
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in frameworks}
     try:
         children |= {name: Child(name, size, arguments) for name in frameworks}
         order = list(frameworks)
-        for _ in range(1 + arguments.repeats):
+        for _ in range(1 + repeats):
             for name in order:
                 answers[name].append(children[name].round())
             order = order[1:] + order[:1]
@@ -95,19 +97,20 @@ def rows_of(framework: str, answers: Sequence[dict[str, Any]]) -> list[dict[str,
     first, *rounds = answers
     rows = []
     for name in first["seconds"]:
-        seconds, of_sgd = ([one["seconds"][which] for one in rounds] for which in (name, SGD))
-        ratios = [[a / b for a, b in zip(*pair, strict=True)] for pair in zip(seconds, of_sgd, strict=True)]
-        again, processors = (
-            statistics.median(values)
-            for values in (map(sum, seconds), (one["processors"][name] for one in rounds))
-        )  # fmt: skip
-        rows.append({
-            "framework": framework, "step": name, "seconds": _plain(seconds), "ratio": _plain(ratios),
-            "refresh seconds": _refresh(seconds), "refresh ratio": _refresh(ratios),
-            "mean ratio": statistics.median(sum(a) / sum(b) for a, b in zip(seconds, of_sgd, strict=True)),
-            "first": sum(first["seconds"][name]) - again, "first, processors": first["processors"][name] - processors,
-            "finite": all(one["finite"][name] for one in answers), "rounds": seconds,
-        })  # fmt: skip
+        row: dict[str, Any] = {"framework": framework, "step": name}
+        for clock, suffix in (("seconds", ""), ("processors", ", processors")):
+            seconds, of_sgd = ([one[clock][which] for one in rounds] for which in (name, SGD))
+            ratios = [[a / b for a, b in zip(*pair, strict=True)] for pair in zip(seconds, of_sgd, strict=True)]
+            again = statistics.median(map(sum, seconds))
+            mean = statistics.median(sum(a) / sum(b) for a, b in zip(seconds, of_sgd, strict=True))
+            found = {
+                "seconds": _plain(seconds), "ratio": _plain(ratios), "refresh seconds": _refresh(seconds),
+                "refresh ratio": _refresh(ratios), "mean ratio": mean, "first": sum(first[clock][name]) - again,
+            }  # fmt: skip
+            row |= {key + suffix: value for key, value in found.items()}
+        row["finite"] = all(one["finite"][name] for one in answers)
+        row["rounds"] = [one["seconds"][name] for one in rounds]
+        rows.append(row)
     return rows
 
 
@@ -162,8 +165,8 @@ def main() -> None:
     add("--batch-size", type=int, default=128, metavar="N", help="examples per batch of a perceptron")
     add("--rank", type=int, default=32, metavar="R", help="of our factors")
     add("--every", type=int, default=10, metavar="K", help="steps per refresh")
-    add("--repeats", type=int, default=5, metavar="N", help="rounds of so many steps that are timed")
-    add("--compile", action="store_true", help="our steps compiled as well")
+    add("--repeats", type=int, default=5, metavar="N", help="rounds of so many steps that are timed up to width 512")
+    add("--compile", nargs="+", default=[], metavar="D", help="of the sizes, those with our steps compiled as well")
     arguments = parser.parse_args()
     for size in arguments.sizes:
         if size != DIGITS and not size.isdecimal():
@@ -176,18 +179,17 @@ def main() -> None:
     console, found = wide_console(), []
     path = arguments.output / f"kfac_jax_{device.type}.json"
     content = {"environment": described, "measured": found}
-    frameworks = [JAX, EAGER, *([COMPILED] if arguments.compile else [])]
     for size in arguments.sizes:
         with console.status(f"measuring {size}"):
-            found.append(measured(size, frameworks, arguments))
+            found.append(measured(size, arguments))
         write_json(path, content)  # what there is, should the rest be interrupted
     title = f"Three hidden layers, batch {arguments.batch_size}; digits autoencoder, batch {DIGITS_BATCH}; float32"
     headings = ["framework", "step", "size", "ms", "/SGD", "refresh", "/SGD", f"mean_of_{arguments.every} /SGD",
-                "first_call [CPU_s]"]  # fmt: skip
+                "CPU_s /SGD", "first_call [CPU_s]"]  # fmt: skip
     rows = [
         [row["framework"], row["step"], one["size"], milliseconds(row, "seconds"), ratio(row, "ratio"),
          milliseconds(row, "refresh seconds"), ratio(row, "refresh ratio"), ratio(row, "mean ratio"),
-         f"{max(0.0, row['first, processors']):.1f}"]
+         ratio(row, "mean ratio, processors"), f"{max(0.0, row['first, processors']):.1f}"]
         for one in found for row in one["rows"]
     ]  # fmt: skip
     console.print(results_table(title, headings, rows))
@@ -197,7 +199,10 @@ def main() -> None:
         for row in one["rows"]:
             if not row["finite"]:
                 console.print(f"{one['size']}: {row['step']} of {row['framework']} diverged", highlight=False)
-    console.print("first call: what the first steps, to the second refresh, take beyond as many later ones")
+    console.print(
+        "CPU s: the mean by seconds of processors, which other work on the machine disturbs less; first call: what the "
+        "first steps, to the second refresh, take beyond as many later ones"
+    )
     console.print(described)
     write_results(path, content, draw(found), console)
 

@@ -24,13 +24,13 @@ KEYS = 100
 
 
 def framework(network: Network, settings: dict[str, Any]) -> Framework:
-    """The statistics of kfac-jax are taken in each step, its default, or whenever the inverses are renewed."""
+    """With kfac-jax's statistics in each step, its default, and whenever the inverses are renewed, as ours are."""
     jax.config.update("jax_platforms", settings["device"])
     every = settings["every"]
     makers: dict[str, Callable[[], Training]] = {SGD: lambda: sgd(network)}
-    for name, options in (("kfac-jax", {}), ("kfac-jax, adaptive", ADAPTIVE)):
-        for period, suffix in ((1, ""), (every, f", statistics every {every}")):
-            makers[name + suffix] = partial(by_kfac, network, period, every, options)
+    makers["dense, statistics in each step"] = partial(by_kfac, network, 1, every, {})
+    makers["dense"] = partial(by_kfac, network, every, every, {})
+    makers["dense, adaptive"] = partial(by_kfac, network, every, every, ADAPTIVE)
     return Framework(makers, {}, jax.block_until_ready, arrays, total)
 
 
@@ -44,7 +44,7 @@ def _array(x: Tensor) -> Any:
 
 
 def params_of(network: Network) -> list[tuple[Any, Any]]:
-    """Weights ``[d_in, d_out]`` and biases in the order of the layers; new arrays, since kfac-jax reuses their memory."""
+    """Weights ``[d_in, d_out]`` and biases by layer; new arrays, since kfac-jax takes their memory for its own."""
     leaves = optree.tree_leaves(network.params)  # by name: each layer's bias, and its weight
     return [(jnp.array(_array(weight.mT)), jnp.array(_array(bias)))
             for bias, weight in zip(leaves[::2], leaves[1::2], strict=True)]  # fmt: skip

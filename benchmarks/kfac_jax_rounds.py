@@ -91,33 +91,33 @@ class Rounds:
 
     def __init__(self, framework: Framework, batches: Iterator[Batch], every: int) -> None:
         self._framework, self._batches, self._every = framework, batches, every
-        self._trainings: dict[str, Training] = {}
+        self.trainings: dict[str, Training] = {}
         self._number = 0
 
     def round(self) -> dict[str, Any]:
-        """Seconds of each step until the next refresh, and of processors for all of them; the first round compiles."""
+        """Seconds of each step until the next refresh, by the clock and of processors; the first round compiles."""
         names, wait = list(self._framework.makers), self._framework.wait
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        processors = dict.fromkeys(names, 0.0)
+        processors: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(self._every):
             batch = wait(self._framework.batch(next(self._batches)))
             for name in names:
                 start, before = time.perf_counter(), _processor_seconds()
-                if name not in self._trainings:
-                    self._trainings[name] = self._framework.makers[name]()
-                wait(self._trainings[name](self._number, batch))
+                if name not in self.trainings:
+                    self.trainings[name] = self._framework.makers[name]()
+                wait(self.trainings[name](self._number, batch))
                 seconds[name].append(time.perf_counter() - start)
-                processors[name] += _processor_seconds() - before
+                processors[name].append(_processor_seconds() - before)
             names = names[1:] + names[:1]
             self._number += 1
         total = self._framework.total
-        finite = {name: math.isfinite(total(training.params)) for name, training in self._trainings.items()}
+        finite = {name: math.isfinite(total(training.params)) for name, training in self.trainings.items()}
         return {"seconds": seconds, "processors": processors, "finite": finite, "missing": self._framework.missing}
 
 
 def _processor_seconds() -> float:
     """Of this process and of those that it has waited for, such as compilers."""
-    return sum(os.times()[:4])
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def main() -> None:

@@ -9,14 +9,17 @@ import struct
 import sys
 
 import numpy as np
+import optree
 import pytest
 import torch
 
 import lrkfac
-from benchmarks import time_to_loss
+from benchmarks import kfac_jax, time_to_loss
 from benchmarks.alive import alive_at_peak
 from benchmarks.common import interleaved, median_ratios, peak_bytes, write_json
 from benchmarks.data import read_idx, training_images
+from benchmarks.kfac_jax_in_torch import framework, sgd
+from benchmarks.kfac_jax_rounds import Rounds, network
 from benchmarks.methods import GRID_SIZE, METHODS
 from benchmarks.problems import PROBLEMS
 from benchmarks.robustness import trained
@@ -153,6 +156,74 @@ def test_the_command_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
     assert {line.label: len(line.runs) for line in lines(second)}["SGD, Nesterov momentum"] == 2
     assert path.with_suffix(".png").stat().st_size > 1000
     assert table(PROBLEMS["regression"](None, "relu"), second).row_count == 4
+
+
+# kfac-jax ----------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_of_the_steps_beside_and_the_first_round_is_apart():
+    """Three steps a round, of which the first refreshes; the first round also compiles for a second."""
+    rounds = [{"SGD": [1.0, 1.0, 2.0], "K-FAC": [x, 2.0, 4.0]} for x in (10.0, 9.0, 9.0)]
+    answers = [{"seconds": one, "processors": one, "finite": {"SGD": True, "K-FAC": True}} for one in rounds]
+    sgd_row, row = kfac_jax.rows_of("torch", answers)
+    assert (row["ratio"], row["refresh ratio"], row["mean ratio"], row["first"]) == (2.0, 9.0, 15 / 4, 1.0)
+    assert (row["seconds"], row["refresh seconds"], sgd_row["seconds"], sgd_row["mean ratio"]) == (3.0, 9.0, 1.5, 1.0)
+
+
+def test_a_round_trains_by_every_method_to_the_next_refresh():
+    some = network("8", 4, CPU)
+    settings = {"framework": "torch", "every": 2, "rank": 2, "device": "cpu"}
+    rounds = Rounds(framework(some._replace(module=None), settings), some.batches, 2)
+    for _ in range(2):
+        answer = rounds.round()
+        assert set(answer["seconds"]) == {"SGD", "rank 2", "rank 2, adaptive", "dense"} == set(answer["finite"])
+        assert all(len(of_name) == 2 and min(of_name) > 0 for of_name in answer["seconds"].values())
+        assert all(answer["finite"].values())
+    for training in rounds.trainings.values():
+        assert all((training.params[name] != x).any() for name, x in some.params.items())
+
+
+def test_without_kfac_jax_the_command_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(kfac_jax, "MISSING", f"needs jax and kfac-jax: {kfac_jax.INSTALL}")
+    monkeypatch.setattr(sys, "argv", ["kfac_jax"])
+    with pytest.raises(SystemExit, match="pip install jax git"):
+        kfac_jax.main()
+
+
+@pytest.mark.skipif(bool(kfac_jax.MISSING), reason=kfac_jax.MISSING)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what kfac-jax imports
+@pytest.mark.parametrize("size", ["8", "digits"])
+def test_both_frameworks_take_the_same_step_on_the_same_batch(size):
+    import jax
+
+    from benchmarks import kfac_jax_in_jax as in_jax
+
+    some = network(size, 4, CPU)
+    some = some._replace(params=optree.tree_map(torch.Tensor.double, some.params))
+    inputs, targets = next(some.batches)
+    batch = (inputs.double(), targets.double() if targets.is_floating_point() else targets)
+    with jax.enable_x64(True):
+        found, expected = in_jax.sgd(some)(0, in_jax.arrays(batch)), sgd(some)(0, batch)
+        start = in_jax.params_of(some)
+    leaves = optree.tree_leaves(expected)
+    for (weight, bias), (old, _), of_bias, of_weight in zip(found, start, leaves[::2], leaves[1::2], strict=True):
+        np.testing.assert_allclose(weight, of_weight.mT.numpy(), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(bias, of_bias.numpy(), rtol=1e-10, atol=1e-12)
+        assert np.abs(weight - old).max() > 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(kfac_jax.MISSING), reason=kfac_jax.MISSING)
+def test_kfac_jax_is_timed_beside_ours(tmp_path, monkeypatch, capsys):
+    arguments = f"kfac_jax --sizes 8 --batch-size 4 --rank 2 --every 2 --repeats 2 --output {tmp_path}"
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    kfac_jax.main()
+    out = capsys.readouterr().out
+    assert "diverged" not in out and "dense, adaptive" in out
+    (of_size,) = json.loads((tmp_path / "kfac_jax_cpu.json").read_text())["measured"]
+    rows = {(row["framework"], row["step"]): row for row in of_size["rows"]}
+    assert rows["JAX", "dense"]["first"] > 1 and rows["JAX", "SGD"]["mean ratio"] == 1
+    assert {("JAX", "dense, statistics in each step"), ("JAX", "dense, adaptive"), ("torch", "rank 2")} <= set(rows)
 
 
 # Data and measurement ----------------------------------------------------------------------------------
