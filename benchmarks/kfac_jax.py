@@ -49,6 +49,7 @@ class Child:
         }}  # fmt: skip
         # So that code is made in this process and its children, whose processors' time counts, and never found.
         variables = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        variables["NPROC"] = str(arguments.threads)  # for XLA, which takes all processors otherwise
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", CHILD, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -123,9 +123,8 @@ def _processor_seconds() -> float:
 def main() -> None:
     """The child's work."""
     settings = json.loads(sys.argv[1])
-    threads, replies = settings["threads"], sys.stdout
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # XLA has a thread for each of these
-    torch.set_num_threads(threads)
+    replies = sys.stdout
+    torch.set_num_threads(settings["threads"])
     with redirect_stdout(sys.stderr):  # libraries may print
         some = network(settings["size"], settings["batch_size"], torch.device(settings["device"]))
         module = "kfac_jax_in_jax" if settings["framework"] == JAX else "kfac_jax_in_torch"
