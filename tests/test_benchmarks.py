@@ -19,6 +19,7 @@ from benchmarks.alive import alive_at_peak
 from benchmarks.common import interleaved, median_ratios, peak_bytes, write_json
 from benchmarks.data import read_idx, training_images
 from benchmarks.kfac_jax_in_torch import framework, sgd
+from benchmarks.kfac_jax_report import rows_of
 from benchmarks.kfac_jax_rounds import Rounds, network
 from benchmarks.methods import GRID_SIZE, METHODS
 from benchmarks.problems import PROBLEMS
@@ -165,7 +166,7 @@ def test_ratios_are_of_the_steps_beside_and_the_first_round_is_apart():
     """Three steps a round, of which the first refreshes; the first round also compiles for a second."""
     rounds = [{"SGD": [1.0, 1.0, 2.0], "K-FAC": [x, 2.0, 4.0]} for x in (10.0, 9.0, 9.0)]
     answers = [{"seconds": one, "processors": one, "finite": {"SGD": True, "K-FAC": True}} for one in rounds]
-    sgd_row, row = kfac_jax.rows_of("torch", answers)
+    sgd_row, row = rows_of("torch", answers)
     assert (row["ratio"], row["refresh ratio"], row["mean ratio"], row["first"]) == (2.0, 9.0, 15 / 4, 1.0)
     assert (row["seconds"], row["refresh seconds"], sgd_row["seconds"], sgd_row["mean ratio"]) == (3.0, 9.0, 1.5, 1.0)
 
@@ -218,8 +219,10 @@ def test_kfac_jax_is_timed_beside_ours(tmp_path, monkeypatch, capsys):
     arguments = f"kfac_jax --sizes 8 --batch-size 4 --rank 2 --every 2 --repeats 2 --output {tmp_path}"
     monkeypatch.setattr(sys, "argv", arguments.split())
     kfac_jax.main()
+    monkeypatch.setattr(sys, "argv", [*arguments.split(), "--report", "--clock", "cpu"])
+    kfac_jax.main()
     out = capsys.readouterr().out
-    assert "diverged" not in out and "dense, adaptive" in out
+    assert "diverged" not in out and out.count("dense, adaptive") == 2
     (of_size,) = json.loads((tmp_path / "kfac_jax_cpu.json").read_text())["measured"]
     rows = {(row["framework"], row["step"]): row for row in of_size["rows"]}
     assert rows["JAX", "dense"]["first"] > 1 and rows["JAX", "SGD"]["mean ratio"] == 1
