@@ -67,7 +67,7 @@ def draw(found: Sequence[dict[str, Any]], clock: str) -> Figure:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.set_xlabel("width")
-    axis.set_ylabel("mean time of a step / SGD step of the framework")
+    axis.set_ylabel("mean step / SGD step of its framework")
     axis.spines[["top", "right"]].set_visible(False)
     if names:
         axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(0, -0.15), ncols=2, frameon=False)
