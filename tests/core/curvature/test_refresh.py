@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lrkfac
 from lrkfac import precondition_by_fisher
 from lrkfac.core.base.lazy import LazyMatrix
-from lrkfac.core.curvature import precondition, stacking
+from lrkfac.core.curvature import phases, precondition, refresh, stacking
 from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, unit_wise
 
 STRUCTURES = {
@@ -171,6 +171,25 @@ def test_depth_does_not_change_the_number_of_operations(name, make, deeper):
     of = lambda depth, statistics: operations_of(*make(depth), STRUCTURES[name], statistics, Operations())  # noqa: E731
     few, many = (of(depth, True) - of(depth, False) for depth in (4, deeper))
     assert 0 < many <= 1.2 * few
+
+
+def recurrent():
+    """A weight that is used twice, and one of another size."""
+    draw = drawing(1)
+    params = {"w": draw(6, 6) / 3, "out": draw(5, 6)}
+    model = lambda p, x: F.linear(torch.tanh(F.linear(torch.tanh(F.linear(x, p["w"])), p["w"])), p["out"])  # noqa: E731
+    return problem(model, params, draw, (4, 6))
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (3, 2), (2, 1)])
+@pytest.mark.parametrize("make", [partial(deep, 5), partial(convolutions, 3, groups=2), recurrent])
+def test_phases_lead_to_what_updates_do(monkeypatch, make, steps):
+    """Between phases the eigenpairs of all layers are found together; factors differ in how often they need some."""
+    structure = kronecker(low_rank(1, iterations=steps[0]), low_rank_plus_diagonal(1, iterations=steps[1]))
+    found = run(*make(), structure)
+    for module in (phases, refresh):
+        monkeypatch.setattr(module, "takes_eigenpairs", lambda structure: [])
+    close(found, run(*make(), structure))
 
 
 @pytest.mark.parametrize("name", ["dense", "low rank"])
