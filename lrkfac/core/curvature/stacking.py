@@ -114,7 +114,8 @@ def stacks_of(
     for numbers in packed([_candidate(*pair, sized_by) for pair in zip(blocks, operands, strict=True)]):
         stack = [blocks[i] for i in numbers]
         each = [dampings[block.name] for block in stack]
-        common, damping = all(one is each[0] for one in each), each[0]
+        common = all(one is each[0] for one in each)
+        damping = each[0]
         if not common:
             device = tree_leaves(operands[numbers[0]])[0].device
             damping = torch.stack([torch.as_tensor(one, device=device) for one in each])

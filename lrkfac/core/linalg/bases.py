@@ -46,12 +46,16 @@ def orthonormal_by_cholesky(columns: Float[Tensor, "*many d k"]) -> Float[Tensor
     limits = torch.finfo(torch.float64)
     rows = columns.mT.to(torch.float64)
     lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    generic = pseudo_random(d, k, torch.zeros((), dtype=torch.int64, device=columns.device)).mT * (3 / d) ** 0.5
-    moved = torch.where(lengths > 0, torch.finfo(columns.dtype).eps, 1.0)
-    rows = torch.addcmul(rows / torch.where(lengths > 0, lengths, 1.0), moved, generic.to(rows.dtype))
+    known = lengths > 0
+    # Without order to the eye, in few operations: the digits of sines from the tenth on. Other rounding is no harm.
+    places = torch.arange(1, d * k + 1, dtype=rows.dtype, device=rows.device)
+    generic = torch.frac(1e9 * torch.sin(places)).reshape(k, d)
+    moved = torch.where(known, torch.finfo(columns.dtype).eps, 1.0) * (3 / d) ** 0.5
+    rows = torch.addcmul(rows / torch.where(known, lengths, 1.0), moved, generic)
     identity = torch.eye(k, dtype=rows.dtype, device=rows.device)
     for shift in (4 * k * (d + k) * limits.eps, 0.0):
-        factor = torch.linalg.cholesky_ex(rows @ rows.mT + shift * identity).L
+        products = rows @ rows.mT
+        factor = torch.linalg.cholesky_ex(products + shift * identity if shift else products).L
         rows = torch.linalg.solve_triangular(factor, identity.expand(factor.shape), upper=False) @ rows
     return rows.to(columns.dtype).mT
 
