@@ -158,14 +158,13 @@ def main() -> None:
             for way in arguments.ways:
                 with console.status(f"{way}, {chain}, {depth} layers"):
                     found.append(in_child(arguments.threads, way=way, chain=chain, depth=depth, **options))
+                write_json(arguments.output / "compile_cpu.json", {"environment": described, "ways": found})
     title = f"Width {arguments.width}, batch {arguments.batch_size}, rank {arguments.rank}, float32"
     headings = ["compiled", "chain", "layers", "graphs", "first_refresh [CPU s]", "first_plain [CPU s]", "both [CPU s]"]
     headings += ["plain [ms]", "refresh [ms]", "plain /eager", "refresh /eager"]
     console.print(results_table(title, headings, [row(one) for one in found]))
     console.print(described)
-    path = arguments.output / "compile_cpu.json"
-    write_json(path, {"environment": described, "ways": found})
-    written(path, console)
+    written(arguments.output / "compile_cpu.json", console)
 
 
 if __name__ == "__main__":
