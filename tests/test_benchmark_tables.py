@@ -1,5 +1,6 @@
 """The benchmark tables: each command runs at a tiny size and counts what it says; the state is as small as promised."""
 
+import functools
 import json
 import sys
 from functools import partial
@@ -7,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks import compile as compiling
 from benchmarks import convolutions, depth, memory, memory_steps, quality, refresh, step, transformer
 from benchmarks.common import held_bytes
 from benchmarks.depth import dispatched, per_layer
@@ -186,3 +188,15 @@ def test_steps_start_from_the_same_parameters_and_change_nothing():
     first, _, second = ours.plain()[0], ours.refresh(), ours.plain()[0]
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(map(torch.equal, before, work.module.parameters()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way, graphs", [("eager", 0), ("plain steps alone", 1), ("evaluate alone", 2)])
+def test_each_way_of_compiling_takes_steps_and_is_counted(way, graphs, monkeypatch):
+    """Traced alone; the C++ compiler takes minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    found = compiling.measured(way, "low_rank_kfac", depth=2, width=8, batch_size=4, rank=2, repeats=2)
+    assert found["graphs"] == graphs and all(ratio > 0 for ratio in found["ratios"].values())
+    assert found["seconds"]["plain"] > (0.1 if graphs else 0) and len(compiling.row(found)) == 11
