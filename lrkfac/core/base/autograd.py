@@ -6,6 +6,7 @@ that on all before it. Transformations of ``torch.func`` ask by themselves: insi
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,8 +21,25 @@ from lrkfac.core.base.types import Tree
 
 
 def recording(asked: bool) -> AbstractContextManager[Any]:
-    """Return a context in which autograd records nothing, unless it is asked to, or ``torch.func`` differentiates."""
+    """Return a context in which autograd records nothing, unless it is asked to, or ``torch.func`` differentiates.
+
+    Raises:
+        RuntimeError: Under ``torch.inference_mode`` with a torch whose derivatives are then zero.
+    """
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and forgets_derivatives():
+        raise RuntimeError(
+            "torch.inference_mode: derivatives by torch.func are zero within it in this version of torch; use "
+            "torch.no_grad, or a newer torch"
+        )
     return nullcontext() if asked or is_differentiated() else torch.no_grad()
+
+
+@functools.cache
+def forgets_derivatives() -> bool:
+    """Return whether derivatives by ``torch.func`` under ``torch.inference_mode`` are zero: in torch 2.11 they are."""
+    with torch.inference_mode():
+        slope: Tensor = torch.func.grad(torch.square)(torch.ones(()))
+        return not bool(slope)
 
 
 def constant_unless(followed: Tree, x: Tree) -> Tree:

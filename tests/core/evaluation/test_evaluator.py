@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lrkfac
 from lrkfac import evaluator, find_layers
+from lrkfac.core.base import autograd
 from lrkfac.core.curvature import covariances
 from lrkfac.core.layers.matrix import split_groups
 from lrkfac.testing import gradients
@@ -188,3 +189,25 @@ def test_odd_tensors_just_work(case, of_param, of_inputs, estimator):
     if estimator != "mc":
         close(factors(case, result), reference_networks.factors(case, estimator))
     close((case.params, case.inputs, case.targets), before)
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_derivatives_that_would_be_zero_are_refused(forgets, monkeypatch):
+    """Under torch.inference_mode in torch 2.11; with other versions they are what they are elsewhere."""
+    params, x, y = {"w": torch.ones(3, 2)}, torch.ones(4, 2), torch.zeros(4, 3)
+
+    def model(params, x):
+        return x @ params["w"].T
+
+    evaluate = lrkfac.evaluator(model, lrkfac.gaussian(), lrkfac.find_layers(model, params, x))
+    outside = evaluate(params, x, y)
+    really = autograd.forgets_derivatives()
+    monkeypatch.setattr(autograd, "forgets_derivatives", lambda: forgets or really)
+    with torch.inference_mode():
+        if forgets or really:
+            for call in (lambda: evaluate(params, x, y), lambda: outside.quadratic(params, params)):
+                with pytest.raises(RuntimeError, match=r"torch.inference_mode.*zero.*torch.no_grad"):
+                    call()
+        else:
+            assert torch.equal(evaluate(params, x, y).grads["w"], outside.grads["w"]) and outside.grads["w"].any()
+            assert outside.quadratic(params, params) > 0
