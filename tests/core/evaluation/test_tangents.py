@@ -15,7 +15,7 @@ WIDE, BATCH, CLASSES = 40, 4, 3
 
 def perceptron():
     return nn.Sequential(
-        nn.Linear(WIDE, WIDE), nn.ReLU(inplace=True), nn.LayerNorm(WIDE), nn.Linear(WIDE, WIDE, bias=False),
+        nn.Linear(WIDE, WIDE), nn.ELU(inplace=True), nn.LayerNorm(WIDE), nn.Linear(WIDE, WIDE, bias=False),
         nn.Tanh(), nn.Linear(WIDE, WIDE), nn.Sigmoid(), nn.Linear(WIDE, CLASSES),
     )  # fmt: skip
 
