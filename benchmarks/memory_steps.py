@@ -22,7 +22,7 @@ import lrkfac
 from benchmarks.common import held_bytes, printed_by_child, resident, results_table
 from benchmarks.networks import Work, mean_loss, perceptron
 from benchmarks.ratios import DAMPING, RATE, Functional
-from lrkfac.transforms.precondition import PreconditionState
+from lrkfac.transforms.precondition_state import PreconditionState
 
 MODULE = "benchmarks.memory_steps"
 SGD, IN_PLACE, ADAM, LOW_RANK, DENSE = "SGD, momentum", "torch.optim.SGD", "Adam", "low-rank K-FAC", "dense K-FAC"

@@ -18,7 +18,7 @@ from benchmarks.common import interleaved, median_ratios, peak_bytes
 from benchmarks.floors import Rates, cost
 from benchmarks.libraries import steps_of_libraries
 from benchmarks.networks import Work, mean_loss
-from lrkfac.transforms.precondition import PreconditionState
+from lrkfac.transforms.precondition_state import PreconditionState
 
 SGD, MOMENTUM, DENSE, ADAPTIVE = "SGD", "SGD, momentum", "dense K-FAC", "adaptive"
 GRADIENT, EMPIRICAL = "gradient", "gradient, empirical statistics"

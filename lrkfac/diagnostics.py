@@ -22,7 +22,7 @@ from lrkfac.core.curvature.spectra import SIDES, WHOLE
 from lrkfac.core.layers.description import Layer, Layers, check_layers
 from lrkfac.core.layers.matrix import layer_matrix
 from lrkfac.transforms.hyperparameters import HyperparametersState
-from lrkfac.transforms.precondition import PreconditionState
+from lrkfac.transforms.precondition_state import PreconditionState
 from lrkfac.transforms.quadratic_model import QuadraticModelState
 from lrkfac.transforms.robust import ApplyIfFiniteState
 
