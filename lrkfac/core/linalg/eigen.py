@@ -146,6 +146,7 @@ def ritz_of_all(projections: Any) -> Any:
     for numbers in alike.values():
         stacks = [leaves[i].flatten(0, -3) if leaves[i].ndim > 2 else leaves[i][None] for i in numbers]
         values, vectors = ritz(torch.cat(stacks) if len(stacks) > 1 else stacks[0])
+        vectors = vectors.contiguous()  # rounding of their products depends on it: of one matrix as of that in a stack
         sizes = [len(stack) for stack in stacks]
         for i, *both in zip(numbers, values.split(sizes), vectors.split(sizes), strict=True):
             many = leaves[i].shape[:-2]
