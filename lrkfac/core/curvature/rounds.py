@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrkfac.core.base.processes import Processes
 from lrkfac.core.curvature.assignment import Block
-from lrkfac.core.curvature.stacking import Work, solved_together, together
+from lrkfac.core.curvature.stacking import Work, solved_together, stacks_of, together
 
 
 class Exchange(Protocol):
@@ -90,10 +90,23 @@ def averages_in_rounds(
         questions = exchange.to_all(own, now, round)
         answers = of_each(partial(step.measure, round), {i: (questions[i], uses[i]) for i in now}, sized_by=1)
         sums = exchange.summed(answers, now)
-        taking = {i: one for i, one in sums.items() if blocks[i].structure.takes_eigenpairs(round)}
-        problems = of_each(partial(step.eigenproblem, round), {i: (carries[i], one) for i, one in taking.items()})
-        pairs = solved_together([[blocks[i]] for i in problems], list(problems.values()))
-        solved = dict(zip(problems, pairs, strict=True))
+        taking = {i: (carries[i], x) for i, x in sums.items() if blocks[i].structure.takes_eigenpairs(round)}
+        solved = _eigenpairs(partial(step.eigenproblem, round), blocks, taking, dampings)
         ready = {i: (carries[i], one, solved.get(i, ())) for i, one in sums.items()}
         carries.update(of_each(partial(step.advance, round), ready))
     return {blocks[i].name: carry for i, carry in carries.items()}
+
+
+def _eigenpairs(
+    work: Work, blocks: Sequence[Block], operands: Mapping[int, tuple[Any, ...]], dampings: Mapping[str, float | Tensor]
+) -> dict[int, Any]:
+    """Return the eigenpairs of the matrices that a function makes of some blocks, by number.
+
+    In the order of one process, since the rounding of an eigenvector depends on where its matrix lies in memory. It
+    decides where all eigenvalues are equal, as without gradients.
+    """
+    numbers = list(operands)
+    stacks = stacks_of([blocks[i] for i in numbers], dampings, list(operands.values()))
+    problems = [stack.call(work, *stack.joined(list(operands.values()))) for stack in stacks]
+    pairs = solved_together([stack.blocks for stack in stacks], problems)
+    return {numbers[i]: one for stack, x in zip(stacks, pairs, strict=True) for i, one in stack.apart(x).items()}
