@@ -295,4 +295,5 @@ class ScaleByQuadraticModel:
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
     """Return ``x[index]`` for an index ``[1]``, without asking for its value."""
-    return x[0] if len(x) == 1 else x.index_select(0, index)[0]
+    same = len(x) == 1 or x.stride(0) == 0  # as averages are, which do not depend on a damping
+    return x[0] if same else x.index_select(0, index)[0]

@@ -70,12 +70,49 @@ def test_rows_are_the_tree():
         "b": torch.randn(LARGE // 16, 16),
         "c": torch.randn(2, 2).half(),
         "d": torch.randn(LARGE),
+        "e": torch.randn(()),
+        "f": torch.randn(0, 2),
     }
     rows = as_rows(tree)
-    assert [len(row) for row in rows] == [7, LARGE, LARGE] and all(row.dtype == torch.float32 for row in rows)
+    assert [len(row) for row in rows] == [8, LARGE, LARGE] and all(row.dtype == torch.float32 for row in rows)
     assert rows[1].data_ptr() == tree["b"].data_ptr()
     close(from_rows(rows, tree), tree, rtol=0, atol=0)
     large = {"b": tree["b"]}
     close(from_rows(as_rows(large), large), large, rtol=0, atol=0)
     pairs = as_rows(optree.tree_map(lambda x: torch.stack([x, 2 * x]), tree), stacked=True)
     close(tuple(x[1] for x in pairs), tuple(2 * x for x in rows))
+
+
+def test_a_parameter_that_is_a_number_is_stepped():
+    params, x, y = {"w": torch.eye(3), "scale": torch.ones(())}, torch.randn(8, 3), torch.randint(3, (8,))
+    model = lambda params, x: params["scale"].exp() * x @ params["w"].T  # noqa: E731
+    layers = lrkfac.find_layers(model, params, x)
+    evaluate, tx = lrkfac.evaluator(model, lrkfac.categorical(), layers), lrkfac.adaptive_low_rank_kfac(layers)
+    state, first = tx.init(params), evaluate(params, x, y).loss
+    for statistics in (True, False, True):
+        e = evaluate(params, x, y, statistics=statistics)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        assert updates["scale"].shape == () and updates["scale"] != 0
+        params = lrkfac.apply_updates(params, updates)
+    assert e.loss < first
+
+
+def test_a_step_is_remembered_where_bad_batches_give_no_direction():
+    """The clip that follows the preconditioner makes NaN of all of it; the second failure still takes the step back."""
+    model, params = network()
+    layers = lrkfac.find_layers(model, params, torch.zeros(6, 280).double())
+    evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers)
+    precondition = lrkfac.chain(lrkfac.precondition_by_fisher(layers), lrkfac.clip_by_kl(1.0, 0.1))
+    tx = lrkfac.scale_by_quadratic_model(precondition)
+    state = tx.init(params)
+    for (x, y, _), statistics in zip(batches(2), (True, False), strict=True):
+        e = evaluate(params, x, y, statistics=statistics)
+        updates, state = tx.update(e.grads, state, params, evaluation=e)
+        params = lrkfac.apply_updates(params, updates)
+    bad = evaluate(params, x * float("nan"), y, statistics=False)
+    nothing, once = tx.update(bad.grads, state, params, evaluation=bad)
+    close(nothing, optree.tree_map(torch.zeros_like, nothing), rtol=0, atol=0)
+    close(once.last, state.last, rtol=0, atol=0)
+    back, twice = tx.update(bad.grads, once, params, evaluation=bad)
+    close(back, optree.tree_map(torch.neg, updates), rtol=0, atol=0)
+    assert twice.rejected == 1 and any(leaf.any() for leaf in back.values())

@@ -48,8 +48,10 @@ def tree_unflatten(structure: Any, leaves: Iterable[Any]) -> Any:
 
 
 def leaves_like(structure: Any, tree: Tree) -> list[Any]:
-    """Return the leaves of a tree of a structure; under the compiler, which compares none, of any with as many."""
-    return tree_leaves(tree) if torch.compiler.is_compiling() else structure.flatten_up_to(tree)
+    """Return the leaves of a tree of a structure, in its order."""
+    if not torch.compiler.is_compiling():
+        return structure.flatten_up_to(tree)
+    return tree_leaves(tree) if _same(structure, tree) else optree.tree_structure(structure).flatten_up_to(tree)
 
 
 def same_structure(x: Any, y: Any) -> bool:

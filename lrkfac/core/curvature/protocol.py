@@ -49,7 +49,7 @@ class FactorState(Protocol):
 
 
 class Solving:
-    """Eigenpairs of small matrices that rounds need: of all layers in one call, so that a GPU waits once."""
+    """Eigenpairs of small matrices that rounds need: of all layers in one call for each size."""
 
     def takes_eigenpairs(self, round: int) -> bool:
         """Return whether ``advance(carry, answers, round, solved)`` takes them, or else finds them by itself."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.base.leaves import tree_flatten, tree_leaves, tree_unflatten
+from lrkfac.core.base.private_torch import is_transformed
 from lrkfac.core.base.stacks import stacked
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import by_group, packed, signature
@@ -159,7 +160,7 @@ def solved_together(stacks: Sequence[list[Block]], problems: Sequence[Any]) -> l
         return solved
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         for blocks, own in zip(stacks, problems, strict=True):
-            if not all(bool(x.isfinite().all()) for x in tree_leaves(own)):
+            if any(not is_transformed(x) and not bool(x.isfinite().all()) for x in tree_leaves(own)):
                 raise StackError(blocks) from error
         raise StackError([block for blocks in stacks for block in blocks]) from error
 

@@ -183,7 +183,7 @@ class Evaluator:
         rows = backward.rows
         if not empirical:  # the rows of the loss make room for those of the estimator
             rows = {name: (uses, ()) for name, (uses, _) in rows.items()}
-        return objective, backward.loss, gradients, captured, rows, ThinPass.of(self.layers, thin, captured)
+        return objective, backward.loss, gradients, captured, rows, ThinPass.of(self.layers, thin, captured, params)
 
     def _counted(self, captured: Captured, targets: list[Tensor], turn: Turn | None) -> Objective:
         """Return the objective, with the totals of a joint batch where this is a part of one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -126,9 +125,13 @@ class FisherProducts:
 
     def _curved_changes(self, tangents: Sequence[Tree]) -> tuple[list[Tensor], list[Tensor]]:
         """Return ``J tangent`` and ``H J tangent`` of all tangents: one by one where the model cannot be mapped."""
-        if self.thin is not None:
-            with suppress(NotImplementedError, RuntimeError):  # which then come below, if at all
+        if self.thin is not None and self.thin.fits(self.params):
+            try:
                 return self.thin.along(self.objective, self.params, self.inputs, tangents, self._curved)
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, RuntimeError):
+                pass  # of a model that cannot be mapped, or whose layers take another way: it comes below, if at all
         if not self.layers.autograd:
             try:
                 return vmap(self._curved_change)(optree.tree_map(lambda *x: torch.stack(x), *tangents))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from lrkfac.core.base.dtypes import widest
+from lrkfac.core.base.private_torch import version
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.capture import Captured
 from lrkfac.core.evaluation.objective import Objective
@@ -34,14 +35,16 @@ class ThinPass:
     Attributes:
         layers: All layers of the model.
         recorded: The use of each layer, by name.
+        versions: How often each parameter had been changed in place.
     """
 
     layers: Layers
     recorded: Mapping[str, Recorded]
+    versions: list[int]
 
     @staticmethod
-    def of(layers: Layers, thin: Sequence[Layer], captured: Captured) -> ThinPass | None:
-        """Return what is known from a captured pass; ``None`` where nothing is."""
+    def of(layers: Layers, thin: Sequence[Layer], captured: Captured, params: Tree) -> ThinPass | None:
+        """Return what is known from a captured pass with these parameters; ``None`` where nothing is."""
         plain = [one for one in thin if not one.mapped and one.options[0] == LinearOptions()]
         if not plain or layers.autograd or torch.compiler.is_compiling():
             return None
@@ -50,7 +53,11 @@ class ThinPass:
             name: Recorded(captured.recorded[source][use], captured.results[source][use])
             for name, (source, use) in sites.items()
         }
-        return ThinPass(layers, uses)
+        return ThinPass(layers, uses, _versions(params))
+
+    def fits(self, params: Tree) -> bool:
+        """Return whether the parameters are still those of the forward pass: a module's step changes them in place."""
+        return self.versions == _versions(params)
 
     def along(
         self, objective: Objective, params: Tree, inputs: Tree, tangents: Sequence[Tree], function: Callable[..., Any]
@@ -90,3 +97,7 @@ class ThinPass:
 
         weight = layer_matrix(layer, leaves).weight
         return KnownUse(output, weight, torch.stack([change(tangent) for tangent in tangents]))
+
+
+def _versions(params: Tree) -> list[int]:
+    return [0 if leaf.is_inference() else version(leaf) for leaf in optree.tree_leaves(params)]

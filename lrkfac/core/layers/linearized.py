@@ -59,6 +59,10 @@ class Linearized(Follow):
         change, of_input = use.change, forward_ad.unpack_dual(call.input).tangent
         if of_input is not None:
             change = change + F.linear(of_input, use.weight).to(change.dtype)
+        # A bias that is not joint with the weight, such as one of several layers, is no constant.
+        of_bias = None if call.bias is None else forward_ad.unpack_dual(call.bias).tangent
+        if of_bias is not None:
+            change = change + of_bias.to(change.dtype)
         return forward_ad.make_dual(use.output.clone(), change)  # which the model may change in place
 
 

@@ -3,6 +3,7 @@
 import optree
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import grad, vmap
 
@@ -51,7 +52,32 @@ def inner(params, x):
     return (torch.tanh(x @ params["v"] + params["b"]) + vmap(grad(energy))(x)) @ params["w"].T
 
 
+def tied_bias(params, x):
+    """A bias of two layers, which is none of theirs."""
+    hidden = F.linear(torch.tanh(F.linear(x, params["u"], params["b"])), params["v"], params["b"])
+    return torch.tanh(hidden) @ params["w"].T
+
+
+def bias_elsewhere(params, x):
+    """A bias that has another use."""
+    return torch.tanh(F.linear(x, params["u"], params["b"])) * params["b"].exp() @ params["w"].T
+
+
+def computed_bias(params, x):
+    """A bias that is made of parameters."""
+    return torch.tanh(F.linear(x, params["u"], params["b"] * params["v"].sum(0))) @ params["w"].T
+
+
+def added_by_the_network(params, x):
+    """A term of addmm that depends on the input."""
+    return torch.addmm(torch.tanh(x @ params["v"]), x.sin(), params["u"].T).tanh() @ params["w"].T
+
+
 MODELS = {
+    "tied bias": (by_hand, tied_bias),
+    "bias elsewhere": (by_hand, bias_elsewhere),
+    "computed bias": (by_hand, computed_bias),
+    "added by the network": (by_hand, added_by_the_network),
     "perceptron": (of_module, perceptron),
     "convolutional": (of_module, convolutional),
     "products": (by_hand, products),
@@ -59,14 +85,14 @@ MODELS = {
 }
 
 
-def evaluations(name, statistics=False):
+def evaluations(name, statistics=False, bias="joint"):
     """Model, parameters and batch; evaluations without and with thin gradients."""
     make, what = MODELS[name]
     model, params = make(what)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(BATCH, WIDE, generator=generator).double()
     y = torch.randint(CLASSES, (BATCH,), generator=generator)
-    layers = lrkfac.find_layers(model, params, x)
+    layers = lrkfac.find_layers(model, params, x, bias=bias)
     each = [lrkfac.evaluator(model, lrkfac.categorical(), layers, thin=thin) for thin in (False, True)]
     return params, [evaluate(params, x, y, statistics=statistics) for evaluate in each], (each[1], x, y)
 
@@ -83,12 +109,14 @@ def known(evaluation):
 
 
 @pytest.mark.parametrize("statistics", [True, False])
-@pytest.mark.parametrize(("name", "layers"), [
-    ("perceptron", ("0", "3", "5")), ("convolutional", ("4",)), ("products", ("u",)), ("inner", ()),
+@pytest.mark.parametrize(("name", "layers", "bias"), [
+    ("perceptron", ("0", "3", "5"), "joint"), ("convolutional", ("4",), "joint"), ("products", ("u",), "joint"),
+    ("inner", (), "joint"), ("perceptron", ("0", "3"), "separate"), ("tied bias", ("u", "v"), "joint"),
+    ("bias elsewhere", ("u",), "joint"), ("computed bias", ("u",), "joint"), ("added by the network", ("u",), "joint"),
 ])  # fmt: skip
-def test_thin_layers_change_no_product(name, layers, statistics):
-    params, (plain, thin), _ = evaluations(name, statistics)
-    assert known(plain) == () and set(layers) <= set(known(thin))
+def test_thin_layers_change_no_product(name, layers, bias, statistics):
+    params, (plain, thin), _ = evaluations(name, statistics, bias)
+    assert known(plain) == () and set(layers) <= {layer.split(".weight")[0] for layer in known(thin)}
     some = tangents(params)
     expected = plain.gram(*some)
     stacked = optree.tree_map(lambda *x: torch.stack(x), *some)
@@ -96,6 +124,16 @@ def test_thin_layers_change_no_product(name, layers, statistics):
         close(found, expected, rtol=1e-10)
     close(thin.quadratic(some[0], some[1]), expected[0, 1], rtol=1e-10)
     close(thin.quadratic(some[0], some[0]), expected[0, 0], rtol=1e-10)
+
+
+def test_after_a_change_in_place_products_are_those_of_the_new_parameters():
+    params, (plain, thin), _ = evaluations("products")
+    some = tangents(params)
+    before = thin.gram(*some)
+    for p in params.values():
+        p.mul_(1.5)
+    close(thin.gram(*some), plain.gram(*some), rtol=1e-10)
+    assert not torch.allclose(before, thin.gram(*some))
 
 
 def test_tangents_that_do_not_fit_are_refused():
