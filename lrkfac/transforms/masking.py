@@ -211,7 +211,7 @@ def _of_chosen(chosen: list[bool], evaluation: Evaluation, params: Tree) -> Eval
         grads=_only(chosen, evaluation.grads),
         product=lambda tangent: _only(chosen, evaluation.product(_only(chosen, tangent))),
         quadratic=lambda u, v: evaluation.quadratic(_only(chosen, u), _only(chosen, v)),
-        gram=lambda *tangents: evaluation.gram(*[_only(chosen, one) for one in tangents]),
+        gram=lambda tangents, *others: evaluation.gram(*[_only(chosen, one) for one in (tangents, *others)]),
         loss_at=loss_at,
     )
 

@@ -153,9 +153,9 @@ class JointProducts:
         total: Tensor = self._sum(self.part.quadratic(u, v))
         return total
 
-    def gram(self, *tangents: Tree) -> Tensor:
+    def gram(self, tangents: Tree, *others: Tree) -> Tensor:
         """Return ``uᵢᵀ F uⱼ``, ``[k, k]``."""
-        total: Tensor = self._sum(self.part.gram(*tangents))
+        total: Tensor = self._sum(self.part.gram(tangents, *others))
         return total
 
     def loss_at(self, params: Tree) -> Tensor:

@@ -143,9 +143,9 @@ class MergedProducts:
         """Return ``uᵀ F v``, ``[]``."""
         return mean(self.shares, [part.quadratic(u, v) for part in self.parts])
 
-    def gram(self, *tangents: Tree) -> Tensor:
+    def gram(self, tangents: Tree, *others: Tree) -> Tensor:
         """Return ``uᵢᵀ F uⱼ``, ``[k, k]``."""
-        return mean(self.shares, [part.gram(*tangents) for part in self.parts])
+        return mean(self.shares, [part.gram(tangents, *others) for part in self.parts])
 
     def loss_at(self, params: Tree) -> Tensor:
         """Return the loss at other parameters, ``[]``."""

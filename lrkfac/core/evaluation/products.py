@@ -61,21 +61,22 @@ class FisherProducts:
             _, transpose, _ = transposed(lambda params: (self._outputs(params), []), self.params, self.layers.autograd)
             return transpose(self.objective.heads.product(outputs, self.targets, change))
 
-    def gram(self, *tangents: Tree) -> Tensor:
+    def gram(self, tangents: Tree, *others: Tree) -> Tensor:
         """Return ``uᵢᵀ F uⱼ``, ``[k, k]``, for ``k`` tangents, or one tree of them stacked along a leading axis.
 
         Raises:
             ValueError: If a tree does not fit the parameters.
             NotImplementedError: As ``product``.
         """
-        for one in tangents if len(tangents) > 1 else ():
+        each = [tangents, *others]
+        for one in each if others else ():
             check_like(self.params, one, "gram: tangents")
-        if len(tangents) == 1:
-            check_stacked(self.params, tangents[0], "gram: tangents")
-            count = optree.tree_leaves(tangents[0])[0].shape[0]
-            tangents = tuple([optree.tree_map(itemgetter(i), tangents[0]) for i in range(count)])
+        if not others:
+            check_stacked(self.params, tangents, "gram: tangents")
+            count = optree.tree_leaves(tangents)[0].shape[0]
+            each = [optree.tree_map(itemgetter(i), tangents) for i in range(count)]
         with recording(self.differentiable):
-            changes, curved = self._curved_changes(tangents)
+            changes, curved = self._curved_changes(each)
             of_heads = [wide(c).flatten(1) @ wide(h).flatten(1).mT for c, h in zip(changes, curved, strict=True)]
             return torch.stack(of_heads).sum(dim=0)
 
