@@ -65,7 +65,7 @@ class InputCovariance:
         return total / rows
 
     def _along(self, x: Tensor) -> Iterator[tuple[Tensor, Options, Tensor]]:
-        """Of each use, its input, its settings, and the operation with ``x`` in place of the weights."""
+        """Yield of each use its input, its settings, and the operation with ``x`` in the place of the weights."""
         assert self.kind.operation is not None
         weights, constants = (x[:, :-1], x[:, -1]) if self.joint else (x, None)
         for a, options in zip(self.inputs, self.options, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import optree
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -14,7 +13,7 @@ from lrkfac.core.base.private_torch import without_checkpoints
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.parsers import PARSERS
-from lrkfac.core.layers.tracing import Follow, Tracked, label
+from lrkfac.core.layers.tracing import Follow, Tracked, label, tracked_views
 
 
 class KnownUse(NamedTuple):
@@ -70,8 +69,6 @@ def run_linearized(
     model: Callable[[Tree, Tree], Any], layers: Layers, params: Tree, inputs: Tree, uses: Mapping[str, KnownUse]
 ) -> Any:
     """Return the model's result, with the change that comes of its inputs, free parameters and known uses."""
-    leaves, structure = optree.tree_flatten(params)
-    leaves = [leaf.view_as(leaf) for leaf in leaves]  # one tensor at two places of the tree is two parameters
-    tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
+    own, tracked = tracked_views(layers, params)
     with without_checkpoints(), Linearized(tracked, uses):
-        return model(optree.tree_unflatten(structure, leaves), inputs)
+        return model(own, inputs)

@@ -186,6 +186,14 @@ def label(path: str, view: View) -> str:
     return path + "".join([str(step) for step in view])
 
 
+def tracked_views(layers: Layers, params: Tree) -> tuple[Tree, Tracked]:
+    """Return the parameters as views, so that one tensor at two places of the tree is two, and their paths beside."""
+    leaves, structure = tree_flatten(params)
+    views = [leaf.view_as(leaf) for leaf in leaves]
+    tracked: Tracked = [(p.path, (), view) for p, view in zip(layers.parameters, views, strict=True)]
+    return tree_unflatten(structure, views), tracked
+
+
 def run_captured(
     model: Callable[[Tree, Tree], Any],
     layers: Layers,
@@ -205,14 +213,11 @@ def run_captured(
             f"model: {sorted(layers.mapped)} are used inside vmap, where torch.compile does not see levels; write the "
             "batch as a leading axis, or evaluate outside of torch.compile"
         )
-    leaves, structure = tree_flatten(params)
-    # Views, so that one tensor at two places of the tree is two parameters.
-    leaves = [leaf.view_as(leaf) for leaf in leaves]
+    own, tracked = tracked_views(layers, params)
     records: dict[str, list[Recorded]] = {}
-    tracked: Tracked = [(p.path, (), leaf) for p, leaf in zip(layers.parameters, leaves, strict=True)]
     capture = Capture(tracked, layers.sources, records, probes, guarded, layers.custom, layers.mapped)
     with without_checkpoints(), capture:
-        result = model(tree_unflatten(structure, leaves), inputs)
+        result = model(own, inputs)
     numbers = Counter(site for site, _ in {site for layer in layers for site in layer.sites})
     for layer in layers:
         for site in {site for site, _ in layer.sites}:
