@@ -5,7 +5,7 @@ from lrkfac import linalg as linalg
 from lrkfac import plot as plot
 from lrkfac import schedules as schedules
 from lrkfac import structures as structures
-from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
+from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac, spectral_kfac
 from lrkfac.core.base.gathering import unshard
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.replicas import check_replicas
@@ -38,6 +38,7 @@ from lrkfac.transforms.decay import add_decayed_weights
 from lrkfac.transforms.hyperparameters import inject_hyperparams
 from lrkfac.transforms.masking import masked, partition
 from lrkfac.transforms.momentum import trace
+from lrkfac.transforms.orthogonalize import orthogonalize_by_fisher
 from lrkfac.transforms.precondition import precondition_by_fisher
 from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
 from lrkfac.transforms.robust import apply_if_finite
@@ -83,6 +84,7 @@ __all__ = [
     "masked",
     "materialize",
     "merge_evaluations",
+    "orthogonalize_by_fisher",
     "partition",
     "poisson",
     "precondition_by_fisher",
@@ -92,6 +94,7 @@ __all__ = [
     "scale_by_adam",
     "scale_by_learning_rate",
     "scale_by_quadratic_model",
+    "spectral_kfac",
     "trace",
     "unshard",
 ]

@@ -20,6 +20,7 @@ from lrkfac.transforms.base import GradientTransformation, chain
 from lrkfac.transforms.clip import clip_by_kl
 from lrkfac.transforms.decay import add_decayed_weights
 from lrkfac.transforms.momentum import trace
+from lrkfac.transforms.orthogonalize import orthogonalize_by_fisher
 from lrkfac.transforms.precondition import precondition_by_fisher
 from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
 from lrkfac.transforms.scaling import scale_by_learning_rate
@@ -199,6 +200,66 @@ def adaptive_low_rank_kfac(
     return chain(
         scale_by_quadratic_model(precondition, damping, weight_decay, kl_clip=kl_clip, gradient_decay=gradient_decay),
         ema_params(),
+    )
+
+
+def spectral_kfac(
+    layers: Layers,
+    learning_rate: PerParameter,
+    rank: AutoRank = 16,
+    power: float = 0.25,
+    momentum: float | Tensor = 0.95,
+    decay: float | Tensor = 0.8,
+    damping: float | Tensor = 1e-3,
+    weight_decay: PerParameter = 0.0,
+    fallback: GradientTransformation | None = None,
+    dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """Return steepest descent in the spectral norm of the Fisher metric, with decoupled weight decay.
+
+    Muon with low-rank Fisher factors, see ``orthogonalize_by_fisher``: each matrix takes a step whose root mean square
+    is the learning rate.
+
+    Args:
+        layers: From ``find_layers``.
+        learning_rate: A number, a tensor ``[]`` or a schedule, best one that falls to 0; or a tree of them like the
+            parameters, or one that ends earlier.
+        rank: Rank of the factors, see ``orthogonalize_by_fisher``.
+        power: Power of the factors, from 0, which is Muon, to 1.
+        momentum: Decay of the average of gradients, in [0, 1).
+        decay: Decay of the factors' running averages, in [0, 1).
+        damping: Share of a factor's mean eigenvalue that is added to it.
+        weight_decay: A number ≥ 0, or a tree of numbers; see ``add_decayed_weights``.
+        fallback: Transformation of all parameters but matrices, see ``orthogonalize_by_fisher``.
+        dtype: Of the factors, see ``precondition_by_fisher``.
+
+    Returns:
+        A chain; its ``update`` takes the extra ``evaluation``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument has the wrong type.
+
+    Examples:
+        >>> import torch, lrkfac
+        >>> params, x, y = {"w": torch.zeros(3, 4)}, torch.randn(8, 4), torch.randint(3, (8,))
+        >>> model = lambda params, x: x @ params["w"].T
+        >>> layers = lrkfac.find_layers(model, params, x)
+        >>> evaluate, tx = lrkfac.evaluator(model, lrkfac.categorical(), layers), spectral_kfac(layers, 0.1)
+        >>> state, before = tx.init(params), evaluate(params, x, y, statistics=False).loss
+        >>> for _ in range(5):
+        ...     evaluation = evaluate(params, x, y)
+        ...     updates, state = tx.update(evaluation.grads, state, params, evaluation=evaluation)
+        ...     params = lrkfac.apply_updates(params, updates)
+        >>> bool(evaluation.loss_at(params) < before)
+        True
+    """
+    return chain(
+        orthogonalize_by_fisher(
+            layers, rank, power, momentum=momentum, decay=decay, damping=damping, fallback=fallback, dtype=dtype
+        ),
+        add_decayed_weights(weight_decay),
+        scale_by_learning_rate(learning_rate),
     )
 
 

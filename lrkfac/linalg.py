@@ -8,6 +8,7 @@ from lrkfac.core.linalg.eigen import power_iteration, subspace_iteration
 from lrkfac.core.linalg.inverses import inverse, sherman_morrison, woodbury
 from lrkfac.core.linalg.operator_checks import to_dense
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal
+from lrkfac.core.linalg.polar import polar
 
 __all__ = [
     "Dense",
@@ -15,6 +16,7 @@ __all__ = [
     "Kronecker",
     "LowRankPlusDiagonal",
     "inverse",
+    "polar",
     "power_iteration",
     "sherman_morrison",
     "subspace_iteration",

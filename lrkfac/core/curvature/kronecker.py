@@ -37,8 +37,9 @@ class KroneckerState(NamedTuple):
     def factor_states(self) -> tuple[Any, ...]:
         return (self.output, self.input)
 
-    def parts(self, inverse: Kronecker, dampings: Tensor) -> list[Part]:
-        return [Part(side, self[i], inverse[i], dampings[..., i]) for i, side in enumerate(SIDES)]
+    def parts(self, inverse: Any, dampings: Tensor) -> list[Part]:
+        inverses = inverse if isinstance(inverse, Kronecker) else ((), ())  # other powers say nothing of damping
+        return [Part(side, self[i], inverses[i], dampings[..., i]) for i, side in enumerate(SIDES)]
 
 
 class PartAnswers(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,9 @@ class LowRankState(NamedTuple):
         d, r = self.vectors.shape
         return spectrum_of(self.values, (d - r) * self.residual)
 
-    def damped(self, inverse: LowRankPlusDiagonal, damping: Tensor, eigenvalues: Tensor) -> Damped:
-        (d, r), damped_residual = self.vectors.shape, 1 / inverse.diagonal[0]  # weight * residual + damping
+    def damped(self, inverse: Any, damping: Tensor, eigenvalues: Tensor) -> Damped:
+        # The damped inverse knows the weight of the residual: weight * residual + damping.
+        (d, r), damped_residual = self.vectors.shape, 1 / inverse.diagonal[0] if inverse else self.residual + damping
         groups = [(eigenvalues, eigenvalues + damping, 1)]
         return damped_of(groups + ([(self.residual[None], damped_residual[None], d - r)] if r < d else []))
 
