@@ -164,3 +164,26 @@ def low_rank_plus_diagonal_dense(matrix: Tensor, rank: int, iterations: int = 20
         if (diagonal - previous).abs().max() <= tolerance * matrix.abs().max():
             break
     return vectors, values, diagonal
+
+
+def negative_power(matrix: Tensor, exponent: float, damping: Tensor | float) -> Tensor:
+    """(matrix + damping I)^-exponent, for [*, d, d] and damping [*] or a number."""
+    values, vectors = torch.linalg.eigh(damped(matrix, damping))
+    return (vectors * values.pow(-exponent)[..., None, :]) @ vectors.mT
+
+
+def polar_factor(matrix: Tensor, tolerance: float = 1e-10) -> Tensor:
+    """U Vᵀ over the singular values that are not rounding, for [*, m, n]."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return (left * (values > tolerance * values[..., :1]).unsqueeze(-2)) @ right
+
+
+def spectral_direction(M: Tensor, A: Tensor, B: Tensor, power: float, share: float) -> Tensor:
+    """(B + δ_B)^-p polar((B + δ_B)^-p M (A + δ_A)^-p) √max(d_out, d_in) (A + δ_A)^-p, dampings shares of the means."""
+    left, right = (negative_power(X, power, share * X.diagonal(dim1=-2, dim2=-1).mean(-1)) for X in (B, A))
+    return max(M.shape[-2:]) ** 0.5 * left @ polar_factor(left @ M @ right) @ right
+
+
+def of_unit_mean_square(matrix: Tensor) -> Tensor:
+    """Each matrix of [*, m, n], scaled to root mean square 1."""
+    return matrix / matrix.square().mean((-2, -1), keepdim=True).sqrt()

@@ -20,7 +20,7 @@ COEFFICIENTS = (
 """``a, b, c`` of the polynomials ``a x + b x³ + c x⁵`` that bring singular values to 1, one after another.
 
 Each is the nearest to 1 on the interval to which those before it bring [1e-3, 1] (Amsel et al. 2025, arXiv 2505.16932);
-they leave 0.99, 0.96, 0.86, 0.55, 0.11, 9e-4 and 5e-10 to 1. The last one, that of Newton and Schulz, is repeated.
+they leave 0.99, 0.96, 0.86, 0.55, 0.11, 9e-4 and 2e-9 to 1. The last one, that of Newton and Schulz, is repeated.
 """
 
 
@@ -43,7 +43,7 @@ def polar(matrix: Float[Tensor, "*many m n"], iterations: int | None = ITERATION
     Args:
         matrix: ``[*, m, n]``, wide or tall, of any scale.
         iterations: Steps, of three products of matrices each. After 5, 6 and 7 singular values that are at least a
-            thousandth of the start's scale are within 0.11, 1e-3 and rounding of 1; smaller ones are raised a
+            thousandth of the start's scale are within 0.11, 1e-3 and 1e-8 of 1; smaller ones are raised a
             thousandfold. ``None`` takes the singular vectors themselves, for which a GPU waits.
 
     Returns:
