@@ -148,6 +148,8 @@ for name in ("dense", "diagonal", "unit_wise", "layer_wise", "full"):
 LOW_RANK_OPERATOR = lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(2), torch.ones(2))
 public("to_dense", {"operator": LOW_RANK_OPERATOR}, operator=values.OPERATOR)
 public("inverse", {"operator": lrkfac.linalg.Dense(EYE)}, operator=values.OPERATOR, damping=number(0))
+public("polar", {"matrix": torch.eye(2)}, iterations=values.integer(optional=True),
+    matrix=among(1, "x", torch.ones(2), torch.eye(2).long(), torch.eye(2) * 1j, *NOTHING))
 public("woodbury", {"operator": LOW_RANK_OPERATOR}, operator=values.LOW_RANK)
 public("sherman_morrison", {"operator": LOW_RANK_OPERATOR}, operator=values.LOW_RANK)
 ITERATED = {"matvec": FUNCTION,

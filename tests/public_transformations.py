@@ -90,6 +90,13 @@ public("low_rank_kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAY
     kl_clip=POSITIVE, **OF_STATISTICS)
 public("adaptive_low_rank_kfac", {"layers": LAYERS}, layers=NOT_LAYERS, rank=RANK_OF_CHAIN, damping=POSITIVE,
     decay=SHARE, weight_decay=DECAYS, **OF_DTYPE, kl_clip=KL_CLIP, gradient_decay=SHARE, owners=NOT_GROUPS)
+POWER = st.one_of(number(0, tensor=False), st.just(1.5))
+SPECTRAL = {"rank": RANK_OF_CHAIN, "power": POWER, "momentum": SHARE, "decay": SHARE, "damping": POSITIVE,
+    "fallback": TRANSFORMATION.filter(lambda x: x is not None), **OF_DTYPE}
+public("orthogonalize_by_fisher", {"layers": LAYERS}, layers=NOT_LAYERS, **SPECTRAL, normalized=FLAG,
+    iterations=integer(optional=True))
+public("spectral_kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, learning_rate=RATE, **SPECTRAL,
+    weight_decay=DECAYS)
 valid("inject_hyperparams()", lrkfac.inject_hyperparams(lrkfac.scale_by_learning_rate), {"learning_rate": 0.1},
     learning_rate=RATE)
 valid("masked().init", lambda mask: lrkfac.masked(lrkfac.trace(0.9), mask).init(P), {"mask": True},
@@ -112,14 +119,24 @@ STATEFUL = {"scale_by_learning_rate(schedule)": lrkfac.scale_by_learning_rate(SC
     "inject_hyperparams": lrkfac.inject_hyperparams(lrkfac.trace)(decay=0.9),
     "chain": lrkfac.chain(lrkfac.trace(0.9), lrkfac.scale(0.1)), "precondition_by_fisher": PRECONDITION,
     "scale_by_quadratic_model": lrkfac.scale_by_quadratic_model(PRECONDITION),
+    "orthogonalize_by_fisher": lrkfac.orthogonalize_by_fisher(LAYERS, rank=1),
+    "spectral_kfac": lrkfac.spectral_kfac(LAYERS, 0.1, rank=1, weight_decay=0.1),
     "kfac": lrkfac.kfac(LAYERS, 0.1, weight_decay=0.1),
     "low_rank_kfac": lrkfac.low_rank_kfac(LAYERS, 0.1, rank=1, weight_decay=0.1),
     "adaptive_low_rank_kfac": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=1)}
 # fmt: on
-OF_LAYERS = {"precondition_by_fisher", "scale_by_quadratic_model", "kfac", "low_rank_kfac", "adaptive_low_rank_kfac"}
+OF_LAYERS = {
+    "precondition_by_fisher",
+    "orthogonalize_by_fisher",
+    "scale_by_quadratic_model",
+    "kfac",
+    "low_rank_kfac",
+    "adaptive_low_rank_kfac",
+    "spectral_kfac",
+}
 NEED_EVALUATION = OF_LAYERS | {"clip_by_kl"}
 TAKE_EVALUATION = {"apply_if_finite", "accumulate", "masked", "partition"}
-NEED_PARAMS = OF_LAYERS - {"precondition_by_fisher"} | {"add_decayed_weights", "ema_params"}
+NEED_PARAMS = OF_LAYERS - {"precondition_by_fisher", "orthogonalize_by_fisher"} | {"add_decayed_weights", "ema_params"}
 OTHERS_STATE = PRECONDITION.init(P), lrkfac.chain(lrkfac.trace(0.9)).init(P), lrkfac.scale_by_adam().init(P)
 for name, tx in {**STATELESS, **STATEFUL}.items():
     state, evaluation = tx.init(P), E._replace(statistics=None) if name == "accumulate" else E
@@ -149,6 +166,6 @@ def documentation(name: str) -> str:
         texts.append(inspect.getdoc(protocol[0]) or "")
     if name.startswith(("LowRankKFAC", "evaluator", "Evaluation")):
         texts += [inspect.getdoc(x) or "" for x in protocol[1:]]
-    if name in ("kfac", "adaptive_low_rank_kfac", "low_rank_kfac"):
+    if name in ("kfac", "adaptive_low_rank_kfac", "low_rank_kfac", "spectral_kfac"):
         texts.append(inspect.getdoc(lrkfac.precondition_by_fisher) or "")
     return "\n".join(texts)

@@ -198,7 +198,7 @@ def check_params(params: Tree, name: str, updates: Tree) -> Tree:
 def check_state(state: Any, expected: type[T]) -> T:
     """Return the state, or raise ``ValueError`` if it is another transformation's."""
     if not isinstance(state, expected):
-        article = "an" if expected.__name__[0] in "AE" else "a"
+        article = "an" if expected.__name__[0] in "AEO" else "a"
         raise ValueError(
             f"state: expected {article} {expected.__name__}, got {type(state).__name__}; pass what init() or the last "
             "update() of this transformation returned"

@@ -36,6 +36,7 @@ LOW_RANK = low_rank(RANK), low_rank_plus_diagonal(RANK)
 CHAINS = {
     "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=RANK, damping=0.1, kl_clip=0.01),
     "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=RANK),
+    "spectral": lambda layers: lrkfac.spectral_kfac(layers, 0.01, rank=RANK),
     "dense": lambda layers: lrkfac.kfac(layers, 0.1, damping=0.1, kl_clip=0.01),
     "corrected": preconditioned(kronecker(*LOW_RANK, corrected=True)),
     "corrected, dense": preconditioned(kronecker(dense(), dense(), corrected=True)),
@@ -94,6 +95,8 @@ TWO = (
     *(Case("wide", "low rank", (5, 4), thin=True, estimator=estimator) for estimator in ("mc", "empirical")),
     *(Case("mlp", chain, (9, 6), pieces=3) for chain in ("low rank", "adaptive")),
     Case("gpt", "low rank", (6, 6), pieces=2),
+    *(Case(network, "spectral") for network in ("mlp", "gpt")),
+    Case("wide", "spectral", (8, 8), thin=True),
     Case("heads"),
     *(Case(network, chain, (8, 8), drawn=True) for network, chain in (("gpt", "low rank"), ("heads", "adaptive"))),
     Case("conv, train", "low rank", (8, 8)),

@@ -59,6 +59,9 @@ OF_MODELS = {
     **{name: (MLP, lambda _, tx=tx: tx) for name, tx in TRANSFORMATIONS.items() if name not in ELSEWHERE},
     **{f"{name}, groups": (GROUPS, partial(precondition, structure=s)) for name, s in (STRUCTURES | CORRECTED).items()},
     "layers of equal form": (EQUAL, partial(precondition, rank=1)),
+    "spectral, groups": (GROUPS, partial(lrkfac.orthogonalize_by_fisher, rank=2)),
+    "spectral, layers of equal form": (EQUAL, partial(lrkfac.orthogonalize_by_fisher, rank=1)),
+    "spectral, fallback": (SHIFT, partial(lrkfac.spectral_kfac, learning_rate=0.01)),
     "finite": (GROUPS, finite),
     "not finite": (GROUPS, finite),
     "fallback": (SHIFT, partial(precondition, rank=1, fallback=scale_by_adam())),
@@ -87,7 +90,11 @@ COMPILED = {
     "rates": lrkfac.scale_by_learning_rate({**RATES, "0.weight": exponential_decay(0.3, 1, 0.5)}),
     "apply_if_finite": lrkfac.apply_if_finite(TRANSFORMATIONS["low_rank_kfac"], 2),
     "corrected": TRANSFORMATIONS["dense, corrected"],
-    **{name: tx for name, tx in TRANSFORMATIONS.items() if name in ("accumulate", "partition") or "adaptive" in name},
+    **{
+        name: tx
+        for name, tx in TRANSFORMATIONS.items()
+        if name in ("accumulate", "partition", "spectral_kfac") or "adaptive" in name
+    },
 }
 
 

@@ -34,7 +34,8 @@ class Power(NamedTuple):
         factor = torch.where(self.mean > 0, self.mean, 1.0) ** -exponent
         if isinstance(self.operator, LowRankPlusDiagonal):
             vectors, values, diagonal = self.operator
-            return LowRankPlusDiagonal(vectors, factor[..., None] * values, factor[..., None] * diagonal)
+            rest = factor[..., None] * diagonal[..., :1]
+            return LowRankPlusDiagonal(vectors, factor[..., None] * values, rest.expand(diagonal.shape))
         (entries,) = self.operator
         return type(self.operator)(factor.reshape(*factor.shape, *[1] * (entries.ndim - factor.ndim)) * entries)
 
@@ -62,11 +63,11 @@ def negative_power(operator: Operator, exponent: float, share: float | Tensor) -
 
     if isinstance(operator, LowRankPlusDiagonal):
         vectors, values, diagonal = operator
-        rest = power(diagonal[..., :1])
-        if vectors.shape[-1] == operator.dimension:  # there is no rest, and nothing to cancel
-            rest = torch.zeros_like(rest)
-        values = power(values + diagonal[..., :1]) - rest
-        return Power(LowRankPlusDiagonal(vectors, values, rest.expand(diagonal.shape)), mean)
+        powers = power(values + diagonal[..., :1])
+        # Where there is no rest, the least power in its place leaves nothing to cancel.
+        whole = vectors.shape[-1] == operator.dimension
+        rest = powers.amin(dim=-1, keepdim=True) if whole else power(diagonal[..., :1])
+        return Power(LowRankPlusDiagonal(vectors, powers - rest, rest.expand(diagonal.shape)), mean)
     if isinstance(operator, Diagonal):
         return Power(Diagonal(power(operator.diagonal)), mean)
     if isinstance(operator, Dense):

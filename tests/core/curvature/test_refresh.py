@@ -12,6 +12,7 @@ import lrkfac
 from lrkfac import precondition_by_fisher
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.curvature import phases, precondition, refresh, stacking
+from lrkfac.core.curvature.spectral import SpectralStructure
 from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal, unit_wise
 
 STRUCTURES = {
@@ -21,6 +22,8 @@ STRUCTURES = {
     "diagonal": kronecker(diagonal(), diagonal()),
     "by name": {"l1": kronecker(dense(), low_rank(2)), "l[02]": kronecker(low_rank(3), low_rank(2))},
 }
+
+SPECTRAL = SpectralStructure(low_rank(2), low_rank(2), iterations=8)
 
 
 def problem(model, params, draw, inputs, bias="joint", thin=False, estimator="empirical"):
@@ -100,6 +103,9 @@ PROBLEMS = {f"joint, {name}": (partial(deep, 5), structure) for name, structure 
     "thin, by a function": (thin, lambda layer: STRUCTURES["reduce"] if layer.name in ("l1.w", "l3.w") else None),
     "thin, separate": (partial(thin, bias="separate"), STRUCTURES["dense"]),
     "thin, transposed": (partial(thin, transposed=True), STRUCTURES["low rank"]),
+    "orthogonalized": (partial(deep, 5), SPECTRAL),
+    "orthogonalized, norms": (partial(deep, 4, norms=True), SPECTRAL),
+    "orthogonalized convolutions": (partial(convolutions, 4, groups=2), SPECTRAL),
     "convolutions": (partial(convolutions, 4), STRUCTURES["low rank"]),
     "convolutions, reduce": (partial(convolutions, 4), STRUCTURES["reduce"]),
     "grouped convolutions": (partial(convolutions, 4, groups=2), STRUCTURES["dense"]),
