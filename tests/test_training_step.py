@@ -117,7 +117,11 @@ def test_steps_of_full_rank_equal_the_reference(case, estimator):
         case = case._replace(params=expected)
 
 
-@pytest.mark.parametrize("make", [never_dense(2), low_rank(1), dense], ids=["never dense", "low rank", "dense"])
+spectral = partial(lrkfac.spectral_kfac, learning_rate=RATE, rank=2, weight_decay=0.01)
+ENSEMBLES = {"never dense": never_dense(2), "low rank": low_rank(1), "dense": dense, "spectral": spectral}
+
+
+@pytest.mark.parametrize("make", ENSEMBLES.values(), ids=ENSEMBLES)
 @pytest.mark.parametrize("case", [MLP, SHIFT, GROUPS, WIDE], ids=lambda case: case.name)
 def test_ensemble_under_vmap_equals_separate_runs(case, make):
     step, init = stepper(case, make, thin=case is WIDE)
