@@ -14,11 +14,12 @@ CHAINS = {
     "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=32),
     "dense": lambda layers: lrkfac.kfac(layers, 0.1),
     "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=32),
+    "spectral": lambda layers: lrkfac.spectral_kfac(layers, 0.01, rank=32),
 }
 # Of a plain step and of a refresh: of the former, none may wait. A refresh looks at one decomposition
 # of small matrices, those of all layers; inverses wait for nothing.
-KERNELS = {"low rank": (80, 410), "dense": (66, 226), "adaptive": (261, 861)}
-WAITS = {"low rank": 1, "dense": 0, "adaptive": 1}
+KERNELS = {"low rank": (80, 410), "dense": (66, 226), "adaptive": (261, 861), "spectral": (112, 422)}
+WAITS = {"low rank": 1, "dense": 0, "adaptive": 1, "spectral": 1}
 
 
 @pytest.fixture

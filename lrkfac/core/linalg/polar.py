@@ -9,12 +9,12 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_integer
 
 COEFFICIENTS = (
-    (8.470329, -25.108075, 18.629276),
-    (4.182834, -3.108701, 0.580607),
-    (3.961857, -2.954064, 0.562976),
-    (3.286586, -2.464720, 0.507358),
-    (2.273750, -1.644660, 0.416191),
-    (1.888716, -1.265157, 0.376519),
+    (8.470328804, -25.108074707, 18.629275599),
+    (4.182834183, -3.108701110, 0.580606681),
+    (3.961857279, -2.954063746, 0.562976118),
+    (3.286586217, -2.464720135, 0.507357694),
+    (2.273749994, -1.644660368, 0.416190927),
+    (1.888716197, -1.265157225, 0.376518926),
     (1.875, -1.25, 0.375),
 )
 """``a, b, c`` of the polynomials ``a x + b x³ + c x⁵`` that bring singular values to 1, one after another.
@@ -83,7 +83,8 @@ def polar(matrix: Float[Tensor, "*many m n"], iterations: int | None = ITERATION
 def newton_schulz(matrix: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
     """Return the polar factor after some steps, with products in a dtype; entries are at most 1."""
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
+    x = matrix.reshape(-1, *matrix.shape[-2:])
+    x = x.mT if tall else x
     gram = x @ x.mT
     scale = torch.linalg.matrix_norm(gram, keepdim=True).sqrt()  # (Σ σ⁴)^¼, between ‖W‖₂ and ‖W‖
     x = (x / torch.where(scale > 0, scale, 1.0)).to(dtype)
@@ -93,8 +94,8 @@ def newton_schulz(matrix: Tensor, iterations: int, dtype: torch.dtype) -> Tensor
         if slack > 1 and i < len(COEFFICIENTS) - 1:
             a, b, c = a / slack, b / slack**3, c / slack**5
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrix.shape).to(matrix.dtype)
 
 
 def _by_singular_vectors(matrix: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def test_polynomials_are_the_nearest_to_1_on_the_interval_that_is_left():
         errors = [1 - (a * x + b * x**3 + c * x**5) for x in (low, *turning, high)]
         size = errors[0]
         assert low < turning[0] < turning[1] < high
-        assert errors == pytest.approx([size, -size, size, -size], rel=1e-3 if i < 5 else 2e-2, abs=2e-6)
+        assert errors == pytest.approx([size, -size, size, -size], rel=1e-4, abs=1e-8)
         low, high = 1 - size, 1 + size
     assert size < 1e-3
     # Newton and Schulz: errors e become those of the third order, as value and two derivatives at 1 are 1, 0, 0.
