@@ -86,14 +86,15 @@ def newton_schulz(matrix: Tensor, iterations: int, dtype: torch.dtype) -> Tensor
     x = matrix.reshape(-1, *matrix.shape[-2:])
     x = x.mT if tall else x
     gram = x @ x.mT
-    scale = torch.linalg.matrix_norm(gram, keepdim=True).sqrt()  # (Σ σ⁴)^¼, between ‖W‖₂ and ‖W‖
-    x = (x / torch.where(scale > 0, scale, 1.0)).to(dtype)
+    square = torch.linalg.matrix_norm(gram, keepdim=True)  # its root is (Σ σ⁴)^¼, between ‖W‖₂ and ‖W‖
+    square = torch.where(square > 0, square, 1.0)
+    x, gram = (x / square.sqrt()).to(dtype), (gram / square).to(dtype)
     slack = SLACK if dtype == torch.bfloat16 else 1.0
     for i in range(iterations):
         a, b, c = COEFFICIENTS[min(i, len(COEFFICIENTS) - 1)]
         if slack > 1 and i < len(COEFFICIENTS) - 1:
             a, b, c = a / slack, b / slack**3, c / slack**5
-        gram = x @ x.mT
+        gram = x @ x.mT if i else gram
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(matrix.shape).to(matrix.dtype)
 
