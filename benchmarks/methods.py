@@ -135,6 +135,13 @@ def averaged(setup: Setup, settings: Settings) -> Trainer:
     return Functional(setup, transformation, lambda params, state: state[-1].average)
 
 
+def spectral(setup: Setup, settings: Settings) -> Trainer:
+    """The rate is the root mean square of a matrix's step."""
+    rate = settings["learning_rate"]
+    schedule = lrkfac.schedules.warmup_cosine_decay_schedule(rate, rate, 0, setup.steps) if cosine(settings) else rate
+    return Functional(setup, lrkfac.spectral_kfac(setup.layers, schedule, rank=setup.rank))
+
+
 ADAM_RATES = (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 3e-2)
 SCHEDULES = ("constant", "cosine")
 KFAC_GRID = product(damping=(0.003, 0.01, 0.03, 0.1), kl_clip=(1e-3, 1e-2))
@@ -172,6 +179,10 @@ METHODS: dict[str, Method] = {
     ),
     "kfac": Method("dense K-FAC", dense_kfac, KFAC_GRID, "#000000", (0, (5, 2))),
     "low_rank_kfac": Method("low-rank K-FAC", low_rank_kfac, KFAC_GRID, "#009E73", ranked=True),
+    "spectral": Method(
+        "spectral K-FAC", spectral, product(learning_rate=(0.002, 0.004, 0.008, 0.016), schedule=SCHEDULES),
+        "#009E73", (0, (5, 1.5, 1, 1.5)), ranked=True,
+    ),
     "adaptive": Method(
         "adaptive low-rank K-FAC", adaptive, ({},), "#D55E00", ours=True, ranked=True,
     ),

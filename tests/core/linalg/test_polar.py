@@ -93,7 +93,7 @@ def test_many_at_once_mapped_and_compiled():
 def test_polynomials_are_the_nearest_to_1_on_the_interval_that_is_left():
     """The error has the same size at four places, with signs in turn: then no odd polynomial of degree 5 is nearer."""
     low, high = LOWEST, 1.0
-    for i, (a, b, c) in enumerate(COEFFICIENTS[:6]):
+    for a, b, c in COEFFICIENTS[:6]:
         turning = [math.sqrt((-3 * b + s * math.sqrt(9 * b * b - 20 * a * c)) / (10 * c)) for s in (-1, 1)]
         errors = [1 - (a * x + b * x**3 + c * x**5) for x in (low, *turning, high)]
         size = errors[0]
