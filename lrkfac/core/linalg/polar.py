@@ -48,7 +48,7 @@ def polar(matrix: Float[Tensor, "*many m n"], iterations: int | None = ITERATION
 
     Returns:
         The factor in the dtype of the matrix. Where singular values are 0 it is 0 along their vectors: of a zero
-        matrix, zero. With ``None``, those count as 0 that are below 2e-5 of the largest, in float64 4e-11. It is computed
+        matrix, zero. With ``None``, those below 2e-5 of the largest count as 0, in float64 below 4e-11. Products are
         in at least float32; with iterations on CUDA, in bfloat16 unless the matrix is float64.
 
     Raises:
