@@ -283,3 +283,22 @@ def test_another_state_is_refused():
             tx.update(e.grads, bad, MLP.params, evaluation=e)
     with pytest.raises(TypeError, match="orthogonalize_by_fisher: evaluation is missing"):
         tx.update(e.grads, state, MLP.params)
+
+
+def test_diagnoses_are_those_of_the_damped_factors():
+    """Powers are no inverses: numbers of damping follow from the eigenvalues and the dampings."""
+    layers, params, evaluate = problem()
+    *_, step = trained(orthogonalize_by_fisher(layers, rank=2), params, evaluate)
+    diagnosis = lrkfac.diagnose(step.state, layers, updates=step.updates)
+    for name in ("in", "out"):
+        factors = step.state.preconditioner.factors[name]
+        dampings = step.state.preconditioner.dampings[name]
+        product = 1.0
+        for side, state, damping in zip(("B", "A"), factors, dampings, strict=True):
+            eigenvalues = torch.linalg.eigvalsh(to_dense(state.operator())).clamp(min=0)
+            effective = (eigenvalues / (eigenvalues + damping)).sum()
+            numbers = diagnosis.layers[name].numbers[side]
+            close([numbers["effective_dimension"], numbers["damping"]], [effective, damping], 1e-6)
+            product = product * effective
+        close(diagnosis.layers[name].numbers["F"]["effective_dimension"], product, 1e-6)
+    assert "in" in str(diagnosis) and set(lrkfac.ranks_by_trace(step.state, layers)) == {"in", "out"}
