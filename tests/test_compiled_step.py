@@ -92,6 +92,7 @@ MAKERS = {
     "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3),
     "never dense": never_dense(2),
     "dense": dense,
+    "spectral": lambda layers: lrkfac.spectral_kfac(layers, 0.01, rank=3),
 }
 BLOCKS = {
     "unit_wise": lambda layers: chained(layers, lrkfac.structures.unit_wise()),

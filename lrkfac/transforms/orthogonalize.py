@@ -112,7 +112,7 @@ def orthogonalize_by_fisher(
         check_integer(iterations, "iterations")
     matrices = matrix_layers(layers)
     structure = ranked(matrices, rank, partial(_structure, float(power), iterations, normalized))
-    if fallback is None:
+    if fallback is None and matrices.uncovered:  # without any, a counter would be on no device
         fallback = chain(scale_by_adam(), scale(FALLBACK_SCALE))
     inner = precondition_by_fisher(matrices, structure, damping=damping, decay=decay, fallback=fallback, dtype=dtype)
     return transformation(Orthogonalize(matrices, inner, momentum))

@@ -56,8 +56,15 @@ def waiting_is_an_error():
 prototype = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 each = pytest.mark.parametrize(
     ("case", "chain"),
-    [(MLP, "kept low rank"), (WIDE, "kept low rank"), (GROUPS, "dense"), (MLP, "adaptive"), (MLP, "corrected")],
-    ids=["low rank", "gradients by rows", "dense, groups", "adaptive", "corrected"],
+    [
+        (MLP, "kept low rank"),
+        (WIDE, "kept low rank"),
+        (GROUPS, "dense"),
+        (MLP, "adaptive"),
+        (MLP, "corrected"),
+        (MLP, "spectral"),
+    ],
+    ids=["low rank", "gradients by rows", "dense, groups", "adaptive", "corrected", "spectral"],
 )
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 
 from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
-from lrkfac.linalg import inverse, power_iteration, sherman_morrison, subspace_iteration, to_dense, woodbury
+from lrkfac.linalg import inverse, polar, power_iteration, sherman_morrison, subspace_iteration, to_dense, woodbury
 from lrkfac.structures import kronecker, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_inverse, check_structure, low_rank_plus_diagonals, operators
 from tests.core.curvature.test_low_rank import STRUCTURES
@@ -30,6 +30,16 @@ def test_both_formulas_are_those_of_the_cpu(device, operator):
     expected = torch.linalg.inv(to_dense(optree.tree_map(torch.Tensor.double, operator)))
     for invert in (woodbury, sherman_morrison):
         close(to_dense(invert(moved(operator, device))), expected, 2e-2)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 8, 5)], ids=str)
+def test_polar_factors(device, dtype, shape):
+    """On CUDA, those of float32 come from products in bfloat16."""
+    matrix, rounded = normal(*shape), device.type == "cuda" and dtype == torch.float32
+    for iterations, error in ((9, 0.1 if rounded else 1e-4), (None, 1e-4)):
+        found = polar(matrix.to(device, dtype), iterations)
+        assert on_device(found, device) and found.dtype == dtype
+        close(found, polar(matrix, None), error)
 
 
 @pytest.mark.parametrize("make", STRUCTURES.values(), ids=STRUCTURES)

@@ -26,6 +26,7 @@ CHAINS = {
     "by power iteration": never_dense(2, method="power"),
     "dense": partial(lrkfac.kfac, learning_rate=RATE, **OPTIONS),
     "adaptive": partial(lrkfac.adaptive_low_rank_kfac, rank=2),
+    "spectral": partial(lrkfac.spectral_kfac, learning_rate=1e-4, rank=2),
     "corrected": lambda layers: chained(layers, CORRECTED),
     "unit-wise": lambda layers: chained(layers, unit_wise()),
     "full": lambda layers: chained(layers, full()),
