@@ -15,7 +15,6 @@ from lrkfac.core.base.profiling import profiled
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.protocol import BlockStructure
 from lrkfac.core.layers.description import Layers
-from lrkfac.core.linalg.operators import mean_eigenvalue
 
 
 class BlockState(NamedTuple):
@@ -75,7 +74,7 @@ def damped_inverse(structure: BlockStructure, average: Any, damping: float | Ten
 
 def mean_eigenvalue_of(block: Block, average: Any) -> Tensor:
     """Return the mean eigenvalue of an average, ``[]``, over all its groups and units."""
-    return by_group(block, lambda one: mean_eigenvalue(block.structure.operator(one)))(average).mean()
+    return by_group(block, block.structure.mean_eigenvalue)(average).mean()
 
 
 def by_group(block: Block, function: Callable[..., Any]) -> Callable[..., Any]:

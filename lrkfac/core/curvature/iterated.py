@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrkfac.core.curvature.factors import dense, kept_weight
 from lrkfac.core.curvature.protocol import FactorStructure
-from lrkfac.core.linalg.averages import Average, average
+from lrkfac.core.linalg.averages import Average
 from lrkfac.core.linalg.bases import orthonormal, pseudo_random
 from lrkfac.core.linalg.covariances import Covariance, between, of_rows
 from lrkfac.core.linalg.eigen import Eigenpairs, power_iteration, ritz
@@ -28,18 +28,18 @@ class Turn(NamedTuple):
     Attributes:
         state: The last state.
         average: The new average, which is never formed.
-        rows: Start of the next step, ``[*, k, d]``, or the orthonormal basis that it has led to.
         whole: Trace ``[*]`` or diagonal ``[*, d]`` of the new average; of its previous part alone, before the first
             answers.
         less: What is subtracted from the diagonal before eigenpairs are looked for, ``[*, d]`` or ``[*, 1]``; before
             the first answers, as a share of the whole.
+        rows: Start of the next step, ``[*, k, d]``, or the orthonormal basis that it has led to.
     """
 
     state: Any
     average: Average
-    rows: Tensor
     whole: Tensor
     less: Tensor
+    rows: Tensor
 
 
 class IteratedStructure(FactorStructure):
@@ -64,8 +64,8 @@ class IteratedStructure(FactorStructure):
         return dense() if dimension <= self.rank + 2 else self
 
     def begin(self, state: Any, decay: float | Tensor) -> Turn:
-        new = average(kept_weight(state.steps, state.vectors, decay), state.operator())
-        return Turn(state, new, start_rows(state.vectors, state.steps), *self._previous(state, new))
+        kept = kept_weight(state.steps, state.vectors, decay)
+        return Turn(state, *self._previous(state, kept), start_rows(state.vectors, state.steps))
 
     def question(self, carry: Turn, round: int) -> Tensor:
         return carry.rows
@@ -80,7 +80,7 @@ class IteratedStructure(FactorStructure):
         return round % 2 == 1 and round < self.rounds
 
     def eigenproblem(self, carry: Turn, answers: Tensor, round: int) -> Tensor:
-        return carry.average.between(carry.rows, answers, carry.less)
+        return carry.average.between(carry.rows, answers, self._rest(carry))
 
     def advance(self, carry: Turn, answers: Any, round: int, solved: Eigenpairs | None = None) -> Any:
         rows, new = carry.rows, carry.average
@@ -88,26 +88,25 @@ class IteratedStructure(FactorStructure):
             values, rotation = solved or ritz(self.eigenproblem(carry, answers, round))
             r = carry.state.values.shape[-1]
             vectors = rows.mT @ rotation[..., -r:].flip(-1)
-            # Negative values, which a positive semi-definite operator cannot have, become 0.
-            return self._after(carry, vectors, values[..., -r:].flip(-1).clamp(min=0), (round + 1) // 2)
+            return self._after(carry, vectors, values[..., -r:].flip(-1), (round + 1) // 2)
         if not round:
             answers, whole = answers
             carry = self._with_whole(carry, whole)
-        return carry._replace(rows=orthonormal(new.of_rows(rows, answers, carry.less).mT).mT)
+        return carry._replace(rows=orthonormal(new.of_rows(rows, answers, self._rest(carry)).mT).mT)
 
     def update(self, state: Any, covariance: Covariance, decay: float | Tensor) -> Any:
         if self.method == "subspace":
             return super().update(state, covariance, decay)
         carry = self._with_whole(self.begin(state, decay), self._whole(covariance))
         for turn in range(1, self.iterations + 1):
-            rows, new, less = carry.rows, carry.average, carry.less
+            rows, new, rest = carry.rows, carry.average, self._rest(carry)
 
-            def product(x: Tensor, new: Average = new, less: Tensor = less) -> Tensor:
-                return new.of_rows(x.mT, of_rows(covariance, x.mT), less).mT
+            def product(x: Tensor, new: Average = new, rest: Tensor | None = rest) -> Tensor:
+                return new.of_rows(x.mT, of_rows(covariance, x.mT), rest).mT
 
             vectors, values = power_iteration(product, rows.mT, max_iterations=1)
             order = values.argsort(descending=True)[: state.values.shape[-1]]
-            carry = self._after(carry, vectors[:, order], values[order].clamp(min=0), turn)
+            carry = self._after(carry, vectors[:, order], values[order], turn)
         return carry
 
     def basis(self, state: Any) -> Tensor:
@@ -118,16 +117,24 @@ class IteratedStructure(FactorStructure):
         """Return the trace or the diagonal."""
 
     @abstractmethod
-    def _previous(self, state: Any, new: Average) -> tuple[Tensor, Tensor]:
-        """Return the whole of the previous part, and the share of it that is subtracted."""
+    def _previous(self, state: Any, kept: Tensor) -> tuple[Average, Tensor, Tensor]:
+        """Return the average, the whole of its previous part, and the share of it that is subtracted."""
 
     @abstractmethod
     def _with_whole(self, carry: Turn, whole: Tensor) -> Turn:
         """Return the carry with the whole of the new average, from that of the covariance."""
 
     @abstractmethod
+    def _rest(self, carry: Turn) -> Tensor | None:
+        """Return what is left of the average's diagonal, ``[*, d]``; ``None`` for nothing."""
+
+    @abstractmethod
     def _after(self, carry: Turn, vectors: Tensor, values: Tensor, turn: int) -> Any:
-        """Return the start of the next step from new eigenpairs, or the state where there is none."""
+        """Return the start of the next step from new eigenpairs, or the state where there is none.
+
+        They are those of what is left after the subtraction. Negative values, which a positive semi-definite operator
+        cannot have, become 0.
+        """
 
 
 def start_rows(vectors: Tensor, seed: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lrkfac.core.layers.description import Layer, Treatment
 from lrkfac.core.layers.matrix import LayerMatrix
 from lrkfac.core.linalg.covariances import Covariance, KroneckerFactors
 from lrkfac.core.linalg.eigen import ritz_of_all
-from lrkfac.core.linalg.operators import Kronecker, split_damping
+from lrkfac.core.linalg.operators import Kronecker, split_by_means
 from lrkfac.core.linalg.products import of_rows, two_sided
 
 
@@ -150,11 +150,18 @@ class KroneckerStructure(BlockStructure):
 
         The damping is split as in ``Kronecker.shifted``.
         """
-        average = self.operator(state)
-        on_input, on_output = split_damping(average, damping)
+        of_output, of_input = self._mean_eigenvalues(state)
+        on_input, on_output = split_by_means(of_input, of_output, damping)
         inverse = Kronecker(self.output.inverse(state.output, on_output), self.input.inverse(state.input, on_input))
-        like: Any = average.output
-        return inverse, torch.stack([on_output, on_input], dim=-1).to(like[0].dtype)
+        return inverse, torch.stack([on_output, on_input], dim=-1).to(of_output.dtype)
+
+    def mean_eigenvalue(self, state: KroneckerState) -> Tensor:
+        of_output, of_input = self._mean_eigenvalues(state)
+        return of_output * of_input
+
+    def _mean_eigenvalues(self, state: KroneckerState) -> list[Tensor]:
+        sides = zip((self.output, self.input), state, strict=True)
+        return [side.mean_eigenvalue(one) for side, one in sides]
 
     def apply(self, inverse: Kronecker, gradient: LayerMatrix) -> LayerMatrix:
         weight, bias = gradient

@@ -42,6 +42,10 @@ class LowRankStructure(IteratedStructure):
     def operator(self, state: LowRankState) -> LowRankPlusDiagonal:
         return state.operator(self.weight)
 
+    def mean_eigenvalue(self, state: LowRankState) -> Tensor:
+        d, r = state.vectors.shape[-2:]
+        return torch.add(state.values.sum(dim=-1), state.residual, alpha=self.weight * (d - r)) / d
+
     def inverse(self, state: LowRankState, damping: float | Tensor) -> LowRankPlusDiagonal:
         # Orthonormal vectors and a multiple of the identity: the inverse has the same vectors.
         # In float32 the damping is at least 4e-6 of the largest eigenvalue; below is only rounding.
@@ -64,14 +68,22 @@ class LowRankStructure(IteratedStructure):
     def _whole(self, covariance: Covariance) -> Tensor:
         return covariance.trace()
 
-    def _previous(self, state: LowRankState, new: Average) -> tuple[Tensor, Tensor]:
-        return new.previous.trace(), torch.zeros_like(new.previous.diagonal[..., :1])
+    def _previous(self, state: LowRankState, kept: Tensor) -> tuple[Average, Tensor, Tensor]:
+        d, r = state.vectors.shape[-2:]
+        values, residual = kept[..., None] * state.values, kept * state.residual
+        whole, residual = torch.add(values.sum(dim=-1), residual, alpha=d - r), residual[..., None]
+        return Average(state.vectors, values - residual, residual, 1 - kept), whole, residual
 
     def _with_whole(self, carry: Turn, whole: Tensor) -> Turn:
         return carry._replace(whole=carry.whole + carry.average.weight * whole)
 
+    def _rest(self, carry: Turn) -> None:
+        # A multiple of the identity changes no eigenvector, and without it, iterations converge faster.
+        return None
+
     def _after(self, carry: Turn, vectors: Tensor, values: Tensor, turn: int) -> Turn | LowRankState:
         steps, (d, r) = carry.state.steps, vectors.shape[-2:]
+        values = (values + carry.less).clamp(min=0)
         if turn < self.iterations:
             return carry._replace(rows=start_rows(vectors, steps + turn))
         missed = (carry.whole - values.sum(dim=-1)).clamp(min=0)
@@ -112,10 +124,11 @@ class LowRankPlusDiagonalStructure(IteratedStructure):
     def _whole(self, covariance: Covariance) -> Tensor:
         return covariance.diagonal()
 
-    def _previous(self, state: LowRankPlusDiagonalState, new: Average) -> tuple[Tensor, Tensor]:
+    def _previous(self, state: LowRankPlusDiagonalState, kept: Tensor) -> tuple[Average, Tensor, Tensor]:
         # The last diagonal as a share of the whole one: the factor's scale may have changed since.
-        whole = state.diagonal + explained(state.vectors, state.values)
-        return (1 - new.weight)[..., None] * whole, _ratio(state.diagonal, whole)
+        whole, weight, kept = state.diagonal + explained(state.vectors, state.values), 1 - kept, kept[..., None]
+        new = Average(state.vectors, kept * state.values, kept * state.diagonal, weight)
+        return new, kept * whole, _ratio(state.diagonal, whole)
 
     def _with_whole(self, carry: Turn, whole: Tensor) -> Turn:
         whole = carry.whole + carry.average.weight[..., None] * whole
@@ -124,7 +137,11 @@ class LowRankPlusDiagonalStructure(IteratedStructure):
     def _subtracted(self, whole: Tensor, rest: Tensor) -> Tensor:
         return whole if self.fit == "off_diagonal" else rest
 
+    def _rest(self, carry: Turn) -> Tensor:
+        return carry.average.diagonal - carry.less
+
     def _after(self, carry: Turn, vectors: Tensor, values: Tensor, turn: int) -> Turn | LowRankPlusDiagonalState:
+        values = values.clamp(min=0)
         whole, diagonal, steps = carry.whole, explained(vectors, values), carry.state.steps
         rest = (whole - diagonal).clamp(min=0)
         if turn < self.iterations:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.curvature.joining import APART, Joining
+from lrkfac.core.curvature.solving import Solving
 from lrkfac.core.curvature.spectra import Spectrum
 from lrkfac.core.layers.description import Layer, Treatment
 from lrkfac.core.layers.matrix import LayerMatrix
@@ -22,7 +23,7 @@ from lrkfac.core.linalg.covariances import Covariance, KroneckerFactors
 from lrkfac.core.linalg.eigen import without_subnormal
 from lrkfac.core.linalg.inverses import damped_inverse
 from lrkfac.core.linalg.moments import Moments
-from lrkfac.core.linalg.operators import Operator
+from lrkfac.core.linalg.operators import Operator, mean_eigenvalue
 
 
 class FactorState(Protocol):
@@ -30,8 +31,7 @@ class FactorState(Protocol):
 
     ``spectrum`` and ``inner`` serve ``diagnose``, ``ranks_by_trace`` and ``factor_drift``. Optional are
     ``damped(inverse, damping, eigenvalues)``, by default from the eigenvalues; ``squared_distance(other)``, by default
-    from inner products; and a property ``fixed_basis`` that is true where
-    no choice of a rank would change the representation.
+    from inner products; and a property ``fixed_basis``, true where no choice of a rank changes the representation.
     """
 
     @property
@@ -46,18 +46,6 @@ class FactorState(Protocol):
     def inner(self, other: Any) -> Tensor:
         """Return the Frobenius inner product ``tr(M N)`` with another state, ``[*]`` over leading axes."""
         ...
-
-
-class Solving:
-    """Eigenpairs of small matrices that rounds need: of all layers in one call for each size."""
-
-    def takes_eigenpairs(self, round: int) -> bool:
-        """Return whether ``advance(carry, answers, round, solved)`` takes them, or else finds them by itself."""
-        return False
-
-    def eigenproblem(self, carry: Any, answers: Any, round: int) -> Any:
-        """Return a symmetric matrix ``[*, k, k]`` or a tree of some, whose ``Eigenpairs`` are ``solved``."""
-        raise NotImplementedError
 
 
 class FactorStructure(Solving, ABC):
@@ -138,6 +126,10 @@ class FactorStructure(Solving, ABC):
     @abstractmethod
     def operator(self, state: Any) -> Operator:
         """Return the running average, positive semi-definite."""
+
+    def mean_eigenvalue(self, state: Any) -> Tensor:
+        """Return the mean eigenvalue of the running average, ``[*]``; by default from ``operator``."""
+        return mean_eigenvalue(self.operator(state))
 
     def inverse(self, state: Any, damping: float | Tensor) -> Operator:
         """Return ``(running average + damping I)⁻¹``, positive definite; by default from ``operator``."""
@@ -276,6 +268,10 @@ class BlockStructure(Solving, ABC):
     @abstractmethod
     def operator(self, state: Any) -> Operator:
         """Return the running average."""
+
+    def mean_eigenvalue(self, state: Any) -> Tensor:
+        """Return the mean eigenvalue of the running average, ``[*]``."""
+        return mean_eigenvalue(self.operator(state))
 
     @abstractmethod
     def damped_inverse(self, state: Any, damping: float | Tensor) -> tuple[Any, Tensor]:

@@ -8,40 +8,46 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.eager import changes_in_place
-from lrkfac.core.linalg.operators import LowRankPlusDiagonal
 from lrkfac.core.linalg.products import added
 
 
 class Average(NamedTuple):
-    """``previous + weight * batch``, from what the covariance of a batch answers; several may be stacked.
+    """``V diag(values) Vᵀ + diag(diagonal) + weight * batch``, from what the covariance of a batch answers.
+
+    Several may be stacked. The first two terms are the last average, times ``kept``.
 
     Attributes:
-        previous: The last average, times ``kept``.
+        vectors: ``V``, ``[*, d, r]``.
+        values: ``[*, r]``.
+        diagonal: ``[*, d]``, or ``[*, 1]`` for one number.
         weight: ``1 - kept``, ``[*]``.
     """
 
-    previous: LowRankPlusDiagonal
+    vectors: Tensor
+    values: Tensor
+    diagonal: Tensor
     weight: Tensor
 
-    def of_rows(self, x: Tensor, batch: Tensor, less: Tensor) -> Tensor:
-        """Return ``x (M - diag(less))`` for rows ``x`` ``[*, k, d]``, from ``x`` times the covariance."""
-        vectors, values, diagonal = self.previous
-        total, weight = x * (diagonal - less)[..., None, :], self.weight[..., None, None]
-        total = total.addcmul_(weight, batch) if changes_in_place() else torch.addcmul(total, weight, batch)
-        return added(total, (x @ vectors) * values[..., None, :], vectors.mT)
+    def of_rows(self, x: Tensor, batch: Tensor, rest: Tensor | None) -> Tensor:
+        """Return ``x M`` for rows ``x`` ``[*, k, d]``, from ``x`` times the covariance.
 
-    def between(self, x: Tensor, batch: Tensor, less: Tensor) -> Tensor:
-        """Return ``x (M - diag(less)) xᵀ``, from that of the covariance."""
-        vectors, values, diagonal = self.previous
-        along = x @ vectors
-        previous = (along * values[..., None, :]) @ along.mT + (x * (diagonal - less)[..., None, :]) @ x.mT
-        return self.weight[..., None, None] * batch + previous
+        In the place of ``diagonal`` stands ``rest`` ``[*, d]``, ``None`` for 0.
+        """
+        weight = self.weight[..., None, None]
+        if rest is None:
+            total = weight * batch
+        else:
+            total = x * rest[..., None, :]
+            total = total.addcmul_(weight, batch) if changes_in_place() else torch.addcmul(total, weight, batch)
+        return added(total, (x @ self.vectors) * self.values[..., None, :], self.vectors.mT)
 
-
-def average(kept: Tensor, previous: LowRankPlusDiagonal) -> Average:
-    """Return ``kept * previous + (1 - kept) * batch``, with ``kept`` ``[*]``."""
-    vectors, values, diagonal = previous
-    return Average(LowRankPlusDiagonal(vectors, kept[..., None] * values, kept[..., None] * diagonal), 1 - kept)
+    def between(self, x: Tensor, batch: Tensor, rest: Tensor | None) -> Tensor:
+        """Return ``x M xᵀ``, from that of the covariance; ``rest`` as in ``of_rows``."""
+        along = x @ self.vectors
+        previous = (along * self.values[..., None, :]) @ along.mT
+        if rest is not None:
+            previous = added(previous, x * rest[..., None, :], x.mT)
+        return torch.addcmul(previous, self.weight[..., None, None], batch)
 
 
 def explained(vectors: Tensor, values: Tensor) -> Tensor:

@@ -156,9 +156,9 @@ def ritz_of_all(projections: Any) -> Any:
 
 def without_subnormal(matrix: Float[Tensor, "*many k k"]) -> Float[Tensor, "*many k k"]:
     """Return the matrix with 0 for entries far below its rounding: subnormal numbers become NaN in LAPACK's eigh."""
-    limits = torch.finfo(matrix.dtype)
-    smallest = (limits.eps**2 * matrix.abs().amax(dim=(-2, -1), keepdim=True)).clamp(min=limits.tiny)
-    return torch.where(matrix.abs() < smallest, 0, matrix)
+    limits, sizes = torch.finfo(matrix.dtype), matrix.abs()
+    smallest = (limits.eps**2 * sizes.amax(dim=(-2, -1), keepdim=True)).clamp(min=limits.tiny)
+    return matrix.masked_fill(sizes < smallest, 0)
 
 
 def _deflate(x: Tensor, vectors: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.base.eager import has_values
-from lrkfac.core.linalg.bases import orthonormal
+from lrkfac.core.linalg.bases import has_twice_the_precision, orthonormal
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.operator_checks import check_operator
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
@@ -133,11 +133,11 @@ def _woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
 def semidefinite_inverse(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     """Return what ``woodbury`` does for values that are all ``≥ 0``, without eigenvalues and a wait for them.
 
-    With ``U = D^{-1/2} V Λ^{1/2}`` and ``[U; I] = [W; S] T``, of orthonormal columns and a triangle, ``TᵀT = I + UᵀU``,
-    so that ``W Wᵀ = U (I + UᵀU)⁻¹ Uᵀ`` and ``M⁻¹ = D⁻¹ - D^{-1/2} W Wᵀ D^{-1/2}``. Nothing is squared, and the columns
-    are orthonormal to rounding: the smallest eigenvalue of ``I - W Wᵀ``, which is ``1 / (1 + μ)`` with the largest one
-    ``μ`` of ``UᵀU``, is right to a few ulps of 1. Where ``μ``, by its bound in the largest sum of a row, may be so
-    large that these matter, ``W Wᵀ`` is shrunk as far as the margin of ``woodbury`` asks. ``D`` has the same floor.
+    With ``U = D^{-1/2} V Λ^{1/2}`` and a triangle ``T`` such that ``TᵀT = I + UᵀU``, ``W = U T⁻¹`` gives
+    ``M⁻¹ = D⁻¹ - D^{-1/2} W Wᵀ D^{-1/2}``. The smallest eigenvalue of ``I - W Wᵀ``, which is ``1 / (1 + μ)`` with the
+    largest one ``μ`` of ``UᵀU``, is right to a few ulps of 1. Where ``μ``, by its bound in the largest sum of a row,
+    may be so large that these matter, ``W Wᵀ`` is shrunk as far as the margin of ``woodbury`` asks. ``D`` has the same
+    floor, with which ``μ`` is at most ``r`` over the margin.
 
     Args:
         operator: ``[*, d, d]``, with values ``≥ 0`` and ``D > 0``; several may be stacked.
@@ -147,14 +147,34 @@ def semidefinite_inverse(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     """
     scale, roots = _scale(operator), operator.values.sqrt()[..., None, :]
     updates = scale[..., None] * operator.vectors * roots
+    by = _whitened_by_cholesky if has_twice_the_precision(updates) else _whitened_by_qr
+    whitened, largest = by(updates)
+    kept = ((1 - _margin(updates)) * (1 + 1 / largest)).clamp(max=1)[..., None]
+    # Contiguous as those of every inverse, of one or of a stack.
+    values = (-kept).to(updates.dtype).expand(operator.values.shape).contiguous()
+    return LowRankPlusDiagonal((scale[..., None] * whitened).contiguous(), values, scale.square())
+
+
+def _whitened_by_cholesky(updates: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``W`` of ``semidefinite_inverse``, and a bound of ``1 + μ``, by products in twice the precision.
+
+    There, ``μ`` of at most ``r`` over the margin of float32 leaves nine digits to the factor.
+    """
+    accurate = updates.to(torch.float64)
+    identity = torch.eye(updates.shape[-1], dtype=torch.float64, device=updates.device)
+    capacitance = accurate.mT @ accurate + identity
+    factor = torch.linalg.cholesky_ex(capacitance).L
+    inverse = torch.linalg.solve_triangular(factor, identity.expand(factor.shape), upper=False)
+    return (accurate @ inverse.mT).to(updates.dtype), torch.linalg.matrix_norm(capacitance, torch.inf)
+
+
+def _whitened_by_qr(updates: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same from ``[U; I] = [W; S] T``, of orthonormal columns, by which nothing is squared."""
     d, r = updates.shape[-2:]
     identity = torch.eye(r, dtype=updates.dtype, device=updates.device).expand(*updates.shape[:-2], r, r)
     both = orthonormal(torch.cat([updates.mT, identity], dim=-1).mT)  # rows in memory, as the updates are
-    largest = torch.linalg.matrix_norm(updates.mT @ updates, torch.inf)
-    kept = ((1 - _margin(updates)) * (1 + 1 / largest)).clamp(max=1)[..., None]
-    lengths = torch.linalg.vector_norm(both, dim=-2).square()  # 1 but for rounding, which grows with d
-    vectors = (scale[..., None] * both[..., :d, :]).contiguous()  # as those of every inverse, of one or of a stack
-    return LowRankPlusDiagonal(vectors, -kept / lengths, scale.square())
+    lengths = torch.linalg.vector_norm(both, dim=-2, keepdim=True)  # 1 but for rounding, which grows with d
+    return both[..., :d, :] / lengths, 1 + torch.linalg.matrix_norm(updates.mT @ updates, torch.inf)
 
 
 def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:

@@ -258,7 +258,11 @@ def split_damping(operator: Kronecker, damping: float | Tensor) -> tuple[Tensor,
     A factor that is zero says nothing about scale: then ``π = 1``. Elsewhere ``π`` is kept within
     1e-8 and 1e8.
     """
-    mean_input, mean_output = mean_eigenvalue(operator.input), mean_eigenvalue(operator.output)
+    return split_by_means(mean_eigenvalue(operator.input), mean_eigenvalue(operator.output), damping)
+
+
+def split_by_means(mean_input: Tensor, mean_output: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return what ``split_damping`` does, from the mean eigenvalues of the factors."""
     known = (mean_input > 0) & (mean_output > 0)
     ratio = torch.where(known, mean_input, 1.0) / torch.where(known, mean_output, 1.0)
     pi = ratio.clamp(1e-16, 1e16).sqrt()

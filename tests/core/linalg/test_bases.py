@@ -113,5 +113,5 @@ def test_pseudo_random_numbers_are_spread_and_depend_on_the_seed():
     assert first.mean().abs() < 0.02 and (first.std() - 3**-0.5).abs() < 0.02
     assert (first.flatten() @ second.flatten()).abs() < 0.05 * first.norm() * second.norm()
     assert torch.linalg.cond(first) < 10
-    known = [[387881216, -1835900928], [-1044785536, -1814294400]]  # runs that go on from a file see the same
+    known = [[648295168, -2100552832], [559084544, 842856576]]  # runs that go on from a file see the same
     assert (pseudo_random(2, 2, torch.tensor(3)) * 2**31).tolist() == known
