@@ -14,6 +14,7 @@ from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import widest
 from lrkfac.core.base.packing import Rows, accumulated, as_rows, cleared_unless, combined, disposable, from_rows
 from lrkfac.core.base.per_parameter import check_numbers, of_leaves
+from lrkfac.core.base.stacks import pick, picked
 from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.trees import add_scaled, all_finite, materialize, selected, zero_unless
 from lrkfac.core.base.types import PerParameter, Tree
@@ -212,13 +213,13 @@ class ScaleByQuadraticModel:
         model = BatchModel(evaluation, params, left, total, state.total, kept, decay, state.damping)
         minimum = model.minimum(gradients, state.last, self.kl_clip)
         best = minimum.value.argmin(keepdim=True)
-        rate, momentum, predicted, factor_damping = _pick(torch.stack([*minimum, candidates], dim=1), best).unbind()
+        rate, momentum, predicted, factor_damping = pick(torch.stack([*minimum, candidates], dim=1), best).unbind()
         if evaluation.statistics is not None:
-            inner = optree.tree_map(lambda x: _pick(x, best), inner)
+            inner = picked(inner, best)
         # Parameters at which no batch has a finite loss: the last step led there, and nobody looked.
         undone = ~sound & (state.failures > 0) & (state.since > 0)
         back = torch.where(undone, -torch.ones_like(momentum), 1)
-        direction = tuple([_pick(x, best) for x in gradients])
+        direction = tuple([pick(x, best) for x in gradients])
         row = combined(torch.where(sound, -rate, 0), direction, torch.where(sound, momentum, back), state.last)
         accepted, ratio, damping = self._judged(row, predicted, state, model)
         row = cleared_unless(accepted | ~sound, row)
@@ -291,9 +292,3 @@ class ScaleByQuadraticModel:
             rejected=state.rejected + undone,
             failures=state.failures + 1,
         )
-
-
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Return ``x[index]`` for an index ``[1]``, without asking for its value."""
-    same = len(x) == 1 or x.stride(0) == 0  # as averages are, which do not depend on a damping
-    return x[0] if same else x.index_select(0, index)[0]

@@ -14,6 +14,7 @@ from lrkfac.core.base.lazy import LazyMatrix, add_multiple
 from lrkfac.core.base.leaves import leaves_like, tree_flatten, tree_leaves, tree_unflatten
 from lrkfac.core.base.per_parameter import is_number
 from lrkfac.core.base.private_torch import added_all, multiplied_all
+from lrkfac.core.base.stacks import evenly_spaced, neighbours, stacked
 from lrkfac.core.base.summand import Summand, summed
 from lrkfac.core.base.types import PerParameter, Tree
 
@@ -71,8 +72,23 @@ def zeros_like(x: Tree) -> Tree:
 
 
 def selected(condition: Tensor, new: Tree, old: Tree) -> Tree:
-    """Return ``new`` where the condition ``[]`` holds, else ``old``; leaves that are the same object pass."""
-    return optree.tree_map(lambda x, y: x if x is y else torch.where(condition, x, y), new, old)
+    """Return ``new`` where the condition ``[]`` holds, else ``old``; leaves that are the same object pass.
+
+    Leaves that lie at equal distances in memory, as those of layers in a stack do, are chosen in one call.
+    """
+    leaves, structure = optree.tree_flatten(new)
+    chosen, changed = dict(enumerate(leaves)), []
+    for i, (x, y) in enumerate(zip(leaves, structure.flatten_up_to(old), strict=True)):
+        if x is not y:
+            changed.append((i, x, y))
+    for group in neighbours([x for _, x, _ in changed]):
+        numbers, xs, ys = zip(*[changed[k] for k in group], strict=True)
+        x = evenly_spaced(xs)
+        if x is None:
+            chosen.update({i: torch.where(condition, x, y) for i, x, y in zip(numbers, xs, ys, strict=True)})
+        else:
+            chosen.update(zip(numbers, torch.where(condition, x, stacked(ys)).unbind(), strict=True))
+    return optree.tree_unflatten(structure, list(chosen.values()))
 
 
 def zero_unless(condition: Tensor, x: Tree) -> Tree:

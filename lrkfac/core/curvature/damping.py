@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import BlockState, mean_eigenvalue_of
 from lrkfac.core.curvature.owners import Division
+from lrkfac.core.curvature.stacking import together
 
 FIRST_DECADES, FULL_DECADES = 3.0, 3.5
 """Spread of block sizes, in decades, at which damping begins to follow them, and at which it follows them fully."""
@@ -32,7 +34,7 @@ def balanced_dampings(
     if not blocks:
         return {}
     own = [block for block in blocks if division is None or division.own(block)]
-    each = {block.name: mean_eigenvalue_of(block, states[block.name].average) for block in own}
+    each = _mean_eigenvalues(own, states, stacks=division is None)
     if division is not None:
         each = division.numbers(each)
     first = each[blocks[0].name].dtype
@@ -42,4 +44,25 @@ def balanced_dampings(
     largest = torch.where(known, logs, -torch.inf).amax()
     below = torch.where(known, logs - largest, 0.0).clamp(min=LOWEST_DECADE)
     power = ((-below.amin() - FIRST_DECADES) / (FULL_DECADES - FIRST_DECADES)).clamp(0, 1)
-    return {block.name: damping * 10 ** (power * decade) for block, decade in zip(blocks, below.unbind(), strict=True)}
+    dampings = damping * 10 ** (power * below)
+    return {block.name: one for block, one in zip(blocks, dampings.unbind(), strict=True)}
+
+
+def _mean_eigenvalues(blocks: Sequence[Block], states: Mapping[str, BlockState], stacks: bool) -> dict[str, Tensor]:
+    """Return the mean eigenvalue of each block's average, by name.
+
+    Args:
+        blocks: The blocks.
+        states: Their states, by name.
+        stacks: Whether those of equal layers are computed together: rounding depends on which these are.
+    """
+    averages = {block.name: states[block.name].average for block in blocks}
+    if not stacks:
+        return {block.name: mean_eigenvalue_of(block, averages[block.name]) for block in blocks}
+
+    def work(block: Block, damping: float | Tensor, average: Any, stacked: bool = False) -> Tensor:
+        return block.structure.mean_eigenvalue(average)
+
+    none = dict.fromkeys(averages, 0.0)
+    means = together(work, blocks, none, [(one,) for one in averages.values()])
+    return {name: one if one.ndim == 0 else one.mean() for name, one in zip(averages, means, strict=True)}

@@ -115,3 +115,14 @@ def test_pseudo_random_numbers_are_spread_and_depend_on_the_seed():
     assert torch.linalg.cond(first) < 10
     known = [[648295168, -2100552832], [559084544, 842856576]]  # runs that go on from a file see the same
     assert (pseudo_random(2, 2, torch.tensor(3)) * 2**31).tolist() == known
+
+
+@pytest.mark.parametrize("columns", [4, None])
+def test_pseudo_random_columns_are_about_as_independent_as_random_ones(columns):
+    """Also square matrices, in which numbers of equal distances without mixing are dependent."""
+    for d in range(8, 70):
+        x = pseudo_random(d, columns or d, torch.tensor(-1)).double()
+        assert torch.linalg.cond(x) < 300 * d
+    for seed in range(50):
+        x = pseudo_random(33, 4, torch.tensor(seed)).double()
+        assert torch.linalg.cond(x) < 10
