@@ -29,6 +29,7 @@ from lrkfac.core.evaluation.products import FisherProducts
 from lrkfac.core.evaluation.selection import check_selection, select_examples, select_layers
 from lrkfac.core.evaluation.specs import SpecCache
 from lrkfac.core.evaluation.tangents import ThinPass
+from lrkfac.core.evaluation.ways import Ways
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.statistics import Statistics
 from lrkfac.core.likelihoods.joint import Joint
@@ -47,6 +48,7 @@ class Evaluator:
         differentiable: Whether autograd follows evaluations.
         parts: The processes that share the work.
         cache: Output shapes for the latest input shapes; no part of the value, and empty in copies.
+        ways: To products with the Fisher matrix, likewise.
     """
 
     objective: Objective
@@ -57,6 +59,7 @@ class Evaluator:
     differentiable: bool
     parts: Parts | None = None
     cache: SpecCache = field(default_factory=SpecCache, compare=False, repr=False)
+    ways: Ways = field(default_factory=Ways, compare=False, repr=False)
 
     def __call__(
         self,
@@ -141,7 +144,7 @@ class Evaluator:
             del captured, rows  # the graph of the whole batch makes room for that of some examples
             if statistics and examples is not None:
                 of_layers = self._estimate_of_examples(params, inputs, leaves, examples, noise, turn)
-        products = FisherProducts(objective, self.layers, params, inputs, leaves, self.differentiable, thin)
+        products = FisherProducts(objective, self.layers, params, inputs, leaves, self.differentiable, thin, self.ways)
         return Evaluation(
             loss=loss,
             grads=optree.tree_map(with_layout_of, gradients, params),

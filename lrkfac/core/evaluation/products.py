@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 
 import optree
@@ -20,6 +20,7 @@ from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.derivatives import change, transposed
 from lrkfac.core.evaluation.objective import Objective
 from lrkfac.core.evaluation.tangents import ThinPass
+from lrkfac.core.evaluation.ways import Ways
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.padding import with_constant_padding
 
@@ -38,6 +39,7 @@ class FisherProducts:
         targets: Of each head.
         differentiable: Whether autograd follows the products.
         thin: What is known of thin layers from the forward pass, if anything.
+        ways: Those to the products of several tangents.
     """
 
     objective: Objective
@@ -47,6 +49,7 @@ class FisherProducts:
     targets: list[Tensor]
     differentiable: bool
     thin: ThinPass | None = None
+    ways: Ways = field(default_factory=Ways)
 
     def product(self, tangent: Tree) -> Tree:
         """Return ``F tangent``, a tree like the parameters.
@@ -125,21 +128,34 @@ class FisherProducts:
         return change, self.objective.heads.product(outputs, self.targets, change)
 
     def _curved_changes(self, tangents: Sequence[Tree]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return ``J tangent`` and ``H J tangent`` of all tangents: one by one where the model cannot be mapped."""
-        if self.thin is not None and self.thin.fits(self.params):
+        """Return ``J tangent`` and ``H J tangent`` of all tangents: one by one where the model cannot be mapped.
+
+        A way that fails, as that of thin layers where the model has one without a forward derivative, or ran under
+        ``torch.autocast`` and these products do not, is taken once.
+        """
+        failed = []
+        if self.thin is not None and self.thin.fits(self.params) and self._open("thin"):
             try:
                 return self.thin.along(self.objective, self.params, self.inputs, tangents, self._curved)
             except torch.OutOfMemoryError:
                 raise
             except (NotImplementedError, RuntimeError):
-                pass  # of a model that cannot be mapped, or whose layers take another way: it comes below, if at all
-        if not self.layers.autograd:
+                failed.append("thin")  # another one comes below, if at all
+        found = None
+        if not self.layers.autograd and self._open("mapped"):
             try:
-                return vmap(self._curved_change)(optree.tree_map(lambda *x: torch.stack(x), *tangents))
+                found = vmap(self._curved_change)(optree.tree_map(lambda *x: torch.stack(x), *tangents))
             except NotImplementedError:
                 raise
             except RuntimeError:  # such as a torch.autograd.Function without a rule for vmap
                 if torch.compiler.is_compiling():
                     raise
-        each = [self._curved_change(tangent) for tangent in tangents]
-        return optree.tree_map(lambda *leaves: torch.stack(leaves), *each)
+                failed.append("mapped")
+        if found is None:
+            each = [self._curved_change(tangent) for tangent in tangents]
+            found = optree.tree_map(lambda *leaves: torch.stack(leaves), *each)
+        self.ways.close(failed, self.params, self.inputs)
+        return found
+
+    def _open(self, way: str) -> bool:
+        return self.ways.open(way, self.params, self.inputs)

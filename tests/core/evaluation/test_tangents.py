@@ -1,5 +1,7 @@
 """Products with the Fisher matrix by what the forward pass knows of thin layers are those without, and cost less."""
 
+import copy
+
 import optree
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from torch.func import grad, vmap
 
 import lrkfac
+from lrkfac.core.evaluation.tangents import ThinPass
 from tests.dispatch import Launches
 from tests.transforms.test_base import close
 
@@ -169,3 +172,49 @@ def test_a_batch_in_pieces_has_the_products_of_the_whole():
     some = tangents(params, 2)
     pieces = [evaluate(params, x[part], y[part]) for part in (slice(0, 1), slice(1, None))]
     close(lrkfac.merge_evaluations(pieces).gram(*some), thin.gram(*some), rtol=1e-10)
+
+
+def tries(monkeypatch):
+    """The calls of the way by thin layers, as they come."""
+    calls, along = [], ThinPass.along
+    monkeypatch.setattr(ThinPass, "along", lambda *args: calls.append(1) or along(*args))
+    return calls
+
+
+def normalized():
+    """A layer without a forward derivative beside thin ones."""
+    torch.manual_seed(0)
+    last = nn.utils.parametrizations.weight_norm(nn.Linear(WIDE, CLASSES))
+    return nn.Sequential(nn.Linear(WIDE, WIDE), nn.Tanh(), last)
+
+
+@pytest.mark.parametrize(("make", "autocast"), [(normalized, False), (perceptron, True)])
+def test_a_way_that_fails_is_tried_once_for_each_form_of_the_inputs(make, autocast, monkeypatch):
+    """With autocast, evaluations are under it and products are not."""
+    model, params = lrkfac.from_module(make())
+    x, y = torch.randn(BATCH, WIDE), torch.randint(CLASSES, (BATCH,))
+    layers = lrkfac.find_layers(model, params, x)
+    plain, thin = (lrkfac.evaluator(model, lrkfac.categorical(), layers, thin=one) for one in (False, True))
+    some, calls = tangents(params, 2), tries(monkeypatch)
+
+    def products(evaluate, size=BATCH):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            evaluation = evaluate(params, x[:size], y[:size], statistics=False)
+        return evaluation.gram(*some)
+
+    expected = products(plain)
+    for _ in range(3):
+        close(products(thin), expected, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 1
+    products(thin, BATCH - 1)
+    assert len(calls) == 2
+    products(copy.deepcopy(thin))
+    assert len(calls) == 3
+
+
+def test_a_way_that_works_is_taken_again(monkeypatch):
+    params, (_, thin), _ = evaluations("perceptron")
+    calls = tries(monkeypatch)
+    for _ in range(3):
+        thin.gram(*tangents(params, 2))
+    assert len(calls) == 3
