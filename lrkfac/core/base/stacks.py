@@ -42,6 +42,8 @@ def neighbours(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 def evenly_spaced(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return ``neighbours`` at equal distances along a new first axis without a copy; ``None`` for others."""
+    if len(tensors) < 2:  # also because the compiler knows no offsets
+        return None
     offsets = [x.storage_offset() for x in tensors]
     steps = {two - one for one, two in pairwise(offsets)}
     if len(steps) != 1 or 0 in steps:
