@@ -16,7 +16,7 @@ from lrkfac.core.base.packing import Rows, accumulated, as_rows, cleared_unless,
 from lrkfac.core.base.per_parameter import check_numbers, of_leaves
 from lrkfac.core.base.stacks import pick, picked
 from lrkfac.core.base.tree_checks import check_like, check_tree
-from lrkfac.core.base.trees import add_scaled, all_finite, materialize, selected, zero_unless
+from lrkfac.core.base.trees import add_scaled, all_squarable, materialize, selected, zero_unless
 from lrkfac.core.base.types import PerParameter, Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.transforms.base import (
@@ -90,7 +90,7 @@ def scale_by_quadratic_model(
 
     * a forward derivative along each direction gives the 2 × 2 system for ``α`` and ``μ``;
     * a step that is not finite, or whose model is not, is not taken. A batch whose loss or gradient is not finite
-      changes nothing.
+      changes nothing, nor one of whose gradient the square is not (entries above 1.8e16 in float32).
 
     Where ``evaluation`` has statistics, every five steps or so,
 
@@ -202,7 +202,7 @@ class ScaleByQuadraticModel:
         check_like(params, updates, "updates beside params")
         decay = of_leaves(self.weight_decay, params, "weight_decay") if self.decays else None
         slope, spent = self._slope(updates, decay, params, state), disposable(updates)
-        sound = all_finite((evaluation.loss, slope))
+        sound = all_squarable((0 * evaluation.loss, *slope))  # of a loss that is not finite, NaN
         kept = self.gradient_decay * torch.ones_like(state.damping)
         # Of a batch that is not finite nothing counts: what is computed with it is thrown away.
         if evaluation.statistics is not None:

@@ -113,6 +113,23 @@ def test_a_batch_that_is_not_finite_changes_nothing(statistics, bad):
           rtol=0, atol=0)  # fmt: skip
 
 
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e17), (torch.float32, 3e38), (torch.float64, 1e155)])
+def test_a_gradient_whose_square_is_not_finite_changes_nothing(dtype, size, statistics):
+    """Nor does it stay in the sum of gradients, which would take hundreds of steps to forget it."""
+    case = cast(MLP, dtype)
+    tx, evaluate = make(case, kronecker(low_rank(2), dense()), gradient_decay=0.6)
+    *_, (_, _, _, updates, state) = run(tx, case, evaluate, 2)
+    e = evaluate(case.params, statistics=statistics)
+    large = {name: torch.full_like(g, size) for name, g in e.grads.items()}
+    updates, new = tx.update(large, state, case.params, evaluation=e)
+    close((updates, new._replace(failures=state.failures)), (optree.tree_map(torch.zeros_like, updates), state),
+          rtol=0, atol=0)  # fmt: skip
+    updates, after = tx.update(e.grads, new, case.params, evaluation=e)
+    assert new.failures == 1 and after.failures == 0
+    assert flat(case, updates).abs().amax() > 0 and all(row.isfinite().all() for row in after.total)
+
+
 def test_a_step_that_raises_the_loss_is_undone():
     tx, evaluate = make(MLP)
     state, e = tx.init(MLP.params), evaluate(MLP.params)
