@@ -58,6 +58,7 @@ SIGNATURES = {
     "linalg.polar": "matrix iterations=6",
     "clip_by_kl": "kl_clip learning_rate",
     "trace": "decay nesterov=False",
+    "ema_params": "decay=0.98 power=8.0",
     "scale_by_adam": "b1=0.9 b2=0.999 eps=1e-08",
     "linalg.LowRankPlusDiagonal": "vectors values diagonal",
     "linalg.inverse": "operator damping",

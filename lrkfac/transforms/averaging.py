@@ -24,26 +24,31 @@ class EmaParamsState(NamedTuple):
     steps: Tensor
 
 
-def ema_params(decay: float = 0.99) -> GradientTransformation:
+def ema_params(decay: float = 0.98, power: float = 8.0) -> GradientTransformation:
     """Average the parameters as they are after each update; updates pass unchanged.
 
-    After step ``t`` the average is ``ξ average + (1 - ξ) parameters`` with ``ξ = min(1 - 1/t, decay)``: the mean of
-    all parameters at first, then a running average (Martens & Grosse 2015, arXiv 1503.05671, section 13). It is the
-    last link of a chain, in whose state it stands as ``state[-1].average``.
+    After step ``t`` the average is ``ξ average + (1 - ξ) parameters`` with ``ξ = min((t - 1)/(t + power), decay)``. At
+    first the parameters of step ``k`` weigh in proportion to ``k^power``, so that the average forgets the start and
+    reaches over about the last ``t/(power + 1)`` steps (Shamir & Zhang 2013, arXiv 1212.1824, section 4). Once ``ξ``
+    is ``decay``, it is a running average of about ``1/(1 - decay)`` steps. It is the last link of a chain, in whose
+    state it stands as ``state[-1].average``.
 
     Args:
-        decay: Largest weight of the last average, in [0, 1).
+        decay: Largest weight of the last average, in [0, 1). Where training converges without noise, an average lags
+            behind: by little, while the parameters move by less than their distance to the minimum in its steps.
+        power: How fast the start is forgotten, at least 0, which gives the mean of all parameters.
 
     Returns:
         A transformation with an ``EmaParamsState``.
 
     Raises:
-        ValueError: If ``decay`` lies outside [0, 1); in ``update``, if ``params`` is missing or the trees do not fit.
+        ValueError: If ``decay`` lies outside [0, 1) or ``power`` is negative; in ``update``, if ``params`` is missing
+            or the trees do not fit.
         TypeError: If an argument has the wrong type.
 
     Examples:
         >>> import torch
-        >>> tx, params = ema_params(), torch.zeros(1)
+        >>> tx, params = ema_params(power=0), torch.zeros(1)
         >>> state = tx.init(params)
         >>> for _ in range(3):
         ...     updates, state = tx.update(torch.ones(1), state, params)
@@ -51,7 +56,7 @@ def ema_params(decay: float = 0.99) -> GradientTransformation:
         >>> params, state.average
         (tensor([3.]), tensor([2.]))
     """
-    return transformation(EmaParams(decay))
+    return transformation(EmaParams(decay, power))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +64,11 @@ class EmaParams:
     """See ``ema_params``."""
 
     decay: float
+    power: float
 
     def __post_init__(self) -> None:
         check_number(self.decay, "decay", 0, 1)
+        check_number(self.power, "power", 0)
 
     def init(self, params: Tree) -> EmaParamsState:
         """Return a copy of the parameters as the average."""
@@ -78,7 +85,7 @@ class EmaParams:
         params = check_params(params, "ema_params", updates)
         check_like(state.average, params, "params")
         steps = state.steps + 1
-        rest = torch.clamp(1 / steps, min=1 - self.decay)
+        rest = torch.clamp((self.power + 1) / (steps + self.power), min=1 - self.decay)
         average = optree.tree_map(lambda *leaves: _averaged(rest, *leaves), state.average, params, updates)
         return updates, EmaParamsState(average, steps)
 

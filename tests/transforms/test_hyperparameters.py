@@ -29,7 +29,7 @@ FACTORIES = {
     "learning rate": (lrkfac.scale_by_learning_rate, {"learning_rate": 1}),
     "value": (lrkfac.clip, {"max_delta": 0.3}),
     "norm": (lrkfac.clip_by_global_norm, {"max_norm": 0.3}),
-    "average": (lrkfac.ema_params, {"decay": 0.8}),
+    "average": (lrkfac.ema_params, {"decay": 0.8, "power": 2.0}),
     "own": (lambda rate, decay: chain(trace(decay), scale(rate)), {"rate": -0.1, "decay": 0.5}),
 }
 

@@ -21,7 +21,7 @@ from tests.transforms.test_travel import ELEMENTWISE, EVALUATE, TRANSFORMATIONS
 
 MLP, SHIFT, GROUPS = cases.LINEAR[0], cases.LINEAR[6], cases.CONVOLUTION[3]
 EQUAL = cases.make_case("equal", cases.with_tanh(*[cases.linear(4, 4)] * 3), (5, 4))
-INJECTED = {"value": (lrkfac.clip, {"max_delta": 0.3}), "average": (lrkfac.ema_params, {"decay": 0.8})}
+INJECTED = {"value": (lrkfac.clip, {"max_delta": 0.3}), "average": (lrkfac.ema_params, {"decay": 0.8, "power": 2.0})}
 OF_ANY_TREE = {
     **ELEMENTWISE,
     "nested chains": chain(SEVERAL[0], chain(*SEVERAL[1:])),
