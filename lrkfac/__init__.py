@@ -41,6 +41,7 @@ from lrkfac.transforms.momentum import trace
 from lrkfac.transforms.orthogonalize import orthogonalize_by_fisher
 from lrkfac.transforms.precondition import precondition_by_fisher
 from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
+from lrkfac.transforms.quadratic_options import QuadraticModelOptions
 from lrkfac.transforms.robust import apply_if_finite
 from lrkfac.transforms.scaling import scale, scale_by_learning_rate
 from lrkfac.version import __version__ as __version__
@@ -54,6 +55,7 @@ __all__ = [
     "LazyMatrix",
     "Likelihood",
     "LowRankKFAC",
+    "QuadraticModelOptions",
     "Statistics",
     "Weights",
     "accumulate",

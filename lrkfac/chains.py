@@ -22,7 +22,8 @@ from lrkfac.transforms.decay import add_decayed_weights
 from lrkfac.transforms.momentum import trace
 from lrkfac.transforms.orthogonalize import orthogonalize_by_fisher
 from lrkfac.transforms.precondition import precondition_by_fisher
-from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
+from lrkfac.transforms.quadratic_model import DEFAULTS, scale_by_quadratic_model
+from lrkfac.transforms.quadratic_options import QuadraticModelOptions
 from lrkfac.transforms.scaling import scale_by_learning_rate
 
 INPUT_RESIDUAL_WEIGHT = 2.0
@@ -150,16 +151,18 @@ def adaptive_low_rank_kfac(
     weight_decay: PerParameter = 0.0,
     dtype: torch.dtype | None = None,
     kl_clip: float | Tensor | None = None,
-    gradient_decay: float = 0.6,
+    gradient_decay: float | None = None,
     owners: Any = None,
+    options: QuadraticModelOptions = DEFAULTS,
 ) -> GradientTransformation:
     """Return natural gradient descent with low-rank factors and nothing to tune.
 
     Learning rate, momentum and damping follow in each step from the quadratic model of the batch, see
     ``scale_by_quadratic_model``. The preconditioned direction is that of ``Σ_k gradient_decay^k ∇_{t-k}``, the sum of
     the last gradients, which is less noisy than one: the model of the batch then says how far to go along a direction
-    that several batches have chosen. Updates are added to the parameters as they are. ``state[-1].average`` is the
-    running average of the parameters, which is often better than the last ones, see ``ema_params``.
+    that several batches have chosen. How far back the sum reaches follows from the noise, so that the same chain is
+    for small batches and for the full one. Updates are added to the parameters as they are. ``state[-1].average`` is
+    the running average of the parameters, which is often better than the last ones, see ``ema_params``.
 
     Args:
         layers: From ``find_layers``.
@@ -171,8 +174,10 @@ def adaptive_low_rank_kfac(
         kl_clip: Bound on how far one step moves the model, see ``clip_by_kl``; none by default. 1 keeps a run through
             batches that are wrong by orders of magnitude, see ``scale_by_quadratic_model``.
         gradient_decay: Decay of the sum of gradients, in [0, 1); 0 preconditions the batch's own gradient, as in
-            Martens & Grosse 2015.
+            Martens & Grosse 2015. ``None`` takes the share of noise in the slope of the last steps, 0 where all batches
+            are equal.
         owners: Processes among which layers are divided, see ``precondition_by_fisher``.
+        options: How the dampings adapt and which steps are undone, see ``QuadraticModelOptions``.
 
     Returns:
         A chain; its ``update`` takes the extra ``evaluation``.
@@ -198,7 +203,7 @@ def adaptive_low_rank_kfac(
     structure = ranked(layers, rank, _adaptive_structure)
     precondition = precondition_by_fisher(layers, structure, decay=decay, dtype=dtype, balanced=True, owners=owners)
     return chain(
-        scale_by_quadratic_model(precondition, damping, weight_decay, kl_clip=kl_clip, gradient_decay=gradient_decay),
+        scale_by_quadratic_model(precondition, damping, weight_decay, kl_clip, gradient_decay, options),
         ema_params(),
     )
 

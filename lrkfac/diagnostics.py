@@ -23,7 +23,7 @@ from lrkfac.core.layers.description import Layer, Layers, check_layers
 from lrkfac.core.layers.matrix import layer_matrix
 from lrkfac.transforms.hyperparameters import HyperparametersState
 from lrkfac.transforms.precondition_state import PreconditionState
-from lrkfac.transforms.quadratic_model import QuadraticModelState
+from lrkfac.transforms.quadratic_state import QuadraticModelState
 from lrkfac.transforms.robust import ApplyIfFiniteState
 
 
@@ -107,10 +107,9 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
     * ``since_statistics``: the number of steps since the layer's last statistics.
     * ``update_norm``: the length of the update of the layer's weight and joint bias.
 
-    Of the chain: ``since_statistics``, the largest of these numbers;
-    ``learning_rate``, ``momentum``, ``damping``, ``factor_damping``, ``predicted``, ``reduction_ratio``, ``rejected``
-    (steps) of the quadratic model; ``left_out`` (steps) of ``apply_if_finite``; ``hyperparameters/…`` of
-    ``inject_hyperparams``.
+    Of the chain: ``since_statistics``, the largest of these numbers; ``learning_rate``, ``momentum``, ``damping``,
+    ``factor_damping``, ``gradient_decay``, ``predicted``, ``reduction_ratio``, ``rejected`` (steps) of the quadratic
+    model; ``left_out`` (steps) of ``apply_if_finite``; ``hyperparameters/…`` of ``inject_hyperparams``.
 
     Where processes divide the layers (``owners``), those of this process. Eigenvalues of dense factors are computed, in
     O(d³). Nothing leaves the device, so that it can be mapped over an ensemble:
@@ -231,7 +230,8 @@ def _of_chain(state: Any) -> dict[str, Tensor]:
     return {name if often[name] == 1 else f"{path}/{name}": x for path, name, x in numbers}
 
 
-QUADRATIC = ("learning_rate", "momentum", "damping", "factor_damping", "predicted", "reduction_ratio", "rejected")
+CHOSEN = "learning_rate", "momentum", "damping", "factor_damping", "gradient_decay"
+QUADRATIC = (*CHOSEN, "predicted", "reduction_ratio", "rejected")
 
 
 def _within(state: Any, kind: Any, path: str = "") -> Iterator[tuple[str, Any]]:

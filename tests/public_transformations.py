@@ -30,6 +30,8 @@ PRECONDITION = lrkfac.precondition_by_fisher(LAYERS, rank=1)
 RATE, POSITIVE = number(0, schedule=True, trees=True), number(0, includes_low=False)
 SHARE, NONNEGATIVE = number(0, 1), number(0)
 SHARES, DECAYS = number(0, 1, trees=True), number(0, trees=True)
+SHARE_OR_NONE = number(0, 1, optional=True)
+NOT_OPTIONS = among(1, "x", {"max_steps": 3}, lrkfac.QuadraticModelOptions, *NOTHING)
 KL_CLIP = number(0, includes_low=False, optional=True)
 STRUCTURE = among(1, "x", torch.ones(2), lrkfac.structures.dense(), {"x": lrkfac.structures.dense()},
     {"*": lrkfac.structures.dense()}, {"*": 1}, {"none": None}, lambda layer: 1, lambda layer: lrkfac.structures.full(),
@@ -80,7 +82,11 @@ public("precondition_by_fisher", {"layers": LAYERS}, layers=NOT_LAYERS, structur
     damping=POSITIVE, decay=SHARE, fallback=TRANSFORMATION.filter(lambda x: x is not None), differentiable=FLAG,
     balanced=FLAG, owners=NOT_GROUPS, **OF_DTYPE)
 public("scale_by_quadratic_model", {"preconditioner": PRECONDITION}, preconditioner=TRANSFORMATION, damping=POSITIVE,
-    weight_decay=DECAYS, kl_clip=KL_CLIP, gradient_decay=SHARE)
+    weight_decay=DECAYS, kl_clip=KL_CLIP, gradient_decay=SHARE_OR_NONE, options=NOT_OPTIONS)
+public("QuadraticModelOptions", damping_decay=number(0, 1, includes_low=False), max_steps=integer(),
+    damping_interval=integer(), start_steps=NONNEGATIVE, start_decay=SHARE, min_damping=POSITIVE,
+    max_damping=number(1e-10, includes_low=False), lower_threshold=number(),
+    upper_threshold=number(0.25, includes_low=False), reject=FLAG, rejection_factor=number(1, includes_low=False))
 valid("chain", lambda transformations: lrkfac.chain(*transformations), {"transformations": [lrkfac.trace(0.9)]},
     transformations=st.lists(TRANSFORMATION, min_size=1, max_size=3))
 KFAC = {"learning_rate": RATE, "damping": POSITIVE, "decay": SHARE, "momentum": SHARES, "weight_decay": DECAYS}
@@ -89,7 +95,8 @@ public("kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, **KF
 public("low_rank_kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, rank=RANK_OF_CHAIN, **KFAC,
     kl_clip=POSITIVE, **OF_STATISTICS)
 public("adaptive_low_rank_kfac", {"layers": LAYERS}, layers=NOT_LAYERS, rank=RANK_OF_CHAIN, damping=POSITIVE,
-    decay=SHARE, weight_decay=DECAYS, **OF_DTYPE, kl_clip=KL_CLIP, gradient_decay=SHARE, owners=NOT_GROUPS)
+    decay=SHARE, weight_decay=DECAYS, **OF_DTYPE, kl_clip=KL_CLIP, gradient_decay=SHARE_OR_NONE,
+    owners=NOT_GROUPS, options=NOT_OPTIONS)
 POWER = st.one_of(number(0, tensor=False), st.just(1.5))
 SPECTRAL = {"rank": RANK_OF_CHAIN, "power": POWER, "momentum": SHARE, "decay": SHARE, "damping": POSITIVE,
     "fallback": TRANSFORMATION.filter(lambda x: x is not None), **OF_DTYPE}

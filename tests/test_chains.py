@@ -43,13 +43,14 @@ def test_each_argument_goes_where_it_belongs(case, rate):
 @some_cases
 @pytest.mark.parametrize("gradient_decay", [None, 0.0, 0.9])
 def test_the_adaptive_chain(case, gradient_decay):
-    """Sums of gradients are preconditioned; with no memory, each batch's own."""
+    """Sums of gradients are preconditioned, by default as far back as the noise says; at 0, each batch's own."""
     layers, _ = layers_and_evaluate(case)
     both = kronecker(low_rank(2, weight=2.0), low_rank_plus_diagonal(2, weight=0.5))
     preconditioner = lrkfac.precondition_by_fisher(layers, both, decay=0.7)
-    if gradient_decay != 0:
-        preconditioner = lrkfac.chain(lrkfac.trace(gradient_decay or 0.6), preconditioner)
-    by_hand = lrkfac.chain(lrkfac.scale_by_quadratic_model(preconditioner, 0.2, 0.01))
+    if gradient_decay:
+        preconditioner = lrkfac.chain(lrkfac.trace(gradient_decay), preconditioner)
+    found = {"gradient_decay": None} if gradient_decay is None else {}
+    by_hand = lrkfac.chain(lrkfac.scale_by_quadratic_model(preconditioner, 0.2, 0.01, **found))
     options = {} if gradient_decay is None else {"gradient_decay": gradient_decay}
     same(case, by_hand, lrkfac.adaptive_low_rank_kfac(layers, 2, 0.2, 0.7, 0.01, **options))
 

@@ -88,7 +88,7 @@ def test_the_preconditioner_is_found_in_any_chain(name):
 def test_the_adaptive_chain_tells_what_it_has_chosen_also_of_an_ensemble():
     states, updates = trained(lrkfac.adaptive_low_rank_kfac(LAYERS, rank=2), MLP)
     found, model = diagnose(states[-1], LAYERS), states[-1][0]
-    for name in ("learning_rate", "momentum", "damping", "factor_damping", "reduction_ratio", "rejected"):
+    for name in ("learning_rate", "momentum", "damping", "factor_damping", "gradient_decay", "rejected"):
         assert found.chain[name] is getattr(model, name)
     torch.testing.assert_close(diagnose(states[-1], LAYERS, updates=updates).metrics(), found.metrics())
     assert "update_norm" in found.layers["0"].numbers["F"]

@@ -15,7 +15,7 @@ PROMISED = """
     from_module find_layers Layers Layer LayerKind
     categorical gaussian bernoulli poisson joint Likelihood Weights
     evaluator Evaluation Statistics merge_evaluations LazyMatrix materialize unshard check_replicas
-    GradientTransformation chain identity precondition_by_fisher scale_by_quadratic_model
+    GradientTransformation chain identity precondition_by_fisher scale_by_quadratic_model QuadraticModelOptions
     orthogonalize_by_fisher spectral_kfac linalg.polar
     clip clip_by_kl clip_by_global_norm trace ema_params add_decayed_weights scale scale_by_learning_rate scale_by_adam
     masked partition apply_if_finite accumulate inject_hyperparams apply_updates round_robin_refresh factor_drift

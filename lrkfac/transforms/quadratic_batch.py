@@ -30,7 +30,7 @@ class BatchModel:
         before: That of those before.
         kept: Their decay: ``total = ∇h + kept before``.
         decay: ``η``, a number or one for each leaf; ``None`` for 0.
-        damping: ``λ``.
+        damping: ``λ`` for each pair of directions, ``[k]``.
     """
 
     evaluation: Evaluation
@@ -42,8 +42,10 @@ class BatchModel:
     decay: PerParameter | None
     damping: Tensor
 
-    def minimum(self, gradients: Rows, last: Rows, kl_clip: float | Tensor | None) -> Minimum:
-        """Return the minimum over ``α Δ + μ δ₀``, shortened where ``kl_clip`` binds.
+    def minimum(self, gradients: Rows, last: Rows, kl_clip: float | Tensor | None) -> tuple[Minimum, Tensor]:
+        """Return the minimum over ``α Δ + μ δ₀``, shortened where ``kl_clip`` binds, and ``δ₀``'s slope where it began.
+
+        That is its slope now, at its end, less the curvature along it.
 
         Args:
             gradients: Preconditioned gradients ``-Δ``, ``[k, n]`` each.
@@ -52,13 +54,13 @@ class BatchModel:
         """
         trees = [from_rows(tuple([row[i] for row in gradients]), self.params) for i in range(len(gradients[0]))]
         gram = self.evaluation.gram(*trees, from_rows(last, self.params)).to(self.damping.dtype)
-        fisher = Form(gram.diagonal(), -gram[:-1, -1])
-        curvature = self._damped(fisher, gradients, last)
+        fisher = Form(gram.diagonal()[:-1], -gram[:-1, -1], gram[-1, -1])
+        curvature, damped = self._forms(fisher, gradients, last)
         slopes = torch.cat([-self._slopes(gradients), self._slopes(last)[None]])
-        minimum = least(curvature, slopes)
-        if kl_clip is None:
-            return minimum
-        return shortened(kl_clip, minimum, fisher, curvature, slopes, products(gradients, self.total))
+        minimum = least(damped, slopes)
+        if kl_clip is not None:
+            minimum = shortened(kl_clip, minimum, fisher, damped, products(gradients, self.total))
+        return minimum, slopes[-1] - curvature.last
 
     def change(self, step: Tree) -> tuple[Tensor, Tensor]:
         """Return ``h`` before and after a step."""
@@ -76,18 +78,21 @@ class BatchModel:
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
-    def _damped(self, fisher: Form, gradients: Rows, last: Rows) -> Form:
-        """Return the form of ``F + (λ + η) I``."""
-        one = tuple([row[None] for row in last])
+    def _forms(self, fisher: Form, gradients: Rows, last: Rows) -> tuple[Form, Form]:
+        """Return the forms of ``F + η I`` and ``F + (λ + η) I``."""
 
         def lengths(weights: Rows | None = None) -> Form:
-            squares = torch.cat([weighted_squares(x, weights) for x in (gradients, one)])
-            return Form(squares, -products(gradients, last if weights is None else multiplied(last, weights)))
+            weighted = last if weights is None else multiplied(last, weights)
+            return Form(weighted_squares(gradients, weights), -products(gradients, weighted), products(last, weighted))
 
-        if self.decay is None or is_number(self.decay):
-            return fisher.plus(self.damping + (self.decay or 0.0), lengths())
+        plain = lengths()
+        if self.decay is None:
+            return fisher, fisher.plus(self.damping, plain)
+        if is_number(self.decay):
+            return fisher.plus(self.decay, plain), fisher.plus(self.damping + self.decay, plain)
         each = optree.tree_map(lambda p, one: torch.zeros_like(p) + one, self.params, self.decay)
-        return fisher.plus(self.damping, lengths()).plus(1.0, lengths(as_rows(each)))
+        penalized = fisher.plus(1.0, lengths(as_rows(each)))
+        return penalized, penalized.plus(self.damping, plain)
 
 
 def _penalty(decay: PerParameter, params: Tree) -> Tensor:

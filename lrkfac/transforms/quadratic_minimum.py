@@ -12,32 +12,37 @@ COLLINEAR = 1e-4
 
 
 class Form(NamedTuple):
-    """A quadratic form on directions, each of which is paired with the last one, the last update.
+    """A quadratic form on directions, each of which is paired with the same other one, the last update.
 
     Attributes:
-        squares: Of each direction, ``[k + 1]``.
-        mixed: Of each direction with the last one, ``[k]``.
+        squares: Of each direction, ``[k]``.
+        mixed: Of each direction with the last update, ``[k]``.
+        last: Of the last update, ``[]``, or ``[k]`` where each pair has a form of its own.
     """
 
     squares: Tensor
     mixed: Tensor
+    last: Tensor
 
     def plus(self, scale: float | Tensor, other: Form) -> Form:
-        """Return the form plus a multiple of another."""
-        return Form(self.squares + scale * other.squares, self.mixed + scale * other.mixed)
+        """Return the form plus a multiple of another, or one for each pair, ``[k]``."""
+        if isinstance(scale, Tensor):
+            return Form(*[torch.addcmul(x, y, scale) for x, y in zip(self, other, strict=True)])
+        return Form(*[torch.add(x, y, alpha=scale) for x, y in zip(self, other, strict=True)])
 
     def at(self, rate: Tensor, momentum: Tensor) -> Tensor:
         """Return the form of ``rate`` times each direction plus ``momentum`` times the last one, ``[k]``."""
         mixed = 2 * self.mixed * rate * momentum
-        return self.squares[:-1] * rate.square() + mixed + self.squares[-1] * momentum.square()
+        return self.squares * rate.square() + mixed + self.last * momentum.square()
 
 
 class Minimum(NamedTuple):
-    """Minimum of ``½ xᵀ Q x + bᵀ x`` over ``x = (rate, momentum)``, and its value; ``[k]`` each."""
+    """Minimum of ``½ xᵀ Q x + bᵀ x`` over ``x = (rate, momentum)``, its value, and ``bᵀ x`` there; ``[k]`` each."""
 
     rate: Tensor
     momentum: Tensor
     value: Tensor
+    slope: Tensor
 
 
 def least(curvature: Form, slopes: Tensor) -> Minimum:
@@ -51,7 +56,7 @@ def least(curvature: Form, slopes: Tensor) -> Minimum:
         slopes: ``[k + 1]``.
     """
     tiny = torch.finfo(slopes.dtype).tiny
-    a, c, b = curvature.squares[:-1], curvature.squares[-1], curvature.mixed
+    a, b, c = curvature
     p, q = slopes[:-1], slopes[-1]
     determinant = a * c - b * b
     # Products of smaller numbers are not normal ones, and what is divided by them is anything.
@@ -59,21 +64,19 @@ def least(curvature: Form, slopes: Tensor) -> Minimum:
     apart = (determinant > COLLINEAR * (a * c).clamp(min=smallest)) & (c > smallest)
     momentum = torch.where(apart, (b * p - a * q) / torch.where(apart, determinant, 1.0), 0.0)
     rate = torch.where(a > 0, -(p + b * momentum) / a.clamp(min=tiny), 0.0)
-    return Minimum(rate, momentum, 0.5 * curvature.at(rate, momentum) + p * rate + q * momentum)
+    slope = p * rate + q * momentum
+    return Minimum(rate, momentum, 0.5 * curvature.at(rate, momentum) + slope, slope)
 
 
-def shortened(
-    kl_clip: float | Tensor, minimum: Minimum, fisher: Form, curvature: Form, slopes: Tensor, decrease: Tensor
-) -> Minimum:
+def shortened(kl_clip: float | Tensor, minimum: Minimum, fisher: Form, curvature: Form, decrease: Tensor) -> Minimum:
     """Return the minimum on the way to which ``δᵀ F δ`` and ``α² Δᵀ F̂ Δ = -α² gᵀ Δ`` are at most ``kl_clip``, and
     ``|μ|`` at most 1.
 
     The batch alone is no judge: where it says nothing, as of layers that are silent in it, any step is short.
     ``decrease`` ``[k]`` is ``gᵀ Δ`` with the sum of gradients that ``Δ`` was made of, which may say something there.
     """
-    rate, momentum, _ = minimum
+    rate, momentum, _, slope = minimum
     longest = torch.maximum(fisher.at(rate, momentum), rate.square() * decrease.abs())
     share = (kl_clip / torch.clamp(longest, min=kl_clip)).sqrt() / momentum.abs().clamp(min=1)
-    linear = slopes[:-1] * rate + slopes[-1] * momentum
-    value = share * linear + 0.5 * share.square() * curvature.at(rate, momentum)
-    return Minimum(share * rate, share * momentum, value)
+    value = share * slope + 0.5 * share.square() * curvature.at(rate, momentum)
+    return Minimum(share * rate, share * momentum, value, share * slope)

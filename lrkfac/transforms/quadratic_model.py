@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import torch
@@ -12,7 +12,16 @@ from torch.func import vmap
 
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import widest
-from lrkfac.core.base.packing import Rows, accumulated, as_rows, cleared_unless, combined, disposable, from_rows
+from lrkfac.core.base.packing import (
+    Rows,
+    accumulated,
+    as_rows,
+    cleared_unless,
+    combined,
+    disposable,
+    from_rows,
+    products,
+)
 from lrkfac.core.base.per_parameter import check_numbers, of_leaves
 from lrkfac.core.base.stacks import pick, picked
 from lrkfac.core.base.tree_checks import check_like, check_tree
@@ -28,51 +37,12 @@ from lrkfac.transforms.base import (
     preconditions,
 )
 from lrkfac.transforms.quadratic_batch import BatchModel
+from lrkfac.transforms.quadratic_damping import adapted, bounded, candidates, raised
+from lrkfac.transforms.quadratic_options import QuadraticModelOptions
+from lrkfac.transforms.quadratic_state import Chosen, GradientNoise, QuadraticModelState
 
-ADAPTATION = 0.95
-"""Factor by which a damping may change per step: ``ω₁ = (19/20)^T₁`` of section 6.5, per step."""
-RAISED = 4.0
-"""Factor by which an undone step raises the damping."""
-GOOD, POOR = 0.75, 0.25
-"""Reduction ratios above and below which the damping falls and rises (section 6.5)."""
-SMALLEST, LARGEST = 1e-10, 1e8
-"""Bounds of both dampings: within them, no product with a float32 curvature underflows or overflows."""
-
-
-LONGEST = 20
-"""Steps of which one change of the damping makes up for at most, where statistics are rarer."""
-
-
-class QuadraticModelState(NamedTuple):
-    """State of ``scale_by_quadratic_model``; tensors ``[]`` but for the first three.
-
-    Attributes:
-        preconditioner: State of the preconditioner.
-        last: Last update, a tuple of rows: one of all parameters with fewer than 65536 entries, one for each other.
-        total: Decaying sum of the gradients, in such rows.
-        damping: ``λ`` of the quadratic model.
-        factor_damping: ``γ`` of the preconditioner, the product of the two factors' dampings.
-        since: Steps since the last statistics; int64.
-        learning_rate: ``α`` of the last step.
-        momentum: ``μ`` of the last step.
-        predicted: Change of the loss that the model predicted for the last step, at most 0.
-        reduction_ratio: Change of the loss that came about, over the predicted one, in the last step with statistics.
-        rejected: Number of steps that were undone; int64.
-        failures: Number of the last evaluations in a row that were not finite; int64.
-    """
-
-    preconditioner: Any
-    last: Rows
-    total: Rows
-    damping: Tensor
-    factor_damping: Tensor
-    since: Tensor
-    learning_rate: Tensor
-    momentum: Tensor
-    predicted: Tensor
-    reduction_ratio: Tensor
-    rejected: Tensor
-    failures: Tensor
+DEFAULTS = QuadraticModelOptions()
+CHOSEN = "gradient_decay", "learning_rate", "momentum", "predicted", "reduction_ratio"
 
 
 def scale_by_quadratic_model(
@@ -80,7 +50,8 @@ def scale_by_quadratic_model(
     damping: float | Tensor = 0.1,
     weight_decay: PerParameter = 0.0,
     kl_clip: float | Tensor | None = None,
-    gradient_decay: float | Tensor = 0.0,
+    gradient_decay: float | Tensor | None = 0.0,
+    options: QuadraticModelOptions = DEFAULTS,
 ) -> GradientTransformation:
     """Return updates ``α Δ + μ δ₀`` that minimise the quadratic model of the batch's loss.
 
@@ -99,7 +70,8 @@ def scale_by_quadratic_model(
       last statistics, up to 20. A step after which that loss is higher, or not finite, is undone, and the damping
       rises;
     * the preconditioner runs with three dampings ``γ`` of its factors: its last one, a smaller and a larger. The one
-      with the smallest ``M`` is kept.
+      with the smallest ``M`` is kept. In the first of these steps they are orders of magnitude apart, and ``λ`` goes
+      with them: dampings that start too large or too small have found their place after a few.
 
     A step without statistics costs no forward pass. So the loss after it may be higher; where it is not finite, the
     next evaluations are not, either. The first of them may have a bad batch, and changes nothing; the second takes the
@@ -110,15 +82,16 @@ def scale_by_quadratic_model(
     Args:
         preconditioner: Such as ``precondition_by_fisher(layers)``, or a chain with one. It receives the damping
             ``γ`` as the extra ``factor_damping``; its own is not used.
-        damping: Start of both dampings, positive, in the unit of ``F``. They find their place within some tens of
-            steps.
+        damping: Start of both dampings, positive, in the unit of ``F``.
         weight_decay: ``η``, in the unit of ``F``, within the model; or a tree of them, see ``add_decayed_weights``.
         kl_clip: Bound on ``δᵀ F δ``, the squared length of a step in the Fisher metric of the batch, and on that of
             ``α Δ`` in the preconditioner's metric; see ``clip_by_kl``. A longer step, or one with ``|μ| > 1``, is
             shortened. ``None`` for no bound: a batch unlike all others, such as one of another scale, then counts in
             full.
         gradient_decay: Decay of the sum ``Σ_k gradient_decay^k ∇h_{t-k}`` that is preconditioned, in [0, 1); 0
-            preconditions the batch's own gradient.
+            preconditions the batch's own gradient. ``None``: it follows in each step from the noise of the gradients,
+            and is the share of the slope of the last steps that the next batches did not see.
+        options: How the dampings adapt and which steps are undone, see ``QuadraticModelOptions``.
 
     Returns:
         The transformation; its state is a ``QuadraticModelState``.
@@ -141,7 +114,7 @@ def scale_by_quadratic_model(
         tensor([1., 1., 1.])
     """
     check_transformation(preconditioner, "preconditioner")
-    tx = ScaleByQuadraticModel(preconditioner, damping, weight_decay, kl_clip, gradient_decay)
+    tx = ScaleByQuadraticModel(preconditioner, damping, weight_decay, kl_clip, gradient_decay, options)
     return GradientTransformation(tx.init, tx.update)
 
 
@@ -153,14 +126,18 @@ class ScaleByQuadraticModel:
     damping: float | Tensor
     weight_decay: PerParameter
     kl_clip: float | Tensor | None
-    gradient_decay: float | Tensor
+    gradient_decay: float | Tensor | None
+    options: QuadraticModelOptions
 
     def __post_init__(self) -> None:
         check_number(self.damping, "damping", 0, includes_low=False)
         check_numbers(self.weight_decay, "weight_decay", 0)
         if self.kl_clip is not None:
             check_number(self.kl_clip, "kl_clip", 0, includes_low=False)
-        check_number(self.gradient_decay, "gradient_decay", 0, 1)
+        if self.gradient_decay is not None:
+            check_number(self.gradient_decay, "gradient_decay", 0, 1)
+        if not isinstance(self.options, QuadraticModelOptions):
+            raise TypeError(f"options: expected QuadraticModelOptions, got {type(self.options).__name__}")
 
     @property
     def decays(self) -> bool:
@@ -179,11 +156,12 @@ class ScaleByQuadraticModel:
         # compiled once more.
         inner = optree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), inner)
         last, total = (tuple([torch.zeros_like(row) for row in as_rows(params)]) for _ in range(2))
-        start = last[0].new_zeros((), dtype=widest(*[row.dtype for row in last])) + self.damping
-        since, rejected, failures = (torch.zeros_like(start, dtype=torch.int64) for _ in range(3))
-        rate, momentum, predicted, ratio = (torch.zeros_like(start) for _ in range(4))
-        numbers = rate, momentum, predicted, ratio, rejected, failures
-        return QuadraticModelState(inner, last, total, start, start.clone(), since, *numbers)
+        zero = last[0].new_zeros((), dtype=widest(*[row.dtype for row in last]))
+        start, count = bounded(self.options, zero + self.damping), torch.zeros_like(zero, dtype=torch.int64)
+        noise = GradientNoise(*[zero.clone() for _ in range(4)])
+        zeros = {name: zero.clone() for name in CHOSEN}
+        counts = {name: count.clone() for name in ("since", "refreshes", "rejected", "failures")}
+        return QuadraticModelState(inner, last, total, start, start.clone(), **zeros, **counts, noise=noise)
 
     def update(
         self,
@@ -203,30 +181,40 @@ class ScaleByQuadraticModel:
         decay = of_leaves(self.weight_decay, params, "weight_decay") if self.decays else None
         slope, spent = self._slope(updates, decay, params, state), disposable(updates)
         sound = all_squarable((0 * evaluation.loss, *slope))  # of a loss that is not finite, NaN
-        kept = self.gradient_decay * torch.ones_like(state.damping)
+        kept = state.noise.share() if self.gradient_decay is None else self.gradient_decay + 0 * state.damping
         # Of a batch that is not finite nothing counts: what is computed with it is thrown away.
         if evaluation.statistics is not None:
             evaluation = evaluation._replace(statistics=zero_unless(sound, evaluation.statistics))
         total = accumulated(sound, slope, spent, kept, state.total)
-        candidates, gradients, inner = self._gradients(total, state, params, evaluation, extra)
+        around, gradients, inner = self._gradients(total, state, params, evaluation, extra)
         left = [None if one else row for one, row in zip(spent, slope, strict=True)]
-        model = BatchModel(evaluation, params, left, total, state.total, kept, decay, state.damping)
-        minimum = model.minimum(gradients, state.last, self.kl_clip)
+        model = BatchModel(evaluation, params, left, total, state.total, kept, decay, around[1])
+        minimum, fair = model.minimum(gradients, state.last, self.kl_clip)
         best = minimum.value.argmin(keepdim=True)
-        rate, momentum, predicted, factor_damping = pick(torch.stack([*minimum, candidates], dim=1), best).unbind()
+        chosen = Chosen(*pick(torch.stack([*minimum, *around], dim=1), best).unbind())
         if evaluation.statistics is not None:
             inner = picked(inner, best)
         # Parameters at which no batch has a finite loss: the last step led there, and nobody looked.
         undone = ~sound & (state.failures > 0) & (state.since > 0)
-        back = torch.where(undone, -torch.ones_like(momentum), 1)
-        direction = tuple([pick(x, best) for x in gradients])
-        row = combined(torch.where(sound, -rate, 0), direction, torch.where(sound, momentum, back), state.last)
-        accepted, ratio, damping = self._judged(row, predicted, state, model)
+        rate = torch.where(sound, -chosen.rate, 0)
+        momentum = torch.where(sound, chosen.momentum, torch.where(undone, -torch.ones_like(rate), 1))
+        row = combined(rate, tuple([pick(x, best) for x in gradients]), momentum, state.last)
+        accepted, judged = self._judged(row, chosen, state.noise.compared(fair), state, model)
         row = cleared_unless(accepted | ~sound, row)
         step = from_rows(tuple([x * (sound | undone) for x in row]), params)
-        since = torch.zeros_like(state.since) if evaluation.statistics is not None else state.since + 1
-        numbers = rate, momentum, predicted, ratio, state.rejected + ~accepted, torch.zeros_like(state.failures)
-        after = QuadraticModelState(inner, row, total, damping, factor_damping, since, *numbers)
+        after = state._replace(
+            preconditioner=inner,
+            last=row,
+            total=total,
+            factor_damping=chosen.factor_damping,
+            gradient_decay=kept,
+            learning_rate=chosen.rate,
+            momentum=chosen.momentum,
+            predicted=chosen.value,
+            rejected=state.rejected + ~accepted,
+            failures=torch.zeros_like(state.failures),
+            **judged,
+        )
         return step, selected(sound, after, self._failed(row, total, undone, state))
 
     def _slope(self, updates: Tree, decay: PerParameter | None, params: Tree, state: QuadraticModelState) -> Rows:
@@ -242,8 +230,8 @@ class ScaleByQuadraticModel:
 
     def _gradients(
         self, total: Rows, state: QuadraticModelState, params: Tree, evaluation: Evaluation, extra: dict[str, Any]
-    ) -> tuple[Tensor, Rows, Any]:
-        """Return candidates for the factors' damping ``[k]``, the gradients preconditioned with each, rows ``[k, n]``,
+    ) -> tuple[tuple[Tensor, Tensor], Rows, Any]:
+        """Return candidates for ``γ`` and ``λ``, ``[k]`` each, the gradients preconditioned with each, rows ``[k, n]``,
         and the preconditioner's states, stacked where there are statistics.
         """
         gradient = from_rows(total, params)
@@ -255,40 +243,46 @@ class ScaleByQuadraticModel:
 
         if evaluation.statistics is None:
             natural, inner = precondition(state.factor_damping)
-            return state.factor_damping[None], tuple([row[None] for row in as_rows(natural)]), inner
-        change = ADAPTATION ** (state.since + 1).to(state.damping.dtype)
-        around = torch.stack([1 / change, torch.ones_like(change), change])
-        candidates = (state.factor_damping * around).clamp(SMALLEST, LARGEST)
-        naturals, inner = vmap(precondition)(candidates)
-        return candidates, as_rows(naturals, stacked=True), inner
+            rows = tuple([row[None] for row in as_rows(natural)])
+            return (state.factor_damping[None], state.damping[None]), rows, inner
+        around = candidates(self.options, state)
+        naturals, inner = vmap(precondition)(around[0])
+        return around, as_rows(naturals, stacked=True), inner
 
     def _judged(
-        self, row: Rows, predicted: Tensor, state: QuadraticModelState, model: BatchModel
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return whether a step is accepted, the reduction ratio, and the next damping (section 6.5).
+        self, row: Rows, chosen: Chosen, noise: GradientNoise, state: QuadraticModelState, model: BatchModel
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return whether a step is accepted, and what of the state follows from that.
 
-        By the batch's loss after the step where there are statistics, else by the model, which must be finite.
+        The batch's loss after the step judges where there are statistics, else the model, which must be finite.
         """
-        accepted, ratio, one = predicted.isfinite(), state.reduction_ratio, torch.ones_like(predicted)
-        factor = one
-        if model.evaluation.statistics is not None:
-            before, after = model.change(from_rows(row, model.params))
-            rounding = 16 * torch.finfo(after.dtype).eps * before.abs()
-            accepted = accepted & (after - before <= rounding)  # false where one of them is not finite
-            ratio = (after - before).to(predicted.dtype) / predicted.clamp(max=-torch.finfo(predicted.dtype).tiny)
-            change = ADAPTATION ** (state.since + 1).clamp(max=LONGEST).to(one.dtype)
-            factor = torch.where(ratio > GOOD, change, torch.where(ratio < POOR, one / change, one))
-        factor = torch.where(accepted, factor, RAISED * one)
-        return accepted, ratio, (state.damping * factor).clamp(SMALLEST, LARGEST)
+        accepted, damping = chosen.value.isfinite(), chosen.damping
+        if model.evaluation.statistics is None:
+            damping = torch.where(accepted, damping, raised(self.options, damping))
+            return accepted, {"damping": damping, "since": state.since + 1, "noise": noise.stepped(chosen, accepted)}
+        before, after = model.change(from_rows(row, model.params))
+        change = (after - before).to(damping.dtype)
+        rounding = 16 * torch.finfo(after.dtype).eps * before.abs()
+        # Both are false where the loss is not finite, before or after.
+        accepted = accepted & (after - before <= rounding if self.options.reject else change.isfinite())
+        squares = products(row, row).to(damping.dtype)
+        ratio = change / chosen.value.clamp(max=-torch.finfo(damping.dtype).tiny)
+        return accepted, {
+            "damping": adapted(self.options, state, damping, ratio, accepted),
+            "since": torch.zeros_like(state.since),
+            "refreshes": state.refreshes + 1,
+            "reduction_ratio": ratio,
+            "noise": noise.judged(chosen, squares, change, accepted).stepped(chosen, accepted),
+        }
 
     def _failed(self, row: Rows, total: Rows, undone: Tensor, state: QuadraticModelState) -> QuadraticModelState:
         """Return the state after a batch that is not finite."""
-        raised = (RAISED * state.damping).clamp(SMALLEST, LARGEST)
         return state._replace(
             last=row,
             total=total,
-            damping=torch.where(undone, raised, state.damping),
+            damping=torch.where(undone, raised(self.options, state.damping), state.damping),
             since=torch.where(undone, 0, state.since),
             rejected=state.rejected + undone,
             failures=state.failures + 1,
+            noise=state.noise._replace(slope=torch.where(undone, 0, state.noise.slope)),
         )

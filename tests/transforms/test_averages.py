@@ -58,7 +58,7 @@ def test_averaged_parameters_follow_the_published_schedule(decay, power):
 
 
 def test_the_average_follows_parameters_that_converge_linearly():
-    """By 0.98 within twice their distance to the minimum, where each step leaves 0.992 of it; the former average is four times off."""
+    """To within twice their distance to the minimum, where a step leaves 0.992 of it; 0.99 is four times as far."""
     distances = {}
     for decay, power in ((0.98, 8.0), (0.99, 0.0)):
         tx, params = lrkfac.ema_params(decay, power), torch.ones(1).double()

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 import lrkfac
 from lrkfac import precondition_by_fisher, scale_by_quadratic_model
 from lrkfac.structures import dense, kronecker, low_rank
-from lrkfac.transforms.quadratic_model import ADAPTATION, RAISED
 from tests import cases, reference_networks
 from tests.transforms.test_base import close, trained
 from tests.transforms.test_precondition import cast, layers_and_evaluate
@@ -39,9 +38,14 @@ def row(case, last):
     return torch.cat([parts[name] for name in case.params])
 
 
-def make(case, structure=DENSE, **options):
+STEADY = lrkfac.QuadraticModelOptions(start_steps=0.0)
+
+
+def make(case, structure=DENSE, options=STEADY, **arguments):
+    """With small changes of the dampings from the start, unless other options are given."""
     layers, evaluate = layers_and_evaluate(case)
-    return scale_by_quadratic_model(precondition_by_fisher(layers, structure, decay=0.8), **options), evaluate
+    preconditioner = precondition_by_fisher(layers, structure, decay=0.8)
+    return scale_by_quadratic_model(preconditioner, options=options, **arguments), evaluate
 
 
 def run(tx, case, evaluate, number, every=2):
@@ -64,12 +68,17 @@ def model_of(case, params, damping, decay):
 def test_each_step_minimises_the_explicit_model(case, weight_decay):
     """Over refreshes and steps between them: the candidate, both coefficients, the value; at refreshes the ratio."""
     decay = {name: 0.2 * i if weight_decay == "each" else weight_decay for i, name in enumerate(case.params)}
-    tx, evaluate = make(case, weight_decay=decay if weight_decay == "each" else weight_decay, damping=0.5)
+    options = lrkfac.QuadraticModelOptions(start_steps=3.0, start_decay=0.5)
+    penalty = decay if weight_decay == "each" else weight_decay
+    tx, evaluate = make(case, weight_decay=penalty, damping=0.5, options=options)
     for params, old, e, updates, new in run(tx, case, evaluate, 6):
-        matrix, slope = model_of(case, params, old.damping, decay)
+        undamped, slope = model_of(case, params, 0.0, decay)
         grads = {name: g + decay[name] * params[name] for name, g in e.grads.items()}
-        span, last, candidates = ADAPTATION ** (int(old.since) + 1), row(case, old.last), []
-        for damping in [old.factor_damping * x for x in ((1 / span, 1, span) if e.statistics else (1,))]:
+        span, start = 0.95 ** (int(old.since) + 1), 0.95 ** (3 * 0.5 ** int(old.refreshes))
+        last, candidates = row(case, old.last), []
+        for i in (-1, 0, 1) if e.statistics else (0,):
+            damping, of_model = old.factor_damping * (span * start) ** i, old.damping * start**i
+            matrix = undamped + of_model * torch.eye(len(slope), dtype=slope.dtype)
             pre = precondition_by_fisher(layers_and_evaluate(case)[0], DENSE, damping=float(damping), decay=0.8)
             found, _ = pre.update(grads, old.preconditioner, params, evaluation=e)
             columns = -flat(case, found)[:, None]
@@ -77,14 +86,15 @@ def test_each_step_minimises_the_explicit_model(case, weight_decay):
                 columns = torch.cat([columns, last[:, None]], dim=1)
             x = torch.linalg.solve(columns.mT @ matrix @ columns, -columns.mT @ slope)
             step = columns @ x
-            candidates.append((0.5 * step @ matrix @ step + slope @ step, step, x, damping))
-        value, step, x, damping = min(candidates, key=lambda candidate: candidate[0])
+            candidates.append((0.5 * step @ matrix @ step + slope @ step, step, x, damping, of_model))
+        value, step, x, damping, of_model = min(candidates, key=lambda candidate: candidate[0])
         close(flat(case, updates), step, rtol=1e-5, atol=1e-8)
         close(new.predicted, value, rtol=1e-8)
         close(new.learning_rate, x[0], rtol=1e-5)
         close(new.momentum, x[1] if len(x) > 1 else torch.zeros_like(x[0]), rtol=1e-5, atol=1e-8)
         close(new.factor_damping, torch.as_tensor(damping))
         assert new.rejected == 0 and new.failures == 0 and new.since == (0 if e.statistics else old.since + 1)
+        assert new.refreshes == old.refreshes + (e.statistics is not None)
         if not e.statistics:
             close((new.damping, new.reduction_ratio), (old.damping, old.reduction_ratio), rtol=0, atol=0)
             continue
@@ -95,7 +105,7 @@ def test_each_step_minimises_the_explicit_model(case, weight_decay):
         ratio = (h[1] - h[0]) / value
         close(new.reduction_ratio, ratio, rtol=1e-6)
         factor = span if ratio > 0.75 else 1 / span if ratio < 0.25 else 1.0
-        close(new.damping, old.damping * factor)
+        close(new.damping, of_model * factor)
 
 
 @pytest.mark.parametrize("statistics", [True, False])
@@ -137,7 +147,7 @@ def test_a_step_that_raises_the_loss_is_undone():
         updates, new = tx.update(e.grads, state, MLP.params, evaluation=e._replace(loss_at=lambda p, x=worse: x))
         close(updates, optree.tree_map(torch.zeros_like, updates), rtol=0, atol=0)
         close(new.last, optree.tree_map(torch.zeros_like, new.last), rtol=0, atol=0)
-        close(new.damping, RAISED * state.damping)
+        close(new.damping, 4 * state.damping)
         assert new.rejected == state.rejected + 1
 
 
@@ -152,8 +162,8 @@ def test_a_step_without_statistics_looks_at_no_loss_and_is_taken_back_when_two_e
     zeros = optree.tree_map(torch.zeros_like, updates)
     for expected, damping, rejected in (
         (zeros, state.damping, 0),
-        (optree.tree_map(torch.neg, updates), RAISED * state.damping, 1),
-        (zeros, RAISED * state.damping, 1),
+        (optree.tree_map(torch.neg, updates), 4 * state.damping, 1),
+        (zeros, 4 * state.damping, 1),
     ):
         back, after = tx.update(e.grads, state, params, evaluation=failing)
         close((back, after.damping, after.rejected), (expected, damping, torch.tensor(rejected)), rtol=0, atol=0)
@@ -177,7 +187,7 @@ def test_a_step_that_is_not_finite_is_not_taken(bad):
         updates, state = tx.update(e.grads, tx.init(MLP.params), MLP.params, evaluation=evaluation)
         close(updates, optree.tree_map(torch.zeros_like, updates), rtol=0, atol=0)
         close(state.last, optree.tree_map(torch.zeros_like, state.last), rtol=0, atol=0)
-        assert state.rejected == 1 and state.damping == RAISED * 0.1
+        assert state.rejected == 1 and state.damping == 4 * 0.1
         assert all(x.isfinite().all() for x in optree.tree_leaves(state.total))
 
 

@@ -1,0 +1,46 @@
+"""By how much the dampings of the quadratic model may change, and when."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrkfac.transforms.quadratic_options import QuadraticModelOptions
+from lrkfac.transforms.quadratic_state import QuadraticModelState
+
+
+def candidates(options: QuadraticModelOptions, state: QuadraticModelState) -> tuple[Tensor, Tensor]:
+    """Return ``γ`` and ``λ``, ``[3]`` each, among which the model chooses: larger ones, the last, smaller ones.
+
+    ``λ`` goes with ``γ`` at the start alone.
+    """
+    extra = options.damping_decay ** (options.start_steps * options.start_decay ** state.refreshes.to(state.damping))
+    change = options.damping_decay ** (state.since + 1).to(extra) * extra
+    one = torch.ones_like(change)
+    around, start = torch.stack([1 / change, one, change]), torch.stack([1 / extra, one, extra])
+    return bounded(options, state.factor_damping * around), bounded(options, state.damping * start)
+
+
+def adapted(
+    options: QuadraticModelOptions, state: QuadraticModelState, damping: Tensor, ratio: Tensor, accepted: Tensor
+) -> Tensor:
+    """Return ``λ`` after a step with statistics that was made with ``damping``, by its reduction ratio.
+
+    Where the step was undone, what is raised is the last ``λ``, not the one that the model chose for it.
+    """
+    steps = (options.damping_interval * (state.since + 1)).clamp(max=options.max_steps)
+    change, one = options.damping_decay ** steps.to(ratio.dtype), torch.ones_like(ratio)
+    due = (state.refreshes + 1) % options.damping_interval == 0
+    falls, rises = due & (ratio > options.upper_threshold), due & (ratio < options.lower_threshold)
+    factor = torch.where(falls, change, torch.where(rises, 1 / change, one))
+    return torch.where(accepted, bounded(options, damping * factor), raised(options, state.damping))
+
+
+def raised(options: QuadraticModelOptions, damping: Tensor) -> Tensor:
+    """Return ``λ`` after a step that was undone."""
+    return bounded(options, options.rejection_factor * damping)
+
+
+def bounded(options: QuadraticModelOptions, damping: Tensor) -> Tensor:
+    """Return a damping within its bounds."""
+    return damping.clamp(options.min_damping, options.max_damping)
