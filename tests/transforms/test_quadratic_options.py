@@ -32,7 +32,7 @@ def dampings(shares, **options):
 
 def test_the_defaults_are_those_of_every_figure():
     assert dataclasses.asdict(QuadraticModelOptions()) == {
-        "damping_decay": 0.95, "max_steps": 20, "damping_interval": 1, "start_steps": 0.0, "start_decay": 0.5,
+        "damping_decay": 0.95, "max_steps": 20, "damping_interval": 1, "start_steps": 120.0, "start_decay": 0.5,
         "min_damping": 1e-10, "max_damping": 1e8, "lower_threshold": 0.25, "upper_threshold": 0.75, "reject": True,
         "rejection_factor": 4.0,
     }  # fmt: skip
@@ -102,6 +102,25 @@ def test_without_rejection_a_worse_step_is_taken_but_none_that_is_not_finite():
         tx, evaluate = make(MLP, options=QuadraticModelOptions(reject=reject))
         updates, state = judged(tx, evaluate, tx.init(MLP.params), share)
         assert bool(flat(MLP, updates).any()) == taken and state.rejected == (not taken)
+
+
+def test_a_run_forgets_where_its_dampings_started():
+    """Over six orders of magnitude; without larger changes at the start, the largest is where it was."""
+
+    def trained(damping, start_steps):
+        tx, evaluate = make(MLP, options=QuadraticModelOptions(start_steps=start_steps), damping=damping)
+        params, state = MLP.params, tx.init(MLP.params)
+        for _ in range(20):
+            e = evaluate(params)
+            updates, state = tx.update(e.grads, state, params, evaluation=e)
+            params = lrkfac.apply_updates(params, updates)
+        return float(state.damping), float(e.loss_at(params))
+
+    for damping in (1e-4, 1e-2, 1.0, 100.0):
+        after, loss = trained(damping, QuadraticModelOptions().start_steps)
+        assert after < 0.01 and loss < 0.005
+    after, loss = trained(100.0, 0.0)
+    assert after > 30 and loss > 1
 
 
 def test_the_chain_hands_its_options_on():
