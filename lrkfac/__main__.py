@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.dtypes import most_precise
-from lrkfac.core.linalg.inverses import inverse, sherman_morrison
+from lrkfac.core.linalg.damping import inverse
+from lrkfac.core.linalg.inverses import sherman_morrison
 from lrkfac.core.linalg.operator_checks import to_dense
 from lrkfac.core.linalg.operators import Dense, Kronecker, LowRankPlusDiagonal, Operator
 from lrkfac.version import __version__

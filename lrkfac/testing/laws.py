@@ -16,7 +16,8 @@ from lrkfac.core.curvature.ekfac import EigenbasisStructure
 from lrkfac.core.curvature.protocol import FactorStructure
 from lrkfac.core.curvature.structures import ProductStructure
 from lrkfac.core.linalg.covariances import RowCovariance
-from lrkfac.core.linalg.inverses import inverse
+from lrkfac.core.linalg.damping import inverse
+from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, TransposedKronecker
 from lrkfac.core.linalg.operators import Kronecker, LowRankPlusDiagonal, Operator
 from lrkfac.testing.strategies import generator_of, gradients
 from lrkfac.transforms.base import GradientTransformation, apply_updates, chain, identity
@@ -214,7 +215,11 @@ def _spread(operator: Operator) -> Tensor:
     """Return the condition number of the parts: they may cancel where the whole is well conditioned."""
     if isinstance(operator, Kronecker):
         return _spread(operator.output) * _spread(operator.input)
+    if isinstance(operator, TransposedKronecker):
+        return _spread(operator.transposed)
     values = torch.linalg.eigvalsh(operator.to_dense())
+    if isinstance(operator, EigenspaceKronecker) and isinstance(operator.output, LowRankPlusDiagonal):
+        return values[-1] / torch.minimum(operator.output.diagonal.amin(), values[0])
     least = operator.diagonal.amin() if isinstance(operator, LowRankPlusDiagonal) else values[0]
     return values[-1] / torch.minimum(least, values[0])
 

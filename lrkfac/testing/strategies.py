@@ -17,7 +17,12 @@ from lrkfac.core.layers.placement import IN_FRONT
 from lrkfac.core.layers.views import Step
 from lrkfac.core.linalg.covariances import RowCovariance
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
+from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, LowRankPlusIsotropic, TransposedKronecker
+from lrkfac.core.linalg.operator_checks import OPERATORS
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
+
+PRODUCTS = (Kronecker, EigenbasisKronecker, EigenspaceKronecker, TransposedKronecker)
+"""Operators on matrices of two sides."""
 
 dtypes = st.sampled_from([torch.float64, torch.float32])
 """Draws torch.float64 or torch.float32."""
@@ -73,18 +78,57 @@ def operators(
 ) -> Operator:
     """Draw positive semi-definite operators of every class; arguments as for ``covariances``."""
     dtype = dtype or draw(dtypes)
-    kind = draw(st.sampled_from([Diagonal, Dense, LowRankPlusDiagonal, Kronecker, EigenbasisKronecker]))
+    kind = draw(st.sampled_from(OPERATORS))
+    small = max(int(max_dimension**0.5), 1)
     if kind is Kronecker:
-        small = max(int(max_dimension**0.5), 1)
-        products = Kronecker | EigenbasisKronecker
-        factors = operators(small, dtype, max_condition**0.5).filter(lambda op: not isinstance(op, products))
+        factors = operators(small, dtype, max_condition**0.5).filter(lambda op: not isinstance(op, PRODUCTS))
         return Kronecker(draw(factors), draw(factors))
     if kind is EigenbasisKronecker:
         return draw(corrected_kroneckers(max_dimension, dtype, max_condition))
+    if kind in (EigenspaceKronecker, TransposedKronecker):
+        operator = draw(eigenspace_kroneckers(max_dimension, dtype, max_condition))
+        return operator if kind is EigenspaceKronecker else TransposedKronecker(operator)
     if kind is LowRankPlusDiagonal:
         return draw(low_rank_plus_diagonals(max_dimension, dtype, max_condition))
+    if kind is LowRankPlusIsotropic:
+        return draw(low_rank_plus_isotropics(max_dimension, dtype, max_condition))
     covariance = draw(covariances(max_dimension, dtype, max_condition))
     return Diagonal(covariance.diagonal()) if kind is Diagonal else Dense(covariance.dense())
+
+
+@st.composite
+def low_rank_plus_isotropics(
+    draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
+) -> LowRankPlusIsotropic:
+    """Draw orthonormal vectors, also complete ones, with values from 1 down to 1 over a condition number."""
+    d = draw(st.integers(1, max_dimension))
+    r, generator, dtype = draw(st.integers(1, d)), generator_of(draw(seeds)), dtype or draw(dtypes)
+    smallest = 10 ** -draw(st.floats(0, torch.tensor(max_condition).log10().item()))
+    vectors = torch.linalg.qr(torch.randn(d, r, generator=generator, dtype=torch.float64)).Q
+    values = smallest ** torch.rand(r, generator=generator, dtype=torch.float64)
+    return LowRankPlusIsotropic(*[x.to(dtype) for x in (vectors, values, torch.tensor(smallest).double())])
+
+
+@st.composite
+def eigenspace_kroneckers(
+    draw: st.DrawFn, max_dimension: int = 24, dtype: torch.dtype | None = None, max_condition: float = 1e6
+) -> EigenspaceKronecker:
+    """Draw products of a positive definite operator and one whose eigenvectors are known, as sums over these."""
+    small, dtype = max(int(max_dimension**0.5), 1), dtype or draw(dtypes)
+    kind = draw(st.sampled_from([low_rank_plus_diagonals, low_rank_plus_isotropics]))
+    output = draw(kind(small, dtype, max_condition**0.5))
+    vectors, values, rest = draw(low_rank_plus_isotropics(small, dtype, max_condition**0.5))
+    each = values if vectors.shape[0] == vectors.shape[1] else torch.cat([values, rest[None]])
+    if isinstance(output, LowRankPlusIsotropic):
+        matrices = each[:, None, None] * output.to_dense()
+        return EigenspaceKronecker(Dense(matrices) if draw(st.booleans()) else Diagonal(_diagonals(matrices)), vectors)
+    outer = each[:, None]
+    stacked = output.vectors.expand(len(each), *output.vectors.shape)
+    return EigenspaceKronecker(LowRankPlusDiagonal(stacked, outer * output.values, outer * output.diagonal), vectors)
+
+
+def _diagonals(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1)
 
 
 @st.composite

@@ -15,12 +15,14 @@ from lrkfac.core.curvature.covariances import partial_trace_weights
 from lrkfac.core.curvature.factors import diagonal
 from lrkfac.core.curvature.joining import STACKED, Joining
 from lrkfac.core.curvature.protocol import BlockStatistics, BlockStructure, FactorStructure
-from lrkfac.core.curvature.spectra import SIDES, Part
+from lrkfac.core.curvature.spectra import SIDES, WHOLE, Damped, Part, Spectrum, spectrum_of
 from lrkfac.core.layers.description import Layer, Treatment
 from lrkfac.core.layers.matrix import LayerMatrix
 from lrkfac.core.linalg.covariances import Covariance, KroneckerFactors
+from lrkfac.core.linalg.damping import ExactInverse
 from lrkfac.core.linalg.eigen import ritz_of_all
 from lrkfac.core.linalg.operators import Kronecker, split_by_means
+from lrkfac.core.linalg.powers import KroneckerPower
 from lrkfac.core.linalg.products import of_rows, two_sided
 
 
@@ -37,9 +39,28 @@ class KroneckerState(NamedTuple):
     def factor_states(self) -> tuple[Any, ...]:
         return (self.output, self.input)
 
+    @property
+    def steps(self) -> Tensor:
+        """The number of batches in both."""
+        steps: Tensor = self.input.steps
+        return steps
+
     def parts(self, inverse: Any, dampings: Tensor) -> list[Part]:
-        inverses = inverse if isinstance(inverse, Kronecker) else ((), ())  # other powers say nothing of damping
-        return [Part(side, self[i], inverses[i], dampings[..., i]) for i, side in enumerate(SIDES)]
+        if isinstance(inverse, Kronecker):
+            return [Part(side, self[i], inverse[i], dampings[..., i]) for i, side in enumerate(SIDES)]
+        if isinstance(inverse, KroneckerPower):  # which is no inverse of the damped factors
+            return [Part(side, self[i], (), dampings[..., i]) for i, side in enumerate(SIDES)]
+        sides = [Part(side, self[i]) for i, side in enumerate(SIDES)]
+        return [*sides, Part(WHOLE, self, inverse, dampings)]  # damped as a whole
+
+    def spectrum(self) -> Spectrum:
+        (b, rest_b), (a, rest_a) = (side.spectrum() for side in self)
+        left_out = b.sum() * rest_a + rest_b * a.sum() + rest_b * rest_a
+        return spectrum_of((b[:, None] * a).reshape(-1), left_out)
+
+    def damped(self, inverse: ExactInverse, damping: Tensor, eigenvalues: Tensor) -> Damped:
+        effective = inverse.dimension - damping * inverse.trace()
+        return Damped(effective, eigenvalues.amax() + damping, 1 / inverse.largest())
 
 
 class PartAnswers(NamedTuple):

@@ -16,6 +16,7 @@ from lrkfac.core.curvature.low_rank_states import LowRankPlusDiagonalState, LowR
 from lrkfac.core.linalg.averages import Average, explained
 from lrkfac.core.linalg.bases import orthonormal, pseudo_random
 from lrkfac.core.linalg.covariances import Covariance
+from lrkfac.core.linalg.eigenspaces import LowRankPlusIsotropic
 from lrkfac.core.linalg.inverses import semidefinite_inverse
 from lrkfac.core.linalg.operators import LowRankPlusDiagonal
 
@@ -45,6 +46,10 @@ class LowRankStructure(IteratedStructure):
     def mean_eigenvalue(self, state: LowRankState) -> Tensor:
         d, r = state.vectors.shape[-2:]
         return torch.add(state.values.sum(dim=-1), state.residual, alpha=self.weight * (d - r)) / d
+
+    def eigenpairs(self, state: LowRankState) -> LowRankPlusIsotropic:
+        """Return the average as eigenpairs and one number for all other directions."""
+        return LowRankPlusIsotropic(state.vectors, state.values, self.weight * state.residual)
 
     def inverse(self, state: LowRankState, damping: float | Tensor) -> LowRankPlusDiagonal:
         # Orthonormal vectors and a multiple of the identity: the inverse has the same vectors.

@@ -16,6 +16,7 @@ from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import BlockState, packed
 from lrkfac.core.curvature.joining import APART
 from lrkfac.core.layers.matrix import LayerMatrix, collect, layer_leaves, layer_matrix
+from lrkfac.core.linalg.damping import EXACT
 from lrkfac.core.linalg.products import STACKABLE
 
 LARGEST = {"cpu": 2**18}
@@ -105,8 +106,8 @@ def _stacks(group: Sequence[Block], inverses: list[Any], gradients: list[list[La
         size = weight.left.numel() + weight.right.numel() if lazy else weight.numel()
         key: Any = (type(weight), weight.dtype, like.dtype, like.device, floating_dtype(inverse))
         if not any_output:
-            alone = not all(isinstance(factor, STACKABLE) for factor in inverse)
-            key = None if alone else (*key, like.shape, *(type(factor) for factor in inverse))
+            alone = not isinstance(inverse, EXACT) and not all(isinstance(factor, STACKABLE) for factor in inverse)
+            key = None if alone else (*key, like.shape, type(inverse), *(type(factor) for factor in inverse))
         return key, size, LARGEST.get(like.device.type, LARGEST_ELSEWHERE)
 
     return packed([candidate(inverse, *parts) for inverse, parts in zip(inverses, gradients, strict=True)])

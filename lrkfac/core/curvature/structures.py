@@ -6,7 +6,9 @@ from typing import get_args
 
 from lrkfac.core.base.arguments import check_choice, check_flag
 from lrkfac.core.curvature.ekfac import EigenbasisStructure
+from lrkfac.core.curvature.exactly_damped import ExactlyDampedStructure
 from lrkfac.core.curvature.kronecker import KroneckerStructure
+from lrkfac.core.curvature.low_rank import LowRankPlusDiagonalStructure
 from lrkfac.core.curvature.protocol import FactorStructure
 from lrkfac.core.layers.description import Treatment
 
@@ -14,7 +16,11 @@ ProductStructure = KroneckerStructure | EigenbasisStructure
 
 
 def kronecker(
-    input: FactorStructure, output: FactorStructure, treatment: Treatment = "expand", corrected: bool = False
+    input: FactorStructure,
+    output: FactorStructure,
+    treatment: Treatment = "expand",
+    corrected: bool = False,
+    exact_damping: bool = False,
 ) -> ProductStructure:
     """Represent a layer's Fisher block as ``B ⊗ A`` (Martens & Grosse 2015, arXiv 1503.05671, section 3).
 
@@ -32,6 +38,11 @@ def kronecker(
         corrected: Whether to measure eigenvalues in the factors' eigenbasis, instead of taking products (EKFAC,
             George et al. 2018, arXiv 1806.03884), see ``EigenbasisStructure``: the best in that basis, at the price of
             the gradients of single examples. Embeddings stay products.
+        exact_damping: Whether to invert ``B ⊗ A + λ I`` itself, instead of ``(B + δ_B I) ⊗ (A + δ_A I)`` with
+            ``δ_A δ_B = λ``, which has the cross terms ``δ_B A + δ_A B`` in addition and so damps more with the same
+            ``λ``. It takes eigenvectors of one factor, which ``low_rank``, ``dense`` and ``diagonal`` have; see
+            ``lrkfac.linalg.inverse`` for formula and price. With ``low_rank`` on both sides it costs no more than split
+            damping; beside ``low_rank_plus_diagonal(k)`` the inverse holds ``(r + 1) d (k + 2)`` numbers.
 
     Returns:
         A structure for ``precondition_by_fisher``.
@@ -40,7 +51,8 @@ def kronecker(
         TypeError: If a factor is none of ``dense()``, ``diagonal()``, ``low_rank(rank)``,
             ``low_rank_plus_diagonal(rank)`` and instances of a custom subclass of ``FactorStructure``; if
             ``corrected`` is no truth value.
-        ValueError: If ``treatment`` is unknown.
+        ValueError: If ``treatment`` is unknown; if ``exact_damping`` is asked for with ``low_rank_plus_diagonal`` on
+            both sides, or with ``corrected``, whose damping is exact anyway.
 
     Examples:
         >>> from lrkfac.structures import dense, kronecker, low_rank
@@ -55,5 +67,21 @@ def kronecker(
             )
     check_choice(treatment, "treatment", get_args(Treatment))
     check_flag(corrected, "corrected")
+    check_flag(exact_damping, "exact_damping")
+    if exact_damping:
+        return _exactly_damped(input, output, treatment, corrected)
     factors = KroneckerStructure(input, output, treatment)
     return EigenbasisStructure(factors) if corrected else factors
+
+
+def _exactly_damped(
+    input: FactorStructure, output: FactorStructure, treatment: Treatment, corrected: bool
+) -> ExactlyDampedStructure:
+    if corrected:
+        raise ValueError("exact_damping: corrected=True is damped exactly as it is; leave exact_damping out")
+    if all(isinstance(side, LowRankPlusDiagonalStructure) for side in (input, output)):
+        raise ValueError(
+            "exact_damping: expected eigenvectors of one side, got low_rank_plus_diagonal on both; use low_rank(rank) "
+            "or dense() for one of them"
+        )
+    return ExactlyDampedStructure(input, output, treatment)

@@ -33,17 +33,46 @@ class EigenbasisKronecker(NamedTuple):
         """Number of rows."""
         return self.output_vectors.shape[-2] * self.input_vectors.shape[-2]
 
-    def two_sided(self, gradient: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
-        """Return ``M vec(G)`` as a matrix, in O((r_A + r_B) d_in d_out)."""
-        left, right = self.output_vectors.mT @ gradient, gradient @ self.input_vectors
-        all_out, all_in = (w.shape[0] == w.shape[1] for w in (self.output_vectors, self.input_vectors))
-        # Numbers without meaning are left out: large ones would not cancel but for rounding.
-        output = torch.zeros_like(self.output) if all_in else self.output
-        input = torch.zeros_like(self.input) if all_out else self.input
-        rest = torch.zeros_like(self.rest) if all_in or all_out else self.rest
-        both = (self.kept - output[:, None] - input + rest) * (left @ self.input_vectors)
-        left = (output - rest)[:, None] * left + both @ self.input_vectors.mT
-        return rest * gradient + self.output_vectors @ left + (right * (input - rest)) @ self.input_vectors.mT
+    def two_sided(self, gradient: Float[Tensor, "*many d_out d_in"]) -> Float[Tensor, "*many d_out d_in"]:
+        """Return ``M vec(G)`` as a matrix, in O((r_A + r_B) d_in d_out).
+
+        What the vectors span is taken from ``G`` one side after the other, and eigenvalues act on the parts. Their
+        differences would not cancel but for rounding, which the rest, the largest of an inverse, would scale up.
+        """
+        u, v = self.output_vectors, self.input_vectors
+        all_out, all_in = (w.shape[-2] == w.shape[-1] for w in (u, v))
+        along_in = gradient @ v
+        both = u.mT @ along_in
+        right = u @ (self.kept * both)
+        if not all_out:
+            right = right + self.input[..., None, :] * (along_in - u @ both)
+        if all_in:
+            return right @ v.mT
+        left = gradient - along_in @ v.mT
+        along_out = u.mT @ left
+        total = right @ v.mT + u @ (self.output[..., :, None] * along_out)
+        return total if all_out else total + self.rest[..., None, None] * (left - u @ along_out)
+
+    def of_outer_products(
+        self, left: Float[Tensor, "*many n d_out"], right: Float[Tensor, "*many n d_in"]
+    ) -> tuple[Tensor, Tensor]:
+        """Return rows of which the product is ``two_sided(leftᵀ right)``, ``n + r_A + r_B`` at most, in O(n d r)."""
+        u, v = self.output_vectors, self.input_vectors
+        all_out, all_in = (w.shape[-2] == w.shape[-1] for w in (u, v))
+        along_in = left.mT @ (right @ v)
+        both = u.mT @ along_in
+        total = u @ (self.kept * both)
+        if not all_out:
+            total = total + self.input[..., None, :] * (along_in - u @ both)
+        lefts, rights = [total.mT], [v.mT]
+        if not all_in:
+            beside_in = right - (right @ v) @ v.mT
+            lefts.append(u.mT)
+            rights.append(self.output[..., :, None] * ((left @ u).mT @ beside_in))
+            if not all_out:
+                lefts.append(self.rest[..., None, None] * (left - (left @ u) @ u.mT))
+                rights.append(beside_in)
+        return torch.cat(lefts, dim=-2), torch.cat(rights, dim=-2)
 
     def of_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Return ``x M``: the matrix applied to each row of ``x``."""
@@ -72,6 +101,15 @@ class EigenbasisKronecker(NamedTuple):
         more_out, more_in = d_out - r_out, d_in - r_in
         sides = self.output.sum() * more_in + self.input.sum() * more_out
         return self.kept.sum() + sides + self.rest * more_out * more_in
+
+    def largest(self) -> Float[Tensor, ""]:
+        """Return the largest eigenvalue."""
+        (d_out, r_out), (d_in, r_in) = self.output_vectors.shape, self.input_vectors.shape
+        groups = [self.kept.amax()]
+        groups += [self.output.amax()] if r_in < d_in else []
+        groups += [self.input.amax()] if r_out < d_out else []
+        groups += [self.rest] if r_in < d_in and r_out < d_out else []
+        return torch.stack(groups).amax()
 
     def shifted(self, shift: float | Tensor) -> EigenbasisKronecker:
         """Return ``M + shift I``."""

@@ -7,45 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.base.eager import has_values
 from lrkfac.core.linalg.bases import has_twice_the_precision, orthonormal
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
+from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, LowRankPlusIsotropic, TransposedKronecker
 from lrkfac.core.linalg.operator_checks import check_operator
-from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
-
-
-def inverse(operator: Operator, damping: float | Tensor = 0.0) -> Operator:
-    """Return ``(M + damping I)⁻¹`` as an operator of the same class.
-
-    For a Kronecker product the damping is split between the factors (``Kronecker.shifted``).
-
-    Args:
-        operator: A symmetric matrix such that ``M + damping I`` is positive definite.
-        damping: ``λ ≥ 0``, a number or a tensor ``[]``.
-
-    Returns:
-        The inverse, symmetric and positive definite.
-
-    Raises:
-        ValueError: If ``damping`` is a negative or non-finite number, or the entries of ``operator`` do not fit
-            together.
-        TypeError: If ``operator`` is not one of the package's operators.
-
-    Examples:
-        >>> import torch
-        >>> from lrkfac.linalg import Diagonal, inverse
-        >>> inverse(Diagonal(torch.tensor([1.0, 3.0])), damping=1.0).diagonal
-        tensor([0.5000, 0.2500])
-    """
-    check_number(damping, "damping", 0)
-    check_operator(operator)
-    return damped_inverse(operator, damping)
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal
 
 
 def damped_inverse(operator: Any, damping: float | Tensor) -> Any:
-    """Return ``inverse`` of a valid operator."""
+    """Return the inverse of a valid operator plus damping, which is split between the factors of a product."""
     return _inverse(operator.shifted(damping))
 
 
@@ -60,6 +32,13 @@ def _inverse(operator: Any) -> Any:
         return _inverse_in_basis(operator)
     if isinstance(operator, Diagonal):
         return Diagonal(1 / operator.diagonal)
+    if isinstance(operator, LowRankPlusIsotropic):
+        floor = margin(operator.vectors) * operator.values.amax(dim=-1)
+        return LowRankPlusIsotropic(operator.vectors, 1 / operator.values, 1 / torch.maximum(operator.rest, floor))
+    if isinstance(operator, EigenspaceKronecker):
+        return operator._replace(output=_inverse(operator.output))
+    if isinstance(operator, TransposedKronecker):
+        return TransposedKronecker(_inverse(operator.transposed))
     raise TypeError(
         f"operator: expected one of lrkfac's operators, got {type(operator).__name__}; a structure with a custom "
         "operator needs a method inverse(state, damping)"
@@ -70,7 +49,7 @@ def _cholesky_inverse(operator: Dense) -> Dense:
     # Rounding alone can make a matrix of large condition indefinite: a shift of a few ulps of its norm
     # is within the factorisation's own error and keeps both the factor and the inverse positive definite.
     norm = operator.matrix.abs().sum(dim=-1).amax(dim=-1)
-    shifted = operator.shifted(_margin(operator.matrix) * norm).matrix
+    shifted = operator.shifted(margin(operator.matrix) * norm).matrix
     # Elsewhere than on the CPU the host would wait for the check: NaN then shows in the loss.
     factor, info = torch.linalg.cholesky_ex(shifted, check_errors=has_values(shifted))
     factor = torch.where(info[..., None, None] == 0, factor, torch.nan)
@@ -82,7 +61,7 @@ def _inverse_in_basis(operator: EigenbasisKronecker) -> EigenbasisKronecker:
     # the inverse stays positive definite (see woodbury).
     groups = operator.kept, operator.output, operator.input, operator.rest
     largest = torch.stack([values.amax() for values in groups]).amax()
-    kept, output, input, rest = (1 / values.clamp(min=_margin(values) * largest) for values in groups)
+    kept, output, input, rest = (1 / values.clamp(min=margin(values) * largest) for values in groups)
     return EigenbasisKronecker(operator.output_vectors, operator.input_vectors, kept, output, input, rest)
 
 
@@ -127,7 +106,7 @@ def _woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     mu, rotation = torch.linalg.eigh((accurate * operator.values.sign()[..., None, :]) @ accurate.mT)
     shrinkage = mu / (1 + mu).clamp(min=torch.finfo(basis.dtype).eps)
     vectors = scale[..., None] * (basis @ rotation.to(basis.dtype))
-    return LowRankPlusDiagonal(vectors, -shrinkage.clamp(max=1 - _margin(basis)).to(basis.dtype), scale.square())
+    return LowRankPlusDiagonal(vectors, -shrinkage.clamp(max=1 - margin(basis)).to(basis.dtype), scale.square())
 
 
 def semidefinite_inverse(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
@@ -149,7 +128,7 @@ def semidefinite_inverse(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     updates = scale[..., None] * operator.vectors * roots
     by = _whitened_by_cholesky if has_twice_the_precision(updates) else _whitened_by_qr
     whitened, largest = by(updates)
-    kept = ((1 - _margin(updates)) * (1 + 1 / largest)).clamp(max=1)[..., None]
+    kept = ((1 - margin(updates)) * (1 + 1 / largest)).clamp(max=1)[..., None]
     # Contiguous as those of every inverse, of one or of a stack.
     values = (-kept).to(updates.dtype).expand(operator.values.shape).contiguous()
     return LowRankPlusDiagonal((scale[..., None] * whitened).contiguous(), values, scale.square())
@@ -211,7 +190,7 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     dtype, accurate = operator.vectors.dtype, most_precise(operator.vectors.device)
     order = operator.values.argsort(descending=True)
     values = operator.values[order].to(accurate)
-    floor = _margin(operator.vectors) * _eigenvalues(operator).sum()
+    floor = margin(operator.vectors) * _eigenvalues(operator).sum()
     scale = torch.maximum(operator.diagonal, floor).to(accurate).rsqrt()
     updates = scale[:, None] * operator.vectors[:, order].to(accurate) * values.abs().sqrt()
     signs = values.sign()
@@ -227,8 +206,8 @@ def sherman_morrison(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
 
 def _scale(operator: LowRankPlusDiagonal) -> Tensor:
     """Return ``D^{-1/2}``, with ``D`` raised to the floor that ``woodbury`` describes."""
-    margin = _margin(operator.vectors)
-    return torch.maximum(operator.diagonal, margin * _eigenvalues(operator).amax(dim=-1, keepdim=True)).rsqrt()
+    floor = margin(operator.vectors) * _eigenvalues(operator).amax(dim=-1, keepdim=True)
+    return torch.maximum(operator.diagonal, floor).rsqrt()
 
 
 def _eigenvalues(operator: LowRankPlusDiagonal) -> Tensor:
@@ -236,7 +215,7 @@ def _eigenvalues(operator: LowRankPlusDiagonal) -> Tensor:
     return (operator.values * operator.vectors.square().sum(dim=-2)).clamp(min=0)
 
 
-def _margin(x: Tensor) -> float:
+def margin(x: Tensor) -> float:
     """Return how far below 1 eigenvalues of ``W Wᵀ`` must stay for ``I - W Wᵀ`` to be positive definite after rounding.
 
     In float64 the ratio of eigenvalues that float32 can tell apart is far from the limit.

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import optree
 from jaxtyping import Float
 from torch import Tensor
 
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
+from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, LowRankPlusIsotropic, TransposedKronecker
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
 
-OPERATORS = (Diagonal, Dense, LowRankPlusDiagonal, Kronecker, EigenbasisKronecker)
+OPERATORS = (
+    Diagonal,
+    Dense,
+    LowRankPlusDiagonal,
+    LowRankPlusIsotropic,
+    Kronecker,
+    EigenbasisKronecker,
+    EigenspaceKronecker,
+    TransposedKronecker,
+)
 """The package's operators, which ``inverse`` and ``to_dense`` take."""
 
 
@@ -52,6 +63,12 @@ def check_operator(operator: Any, expected: Any = OPERATORS) -> None:
         check_operator(operator.output)
         check_operator(operator.input)
         return
+    if isinstance(operator, TransposedKronecker):
+        check_operator(operator.transposed, EigenspaceKronecker)
+        return
+    if isinstance(operator, EigenspaceKronecker):
+        _check_eigenspaces(operator)
+        return
     entries: dict[str, Any] = operator._asdict()
     for name, x in entries.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -60,6 +77,19 @@ def check_operator(operator: Any, expected: Any = OPERATORS) -> None:
     shapes = {name: tuple(x.shape) for name, x in entries.items()}
     if () in list(shapes.values())[:1] or _shapes(operator) != shapes or len({x.device for x in entries.values()}) > 1:
         raise ValueError(f"operator: expected entries of one {type(operator).__name__}, on one device, got {shapes}")
+
+
+def _check_eigenspaces(operator: EigenspaceKronecker) -> None:
+    """Raise unless there is one operator for each vector, and one for the rest where these are not complete."""
+    check_operator(optree.tree_map(lambda x: x[0], operator.output), (Diagonal, Dense, LowRankPlusDiagonal))
+    shape = tuple(operator.input_vectors.shape)
+    needed = shape[-1] + (not operator.is_complete) if len(shape) == 2 else None
+    stacked = {x.shape[0] for x in operator.output}
+    if stacked != {needed}:
+        raise ValueError(
+            f"operator: expected one output for each of the input vectors {shape}, and one for the rest where they are "
+            f"not complete, got {sorted(stacked)}"
+        )
 
 
 def _shapes(operator: Any) -> dict[str, tuple[int, ...]] | None:
@@ -74,6 +104,8 @@ def _shapes(operator: Any) -> dict[str, tuple[int, ...]] | None:
     d, r = first
     if isinstance(operator, LowRankPlusDiagonal):
         return {"vectors": first, "values": (r,), "diagonal": (d,)}
+    if isinstance(operator, LowRankPlusIsotropic):
+        return {"vectors": first, "values": (r,), "rest": ()}
     (d_in, r_in) = (*operator.input_vectors.shape, 0, 0)[:2]
     vectors = {"output_vectors": first, "input_vectors": (d_in, r_in)}
     return {**vectors, "kept": (r, r_in), "output": (r,), "input": (r_in,), "rest": ()}

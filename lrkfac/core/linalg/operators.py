@@ -168,7 +168,7 @@ class LowRankPlusDiagonal(NamedTuple):
 
     def to_dense(self) -> Float[Tensor, "d d"]:
         """Return the matrix."""
-        return (self.vectors * self.values) @ self.vectors.mT + torch.diag_embed(self.diagonal)
+        return (self.vectors * self.values[..., None, :]) @ self.vectors.mT + torch.diag_embed(self.diagonal)
 
     def trace(self) -> Float[Tensor, "*many"]:
         """Return the sum of the eigenvalues."""
