@@ -138,7 +138,7 @@ for name, y in {"bernoulli": torch.rand(6, 2), "poisson": torch.ones(6, 2), "gau
 
 # Linear algebra.
 public("kronecker", {"input": lrkfac.structures.dense(), "output": lrkfac.structures.dense()}, input=values.FACTOR,
-    output=values.FACTOR, treatment=one_of("expand", "reduce"), corrected=FLAG)
+    output=values.FACTOR, treatment=one_of("expand", "reduce"), corrected=FLAG, exact_damping=FLAG)
 LOW = {"rank": integer(), "iterations": integer(), "method": one_of("subspace", "power"),
     "weight": number(0, tensor=False)}
 public("low_rank", {"rank": 2}, **LOW, residual=one_of("isotropic", "none"))

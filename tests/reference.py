@@ -129,6 +129,13 @@ def kronecker_preconditioned(G: Tensor, A: Tensor, B: Tensor, damping: float) ->
     return torch.linalg.solve(damped(A, delta_A), left.mT).mT
 
 
+def exactly_damped_preconditioned(G: Tensor, A: Tensor, B: Tensor, damping: float) -> Tensor:
+    """(B ⊗ A + λ I)⁻¹ vec(G), by the whole matrix, for each group."""
+    products = torch.stack([torch.kron(*pair) for pair in zip(B, A, strict=True)])
+    whole = damped(products, torch.as_tensor([damping] * len(products), dtype=G.dtype))
+    return torch.linalg.solve(whole, G.flatten(1)[..., None]).reshape(G.shape)
+
+
 def running_averages(matrices: list[Tensor], decay: float) -> list[Tensor]:
     """Σ_s decay^(t-s) matrix_s / Σ_s decay^(t-s), unbiased, after each matrix t = 1, 2, ..."""
     averages = []

@@ -100,7 +100,14 @@ def test_the_adaptive_chain_tells_what_it_has_chosen_also_of_an_ensemble():
         diagnose(both, LAYERS)
 
 
-EXACT = [kronecker(low_rank(2), low_rank(1), corrected=True), unit_wise(), layer_wise(), full(), diagonal()]
+EXACT = [
+    kronecker(low_rank(2), low_rank(1), corrected=True),
+    kronecker(low_rank(2), low_rank(1), exact_damping=True),
+    unit_wise(),
+    layer_wise(),
+    full(),
+    diagonal(),
+]
 
 
 @pytest.mark.parametrize("structure", EXACT)

@@ -20,6 +20,7 @@ MLP, SHIFT, SEQUENCE = cases.LINEAR[0], cases.LINEAR[6], cases.SEQUENCE[0]
 STRIDE, GROUPS = cases.CONVOLUTION[0], cases.CONVOLUTION[3]
 WIDE = cases.make_case("wide", (cases.linear(16, 16), cases.tanh, cases.linear(16, 3)), (4, 16))
 CORRECTED = kronecker(low_rank(2), low_rank_plus_diagonal(2), corrected=True)
+EXACT = kronecker(low_rank(2), low_rank_plus_diagonal(2), exact_damping=True)
 CHAINS = {
     "low rank": partial(lrkfac.low_rank_kfac, learning_rate=RATE, rank=100, **OPTIONS),
     "kept low rank": never_dense(2),
@@ -28,6 +29,7 @@ CHAINS = {
     "adaptive": partial(lrkfac.adaptive_low_rank_kfac, rank=2),
     "spectral": partial(lrkfac.spectral_kfac, learning_rate=1e-4, rank=2),
     "corrected": lambda layers: chained(layers, CORRECTED),
+    "exactly damped": lambda layers: chained(layers, EXACT),
     "unit-wise": lambda layers: chained(layers, unit_wise()),
     "full": lambda layers: chained(layers, full()),
     "no layers": lambda layers: lrkfac.chain(lrkfac.scale_by_adam(), lrkfac.ema_params(), lrkfac.scale(-0.01)),

@@ -40,6 +40,7 @@ CHAINS = {
     "dense": lambda layers: lrkfac.kfac(layers, 0.1, damping=0.1, kl_clip=0.01),
     "corrected": preconditioned(kronecker(*LOW_RANK, corrected=True)),
     "corrected, dense": preconditioned(kronecker(dense(), dense(), corrected=True)),
+    "exactly damped": preconditioned(kronecker(*LOW_RANK, exact_damping=True)),
     "reduce": preconditioned(kronecker(*LOW_RANK, treatment="reduce")),
     "power": preconditioned(kronecker(low_rank(RANK, method="power"), dense())),
     "two iterations": preconditioned(kronecker(low_rank(RANK, iterations=2), diagonal())),
@@ -86,7 +87,8 @@ TWO = (
     *(Case(network, chain) for network in ("mlp", "conv", "gpt", "shared")
       for chain in ("low rank", "dense", "corrected", "adaptive", "unit-wise", "diagonal")),
     *(Case(network, "reduce") for network in ("conv", "gpt", "shared")),
-    *(Case("mlp", chain) for chain in ("corrected, dense", "power", "two iterations", "layer-wise", "full")),
+    *(Case("mlp", chain)
+      for chain in ("corrected, dense", "exactly damped", "power", "two iterations", "layer-wise", "full")),
     *(Case(network, chain, estimator=estimator) for network in ("mlp", "gpt") for chain in ("low rank", "corrected")
       for estimator in ("exact", "empirical", "forward_only") if (chain, estimator) != ("corrected", "forward_only")),
     *(Case(network, chain, dtype=torch.float32) for network in ("mlp", "conv", "gpt", "shared")

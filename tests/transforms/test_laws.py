@@ -49,7 +49,9 @@ def precondition(layers, **options):
     return lrkfac.precondition_by_fisher(layers, **options)
 
 
-CORRECTED = {
+DAMPED_OR_CORRECTED = {
+    "exactly damped": kronecker(low_rank(2), low_rank_plus_diagonal(1), exact_damping=True),
+    "exactly damped, dense": kronecker(low_rank(1), dense(), exact_damping=True),
     "corrected": kronecker(low_rank(2), low_rank_plus_diagonal(1), corrected=True),
     "corrected, reduce": kronecker(diagonal(), low_rank(2), "reduce", corrected=True),
 }
@@ -58,7 +60,10 @@ CORRECTED = {
 ELSEWHERE = {*ELEMENTWISE, "adaptive, bounded", "spectral_kfac"} - {"accumulate", "clip_by_kl", "masked"}
 OF_MODELS = {
     **{name: (MLP, lambda _, tx=tx: tx) for name, tx in TRANSFORMATIONS.items() if name not in ELSEWHERE},
-    **{f"{name}, groups": (GROUPS, partial(precondition, structure=s)) for name, s in (STRUCTURES | CORRECTED).items()},
+    **{
+        f"{name}, groups": (GROUPS, partial(precondition, structure=s))
+        for name, s in (STRUCTURES | DAMPED_OR_CORRECTED).items()
+    },
     "layers of equal form": (EQUAL, partial(precondition, rank=1)),
     "spectral, groups": (GROUPS, partial(lrkfac.orthogonalize_by_fisher, rank=2)),
     "spectral, layers of equal form": (EQUAL, partial(lrkfac.orthogonalize_by_fisher, rank=1)),
@@ -91,6 +96,7 @@ COMPILED = {
     "rates": lrkfac.scale_by_learning_rate({**RATES, "0.weight": exponential_decay(0.3, 1, 0.5)}),
     "apply_if_finite": lrkfac.apply_if_finite(TRANSFORMATIONS["low_rank_kfac"], 2),
     "corrected": TRANSFORMATIONS["dense, corrected"],
+    "exactly damped": TRANSFORMATIONS["exactly damped"],
     **{
         name: tx
         for name, tx in TRANSFORMATIONS.items()

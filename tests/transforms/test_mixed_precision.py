@@ -19,6 +19,7 @@ STRUCTURES = STRUCTURES | {
     "dense": DENSE,
     "reduce": kronecker(low_rank(2), dense(), treatment="reduce"),
     "corrected": kronecker(low_rank(2), low_rank_plus_diagonal(2), corrected=True),
+    "exactly damped": kronecker(low_rank(2), low_rank(2), exact_damping=True),
 }
 each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
 HELD = [(BFLOAT16, None, FLOAT32), (BFLOAT16, FLOAT64, FLOAT64), (FLOAT64, None, FLOAT64), (FLOAT64, FLOAT32, FLOAT32)]

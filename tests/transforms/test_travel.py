@@ -25,6 +25,7 @@ SCHEDULE = lrkfac.schedules.join_schedules(
 STRUCTURES = {
     "low rank": kronecker(low_rank(2), low_rank_plus_diagonal(2)),
     "dense, corrected": kronecker(dense(), dense(), corrected=True),
+    "exactly damped": kronecker(low_rank(2), low_rank_plus_diagonal(2), exact_damping=True),
     "diagonal": kronecker(diagonal(), low_rank_plus_diagonal(2)),
     "per unit": unit_wise(),
     "per layer": layer_wise(),

@@ -60,7 +60,8 @@ class KroneckerState(NamedTuple):
 
     def damped(self, inverse: ExactInverse, damping: Tensor, eigenvalues: Tensor) -> Damped:
         effective = inverse.dimension - damping * inverse.trace()
-        return Damped(effective, eigenvalues.amax() + damping, 1 / inverse.largest())
+        b, a = (side.largest() if hasattr(side, "largest") else side.spectrum()[0].amax() for side in self)
+        return Damped(effective, b * a + damping, 1 / inverse.largest())
 
 
 class PartAnswers(NamedTuple):

@@ -64,11 +64,16 @@ class LowRankPlusDiagonalState(NamedTuple):
         mu, rotation = torch.linalg.eigh(scaled.mT @ scaled)
         explained_share = (scaled @ rotation).square() @ (1 / (1 + mu.clamp(min=0)))
         ratio = self.diagonal / damped_diagonal
+        effective = (ratio + (1 - ratio) * explained_share).sum()
+        return Damped(effective, self._largest(damped_diagonal), damped_diagonal.amin())
+
+    def largest(self) -> Tensor:
+        """Return an upper bound of the eigenvalues, at most twice the largest."""
+        return self._largest(self.diagonal)
+
+    def _largest(self, diagonal: Tensor) -> Tensor:
         pairs = self.values.clamp(min=0).sqrt() * self.vectors
-        largest = (
-            torch.linalg.eigvalsh(pairs.mT @ pairs).amax() + damped_diagonal.amax()
-        )  # at most twice the largest eigenvalue
-        return Damped((ratio + (1 - ratio) * explained_share).sum(), largest, damped_diagonal.amin())
+        return torch.linalg.eigvalsh(pairs.mT @ pairs).amax() + diagonal.amax()
 
     def inner(self, other: LowRankPlusDiagonalState) -> Tensor:
         return self.operator().inner(other.operator())

@@ -20,6 +20,7 @@ STRUCTURES = {
     "by name": {"rank": {"0": 1, "*": 2}},
     "mixed": {"structure": {"0": kronecker(dense(), diagonal())}, "rank": 1},
     "corrected": {"structure": kronecker(low_rank(2), dense(), corrected=True)},
+    "exactly damped": {"structure": kronecker(low_rank(2), low_rank_plus_diagonal(2), exact_damping=True)},
     "unit": {"structure": unit_wise()},
     "layer": {"structure": layer_wise()},
     "full": {"structure": full()},

@@ -20,6 +20,8 @@ STRUCTURES = {
     "reduce": kronecker(low_rank_plus_diagonal(2), low_rank(2), treatment="reduce"),
     "dense": kronecker(dense(), dense()),
     "diagonal": kronecker(diagonal(), diagonal()),
+    "exactly damped": kronecker(low_rank(2), low_rank_plus_diagonal(2), exact_damping=True),
+    "exactly damped, reduce": kronecker(low_rank_plus_diagonal(2), dense(), treatment="reduce", exact_damping=True),
     "by name": {"l1": kronecker(dense(), low_rank(2)), "l[02]": kronecker(low_rank(3), low_rank(2))},
 }
 

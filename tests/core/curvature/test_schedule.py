@@ -24,6 +24,7 @@ from tests.core.curvature.test_refresh import deep, drawing, problem
 
 PRODUCTS = {name: test_refresh.STRUCTURES[name] for name in ("low rank", "dense", "diagonal")}
 EXACT = {"unit-wise": unit_wise(), "layer-wise": layer_wise()}
+PRODUCTS |= {"exactly damped": kronecker(low_rank(2), low_rank(2), exact_damping=True)}
 STRUCTURES = PRODUCTS | {"corrected": kronecker(low_rank(2), low_rank(2), corrected=True)} | EXACT
 close = functools.partial(test_refresh.close, atol=1e-12)
 each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())

@@ -25,7 +25,7 @@ FACTORS = {
     "diagonal": lambda x, d: Diagonal(x(d).square()),
 }
 PAIRS = [pair for pair in itertools.product(FACTORS, FACTORS) if pair != ("diagonal too", "diagonal too")]
-each_pair = pytest.mark.parametrize("output, input", PAIRS, ids=" x ".join)
+each_pair = pytest.mark.parametrize("output, input", PAIRS, ids=[f"{output} x {input}" for output, input in PAIRS])
 CLOSED = "isotropic", "dense"
 
 
