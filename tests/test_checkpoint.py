@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import lrkfac
 from lrkfac.checkpoint import from_state_dict, state_dict
-from lrkfac.structures import kronecker, low_rank
+from lrkfac.structures import kronecker, low_rank, low_rank_plus_diagonal
 from tests.core.curvature.test_refresh import deep
 
 safetensors = pytest.importorskip("safetensors", reason="the extra `checkpoint`")

@@ -9,7 +9,7 @@ import torch
 import lrkfac
 from lrkfac import chain, masked, scale_by_adam
 from lrkfac.schedules import exponential_decay
-from lrkfac.structures import diagonal, kronecker, low_rank, low_rank_plus_diagonal
+from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 from lrkfac.testing import check_transformation
 from tests import cases
 from tests.compiling import traced
