@@ -82,8 +82,8 @@ def container(name: str) -> None:
 
 
 # fmt: off
-for name in ("Dense", "Diagonal", "Kronecker", "LowRankPlusDiagonal", "FactorStructure", "Evaluation", "Statistics",
-        "Weights", "LazyMatrix", "Layer", "Layers", "GradientTransformation"):
+for name in ("Dense", "Diagonal", "Kronecker", "LowRankPlusDiagonal", "LowRankPlusIsotropic", "FactorStructure",
+        "Evaluation", "Statistics", "Weights", "LazyMatrix", "Layer", "Layers", "GradientTransformation"):
     container(name)
 public("Likelihood", {"name": "x", "negative_log_likelihood": torch.sub, "sample": torch.add, "square_root": torch.mul},
     name=among(1, *NOTHING), event_axes=among(1, "x", (0,), (1.5,), [1], (True,), 1j, object()),
@@ -140,14 +140,15 @@ for name, y in {"bernoulli": torch.rand(6, 2), "poisson": torch.ones(6, 2), "gau
 public("kronecker", {"input": lrkfac.structures.dense(), "output": lrkfac.structures.dense()}, input=values.FACTOR,
     output=values.FACTOR, treatment=one_of("expand", "reduce"), corrected=FLAG, exact_damping=FLAG)
 LOW = {"rank": integer(), "iterations": integer(), "method": one_of("subspace", "power"),
-    "weight": number(0, tensor=False)}
+    "weight": number(0, tensor=False), "dense_up_to": integer(0, optional=True)}
 public("low_rank", {"rank": 2}, **LOW, residual=one_of("isotropic", "none"))
 public("low_rank_plus_diagonal", {"rank": 2}, **LOW, fit=one_of("alternating", "off_diagonal"))
 for name in ("dense", "diagonal", "unit_wise", "layer_wise", "full"):
     public(name)
 LOW_RANK_OPERATOR = lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(2), torch.ones(2))
 public("to_dense", {"operator": LOW_RANK_OPERATOR}, operator=values.OPERATOR)
-public("inverse", {"operator": lrkfac.linalg.Dense(EYE)}, operator=values.OPERATOR, damping=number(0))
+public("inverse", {"operator": lrkfac.linalg.Dense(EYE)}, operator=values.OPERATOR, damping=number(0),
+    exact=FLAG)
 public("polar", {"matrix": torch.eye(2)}, iterations=values.integer(optional=True),
     matrix=among(1, "x", torch.ones(2), torch.eye(2).long(), torch.eye(2) * 1j, *NOTHING))
 public("woodbury", {"operator": LOW_RANK_OPERATOR}, operator=values.LOW_RANK)

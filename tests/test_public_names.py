@@ -20,8 +20,9 @@ PROMISED = """
     clip clip_by_kl clip_by_global_norm trace ema_params add_decayed_weights scale scale_by_learning_rate scale_by_adam
     masked partition apply_if_finite accumulate inject_hyperparams apply_updates round_robin_refresh factor_drift
     low_rank_kfac kfac adaptive_low_rank_kfac LowRankKFAC diagnose explain ranks_by_trace
-    linalg.LowRankPlusDiagonal linalg.Dense linalg.Diagonal linalg.Kronecker linalg.inverse linalg.to_dense
-    linalg.power_iteration linalg.subspace_iteration linalg.sherman_morrison linalg.woodbury
+    linalg.LowRankPlusDiagonal linalg.LowRankPlusIsotropic linalg.Dense linalg.Diagonal linalg.Kronecker
+    linalg.inverse linalg.to_dense linalg.sherman_morrison linalg.woodbury
+    linalg.power_iteration linalg.subspace_iteration
     structures.kronecker structures.low_rank structures.low_rank_plus_diagonal structures.dense structures.diagonal
     structures.unit_wise structures.layer_wise structures.full
     schedules.constant_schedule schedules.exponential_decay schedules.piecewise_constant_schedule
@@ -61,7 +62,8 @@ SIGNATURES = {
     "ema_params": "decay=0.98 power=8.0",
     "scale_by_adam": "b1=0.9 b2=0.999 eps=1e-08",
     "linalg.LowRankPlusDiagonal": "vectors values diagonal",
-    "linalg.inverse": "operator damping",
+    "linalg.LowRankPlusIsotropic": "vectors values rest",
+    "linalg.inverse": "operator damping exact",
     "structures.kronecker": "input output",
     "apply_updates": "params updates",
 }

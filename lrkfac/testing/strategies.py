@@ -115,8 +115,8 @@ def eigenspace_kroneckers(
 ) -> EigenspaceKronecker:
     """Draw products of a positive definite operator and one whose eigenvectors are known, as sums over these."""
     small, dtype = max(int(max_dimension**0.5), 1), dtype or draw(dtypes)
-    kind = draw(st.sampled_from([low_rank_plus_diagonals, low_rank_plus_isotropics]))
-    output = draw(kind(small, dtype, max_condition**0.5))
+    kind: Any = draw(st.sampled_from([low_rank_plus_diagonals, low_rank_plus_isotropics]))
+    output: LowRankPlusDiagonal | LowRankPlusIsotropic = draw(kind(small, dtype, max_condition**0.5))
     vectors, values, rest = draw(low_rank_plus_isotropics(small, dtype, max_condition**0.5))
     each = values if vectors.shape[0] == vectors.shape[1] else torch.cat([values, rest[None]])
     if isinstance(output, LowRankPlusIsotropic):

@@ -51,6 +51,7 @@ class IteratedStructure(FactorStructure):
     rank: int
     iterations: int
     method: Method
+    dense_up_to: int | None
 
     @property
     def stackable(self) -> bool:
@@ -61,7 +62,7 @@ class IteratedStructure(FactorStructure):
         return 2 * self.iterations if self.method == "subspace" else 0
 
     def fitted(self, dimension: int) -> FactorStructure:
-        return dense() if dimension <= self.rank + 2 else self
+        return dense() if dimension <= max(self.rank + 2, self.dense_up_to or 0) else self
 
     def begin(self, state: Any, decay: float | Tensor) -> Turn:
         kept = kept_weight(state.steps, state.vectors, decay)

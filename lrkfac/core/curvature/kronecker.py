@@ -167,7 +167,7 @@ class KroneckerStructure(BlockStructure):
         """Return the running average, ``B ⊗ A``."""
         return Kronecker(self.output.operator(state.output), self.input.operator(state.input))
 
-    def damped_inverse(self, state: KroneckerState, damping: float | Tensor) -> tuple[Kronecker, Tensor]:
+    def damped_inverse(self, state: KroneckerState, damping: float | Tensor) -> tuple[Any, Tensor]:
         """Return ``(B + δ_B I)⁻¹ ⊗ (A + δ_A I)⁻¹`` with ``δ_A δ_B = damping``, and ``δ_B, δ_A``, ``[*, 2]``.
 
         The damping is split as in ``Kronecker.shifted``.
@@ -185,11 +185,11 @@ class KroneckerStructure(BlockStructure):
         sides = zip((self.output, self.input), state, strict=True)
         return [side.mean_eigenvalue(one) for side, one in sides]
 
-    def apply(self, inverse: Kronecker, gradient: LayerMatrix) -> LayerMatrix:
+    def apply(self, inverse: Any, gradient: LayerMatrix) -> LayerMatrix:
         weight, bias = gradient
         if not isinstance(weight, LazyMatrix):
             return LayerMatrix(*two_sided(inverse, weight, bias))
-        output: Any = inverse.output
+        output = inverse.output
         if bias is None:
             left, right = output.of_rows(weight.left), inverse.input.of_rows(weight.right)
             return LayerMatrix(LazyMatrix(left, right, weight.dtype))
@@ -201,7 +201,7 @@ class KroneckerStructure(BlockStructure):
         assert ones is not None
         return LayerMatrix(LazyMatrix(left, right, weight.dtype), (ones[..., None, :] @ left).squeeze(-2))
 
-    def size(self, d_in: int, d_out: int) -> int:
+    def size(self, d_in: int, d_out: int) -> int | None:
         return self.input.size(d_in) + self.output.size(d_out) + 2
 
     def description(self) -> str:

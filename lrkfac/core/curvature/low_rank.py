@@ -35,6 +35,7 @@ class LowRankStructure(IteratedStructure):
     iterations: int = 1
     method: Method = "subspace"
     weight: float = 1.0
+    dense_up_to: int | None = None
 
     def init(self, dimension: int, like: Tensor) -> LowRankState:
         vectors = _start(dimension, min(self.rank, dimension), like)
@@ -106,6 +107,7 @@ class LowRankPlusDiagonalStructure(IteratedStructure):
     iterations: int = 1
     method: Method = "subspace"
     weight: float = 1.0
+    dense_up_to: int | None = None
 
     def init(self, dimension: int, like: Tensor) -> LowRankPlusDiagonalState:
         vectors = _start(dimension, min(self.rank, dimension), like)
@@ -173,6 +175,7 @@ def low_rank(
     iterations: int = 1,
     method: Method = "subspace",
     weight: float = 1.0,
+    dense_up_to: int | None = None,
 ) -> LowRankStructure:
     """Hold ``rank`` eigenpairs of a factor, and spread the trace that they miss evenly over all other directions.
 
@@ -189,6 +192,8 @@ def low_rank(
             original's method.
         weight: Factor of the residual in ``operator`` and inverse (not in the average itself). Above 1, the missed
             directions that matter most, those next to the kept ones, are damped enough.
+        dense_up_to: Dimension up to which a factor is held densely, where that is more than ``rank + 2``. Up to about
+            four times the rank that takes no longer, and four times as much memory.
 
     Returns:
         A factor structure for ``kronecker``.
@@ -205,8 +210,8 @@ def low_rank(
     """
     check_integer(rank, "rank")
     check_choice(residual, "residual", get_args(Residual))
-    _check_options(iterations, method, weight)
-    return LowRankStructure(rank, residual, iterations, method, float(weight))
+    _check_options(iterations, method, weight, dense_up_to)
+    return LowRankStructure(rank, residual, iterations, method, float(weight), dense_up_to)
 
 
 def low_rank_plus_diagonal(
@@ -215,6 +220,7 @@ def low_rank_plus_diagonal(
     iterations: int = 1,
     method: Method = "subspace",
     weight: float = 1.0,
+    dense_up_to: int | None = None,
 ) -> LowRankPlusDiagonalStructure:
     """Hold ``rank`` eigenpairs and a diagonal that together keep the whole diagonal of the factor exactly.
 
@@ -231,6 +237,7 @@ def low_rank_plus_diagonal(
         method: ``"subspace"`` (all vectors at once), or ``"power"`` (one after another, by deflation), which is the
             original's method.
         weight: Factor of the diagonal in ``operator`` and inverse (not in the average itself).
+        dense_up_to: Dimension up to which a factor is held densely, where that is more than ``rank + 2``.
 
     Returns:
         A factor structure for ``kronecker``.
@@ -247,13 +254,15 @@ def low_rank_plus_diagonal(
     """
     check_integer(rank, "rank")
     check_choice(fit, "fit", get_args(Fit))
-    _check_options(iterations, method, weight)
-    return LowRankPlusDiagonalStructure(rank, fit, iterations, method, float(weight))
+    _check_options(iterations, method, weight, dense_up_to)
+    return LowRankPlusDiagonalStructure(rank, fit, iterations, method, float(weight), dense_up_to)
 
 
-def _check_options(iterations: int, method: Method, weight: float) -> None:
+def _check_options(iterations: int, method: Method, weight: float, dense_up_to: int | None) -> None:
     check_integer(iterations, "iterations")
     check_choice(method, "method", get_args(Method))
     if isinstance(weight, Tensor):  # it is part of the structure, which is compared and hashed
         raise TypeError("weight: expected a number, got a tensor")
     check_number(weight, "weight", 0)
+    if dense_up_to is not None:
+        check_integer(dense_up_to, "dense_up_to", 0)
