@@ -8,8 +8,18 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks import (
+    adaptive_structures,
+    convolutions,
+    depth,
+    memory,
+    memory_steps,
+    quality,
+    refresh,
+    step,
+    transformer,
+)
 from benchmarks import compile as compiling
-from benchmarks import convolutions, depth, memory, memory_steps, quality, refresh, step, transformer
 from benchmarks.common import held_bytes
 from benchmarks.depth import dispatched, per_layer
 from benchmarks.floors import Cost, Rates, cost
@@ -18,6 +28,7 @@ from benchmarks.networks import Work, gpt, perceptron
 from benchmarks.ratios import Functional
 from benchmarks.resnet18 import ResNet18
 from lrkfac.core.base.profiling import profiled
+from lrkfac.core.curvature.factors import DenseState
 
 CPU = torch.device("cpu")
 
@@ -109,6 +120,34 @@ def test_the_table_of_quality(command):
         errors = [rows[rank, name]["error"] for rank in (1, 32, 129)]
         assert errors[0] > errors[1] > 10 * errors[2] and errors[2] < 1e-6
         assert rows[32, name]["angle"] < rows[0, quality.PLAIN]["angle"]
+
+
+@pytest.mark.slow
+def test_the_table_of_structures(tmp_path, monkeypatch, capsys):
+    arguments = "--problem regression --steps 3 --rank 2 --seeds 0 1 --threads 1 --structure dense".split()
+    for more in (["best of the rank"], ["exactly damped"]):  # added to what is there
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--output", str(tmp_path), *arguments, *more])
+        adaptive_structures.main()
+    (path,) = tmp_path.glob("*.json")
+    measured = json.loads(path.read_text())["measured"]
+    assert len({(row["structure"], row["seed"]) for row in measured}) == len(measured) == 6
+    assert all(len(row["loss"]) == len(row["steps"]) == 3 for row in measured)
+    assert "exactly damped, rank 2, seed 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_the_best_of_a_rank(diagonal):
+    """Of a matrix of its form it is the matrix; trace or diagonal are kept."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(8, 2, generator=generator, dtype=torch.float64)).Q
+    rest = torch.rand(8, generator=generator).double() if diagonal else torch.ones(8).double()
+    matrix = 9 * vectors @ vectors.mT + torch.diag(rest)
+    best = adaptive_structures.BestOfRank(2, diagonal)
+    found = best.operator(DenseState(matrix, torch.tensor(1))).matrix
+    torch.testing.assert_close(found, matrix, rtol=0, atol=0.5 if diagonal else 1e-12)
+    torch.testing.assert_close(found.diagonal().sum(), matrix.diagonal().sum(), rtol=0, atol=1e-9)
+    if diagonal:
+        torch.testing.assert_close(found.diagonal(), matrix.diagonal())
 
 
 # Memory ------------------------------------------------------------------------------------------------
