@@ -44,6 +44,7 @@ from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
 from lrkfac.transforms.quadratic_options import QuadraticModelOptions
 from lrkfac.transforms.robust import apply_if_finite
 from lrkfac.transforms.scaling import scale, scale_by_learning_rate
+from lrkfac.transforms.slope_and_curvature import scale_by_slope_and_curvature
 from lrkfac.version import __version__ as __version__
 
 __all__ = [
@@ -96,6 +97,7 @@ __all__ = [
     "scale_by_adam",
     "scale_by_learning_rate",
     "scale_by_quadratic_model",
+    "scale_by_slope_and_curvature",
     "spectral_kfac",
     "trace",
     "unshard",

@@ -24,7 +24,9 @@ from lrkfac.transforms.orthogonalize import orthogonalize_by_fisher
 from lrkfac.transforms.precondition import precondition_by_fisher
 from lrkfac.transforms.quadratic_model import DEFAULTS, scale_by_quadratic_model
 from lrkfac.transforms.quadratic_options import QuadraticModelOptions
+from lrkfac.transforms.robust import apply_if_finite
 from lrkfac.transforms.scaling import scale_by_learning_rate
+from lrkfac.transforms.slope_and_curvature import scale_by_slope_and_curvature
 
 INPUT_RESIDUAL_WEIGHT = 2.0
 """Weight of the trace that the input factor's eigenpairs miss, in the adaptive chain.
@@ -34,6 +36,9 @@ the digits autoencoder; on four other problems of ``benchmarks`` it beats 1 or m
 """
 OUTPUT_DIAGONAL_WEIGHT = 0.5
 """Weight of the diagonal that the output factor's eigenpairs miss, in the adaptive chain; chosen likewise."""
+
+PATIENCE = 1000
+"""Batches in a row that are not finite, after which a chain without a learning rate lets them through."""
 
 
 def low_rank_kfac(
@@ -210,7 +215,7 @@ def adaptive_low_rank_kfac(
 
 def spectral_kfac(
     layers: Layers,
-    learning_rate: PerParameter,
+    learning_rate: PerParameter | None = None,
     rank: AutoRank = 16,
     power: float = 0.25,
     momentum: float | Tensor = 0.95,
@@ -225,10 +230,15 @@ def spectral_kfac(
     Muon with low-rank Fisher factors, see ``orthogonalize_by_fisher``: each matrix takes a step whose root mean square
     is the learning rate.
 
+    Without a learning rate there is nothing to tune: the length of each step follows from what the next batch finds
+    along it, see ``scale_by_slope_and_curvature``. A batch that is not finite is then skipped, and the chain ends with
+    ``ema_params``: ``state[-1].average`` is the running average of the parameters, which is better than the last ones
+    where batches are noisy.
+
     Args:
         layers: From ``find_layers``.
         learning_rate: A number, a tensor ``[]`` or a schedule, best one that falls to 0; or a tree of them like the
-            parameters, or one that ends earlier.
+            parameters, or one that ends earlier. ``None`` for none to choose.
         rank: Rank of the factors, see ``orthogonalize_by_fisher``.
         power: Power of the factors, from 0, which is Muon, to 1.
         momentum: Decay of the average of gradients, in [0, 1).
@@ -259,12 +269,16 @@ def spectral_kfac(
         >>> bool(evaluation.loss_at(params) < before)
         True
     """
+    direction = orthogonalize_by_fisher(
+        layers, rank, power, momentum=momentum, decay=decay, damping=damping, fallback=fallback, dtype=dtype
+    )
+    if learning_rate is not None:
+        return chain(direction, add_decayed_weights(weight_decay), scale_by_learning_rate(learning_rate))
     return chain(
-        orthogonalize_by_fisher(
-            layers, rank, power, momentum=momentum, decay=decay, damping=damping, fallback=fallback, dtype=dtype
-        ),
+        apply_if_finite(direction, PATIENCE),
         add_decayed_weights(weight_decay),
-        scale_by_learning_rate(learning_rate),
+        scale_by_slope_and_curvature(),
+        ema_params(),
     )
 
 
