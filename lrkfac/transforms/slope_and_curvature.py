@@ -23,8 +23,11 @@ AVERAGED = 0.9
 """Decay of the averages of slopes and curvatures, per step."""
 FASTEST = 0.1
 """Largest change of the logarithm of the rate per step, far from where it rests."""
-OVER_RELAXED, MOST = 1.5, 0.45
-"""Share of the agreement of two batches by which a step is over-relaxed, and the most of it; 1/2 ends all progress."""
+OVER_RELAXED, MOST = 5.0, 0.45
+"""Multiple of the squared agreement of two batches by which a step is over-relaxed, and the most of it; 1/2 ends all
+progress."""
+BEYOND = 1.5
+"""Longest step, in lengths of the minimum of its own batch's model."""
 OUTLIER = 10.0
 """Multiple of the average beyond which a batch is cut: one batch unlike all others then counts as a few."""
 LOWERED = 0.25
@@ -77,8 +80,9 @@ def scale_by_slope_and_curvature(start: float | Tensor = 0.008) -> GradientTrans
       along which the loss merely has no more slope has spent itself on the steepest directions. With ``ρ > 0`` steps
       are over-relaxed, by a factor ``1 / (1 - ρ)``. With ``ρ = 1/2`` they would go to and fro and end nowhere;
     * ``ρ`` follows the noise. Of the decrease that the step's own batch promised, the next batch confirms the share
-      ``(s + c) / promised``. It is 1 without noise, and ``ρ`` is 1.5 times this share, at most 0.45;
-    * no step is longer than the minimum of its own batch's model along it, ``uᵀg / uᵀFu``.
+      ``(s + c) / promised``. It is 1 without noise, and ``ρ`` is 5 times its square, at most 0.45;
+    * no step is longer than 1.5 times the way to the minimum of its own batch's model, ``uᵀg / uᵀFu``. Twice the way
+      would leave the batch's loss as it was.
 
     Curvatures are measured where ``evaluation`` has statistics, by two forward derivatives, and kept until the next
     ones. So evaluations need statistics every few steps, also after a direction that does not use them.
@@ -201,16 +205,16 @@ def _adapted(state: SlopeAndCurvatureState, first: Tensor) -> SlopeAndCurvatureS
     """Return the state with the rate for the next step."""
     tiny = torch.finfo(state.rate.dtype).tiny
     agreement = (state.slope + state.curvature) / state.promised.clamp(min=tiny)
-    relaxed = (OVER_RELAXED * agreement).clamp(0, MOST) * state.curvature
+    relaxed = (OVER_RELAXED * agreement.clamp(min=0).square()).clamp(max=MOST) * state.curvature
     excess = ((state.slope + relaxed) / state.curvature.clamp(min=tiny)).clamp(-1, 1)
-    changed = state.rate * torch.exp(FASTEST * excess * excess.abs())
+    changed = state.rate * torch.exp(FASTEST * excess * excess.abs().sqrt())
     return state._replace(rate=torch.where(state.rate > 0, changed, first))
 
 
 def _stepped(state: SlopeAndCurvatureState, promise: Tensor) -> SlopeAndCurvatureState:
     """Return the state after a step along a direction with this slope: no longer than the batch's own model."""
     curved = state.along_next > 0
-    bound = torch.where(curved, promise / torch.where(curved, state.along_next, 1), torch.inf)
+    bound = torch.where(curved, BEYOND * promise / torch.where(curved, state.along_next, 1), torch.inf)
     rate = torch.minimum(state.rate, torch.maximum(bound, math.exp(-FASTEST) * state.rate))
     length = torch.where(promise > 0, torch.minimum(rate, bound), 0)
     return state._replace(
