@@ -231,21 +231,20 @@ def spectral_kfac(
     is the learning rate.
 
     Without a learning rate there is nothing to tune: the length of each step follows from what the next batch finds
-    along it, see ``scale_by_slope_and_curvature``. A batch that is not finite is then skipped, and the chain ends with
-    ``ema_params``: ``state[-1].average`` is the running average of the parameters, which is better than the last ones
-    where batches are noisy.
+    along it, see ``scale_by_slope_and_curvature``. A batch that is not finite is then skipped, and ``state[-1].average``
+    is the running average of the parameters, which is better than the last ones; see ``ema_params``.
 
     Args:
         layers: From ``find_layers``.
-        learning_rate: A number, a tensor ``[]`` or a schedule, best one that falls to 0; or a tree of them like the
-            parameters, or one that ends earlier. ``None`` for none to choose.
+        learning_rate: A number, a tensor ``[]`` or a schedule, best one that falls to 0; or a tree of them. ``None``
+            for none to choose.
         rank: Rank of the factors, see ``orthogonalize_by_fisher``.
         power: Power of the factors, from 0, which is Muon, to 1.
         momentum: Decay of the average of gradients, in [0, 1).
         decay: Decay of the factors' running averages, in [0, 1).
         damping: Share of a factor's mean eigenvalue that is added to it.
         weight_decay: A number ≥ 0, or a tree of numbers; see ``add_decayed_weights``.
-        fallback: Transformation of all parameters but matrices, see ``orthogonalize_by_fisher``.
+        fallback: Of all parameters but matrices, see ``orthogonalize_by_fisher``.
         dtype: Of the factors, see ``precondition_by_fisher``.
 
     Returns:
@@ -260,7 +259,7 @@ def spectral_kfac(
         >>> params, x, y = {"w": torch.zeros(3, 4)}, torch.randn(8, 4), torch.randint(3, (8,))
         >>> model = lambda params, x: x @ params["w"].T
         >>> layers = lrkfac.find_layers(model, params, x)
-        >>> evaluate, tx = lrkfac.evaluator(model, lrkfac.categorical(), layers), spectral_kfac(layers, 0.1)
+        >>> evaluate, tx = lrkfac.evaluator(model, lrkfac.categorical(), layers), spectral_kfac(layers)
         >>> state, before = tx.init(params), evaluate(params, x, y, statistics=False).loss
         >>> for _ in range(5):
         ...     evaluation = evaluate(params, x, y)

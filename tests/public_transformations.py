@@ -87,6 +87,7 @@ public("QuadraticModelOptions", damping_decay=number(0, 1, includes_low=False), 
     damping_interval=integer(), start_steps=NONNEGATIVE, start_decay=SHARE, min_damping=POSITIVE,
     max_damping=number(1e-10, includes_low=False), lower_threshold=number(),
     upper_threshold=number(0.25, includes_low=False), reject=FLAG, rejection_factor=number(1, includes_low=False))
+public("scale_by_slope_and_curvature", {}, start=POSITIVE)
 valid("chain", lambda transformations: lrkfac.chain(*transformations), {"transformations": [lrkfac.trace(0.9)]},
     transformations=st.lists(TRANSFORMATION, min_size=1, max_size=3))
 KFAC = {"learning_rate": RATE, "damping": POSITIVE, "decay": SHARE, "momentum": SHARES, "weight_decay": DECAYS}
@@ -102,7 +103,7 @@ SPECTRAL = {"rank": RANK_OF_CHAIN, "power": POWER, "momentum": SHARE, "decay": S
     "fallback": TRANSFORMATION.filter(lambda x: x is not None), **OF_DTYPE}
 public("orthogonalize_by_fisher", {"layers": LAYERS}, layers=NOT_LAYERS, **SPECTRAL, normalized=FLAG,
     iterations=integer(optional=True))
-public("spectral_kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, learning_rate=RATE, **SPECTRAL,
+public("spectral_kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS, learning_rate=st.one_of(RATE, st.none()), **SPECTRAL,
     weight_decay=DECAYS)
 valid("inject_hyperparams()", lrkfac.inject_hyperparams(lrkfac.scale_by_learning_rate), {"learning_rate": 0.1},
     learning_rate=RATE)
@@ -128,6 +129,8 @@ STATEFUL = {"scale_by_learning_rate(schedule)": lrkfac.scale_by_learning_rate(SC
     "scale_by_quadratic_model": lrkfac.scale_by_quadratic_model(PRECONDITION),
     "orthogonalize_by_fisher": lrkfac.orthogonalize_by_fisher(LAYERS, rank=1),
     "spectral_kfac": lrkfac.spectral_kfac(LAYERS, 0.1, rank=1, weight_decay=0.1),
+    "spectral_kfac(None)": lrkfac.spectral_kfac(LAYERS, rank=1, weight_decay=0.1),
+    "scale_by_slope_and_curvature": lrkfac.scale_by_slope_and_curvature(),
     "kfac": lrkfac.kfac(LAYERS, 0.1, weight_decay=0.1),
     "low_rank_kfac": lrkfac.low_rank_kfac(LAYERS, 0.1, rank=1, weight_decay=0.1),
     "adaptive_low_rank_kfac": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=1)}
@@ -140,10 +143,15 @@ OF_LAYERS = {
     "low_rank_kfac",
     "adaptive_low_rank_kfac",
     "spectral_kfac",
+    "spectral_kfac(None)",
 }
-NEED_EVALUATION = OF_LAYERS | {"clip_by_kl"}
+NEED_EVALUATION = OF_LAYERS | {"clip_by_kl", "scale_by_slope_and_curvature"}
 TAKE_EVALUATION = {"apply_if_finite", "accumulate", "masked", "partition"}
-NEED_PARAMS = OF_LAYERS - {"precondition_by_fisher", "orthogonalize_by_fisher"} | {"add_decayed_weights", "ema_params"}
+NEED_PARAMS = OF_LAYERS - {"precondition_by_fisher", "orthogonalize_by_fisher"} | {
+    "add_decayed_weights",
+    "ema_params",
+    "scale_by_slope_and_curvature",
+}
 OTHERS_STATE = PRECONDITION.init(P), lrkfac.chain(lrkfac.trace(0.9)).init(P), lrkfac.scale_by_adam().init(P)
 for name, tx in {**STATELESS, **STATEFUL}.items():
     state, evaluation = tx.init(P), E._replace(statistics=None) if name == "accumulate" else E

@@ -27,6 +27,7 @@ CHAINS = {
     "exact": lambda layers: lrkfac.precondition_by_fisher(
         layers, kronecker(low_rank(2), low_rank_plus_diagonal(2), exact_damping=True)
     ),
+    "spectral, no rate": lambda layers: lrkfac.spectral_kfac(layers, rank=2),
     "units": lambda layers: lrkfac.precondition_by_fisher(layers, lrkfac.structures.unit_wise()),
     "wrapped": lambda layers: lrkfac.apply_if_finite(
         lrkfac.inject_hyperparams(lrkfac.low_rank_kfac)(layers, learning_rate=0.1, rank=2), 3

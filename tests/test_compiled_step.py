@@ -93,6 +93,7 @@ MAKERS = {
     "never dense": never_dense(2),
     "dense": dense,
     "spectral": lambda layers: lrkfac.spectral_kfac(layers, 0.01, rank=3),
+    "spectral, no rate": lambda layers: lrkfac.spectral_kfac(layers, rank=3),
 }
 BLOCKS = {
     "unit_wise": lambda layers: chained(layers, lrkfac.structures.unit_wise()),

@@ -43,6 +43,7 @@ CHAINS = {
     "adaptive": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=3, weight_decay=1e-3),
     "adaptive, no decay": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=3, kl_clip=1.0),
     "spectral": lrkfac.spectral_kfac(LAYERS, 0.01, rank=3, weight_decay=0.01),
+    "spectral, no rate": lrkfac.spectral_kfac(LAYERS, rank=3, weight_decay=1e-3),
     "adam": lrkfac.chain(lrkfac.scale_by_adam(), DECAY, lrkfac.scale_by_learning_rate(0.01)),
     "ema": of_kfac(DECAY, lrkfac.ema_params()),
     "nesterov": of_kfac(lrkfac.clip(1.0), lrkfac.trace(0.9, nesterov=True), DECAY, lrkfac.clip_by_global_norm(1.0)),

@@ -16,6 +16,7 @@ PROMISED = """
     categorical gaussian bernoulli poisson joint Likelihood Weights
     evaluator Evaluation Statistics merge_evaluations LazyMatrix materialize unshard check_replicas
     GradientTransformation chain identity precondition_by_fisher scale_by_quadratic_model QuadraticModelOptions
+    scale_by_slope_and_curvature
     orthogonalize_by_fisher spectral_kfac linalg.polar
     clip clip_by_kl clip_by_global_norm trace ema_params add_decayed_weights scale scale_by_learning_rate scale_by_adam
     masked partition apply_if_finite accumulate inject_hyperparams apply_updates round_robin_refresh factor_drift
@@ -55,9 +56,10 @@ SIGNATURES = {
     "kfac": "layers learning_rate damping=0.01 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
     "precondition_by_fisher": "layers structure=None rank=None damping=0.01 decay=0.95 fallback=None",
     "orthogonalize_by_fisher": "layers rank=16 power=0.25 momentum=0.95 decay=0.8 damping=0.001 fallback=None",
-    "spectral_kfac": "layers learning_rate rank=16",
+    "spectral_kfac": "layers learning_rate=None rank=16",
     "linalg.polar": "matrix iterations=6",
     "clip_by_kl": "kl_clip learning_rate",
+    "scale_by_slope_and_curvature": "start=0.008",
     "trace": "decay nesterov=False",
     "ema_params": "decay=0.98 power=8.0",
     "scale_by_adam": "b1=0.9 b2=0.999 eps=1e-08",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
@@ -74,7 +75,9 @@ class ApplyIfFinite:
     def init(self, params: Tree) -> ApplyIfFiniteState:
         """Return the inner state, and no skipped steps."""
         check_tree(params, "params")
-        return ApplyIfFiniteState(self.inner.init(params), counter(params), counter(params))
+        # Each tensor with memory of its own, as in every later state: else a step is compiled once more.
+        inner = optree.tree_map(torch.clone, self.inner.init(params))
+        return ApplyIfFiniteState(inner, counter(params), counter(params))
 
     def update(
         self,

@@ -6,18 +6,23 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import optree
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import widest
-from lrkfac.core.base.leaves import tree_leaves
+from lrkfac.core.base.packing import Rows, as_rows, from_rows, products
 from lrkfac.core.base.tree_checks import check_like, check_tree
-from lrkfac.core.base.trees import all_finite, counter, materialize, scaled, selected, vdot, zero_unless, zeros_like
+from lrkfac.core.base.trees import all_finite, counter, materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.transforms.base import GradientTransformation, check_evaluation, check_state, transformation
+from lrkfac.transforms.base import (
+    GradientTransformation,
+    check_evaluation,
+    check_params,
+    check_state,
+    transformation,
+)
 
 AVERAGED = 0.9
 """Decay of the averages of slopes and curvatures, per step."""
@@ -38,7 +43,7 @@ class SlopeAndCurvatureState(NamedTuple):
     """State of ``scale_by_slope_and_curvature``; tensors ``[]`` but for the first.
 
     Attributes:
-        last: Last step, a tree like the parameters.
+        last: Last step, a tuple of rows: one of all parameters with fewer than 65536 entries, one for each other.
         rate: Length of a step in units of the direction; 0 before the first.
         length: That of the last step: the rate, or less where the batch's own model ends before.
         slope: Average of ``-gᵀδ``, the decrease of the loss that the next batch's gradient ``g`` still finds along a
@@ -53,7 +58,7 @@ class SlopeAndCurvatureState(NamedTuple):
         failures: Number of the last evaluations in a row that were not finite; int64.
     """
 
-    last: Tree
+    last: Rows
     rate: Tensor
     length: Tensor
     slope: Tensor
@@ -101,7 +106,8 @@ def scale_by_slope_and_curvature(start: float | Tensor = 0.008) -> GradientTrans
         a penalty that comes before in the chain, as ``add_decayed_weights``, is not counted.
 
     Raises:
-        ValueError: If ``start`` is not positive and finite; in ``update``, if the trees or the state do not fit.
+        ValueError: If ``start`` is not positive and finite; in ``update``, if ``params`` is missing or the
+            trees or the state do not fit.
         TypeError: If an argument has the wrong type; in ``update``, if ``evaluation`` is missing.
         NotImplementedError: In ``update``, if the model uses an operation without forward derivative; names it.
 
@@ -134,8 +140,8 @@ class ScaleBySlopeAndCurvature:
     def init(self, params: Tree) -> SlopeAndCurvatureState:
         """Return the state before the first step."""
         check_tree(params, "params")
-        last, like = zeros_like(params), tree_leaves(params)
-        zero = torch.zeros((), dtype=widest(torch.float32, *[x.dtype for x in like]), device=counter(params).device)
+        last = tuple([torch.zeros_like(row) for row in as_rows(params)])
+        zero = counter(params).to(widest(torch.float32, *[row.dtype for row in last]))
         numbers = [zero.clone() for _ in range(9)]
         return SlopeAndCurvatureState(last, *numbers, counter(params), counter(params))
 
@@ -151,72 +157,80 @@ class ScaleBySlopeAndCurvature:
         """Return the step and the next state; see ``GradientTransformation``."""
         evaluation = check_evaluation(evaluation, "scale_by_slope_and_curvature")
         check_state(state, SlopeAndCurvatureState)
-        check_like(state.last, updates, "scale_by_slope_and_curvature: updates")
-        direction, gradient = materialize(updates), materialize(evaluation.grads)
-        check_like(state.last, gradient, "evaluation.grads")
+        params = check_params(params, "scale_by_slope_and_curvature", updates)
+        check_tree(params, "params")
+        check_like(params, updates, "updates beside params")
+        direction, gradient = as_rows(materialize(updates)), as_rows(materialize(evaluation.grads))
+        if [len(row) for row in direction] != [len(row) for row in state.last]:
+            raise ValueError(
+                f"state: expected one of {sum(map(len, direction))} parameters, got one of "
+                f"{sum(map(len, state.last))}; pass what init() or the last update() of this transformation returned"
+            )
         sound = all_finite((evaluation.loss, gradient, direction))
-        looked = _looked(state, evaluation, gradient, direction)
-        promise = vdot(direction, gradient).to(state.rate.dtype)
+        looked = _looked(state, evaluation, gradient, direction, params)
+        promise = products(direction, gradient).to(state.rate.dtype)
         after = _stepped(_adapted(looked, self._first(direction, state)), promise)
         # Parameters at which no batch has a finite loss: the last step led there.
         undone = ~sound & (state.failures > 0) & (state.length > 0)
-        failed = state._replace(
-            rate=torch.where(undone, LOWERED * state.rate, state.rate),
-            length=torch.where(undone, 0, state.length),
-            rejected=state.rejected + undone,
-            failures=state.failures + 1,
-        )
-        forward = scaled(-after.length, direction)
-        step = selected(sound, forward, zero_unless(undone, scaled(-1.0, state.last)))
-        kept = optree.tree_map(lambda new, old: torch.where(sound, new, old), forward, state.last)
-        return step, selected(sound, after, failed)._replace(last=kept)
+        forward = [-after.length.to(row.dtype) * row for row in direction]
+        kept = tuple([torch.where(sound, new, old) for new, old in zip(forward, state.last, strict=True)])
+        share = torch.where(sound, 1, -undone.to(state.rate.dtype))
+        step = from_rows(tuple([share.to(row.dtype) * row for row in kept]), params)
+        return step, _selected(sound, after, undone, state)._replace(last=kept)
 
-    def _first(self, direction: Tree, state: SlopeAndCurvatureState) -> Tensor:
+    def _first(self, direction: Rows, state: SlopeAndCurvatureState) -> Tensor:
         """Return the rate with which a direction has the root mean square ``start``; 0 for one of zeros."""
-        count = sum(x.numel() for x in tree_leaves(direction))
-        mean_square = (vdot(direction, direction) / max(count, 1)).to(state.rate.dtype)
+        mean_square = (products(direction, direction) / sum(map(len, direction))).to(state.rate.dtype)
         return torch.where(mean_square > 0, self.start * mean_square.rsqrt(), 0)
 
 
 def _looked(
-    state: SlopeAndCurvatureState, evaluation: Evaluation, gradient: Tree, direction: Tree
+    state: SlopeAndCurvatureState, evaluation: Evaluation, gradient: Rows, direction: Rows, params: Tree
 ) -> SlopeAndCurvatureState:
     """Return the state with what the batch finds along the last step in its averages."""
     along_last, along_next, dtype = state.along_last, state.along_next, state.rate.dtype
-    took = state.length > 0
+    square, took = state.length.square(), state.length > 0
     if evaluation.statistics is not None:
-        gram = evaluation.gram(state.last, direction).to(dtype)
+        gram = evaluation.gram(from_rows(state.last, params), from_rows(direction, params)).to(dtype)
         along_next = torch.where(gram[1, 1] > 0, gram[1, 1], along_next)
-        along_last = torch.where(took & (gram[0, 0] > 0), gram[0, 0] / state.length.square(), along_next)
-    slope, curvature = -vdot(state.last, gradient).to(dtype), along_last * state.length.square()
-    found = torch.stack([slope, curvature, state.expected])
+        along_last = torch.where(took & (gram[0, 0] > 0), gram[0, 0] / square, along_next)
+    found = torch.stack([-products(state.last, gradient).to(dtype), along_last * square, state.expected])
     size = found.abs().sum()
-    found = found * torch.where(state.size > 0, (OUTLIER * state.size / size).clamp(max=1), 1).nan_to_num(1.0)
-    new = torch.cat([found, found.abs().sum()[None]])
+    found = torch.cat([found, size[None]])
+    # A size of 0, as before the first step, cuts nothing.
+    found = found * torch.where(state.size > 0, (OUTLIER * state.size / size).nan_to_num(1.0).clamp(max=1), 1)
     old = torch.stack([state.slope, state.curvature, state.promised, state.size])
-    averages = torch.where(took, AVERAGED * old + (1 - AVERAGED) * new, old).unbind()
+    slope, curvature, promised, size = torch.where(took, torch.lerp(old, found, 1 - AVERAGED), old).unbind()
     return state._replace(
-        slope=averages[0], curvature=averages[1], promised=averages[2], size=averages[3],
-        along_last=along_last, along_next=along_next,
-    )  # fmt: skip
+        slope=slope, curvature=curvature, promised=promised, size=size, along_last=along_last, along_next=along_next
+    )
 
 
 def _adapted(state: SlopeAndCurvatureState, first: Tensor) -> SlopeAndCurvatureState:
     """Return the state with the rate for the next step."""
     tiny = torch.finfo(state.rate.dtype).tiny
-    agreement = (state.slope + state.curvature) / state.promised.clamp(min=tiny)
-    relaxed = (OVER_RELAXED * agreement.clamp(min=0).square()).clamp(max=MOST) * state.curvature
-    excess = ((state.slope + relaxed) / state.curvature.clamp(min=tiny)).clamp(-1, 1)
-    changed = state.rate * torch.exp(FASTEST * excess * excess.abs().sqrt())
+    agreement = (state.slope + state.curvature).clamp(min=0) / state.promised.clamp(min=tiny)
+    left = state.slope / state.curvature.clamp(min=tiny) + (OVER_RELAXED * agreement.square()).clamp(max=MOST)
+    left = left.clamp(-1, 1)
+    changed = state.rate * torch.exp(FASTEST * left * left.abs().sqrt())
     return state._replace(rate=torch.where(state.rate > 0, changed, first))
 
 
 def _stepped(state: SlopeAndCurvatureState, promise: Tensor) -> SlopeAndCurvatureState:
-    """Return the state after a step along a direction with this slope: no longer than the batch's own model."""
-    curved = state.along_next > 0
-    bound = torch.where(curved, BEYOND * promise / torch.where(curved, state.along_next, 1), torch.inf)
+    """Return the state after a step along a direction with this slope, not far beyond the batch's own model."""
+    bound = torch.where(state.along_next > 0, BEYOND * promise / state.along_next, torch.inf)
     rate = torch.minimum(state.rate, torch.maximum(bound, math.exp(-FASTEST) * state.rate))
     length = torch.where(promise > 0, torch.minimum(rate, bound), 0)
-    return state._replace(
-        rate=rate, length=length, expected=length * promise, failures=torch.zeros_like(state.failures)
+    return state._replace(rate=rate, length=length, expected=length * promise)
+
+
+def _selected(
+    sound: Tensor, after: SlopeAndCurvatureState, undone: Tensor, state: SlopeAndCurvatureState
+) -> SlopeAndCurvatureState:
+    """Return the state after a batch: the one before it, if it is not finite, and lower if the last step is undone."""
+    failed = state._replace(
+        rate=torch.where(undone, LOWERED * state.rate, state.rate), length=torch.where(undone, 0, state.length)
     )
+    numbers = torch.where(sound, torch.stack(after[1:-2]), torch.stack(failed[1:-2])).unbind()
+    failures = torch.where(sound, 0, state.failures + 1)
+    return SlopeAndCurvatureState(state.last, *numbers, state.rejected + undone, failures)

@@ -37,6 +37,7 @@ CHAINS = {
     "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=RANK, damping=0.1, kl_clip=0.01),
     "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=RANK),
     "spectral": lambda layers: lrkfac.spectral_kfac(layers, 0.01, rank=RANK),
+    "spectral, no rate": lambda layers: lrkfac.spectral_kfac(layers, rank=RANK),
     "dense": lambda layers: lrkfac.kfac(layers, 0.1, damping=0.1, kl_clip=0.01),
     "corrected": preconditioned(kronecker(*LOW_RANK, corrected=True)),
     "corrected, dense": preconditioned(kronecker(dense(), dense(), corrected=True)),

@@ -57,7 +57,7 @@ DAMPED_OR_CORRECTED = {
 }
 # Elementwise, those that look at evaluations; "adaptive, bounded" makes steps so short that rounding exceeds a share,
 # and so does rounding that a polar factor raises: its ensembles are in tests/test_training_step.py.
-ELSEWHERE = {*ELEMENTWISE, "adaptive, bounded", "spectral_kfac"} - {"accumulate", "clip_by_kl", "masked"}
+ELSEWHERE = {*ELEMENTWISE, "adaptive, bounded", "spectral_kfac", "spectral, without a rate"} - {"accumulate", "clip_by_kl", "masked"}
 OF_MODELS = {
     **{name: (MLP, lambda _, tx=tx: tx) for name, tx in TRANSFORMATIONS.items() if name not in ELSEWHERE},
     **{
@@ -100,7 +100,7 @@ COMPILED = {
     **{
         name: tx
         for name, tx in TRANSFORMATIONS.items()
-        if name in ("accumulate", "partition", "spectral_kfac") or "adaptive" in name
+        if name in ("accumulate", "partition", "slope and curvature") or "adaptive" in name or "spectral" in name
     },
 }
 

@@ -221,5 +221,5 @@ def test_what_is_refused():
         tx.update(grads, tx.init(MLP.params), MLP.params)
     with pytest.raises(ValueError, match="expected a SlopeAndCurvatureState"):
         tx.update(grads, (), MLP.params, evaluation=evaluate(MLP.params))
-    with pytest.raises(ValueError, match="updates: the tree differs"):
+    with pytest.raises(ValueError, match="updates beside params: the tree differs"):
         tx.update({}, tx.init(MLP.params), MLP.params, evaluation=evaluate(MLP.params))

@@ -60,6 +60,8 @@ def of_layers(layers):
         "low_rank_kfac": lrkfac.low_rank_kfac(layers, SCHEDULE, rank=2, weight_decay=0.1),
         "adaptive_low_rank_kfac": lrkfac.adaptive_low_rank_kfac(layers, rank=2),
         "spectral_kfac": lrkfac.spectral_kfac(layers, 0.01, rank=2, weight_decay=0.1),
+        "spectral, without a rate": lrkfac.spectral_kfac(layers, rank=2, weight_decay=0.1),
+        "slope and curvature": lrkfac.chain(lrkfac.trace(0.5), lrkfac.scale_by_slope_and_curvature()),
         "adaptive, bounded": lrkfac.adaptive_low_rank_kfac(layers, weight_decay=0.1, kl_clip=1e-3, gradient_decay=0.5),
         **{
             name: lrkfac.chain(lrkfac.precondition_by_fisher(layers, structure), lrkfac.scale(-0.1))
