@@ -14,6 +14,9 @@ from sklearn.datasets import load_diabetes
 from torch import Tensor
 
 from examples.common import TRAINING_EXAMPLES, digits
+from examples.text import codes_of, text_codes
+
+TEXT = "bible.txt"
 
 
 def training_digits() -> tuple[Tensor, Tensor]:
@@ -25,13 +28,51 @@ def training_digits() -> tuple[Tensor, Tensor]:
 def training_images(folder: Path | None) -> tuple[Tensor, str]:
     """28 x 28 images ``[N, 784]`` in [0, 1], and what they are: those of the folder, without one digits enlarged."""
     if folder is None:
-        small = training_digits()[0].reshape(-1, 1, 8, 8)
-        large = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
-        return large.flatten(1), f"{len(large)} digits of scikit-learn enlarged to 28 x 28, no --data given"
-    images = read_idx(find_idx(folder, "train-images-idx3-ubyte"))
+        large = enlarged(training_digits()[0])
+        return large, f"{len(large)} digits of scikit-learn enlarged to 28 x 28, no --data given"
+    images = pixels_of(folder, "train")
+    return images, f"{len(images)} images of {folder.resolve().name}"
+
+
+def labelled_images(folder: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
+    """Images as by ``training_images`` and their labels, the same for testing, and what they are."""
+    if folder is None:
+        pixels, labels = digits()
+        n = TRAINING_EXAMPLES
+        large = enlarged(pixels)
+        described = f"{n} digits of scikit-learn enlarged to 28 x 28, no --data given"
+        return large[:n], labels[:n], large[n:], labels[n:], described
+    training, test = ((pixels_of(folder, s), read_idx(find_idx(folder, f"{s}-labels-idx1-ubyte")).long())
+                      for s in ("train", "t10k"))  # fmt: skip
+    return *training, *test, f"{len(training[0])} images of {folder.resolve().name}"
+
+
+def enlarged(pixels: Tensor) -> Tensor:
+    """8 x 8 images ``[N, 64]`` as 28 x 28 ones ``[N, 784]``."""
+    large = F.interpolate(pixels.reshape(-1, 1, 8, 8), size=(28, 28), mode="bilinear", align_corners=False)
+    return large.flatten(1)
+
+
+def pixels_of(folder: Path, part: str) -> Tensor:
+    """The 28 x 28 images ``[N, 784]`` of ``train`` or ``t10k``, in [0, 1]."""
+    images = read_idx(find_idx(folder, f"{part}-images-idx3-ubyte"))
     if images.shape[1:] != (28, 28):
         raise ValueError(f"{folder}: expected images of 28 x 28 pixels, got {tuple(images.shape[1:])}")
-    return images.flatten(1).float() / 255, f"{len(images)} images of {folder.resolve().name}"
+    return images.flatten(1).float() / 255
+
+
+def text(folder: Path | None) -> tuple[Tensor, str, str]:
+    """A text as numbers, its characters, and what it is: that of the folder, without one Python's own reference.
+
+    Raises:
+        FileNotFoundError: If the folder has none.
+    """
+    if folder is None:
+        return *text_codes(), "Python's reference, no --data given"
+    path = folder / TEXT
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: expected {TEXT}; benchmarks/get_data {folder} --text fetches it")
+    return *codes_of(path.read_text(encoding="latin-1")), f"the text of {folder.resolve().name}"
 
 
 def find_idx(folder: Path, name: str) -> Path:

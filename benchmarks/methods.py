@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import lrkfac
+from benchmarks.muon import Muon
 from benchmarks.trainers import Functional, Leaves, Setup, Trainer
 
 Settings = dict[str, Any]
@@ -22,6 +23,7 @@ BETWEEN_REFRESHES = 10
 """Steps between renewals of SOAP's basis and Shampoo's roots, but for ``soap-1``."""
 RMSPROP = 3  # pytorch-optimizer's number for grafting to the length of RMSProp's step
 KFAC_LEARNING_RATE = 0.1  # the clip sets the length of most steps
+MUON_IN_FLOAT32 = 1024  # the side of a matrix from which torch's Muon, in bfloat16, takes minutes a step on many CPUs
 MUON_ADAM_RATE = 3e-3  # for what Muon does not train: vectors, embeddings, the output layer of the transformer
 
 
@@ -88,8 +90,10 @@ def muon(setup: Setup, settings: Settings) -> Trainer:
         names = [name for name, leaf in leaves.items() if leaf.ndim == 2 and name not in setup.problem.by_adam]
         matrices = [leaves[name] for name in names]
         rest = [leaf for name, leaf in leaves.items() if name not in names]
+        rate = settings["learning_rate"]
+        wide = any(x.device.type == "cpu" and max(x.shape) >= MUON_IN_FLOAT32 for x in matrices)
         return [
-            torch.optim.Muon(matrices, lr=settings["learning_rate"], weight_decay=0.0),
+            Muon(matrices, rate) if wide else torch.optim.Muon(matrices, lr=rate, weight_decay=0.0),
             torch.optim.Adam(rest, lr=MUON_ADAM_RATE),
         ]
 

@@ -1,86 +1,27 @@
-"""The six problems of ``time_to_loss``: pure functions with data, likelihood, batches and starts by seed."""
+"""The problems of ``time_to_loss``: pure functions with data, likelihood, batches and starts by seed."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import lrkfac
-from benchmarks.data import diabetes, training_digits, training_images
+from benchmarks.data import diabetes, labelled_images, text, training_digits, training_images
+from benchmarks.problem import Params, Problem
 from examples import digits_autoencoder
-from examples.text import init_transformer, text_windows, transformer
+from examples.text import init_transformer, text_windows, transformer, windows
 
-Params = dict[str, Tensor]
-
-EVALUATED_AT_ONCE = 2000
 CONTEXT, WIDTH, BLOCKS = 64, 128, 2  # of the transformer
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A model to train.
-
-    Attributes:
-        title: Heads table and picture.
-        model: ``model(params, inputs) -> outputs``.
-        likelihood: What the outputs mean.
-        init: ``seed -> params``.
-        inputs: Training inputs, the batch axis first.
-        targets: Training targets.
-        batch_size: Examples per step, unless another is asked for.
-        steps: The same of steps.
-        sgd_rate: Centre of the grid of SGD's learning rates, the only ones that depend on the unit of the loss.
-        floor: A lower bound of the loss, from which the picture's axis starts.
-        target: The loss to be reached, where the problem names one.
-        replacement: Whether batches are drawn with replacement; else each epoch sees every example once.
-        evaluated: The loss is that of every so-manieth training example.
-        by_adam: Parameters that Muon leaves to Adam, beside vectors.
-    """
-
-    title: str
-    model: Callable[[Any, Tensor], Tensor]
-    likelihood: lrkfac.Likelihood
-    init: Callable[[int], Any]
-    inputs: Tensor
-    targets: Tensor
-    batch_size: int
-    steps: int
-    sgd_rate: float
-    floor: float = 0.0
-    target: float | None = None
-    replacement: bool = False
-    evaluated: int = 1
-    by_adam: tuple[str, ...] = ()
-
-    def batches(self, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """Indices of examples, the same for every method."""
-        generator = torch.Generator().manual_seed(seed)
-        while self.replacement:
-            yield torch.randint(len(self.inputs), (batch_size,), generator=generator)
-        if batch_size > len(self.inputs):
-            raise ValueError(f"batch size: expected at most {len(self.inputs)} examples, got {batch_size}")
-        while True:
-            order = torch.randperm(len(self.inputs), generator=generator)
-            yield from order[: len(order) // batch_size * batch_size].split(batch_size)
-
-    @torch.no_grad()
-    def loss(self, params: Any) -> float:
-        """The training loss, in nats per term."""
-        total = terms = 0.0
-        inputs, targets = self.inputs[:: self.evaluated], self.targets[:: self.evaluated]
-        pairs = zip(inputs.split(EVALUATED_AT_ONCE), targets.split(EVALUATED_AT_ONCE), strict=True)
-        for some_inputs, some_targets in pairs:
-            negative = self.likelihood.negative_log_likelihood(self.model(params, some_inputs), some_targets)
-            total, terms = total + negative.double().sum().item(), terms + negative.numel()
-        return total / terms
+FASHION_EXAMPLES = 20_000  # a third of Fashion-MNIST: three epochs are 468 steps
+GPT_CONTEXT, GPT_WIDTH, GPT_BLOCKS = 128, 256, 6
 
 
 # Models ------------------------------------------------------------------------------------------------
@@ -129,6 +70,23 @@ def init_convolutional(seed: int) -> Params:
         params[f"{name}.weight"] = math.sqrt(2 / math.prod(shape[1:])) * torch.randn(shape, generator=generator)
         params[f"{name}.bias"] = torch.zeros(shape[0])
     return params
+
+
+def with_batch_norm() -> nn.Module:
+    """Two convolutions of stride 2 with BatchNorm, and a linear layer: logits of 28 x 28 images ``[N, 784]``."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(32 * 7 * 7, 10),
+    )  # fmt: skip
+
+
+def init_with_batch_norm(seed: int) -> Params:
+    """torch's own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return lrkfac.from_module(with_batch_norm())[1]
 
 
 # Problems ----------------------------------------------------------------------------------------------
@@ -197,6 +155,31 @@ def characters(data: Path | None, activation: str) -> Problem:
     )  # fmt: skip
 
 
+def fashion(data: Path | None, activation: str) -> Problem:
+    """The unmodified module; BatchNorm's averages are buffers that travel, and judge with in evaluation mode."""
+    inputs, targets, test_inputs, test_targets, described = labelled_images(data)
+    inputs, targets = inputs[:FASHION_EXAMPLES], targets[:FASHION_EXAMPLES]
+    model, _, buffers = lrkfac.from_module(with_batch_norm(), buffers=True)
+    judged, _, _ = lrkfac.from_module(with_batch_norm().eval(), buffers=True)
+    return Problem(
+        f"Two convolutions with BatchNorm, the first {len(inputs)} of {described}", model, lrkfac.categorical(),
+        init_with_batch_norm, inputs, targets, batch_size=128, steps=3 * (len(inputs) // 128), sgd_rate=0.1,
+        evaluated=4, buffers=buffers, judged=judged, test_inputs=test_inputs, test_targets=test_targets,
+    )  # fmt: skip
+
+
+def gpt(data: Path | None, activation: str) -> Problem:
+    codes, kinds, described = text(data)
+    inputs, targets = windows(codes, GPT_CONTEXT)
+    return Problem(
+        f"Characters of {described}, GPT of {GPT_BLOCKS} layers, width {GPT_WIDTH}, context {GPT_CONTEXT}",
+        transformer, lrkfac.categorical(),
+        partial(init_transformer, vocabulary=len(kinds), context=GPT_CONTEXT, width=GPT_WIDTH, blocks=GPT_BLOCKS),
+        inputs, targets, batch_size=16, steps=1000, sgd_rate=0.3, evaluated=max(1, len(inputs) // 64),
+        by_adam=("embedding", "position", "head.weight"),
+    )  # fmt: skip
+
+
 def deep_narrow(data: Path | None, activation: str) -> Problem:
     pixels = training_digits()[0]
     model, init = perceptron((64,) * 21, torch.tanh)
@@ -214,4 +197,8 @@ PROBLEMS: dict[str, Callable[[Path | None, str], Problem]] = {
     "regression": regression,
     "characters": characters,
     "deep_narrow": deep_narrow,
+    "fashion_cnn": fashion,
+    "gpt": gpt,
 }
+TAKE_DATA = ("deep_autoencoder", "fashion_cnn", "gpt")
+"""Problems that ``--data`` concerns."""

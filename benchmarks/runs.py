@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.common import synchronize, write_json
-from benchmarks.problems import Problem
+from benchmarks.problem import Problem
 from benchmarks.trainers import Trainer
 
 
@@ -40,6 +40,7 @@ class Run:
         seconds: Since the start, in training steps alone: neither evaluation nor the choice of batches counts.
         loss: Training loss, in nats; the curve ends where it is not finite.
         diverged: Whether it ended so.
+        accuracy: On test examples, where the problem has them.
     """
 
     method: str
@@ -51,6 +52,7 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     diverged: bool = False
+    accuracy: list[float] = field(default_factory=list)
 
     @property
     def key(self) -> Key:
@@ -74,7 +76,8 @@ def train(
     batches, seconds, last = problem.batches(batch_size, run.seed), 0.0, 0
     for step in range(steps + 1):
         if step in at:
-            loss = problem.loss(trainer.params())
+            judged = trainer.params(), trainer.buffers()
+            loss = problem.loss(*judged)
             run.state_bytes = trainer.state_bytes()
             if not math.isfinite(loss):
                 run.diverged = True
@@ -83,6 +86,8 @@ def train(
             run.steps.append(step)
             run.seconds.append(round(seconds, 5))
             run.loss.append(float(f"{loss:.6g}"))
+            if (accuracy := problem.accuracy(*judged)) is not None:
+                run.accuracy.append(round(accuracy, 5))
             yield step - last
             last = step
         if step == steps:
@@ -123,7 +128,8 @@ class Results:
             run.environment = used.index(run.environment)
         self.environments = [self.environments[i] for i in used]
         ordered = sorted(self.runs.values(), key=lambda run: run.key)
-        write_json(self.path, {"environments": self.environments, "runs": [vars(run) for run in ordered]})
+        values = [{name: x for name, x in vars(run).items() if name != "accuracy" or x} for run in ordered]
+        write_json(self.path, {"environments": self.environments, "runs": values})
 
     def best(self, method: str, rank: int | None = None) -> list[Run]:
         """The runs of all seeds under the method's best settings: the least median of the final loss.

@@ -1,4 +1,4 @@
-"""Training loss against steps and seconds: six problems, low-rank K-FAC and its rivals.
+"""Training loss against steps and seconds: nine problems, low-rank K-FAC and its rivals.
 
 python -m benchmarks.time_to_loss --problem digits_autoencoder --grid
 python -m benchmarks.time_to_loss --problem digits_autoencoder --seeds 3 --again
@@ -25,7 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import lrkfac
 from benchmarks.common import RESULTS, environment, save_figure, written
 from benchmarks.methods import METHODS, Settings
-from benchmarks.problems import PROBLEMS, Problem
+from benchmarks.problem import Problem
+from benchmarks.problems import PROBLEMS, TAKE_DATA
 from benchmarks.runs import Results, Run, train
 from benchmarks.time_to_loss_report import draw, grid_table, table
 from benchmarks.trainers import Setup
@@ -37,10 +38,10 @@ MODULE = "benchmarks.time_to_loss"
 def made_problem(arguments: argparse.Namespace, device: torch.device) -> Problem:
     """The problem with the command line's sizes in place of its own, its data on the device."""
     problem = PROBLEMS[arguments.problem](arguments.data, arguments.activation)
+    data = {name: getattr(problem, name) for name in ("inputs", "targets", "test_inputs", "test_targets", "buffers")}
     return dataclasses.replace(
         problem,
-        inputs=problem.inputs.to(device),
-        targets=problem.targets.to(device),
+        **{name: optree.tree_map(lambda x: x.to(device), x) for name, x in data.items() if x is not None},
         batch_size=arguments.batch_size or problem.batch_size,
         steps=arguments.steps or problem.steps,
     )
@@ -49,8 +50,10 @@ def made_problem(arguments: argparse.Namespace, device: torch.device) -> Problem
 def results_path(arguments: argparse.Namespace, problem: Problem, steps: int) -> Path:
     """One file for what is compared: the same work on the same device."""
     parts = ["time_to_loss", arguments.problem]
-    if arguments.problem == "deep_autoencoder":
-        parts += [arguments.activation, arguments.data.resolve().name if arguments.data else "enlarged_digits"]
+    parts += [arguments.activation] * (arguments.problem == "deep_autoencoder")
+    if arguments.problem in TAKE_DATA:
+        without = "python" if arguments.problem == "gpt" else "enlarged_digits"
+        parts.append(arguments.data.resolve().name if arguments.data else without)
     parts += [f"batch{problem.batch_size}", f"steps{steps}", arguments.device]
     return arguments.output / ("-".join(parts + ["compiled"] * arguments.compile) + ".json")
 
@@ -94,7 +97,7 @@ def perform(
     torch.compiler.reset()  # what was compiled for earlier runs
     for run in runs:
         params = optree.tree_map(lambda leaf: leaf.to(device), problem.init(run.seed))
-        layers = lrkfac.find_layers(problem.model, params, problem.inputs[:2])
+        layers = lrkfac.find_layers(problem.model, params, problem.argument(problem.inputs[:2]))
         rank, refresh = run.settings.get("rank", 1), run.settings.get("refresh", 1)
         setup = Setup(problem, params, layers, run.seed, problem.steps, rank, refresh, arguments.compile)
         own = {name: value for name, value in run.settings.items() if name not in ("rank", "refresh")}
@@ -177,7 +180,8 @@ def _arguments() -> argparse.Namespace:
     add("--rank", type=positive, nargs="+", default=[16], metavar="R", help="ranks of low-rank K-FAC (default: 16)")
     add("--refresh", type=positive, default=5, metavar="K", help="steps between K-FAC's statistics (default: 5)")
     add("--compile", action="store_true", help="compile K-FAC's whole step, and the loss of the others")
-    add("--data", type=Path, metavar="DIR", help="IDX files of the deep autoencoder; see benchmarks/get_data")
+    of_data = f"images, or text, of {', '.join(TAKE_DATA)}; see benchmarks/get_data"
+    add("--data", type=Path, metavar="DIR", help=of_data)
     add("--activation", choices=["relu", "tanh"], default="relu", help="of the deep autoencoder (default: relu)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default: cpu)")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads (default: 1)")

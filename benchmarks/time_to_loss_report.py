@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.common import results_table
 from benchmarks.methods import METHODS
-from benchmarks.problems import Problem
+from benchmarks.problem import Problem
 from benchmarks.runs import Results, Run
 
 
@@ -93,18 +93,21 @@ def table(problem: Problem, results: Results) -> Table:
         seconds = statistics.median(run.seconds[-1] for run in line.runs)
         to_target = line.reaches(target)
         tried = sum(run.method == line.method for run in results.runs.values())
+        accuracy = [f"{statistics.median(run.accuracy[-1] for run in line.runs):.4f}"] if line.runs[0].accuracy else []
         rows.append([
             line.label,
             settings_text(line.runs[0].settings) + (" (edge)" if at_edge(results, line) else ""),
             str(tried),
             str(len(line.runs)),
             f"{line.loss:.5g}",
+            *accuracy,
             f"{to_target[0]:.0f}" if math.isfinite(to_target[0]) else "never",
             f"{to_target[1]:.2f}" if math.isfinite(to_target[1]) else "never",
             f"{1000 * seconds / max(last_steps, 1):.2f}",
             f"{line.runs[0].state_bytes:,}",
         ])  # fmt: skip
-    headings = ["method", "best settings", "runs", "seeds", "final loss", f"steps to {target:.5g}",
+    tested = ["test accuracy"] if found and found[0].runs[0].accuracy else []
+    headings = ["method", "best settings", "runs", "seeds", "final loss", *tested, f"steps to {target:.5g}",
                 f"seconds to {target:.5g}", "ms per step", "state bytes"]  # fmt: skip
     return results_table(problem.title, headings, rows)
 

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import lrkfac
 from benchmarks.common import tree_bytes
-from benchmarks.problems import Problem
+from benchmarks.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Trainer(Protocol):
         """The parameters now, a tree as the model takes it."""
         ...
 
+    def buffers(self) -> Any:
+        """Those of the model as the last step left them; ``None`` where it has none."""
+        ...
+
     def state_bytes(self) -> int:
         """Bytes of the optimizer's state, beside parameters and gradients."""
         ...
@@ -64,37 +68,44 @@ class Functional:
         transformation: lrkfac.GradientTransformation,
         read: Callable[[Any, Any], Any] = lambda params, state: params,
     ) -> None:
-        evaluate = lrkfac.evaluator(setup.problem.model, setup.problem.likelihood, setup.layers)
+        problem = setup.problem
+        has_aux = problem.buffers is not None
+        evaluate = lrkfac.evaluator(problem.model, problem.likelihood, setup.layers, has_aux=has_aux)
 
         def step(
-            params: Any, state: Any, inputs: Tensor, targets: Tensor, noise: Tensor | None, statistics: bool
-        ) -> tuple[Any, Any]:
+            params: Any, state: Any, inputs: Any, targets: Tensor, noise: Tensor | None, statistics: bool
+        ) -> tuple[Any, Any, Any]:
             evaluation = evaluate(params, inputs, targets, statistics, noise=noise)
             updates, state = transformation.update(evaluation.grads, state, params, evaluation=evaluation)
-            return lrkfac.apply_updates(params, updates), state
+            return lrkfac.apply_updates(params, updates), state, evaluation.aux
 
         self._step = torch.compile(step, fullgraph=True) if setup.compiled else step
         self._params, self._state = setup.params, transformation.init(setup.params)
         self._refresh, self._count = setup.refresh, 0
         self._noise = torch.Generator().manual_seed(setup.seed)
-        self._read = read
-        self._terms = setup.problem.model(setup.params, setup.problem.inputs[:1]).shape[1:]
+        self._read, self._argument, self._buffers = read, problem.argument, problem.buffers
+        self._terms = problem.outputs(setup.params, problem.inputs[:1]).shape[1:]
 
     def warm_up(self, inputs: Tensor, targets: Tensor) -> None:
         noise = torch.full((1, len(inputs), *self._terms), 0.5, device=inputs.device)
         for some, statistics in ((noise, True), (None, False)):
-            self._step(self._params, self._state, inputs, targets, some, statistics)
+            self._step(self._params, self._state, self._argument(inputs), targets, some, statistics)
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         statistics = self._count % self._refresh == 0
         noise = None
         if statistics:
             noise = torch.rand(1, len(inputs), *self._terms, generator=self._noise).to(inputs.device)
-        self._params, self._state = self._step(self._params, self._state, inputs, targets, noise, statistics)
+        self._params, self._state, self._buffers = self._step(
+            self._params, self._state, self._argument(inputs, self._buffers), targets, noise, statistics
+        )
         self._count += 1
 
     def params(self) -> Any:
         return self._read(self._params, self._state)
+
+    def buffers(self) -> Any:
+        return self._buffers
 
     def state_bytes(self) -> int:
         return tree_bytes(self._state)
@@ -112,10 +123,12 @@ class Leaves:
         self._tree = optree.tree_unflatten(structure, self._leaves)
         self._like = setup.params
         problem = setup.problem
+        self._argument, self._buffers = problem.argument, problem.buffers
 
-        def loss(tree: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-            outputs = problem.model(reshaped(tree, setup.params), inputs)
-            return problem.likelihood.negative_log_likelihood(outputs, targets).mean()
+        def loss(tree: Any, inputs: Any, targets: Tensor) -> tuple[Tensor, Any]:
+            result = problem.model(reshaped(tree, setup.params), inputs)
+            outputs, buffers = (result, None) if problem.buffers is None else result
+            return problem.likelihood.negative_log_likelihood(outputs, targets).mean(), buffers
 
         self._loss = torch.compile(loss, fullgraph=True) if setup.compiled else loss
         names = [".".join(map(str, path)) for path in paths]
@@ -128,12 +141,13 @@ class Leaves:
             ]
 
     def warm_up(self, inputs: Tensor, targets: Tensor) -> None:
-        self._loss(self._tree, inputs, targets).backward()
+        self._loss(self._tree, self._argument(inputs), targets)[0].backward()
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         for optimizer in self._optimizers:
             optimizer.zero_grad()
-        self._loss(self._tree, inputs, targets).backward()
+        loss, self._buffers = self._loss(self._tree, self._argument(inputs, self._buffers), targets)
+        loss.backward()
         for optimizer in self._optimizers:
             optimizer.step()
         for scheduler in self._schedulers:
@@ -141,6 +155,9 @@ class Leaves:
 
     def params(self) -> Any:
         return reshaped(optree.tree_map(torch.detach, self._tree), self._like)
+
+    def buffers(self) -> Any:
+        return self._buffers
 
     def state_bytes(self) -> int:
         own = {leaf.data_ptr() for leaf in self._leaves}

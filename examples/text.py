@@ -21,7 +21,11 @@ def text_codes(characters: int = TEXT_CHARACTERS) -> tuple[Tensor, str]:
 
     Characters outside ASCII are one, ``"?"`` by another number.
     """
-    text = "".join(topics.topics[name] for name in sorted(topics.topics))[:characters]
+    return codes_of("".join(topics.topics[name] for name in sorted(topics.topics))[:characters])
+
+
+def codes_of(text: str) -> tuple[Tensor, str]:
+    """Return a text as numbers, and the characters that they stand for, as ``text_codes``."""
     codes = torch.tensor([min(ord(character), 128) for character in text])
     kinds, codes = codes.unique(return_inverse=True)
     return codes, "".join("?" if kind == 128 else chr(kind) for kind in kinds.tolist())
@@ -30,9 +34,14 @@ def text_codes(characters: int = TEXT_CHARACTERS) -> tuple[Tensor, str]:
 def text_windows(length: int, characters: int = TEXT_CHARACTERS) -> tuple[Tensor, Tensor, int]:
     """Return the text in windows ``[windows, length]``: characters, those that follow, and how many there are."""
     codes, kinds = text_codes(characters)
-    windows = (len(codes) - 1) // length
-    used = windows * length
-    return codes[:used].reshape(windows, length), codes[1 : used + 1].reshape(windows, length), len(kinds)
+    return *windows(codes, length), len(kinds)
+
+
+def windows(codes: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return windows ``[windows, length]`` of a text: characters, and those that follow."""
+    number = (len(codes) - 1) // length
+    used = number * length
+    return codes[:used].reshape(number, length), codes[1 : used + 1].reshape(number, length)
 
 
 def transformer(params: Params, tokens: Tensor) -> Tensor:

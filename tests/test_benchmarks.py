@@ -7,6 +7,7 @@ import json
 import math
 import struct
 import sys
+from unittest import mock
 
 import numpy as np
 import optree
@@ -14,28 +15,30 @@ import pytest
 import torch
 
 import lrkfac
-from benchmarks import kfac_jax, time_to_loss
+from benchmarks import kfac_jax, problems, time_to_loss
 from benchmarks.alive import alive_at_peak
 from benchmarks.common import interleaved, median_ratios, peak_bytes, write_json
-from benchmarks.data import read_idx, training_images
+from benchmarks.data import TEXT, labelled_images, read_idx, text, training_images
 from benchmarks.kfac_jax_in_torch import framework, sgd
 from benchmarks.kfac_jax_report import rows_of
 from benchmarks.kfac_jax_rounds import Rounds, network
 from benchmarks.methods import GRID_SIZE, METHODS
+from benchmarks.muon import Muon
 from benchmarks.problems import PROBLEMS
 from benchmarks.robustness import trained
 from benchmarks.runs import Results, Run, train
 from benchmarks.time_to_loss_report import Line, draw, lines, table
-from benchmarks.trainers import Functional, Setup
+from benchmarks.trainers import Functional, Leaves, Setup
 
 CPU = torch.device("cpu")
 
 
 @functools.cache
 def setup(name):
-    problem = PROBLEMS[name](None, "relu")
+    with mock.patch.multiple(problems, GPT_CONTEXT=8, GPT_WIDTH=16, GPT_BLOCKS=1):  # as slow as the others, else
+        problem = PROBLEMS[name](None, "relu")
     params = problem.init(0)
-    layers = lrkfac.find_layers(problem.model, params, problem.inputs[:2], strict=True)
+    layers = lrkfac.find_layers(problem.model, params, problem.argument(problem.inputs[:2]), strict=True)
     return problem, Setup(problem, params, layers, 0, 3, 4, 2, False)
 
 
@@ -56,6 +59,7 @@ def test_every_method_takes_three_steps_on_every_problem(name, method):
     assert run.steps == [0, 1, 2, 3] and not run.diverged
     assert run.loss[0] == pytest.approx(problem.loss(problem.init(0)), rel=1e-4)
     assert run.loss[0] not in (run.loss[3], problem.loss(problem.init(1)))
+    assert len(run.accuracy) == (4 if name == "fashion_cnn" else 0)
     assert run.state_bytes > 0 and run.seconds == sorted(run.seconds)
 
 
@@ -93,6 +97,50 @@ def test_every_way_of_training_takes_the_same_steps(method, monkeypatch):
             trainer.step(problem.inputs[batch], problem.targets[batch])
         for name, expected in trainers[0].params().items():
             torch.testing.assert_close(trainer.params()[name], expected, rtol=1e-4, atol=1e-4)  # of steps of 1e-2
+
+
+def test_buffers_travel_and_judge_in_evaluation_mode():
+    problem, start = setup("fashion_cnn")
+    before = {name: x.clone() for name, x in problem.buffers.items()}
+    sgd = lrkfac.chain(lrkfac.scale_by_learning_rate(0.1))
+    trainers = [Functional(start, sgd), Leaves(start, lambda leaves: [torch.optim.SGD(leaves.values(), lr=0.1)])]
+    module = problems.with_batch_norm()
+    module.load_state_dict({**start.params, **before})
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for batch, _ in zip(problem.batches(64, 0), range(3), strict=False):
+        inputs, targets = problem.inputs[batch], problem.targets[batch]
+        for trainer in trainers:
+            trainer.step(inputs, targets)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(module(inputs), targets).backward()
+        optimizer.step()
+    module.eval()
+    expected = (module(problem.test_inputs).argmax(1) == problem.test_targets).float().mean().item()
+    for trainer in trainers:
+        judged = trainer.params(), trainer.buffers()
+        for name, x in judged[1].items():
+            torch.testing.assert_close(x, module.get_buffer(name), rtol=1e-4, atol=1e-5)
+        assert problem.accuracy(*judged) == pytest.approx(expected, abs=0.01)
+        assert problem.loss(*judged) != pytest.approx(problem.loss(trainer.params()), rel=1e-3)
+    assert all(torch.equal(x, before[name]) for name, x in problem.buffers.items())
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_muon_in_float32_is_torchs(shape):
+    if METHODS["muon"].missing:
+        pytest.skip(METHODS["muon"].missing)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    trained = []
+    for make in (Muon, functools.partial(torch.optim.Muon, weight_decay=0.0)):
+        x = start.clone().requires_grad_()
+        optimizer = make([x], lr=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (x**4).sum().backward()
+            optimizer.step()
+        trained.append(x.detach() - start)
+    torch.testing.assert_close(*trained, rtol=0, atol=0.02)  # of sums of five steps of 0.1, in bfloat16
+    assert trained[0].abs().max() > 0.2
 
 
 # Results -----------------------------------------------------------------------------------------------
@@ -247,6 +295,25 @@ def test_images_are_read_from_idx_files_or_digits_are_enlarged(tmp_path, compres
             read_idx(tmp_path / "wrong")
     images, described = training_images(None)
     assert images.shape == (1500, 784) and "enlarged" in described and 0 <= images.min() < images.max() <= 1
+
+
+def test_labels_and_text_are_read_from_files(tmp_path):
+    inputs, labels, test_inputs, test_labels, _ = labelled_images(None)
+    assert (len(inputs), len(labels), len(test_inputs), len(test_labels)) == (1500, 1500, 297, 297)
+    for part, number in (("train", 3), ("t10k", 2)):
+        header = b"\x00\x00\x08\x03" + struct.pack(">3I", number, 28, 28)
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(header + bytes([51] * number * 784))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(
+            b"\x00\x00\x08\x01" + struct.pack(">I", number) + bytes(range(number))
+        )
+    inputs, labels, test_inputs, test_labels, described = labelled_images(tmp_path)
+    assert labels.tolist() == [0, 1, 2] and test_labels.tolist() == [0, 1] and "3 images" in described
+    assert inputs.shape == (3, 784) and test_inputs.shape == (2, 784) and (inputs == 0.2).all()
+    with pytest.raises(FileNotFoundError, match=r"expected bible\.txt; benchmarks/get_data .* --text"):
+        text(tmp_path)
+    (tmp_path / TEXT).write_text("abcab\xe9", encoding="latin-1")
+    codes, kinds, _ = text(tmp_path)
+    assert codes.tolist() == [0, 1, 2, 0, 1, 3] and kinds == "abc?"
 
 
 def test_peaks_are_those_of_known_allocations():
