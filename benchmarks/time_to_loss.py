@@ -63,8 +63,10 @@ def rounds(arguments: argparse.Namespace, results: Results, tuned: Results) -> I
 
     Without ``--grid``, each method has its best settings of ``tuned``.
     """
+    whole = range(max(len(METHODS[name].grid) for name in arguments.method))
+    numbers = (arguments.only or whole) if arguments.grid else [0]
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
-        for i in range(max(len(METHODS[name].grid) for name in arguments.method) if arguments.grid else 1):
+        for i in numbers:
             runs = []
             for name in arguments.method:
                 grid = METHODS[name].grid
@@ -164,6 +166,7 @@ def _arguments() -> argparse.Namespace:
     add("--method", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME",
         help="methods to run, of " + ", ".join(METHODS) + " (default: all)")  # fmt: skip
     add("--grid", action="store_true", help="run, and show, all settings of each method's grid, not the best alone")
+    add("--only", nargs="+", type=int, metavar="I", help="of the grid, only the settings of these numbers, from 0")
     add("--again", action="store_true", help="run what the results have already, and replace it")
     add("--report", action="store_true", help="run nothing, show the results")
     add("--seed", type=int, default=0, metavar="S", help="first seed, of start, batches and noise (default: 0)")

@@ -1,146 +1,30 @@
-"""The benchmarks: every problem builds, every method trains, results survive, files of images are read."""
+"""The benchmarks: results survive, commands run, files of images are read, figures are measured as they say."""
 
-import dataclasses
-import functools
 import gzip
 import json
 import math
 import struct
 import sys
-from unittest import mock
 
 import numpy as np
 import optree
 import pytest
 import torch
 
-import lrkfac
-from benchmarks import kfac_jax, problems, time_to_loss
+from benchmarks import kfac_jax, time_to_loss
 from benchmarks.alive import alive_at_peak
 from benchmarks.common import interleaved, median_ratios, peak_bytes, write_json
-from benchmarks.data import TEXT, labelled_images, read_idx, text, training_images
+from benchmarks.data import read_idx, training_images
 from benchmarks.kfac_jax_in_torch import framework, sgd
 from benchmarks.kfac_jax_report import rows_of
 from benchmarks.kfac_jax_rounds import Rounds, network
-from benchmarks.methods import GRID_SIZE, METHODS
-from benchmarks.muon import Muon
+from benchmarks.methods import GRID_SIZE
 from benchmarks.problems import PROBLEMS
 from benchmarks.robustness import trained
-from benchmarks.runs import Results, Run, train
+from benchmarks.runs import Results, Run
 from benchmarks.time_to_loss_report import Line, draw, lines, table
-from benchmarks.trainers import Functional, Leaves, Setup
 
 CPU = torch.device("cpu")
-
-
-@functools.cache
-def setup(name):
-    with mock.patch.multiple(problems, GPT_CONTEXT=8, GPT_WIDTH=16, GPT_BLOCKS=1):  # as slow as the others, else
-        problem = PROBLEMS[name](None, "relu")
-    params = problem.init(0)
-    layers = lrkfac.find_layers(problem.model, params, problem.argument(problem.inputs[:2]), strict=True)
-    return problem, Setup(problem, params, layers, 0, 3, 4, 2, False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_every_method_takes_three_steps_on_every_problem(name, method):
-    if METHODS[method].missing:
-        pytest.skip(METHODS[method].missing)
-    if (name, method) == ("deep_autoencoder", "muon"):
-        pytest.skip("bfloat16 products of this width take a minute on some CPUs; the digits autoencoder is alike")
-    problem, start = setup(name)
-    # The loss of few examples, or of few windows of the text: that of all takes longer than the steps.
-    problem = dataclasses.replace(problem, inputs=problem.inputs[:64], targets=problem.targets[:64], evaluated=1)
-    run = Run(method, {}, 0)
-    trainer = METHODS[method].make(start, METHODS[method].settings)
-    assert sum(train(problem, trainer, run, min(16, problem.batch_size), 3, 3, CPU)) == 3
-    assert run.steps == [0, 1, 2, 3] and not run.diverged
-    assert run.loss[0] == pytest.approx(problem.loss(problem.init(0)), rel=1e-4)
-    assert run.loss[0] not in (run.loss[3], problem.loss(problem.init(1)))
-    assert len(run.accuracy) == (4 if name == "fashion_cnn" else 0)
-    assert run.state_bytes > 0 and run.seconds == sorted(run.seconds)
-
-
-def test_an_epoch_sees_every_example_once_in_an_order_of_its_seed():
-    problem, _ = setup("digits_classifier")
-    epochs = [problem.batches(500, seed) for seed in (0, 0, 1)]
-    first, again, other = (torch.cat([next(batches) for _ in range(3)]) for batches in epochs)
-    assert torch.equal(first.sort().values, torch.arange(1500))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    with pytest.raises(ValueError, match="at most 1500 examples, got 1501"):
-        next(problem.batches(1501, 0))
-
-
-def test_grids_are_equal():
-    for method in METHODS.values():
-        assert len(method.grid) == (1 if method.ours else GRID_SIZE)
-        assert len({json.dumps(settings) for settings in method.grid}) == len(method.grid)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")  # torch's own aten.diagonal
-@pytest.mark.parametrize("method", ["low_rank_kfac", "adam"])
-def test_every_way_of_training_takes_the_same_steps(method, monkeypatch):
-    """Of a chain, or of an optimizer and the chain that equals it; after warming up, and traced."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    problem, start = setup("digits_classifier")
-    make, compiled = METHODS[method].make, dataclasses.replace(start, compiled=True)
-    settings = {"learning_rate": 0.01} if method == "adam" else {}
-    trainers = [make(start, settings), make(compiled, settings)]
-    trainers[1].warm_up(problem.inputs[:32], problem.targets[:32])
-    if method == "adam":
-        trainers.append(Functional(start, lrkfac.chain(lrkfac.scale_by_adam(), lrkfac.scale_by_learning_rate(0.01))))
-    for trainer in trainers:
-        for batch, _ in zip(problem.batches(32, 0), range(3), strict=False):
-            trainer.step(problem.inputs[batch], problem.targets[batch])
-        for name, expected in trainers[0].params().items():
-            torch.testing.assert_close(trainer.params()[name], expected, rtol=1e-4, atol=1e-4)  # of steps of 1e-2
-
-
-def test_buffers_travel_and_judge_in_evaluation_mode():
-    problem, start = setup("fashion_cnn")
-    before = {name: x.clone() for name, x in problem.buffers.items()}
-    sgd = lrkfac.chain(lrkfac.scale_by_learning_rate(0.1))
-    trainers = [Functional(start, sgd), Leaves(start, lambda leaves: [torch.optim.SGD(leaves.values(), lr=0.1)])]
-    module = problems.with_batch_norm()
-    module.load_state_dict({**start.params, **before})
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    for batch, _ in zip(problem.batches(64, 0), range(3), strict=False):
-        inputs, targets = problem.inputs[batch], problem.targets[batch]
-        for trainer in trainers:
-            trainer.step(inputs, targets)
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(module(inputs), targets).backward()
-        optimizer.step()
-    module.eval()
-    expected = (module(problem.test_inputs).argmax(1) == problem.test_targets).float().mean().item()
-    for trainer in trainers:
-        judged = trainer.params(), trainer.buffers()
-        for name, x in judged[1].items():
-            torch.testing.assert_close(x, module.get_buffer(name), rtol=1e-4, atol=1e-5)
-        assert problem.accuracy(*judged) == pytest.approx(expected, abs=0.01)
-        assert problem.loss(*judged) != pytest.approx(problem.loss(trainer.params()), rel=1e-3)
-    assert all(torch.equal(x, before[name]) for name, x in problem.buffers.items())
-
-
-@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
-def test_muon_in_float32_is_torchs(shape):
-    if METHODS["muon"].missing:
-        pytest.skip(METHODS["muon"].missing)
-    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    trained = []
-    for make in (Muon, functools.partial(torch.optim.Muon, weight_decay=0.0)):
-        x = start.clone().requires_grad_()
-        optimizer = make([x], lr=0.1)
-        for _ in range(5):
-            optimizer.zero_grad()
-            (x**4).sum().backward()
-            optimizer.step()
-        trained.append(x.detach() - start)
-    torch.testing.assert_close(*trained, rtol=0, atol=0.02)  # of sums of five steps of 0.1, in bfloat16
-    assert trained[0].abs().max() > 0.2
 
 
 # Results -----------------------------------------------------------------------------------------------
@@ -154,7 +38,9 @@ def curve(method, settings, seed, loss, diverged=False):
 def test_results_survive_and_are_replaced_by_key(tmp_path):
     def saved(loss, command, settings):
         results = Results(tmp_path / "results.json")
-        results.add([curve("sgd", settings, seed, [3.0, loss]) for seed in (0, 1)], {"command": command})
+        runs = [curve("sgd", settings, seed, [3.0, loss]) for seed in (0, 1)]
+        runs[1].accuracy = [0.1, 0.9]  # the first has no test examples
+        results.add(runs, {"command": command})
         results.write()
         read = Results(tmp_path / "results.json")
         assert read.runs == results.runs and read.environments == [{"command": command}]
@@ -172,6 +58,18 @@ def test_the_best_settings_have_the_least_median_among_those_with_most_seeds(tmp
     results.add(runs, {})
     assert {run.settings["x"] for run in results.best("sgd")} == {2}
     assert math.isinf(runs[-1].final_loss)
+
+
+def test_the_table_shows_accuracy_on_test_examples(tmp_path):
+    problem = PROBLEMS["digits_classifier"](None, "relu")
+    results = Results(tmp_path / "results.json")
+    runs = [curve("sgd", {}, seed, [3.0, 1.0]) for seed in range(3)]
+    results.add(runs, {})
+    headings = [column.header for column in table(problem, results).columns]
+    for run, share in zip(runs, (0.7, 0.9, 0.8), strict=True):
+        run.accuracy = [0.1, share]
+    (added,) = [column for column in table(problem, results).columns if column.header not in headings]
+    assert added.header.split() == ["test", "accuracy"] and list(added.cells) == ["0.8000"]
 
 
 def test_the_target_is_reached_between_points():
@@ -196,8 +94,10 @@ def test_the_command_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
         time_to_loss.main()
         return Results(path), capsys.readouterr().out
 
+    first, _ = main("--grid --only 7 2")
+    assert len(first.runs) == 2 * 3  # two ranks
     first, _ = main("--grid")
-    assert len(first.runs) == GRID_SIZE * 3  # two ranks
+    assert len(first.runs) == GRID_SIZE * 3
     second, out = main("adam --seeds 2")
     assert "rank 1" in out and "rank 4" in out
     assert len(second.runs) == len(first.runs) + 3 + 2  # the second seed of three, and two of Adam
@@ -295,25 +195,6 @@ def test_images_are_read_from_idx_files_or_digits_are_enlarged(tmp_path, compres
             read_idx(tmp_path / "wrong")
     images, described = training_images(None)
     assert images.shape == (1500, 784) and "enlarged" in described and 0 <= images.min() < images.max() <= 1
-
-
-def test_labels_and_text_are_read_from_files(tmp_path):
-    inputs, labels, test_inputs, test_labels, _ = labelled_images(None)
-    assert (len(inputs), len(labels), len(test_inputs), len(test_labels)) == (1500, 1500, 297, 297)
-    for part, number in (("train", 3), ("t10k", 2)):
-        header = b"\x00\x00\x08\x03" + struct.pack(">3I", number, 28, 28)
-        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(header + bytes([51] * number * 784))
-        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(
-            b"\x00\x00\x08\x01" + struct.pack(">I", number) + bytes(range(number))
-        )
-    inputs, labels, test_inputs, test_labels, described = labelled_images(tmp_path)
-    assert labels.tolist() == [0, 1, 2] and test_labels.tolist() == [0, 1] and "3 images" in described
-    assert inputs.shape == (3, 784) and test_inputs.shape == (2, 784) and (inputs == 0.2).all()
-    with pytest.raises(FileNotFoundError, match=r"expected bible\.txt; benchmarks/get_data .* --text"):
-        text(tmp_path)
-    (tmp_path / TEXT).write_text("abcab\xe9", encoding="latin-1")
-    codes, kinds, _ = text(tmp_path)
-    assert codes.tolist() == [0, 1, 2, 0, 1, 3] and kinds == "abc?"
 
 
 def test_peaks_are_those_of_known_allocations():
