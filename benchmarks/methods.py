@@ -52,6 +52,11 @@ class Method:
     ranked: bool = False
 
     @property
+    def curvature(self) -> bool:
+        """Whether it takes statistics every so many steps."""
+        return self.ranked or self.make is dense_kfac
+
+    @property
     def settings(self) -> Settings:
         """The middle of the grid, for want of something better."""
         return self.grid[len(self.grid) // 2]
@@ -129,6 +134,12 @@ def low_rank_kfac(setup: Setup, settings: Settings) -> Trainer:
     return Functional(setup, lrkfac.low_rank_kfac(setup.layers, KFAC_LEARNING_RATE, rank=setup.rank, **settings))
 
 
+def default(setup: Setup, settings: Settings) -> Trainer:
+    """Nothing but the rank is said; the learning rate falls to zero along a cosine."""
+    rate = lrkfac.schedules.warmup_cosine_decay_schedule(KFAC_LEARNING_RATE, KFAC_LEARNING_RATE, 0, setup.steps)
+    return Functional(setup, lrkfac.low_rank_kfac(setup.layers, rate, rank=setup.rank))
+
+
 def adaptive(setup: Setup, settings: Settings) -> Trainer:
     return Functional(setup, lrkfac.adaptive_low_rank_kfac(setup.layers, rank=setup.rank))
 
@@ -186,6 +197,9 @@ METHODS: dict[str, Method] = {
     "spectral": Method(
         "spectral K-FAC", spectral, product(learning_rate=(0.002, 0.004, 0.008, 0.016), schedule=SCHEDULES),
         "#009E73", (0, (5, 1.5, 1, 1.5)), ranked=True,
+    ),
+    "default": Method(
+        "low-rank K-FAC, defaults, cosine", default, ({},), "#009E73", (0, (5, 2)), ours=True, ranked=True,
     ),
     "adaptive": Method(
         "adaptive low-rank K-FAC", adaptive, ({},), "#D55E00", ours=True, ranked=True,

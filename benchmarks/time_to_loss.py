@@ -86,7 +86,7 @@ def rounds(arguments: argparse.Namespace, results: Results, tuned: Results) -> I
 
 def with_rank(name: str, settings: Settings, rank: int | None, refresh: int) -> Settings:
     """The settings of a run: those of K-FAC say the steps between statistics, and the rank."""
-    if name not in ("kfac", "low_rank_kfac", "adaptive", "averaged"):
+    if not METHODS[name].curvature:
         return settings
     return {**settings, "refresh": refresh, **({} if rank is None else {"rank": rank})}
 

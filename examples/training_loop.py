@@ -25,8 +25,6 @@ from examples.report import positive, progress_bar
 
 BATCH = 128
 LEARNING_RATE = 0.1
-DAMPING = 1e-2
-KL_CLIP = 1e-2
 MAX_NORM = 1.0  # of the gradient
 
 
@@ -56,8 +54,6 @@ class Training:
             self.images[:1],
             lr=LEARNING_RATE,
             rank=16,
-            damping=DAMPING,
-            kl_clip=KL_CLIP,
             statistics_every=5,
         )
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs)

@@ -41,7 +41,7 @@ def precondition_by_fisher(
     structure: Chosen = None,
     *,
     rank: AutoRank | None = None,
-    damping: float | Tensor = 1e-2,
+    damping: float | Tensor = 0.1,
     decay: float | Tensor = 0.95,
     fallback: GradientTransformation | None = None,
     dtype: torch.dtype | None = None,
