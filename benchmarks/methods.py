@@ -140,6 +140,13 @@ def default(setup: Setup, settings: Settings) -> Trainer:
     return Functional(setup, lrkfac.low_rank_kfac(setup.layers, rate, rank=setup.rank))
 
 
+def spectral(setup: Setup, settings: Settings) -> Trainer:
+    rate = settings["learning_rate"]
+    if cosine(settings):
+        rate = lrkfac.schedules.warmup_cosine_decay_schedule(rate, rate, 0, setup.steps)
+    return Functional(setup, lrkfac.spectral_kfac(setup.layers, rate, rank=setup.rank))
+
+
 def adaptive(setup: Setup, settings: Settings) -> Trainer:
     return Functional(setup, lrkfac.adaptive_low_rank_kfac(setup.layers, rank=setup.rank))
 
@@ -195,8 +202,8 @@ METHODS: dict[str, Method] = {
     "kfac": Method("dense K-FAC", dense_kfac, KFAC_GRID, "#000000", (0, (5, 2))),
     "low_rank_kfac": Method("low-rank K-FAC", low_rank_kfac, KFAC_GRID, "#009E73", ranked=True),
     "spectral": Method(
-        "spectral K-FAC", spectral, product(learning_rate=(0.002, 0.004, 0.008, 0.016), schedule=SCHEDULES),
-        "#009E73", (0, (5, 1.5, 1, 1.5)), ranked=True,
+        "spectral low-rank K-FAC", spectral, product(learning_rate=(0.002, 0.005, 0.01, 0.02), schedule=SCHEDULES),
+        "#D55E00", (0, (1, 1.2)), ranked=True,
     ),
     "default": Method(
         "low-rank K-FAC, defaults, cosine", default, ({},), "#009E73", (0, (5, 2)), ours=True, ranked=True,
