@@ -117,17 +117,16 @@ def test_buffers_travel_and_judge_in_evaluation_mode():
 def test_muon_in_float32_is_torchs(shape):
     if METHODS["muon"].missing:
         pytest.skip(METHODS["muon"].missing)
-    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    gradients = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
     trained = []
     for make in (Muon, functools.partial(torch.optim.Muon, weight_decay=0.0)):
-        x = start.clone().requires_grad_()
+        x = torch.zeros(shape, requires_grad=True)
         optimizer = make([x], lr=0.1)
-        for _ in range(5):
-            optimizer.zero_grad()
-            (x**4).sum().backward()
+        for gradient in gradients:
+            x.grad = gradient.clone()
             optimizer.step()
-        trained.append(x.detach() - start)
-    torch.testing.assert_close(*trained, rtol=0, atol=0.02)  # of sums of five steps of 0.1, in bfloat16
+        trained.append(x.detach())
+    torch.testing.assert_close(*trained, rtol=0, atol=0.01)  # five steps of 0.1, in bfloat16
     assert trained[0].abs().max() > 0.2
 
 
