@@ -11,7 +11,7 @@ import optree
 import pytest
 import torch
 
-from benchmarks import kfac_jax, time_to_loss
+from benchmarks import kfac_jax, settings, time_to_loss
 from benchmarks.alive import alive_at_peak
 from benchmarks.common import interleaved, median_ratios, peak_bytes, write_json
 from benchmarks.data import read_idx, training_images
@@ -105,6 +105,18 @@ def test_the_command_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
     assert {line.label: len(line.runs) for line in lines(second)}["SGD, Nesterov momentum"] == 2
     assert path.with_suffix(".png").stat().st_size > 1000
     assert table(PROBLEMS["regression"](None, "relu"), second).row_count == 4
+
+
+def test_changes_of_one_setting_are_compared(tmp_path, monkeypatch, capsys):
+    for arguments in ("--change 0 3", "--change 3 --seed 0"):  # the second replaces a run
+        command = f"settings --problem digits_classifier --steps 4 {arguments} --output {tmp_path}"
+        monkeypatch.setattr(sys, "argv", command.split())
+        settings.main()
+    first, second = json.loads((tmp_path / "settings_cpu.json").read_text())["runs"]
+    assert (first["change"], second["change"]) == ({}, {"damping": 0.1})
+    assert 0 < first["loss"] != second["loss"] > 0
+    out = capsys.readouterr().out
+    assert "damping 0.1" in out and f"{second['loss']:.4g}" in out
 
 
 # kfac-jax ----------------------------------------------------------------------------------------------
