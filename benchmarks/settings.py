@@ -100,9 +100,8 @@ def table(runs: list[dict[str, Any]]) -> Any:
         cells = [of_change.get(name, {}) for name in names]
         text = ", ".join(f"{name} {value}" for name, value in change.items()) or "none"
         rows.append([text, *(f"{cell.get('accuracy', cell['loss']):.4g}" if cell else "" for cell in cells)])
-    return results_table(
-        f"Changes from {START}, rank {RANK}: loss, or accuracy on test images", ["change", *names], rows
-    )
+    title = f"Changes from {START}, rank {RANK}: loss, or accuracy on test images"
+    return results_table(title, ["change", *(name.replace("_", " ") for name in names)], rows)
 
 
 if __name__ == "__main__":
