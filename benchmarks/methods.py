@@ -140,13 +140,6 @@ def default(setup: Setup, settings: Settings) -> Trainer:
     return Functional(setup, lrkfac.low_rank_kfac(setup.layers, rate, rank=setup.rank))
 
 
-def spectral(setup: Setup, settings: Settings) -> Trainer:
-    rate = settings["learning_rate"]
-    if cosine(settings):
-        rate = lrkfac.schedules.warmup_cosine_decay_schedule(rate, rate, 0, setup.steps)
-    return Functional(setup, lrkfac.spectral_kfac(setup.layers, rate, rank=setup.rank))
-
-
 def adaptive(setup: Setup, settings: Settings) -> Trainer:
     return Functional(setup, lrkfac.adaptive_low_rank_kfac(setup.layers, rank=setup.rank))
 
