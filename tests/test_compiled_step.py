@@ -34,6 +34,16 @@ def mixed(layers):
     return chained(layers, {layers.layers[0].name: first, "*": others})
 
 
+MAKERS = {
+    "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=3),
+    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3),
+    "never dense": never_dense(2),
+    "dense": dense,
+    "spectral": lambda layers: lrkfac.spectral_kfac(layers, 0.01, rank=3),
+    "spectral, no rate": lambda layers: lrkfac.spectral_kfac(layers, rank=3),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")  # torch's own aten.diagonal
 @pytest.mark.parametrize(
@@ -43,6 +53,7 @@ def mixed(layers):
         pytest.param("eager", GROUPED, never_dense(2), "exact", id="groups, low rank"),
         pytest.param("eager", GROUPED, dense, "mc", id="groups, dense"),
         pytest.param("eager", WIDE, never_dense(2), "mc", id="gradients by rows"),
+        pytest.param("eager", GROUPED, MAKERS["spectral"], "mc", id="groups, spectral"),
     ],
 )
 def test_a_compiled_step_equals_the_eager_one_and_is_two_graphs(backend, case, make, estimator):
@@ -86,14 +97,6 @@ SPELLED = {
         torch.ones(5, 6, 5, 5).to(memory_format=LAST),
     ),
     **{case.name: (case.model, case.params, case.inputs) for case in (SMALL, GROUPED)},
-}
-MAKERS = {
-    "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=3),
-    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3),
-    "never dense": never_dense(2),
-    "dense": dense,
-    "spectral": lambda layers: lrkfac.spectral_kfac(layers, 0.01, rank=3),
-    "spectral, no rate": lambda layers: lrkfac.spectral_kfac(layers, rank=3),
 }
 BLOCKS = {
     "unit_wise": lambda layers: chained(layers, lrkfac.structures.unit_wise()),
