@@ -11,8 +11,12 @@ from lrkfac.core.base.packing import Rows
 
 MEMORY = 0.9
 """Decay of the sums by which the noise of gradients is found."""
-LARGEST_DECAY = 0.95
-"""Bound of a decay of gradients that is found: a sum over twenty steps."""
+LARGEST_DECAY = 0.75
+"""Bound of a decay of gradients that is found.
+
+With batches of 16 of the digits autoencoder, where the share of noise is 0.9, the loss after 200 steps is 17.4 with it,
+18.0 with 0.95, and 17.2 with a fixed decay of 0.6.
+"""
 
 
 class Chosen(NamedTuple):
