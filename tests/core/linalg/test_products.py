@@ -158,10 +158,15 @@ def test_a_zero_factor_splits_damping_evenly(zero):
 
 def test_what_complete_vectors_leave_has_no_effect():
     """Not even by rounding: the numbers for it may be larger by twelve orders."""
-    one, huge = torch.ones(1, 1, dtype=torch.float64), torch.full((1,), 1e12, dtype=torch.float64)
-    operator = EigenbasisKronecker(one, one, 0.3 * one, huge, huge, huge[0])
-    x = torch.tensor([0.7], dtype=torch.float64)
-    torch.testing.assert_close(operator.matvec(x), 0.3 * x, rtol=1e-15, atol=0)
+    u, v = (torch.linalg.qr(normal(d, d)).Q for d in (3, 4))
+    huge = [torch.full((d,), 1e12, dtype=torch.float64) for d in (3, 4)]
+    x, kept = normal(3, 4, seed=1), torch.full((3, 4), 0.3, dtype=torch.float64)
+    for columns in (u, u[:, :2]):  # complete on both sides, or on one
+        k = columns.shape[1]
+        operator = EigenbasisKronecker(columns, v, kept[:k], huge[0][:k], 0.3 * kept[0], huge[0][0])
+        spanned = columns @ columns.mT @ x
+        expected = 0.3 * spanned + 0.09 * (x - spanned)
+        torch.testing.assert_close(operator.matvec(x.reshape(-1)), expected.reshape(-1), rtol=1e-12, atol=1e-12)
 
 
 @given(any_operator, any_operator, st.integers(0, 2**16))
