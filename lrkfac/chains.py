@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,13 @@ OUTPUT_DIAGONAL_WEIGHT = 0.5
 
 PATIENCE = 1000
 """Batches in a row that are not finite, after which a chain without a learning rate lets them through."""
+NARROW = 129
+"""Dimension up to which the adaptive chain holds factors densely: 128 inputs and a bias.
+
+Beyond the kept ones, eigenvalues of an input factor fall by orders of magnitude, and one number for all of them costs
+0.13 to 0.2 nats on networks of width 64 and 128. Up to here a Cholesky factor takes as long as a step of subspace
+iteration; ``benchmarks/README.md`` has both.
+"""
 
 
 def low_rank_kfac(
@@ -159,6 +167,7 @@ def adaptive_low_rank_kfac(
     gradient_decay: float | None = None,
     owners: Any = None,
     options: QuadraticModelOptions = DEFAULTS,
+    dense_up_to: int | None = None,
 ) -> GradientTransformation:
     """Return natural gradient descent with low-rank factors and nothing to tune.
 
@@ -183,6 +192,9 @@ def adaptive_low_rank_kfac(
             are equal.
         owners: Processes among which layers are divided, see ``precondition_by_fisher``.
         options: How the dampings adapt and which steps are undone, see ``QuadraticModelOptions``.
+        dense_up_to: Dimension up to which a factor is held densely, which is exact and takes no longer for narrow
+            layers, but up to four times the memory. By default 129 where ``rank`` is an integer. For ``"auto"`` and a
+            mapping, which may come from a budget of memory, it is 0: only what is no larger than low rank is dense.
 
     Returns:
         A chain; its ``update`` takes the extra ``evaluation``.
@@ -205,7 +217,9 @@ def adaptive_low_rank_kfac(
         >>> bool(evaluation.loss_at(params) < before)
         True
     """
-    structure = ranked(layers, rank, _adaptive_structure)
+    if dense_up_to is None:
+        dense_up_to = NARROW if isinstance(rank, int) else 0
+    structure = ranked(layers, rank, partial(_adaptive_structure, dense_up_to=dense_up_to))
     precondition = precondition_by_fisher(layers, structure, decay=decay, dtype=dtype, balanced=True, owners=owners)
     return chain(
         scale_by_quadratic_model(precondition, damping, weight_decay, kl_clip, gradient_decay, options),
@@ -285,9 +299,10 @@ def _default_structure(rank: int) -> ProductStructure:
     return kronecker(low_rank(rank), low_rank_plus_diagonal(rank))
 
 
-def _adaptive_structure(rank: int) -> ProductStructure:
+def _adaptive_structure(rank: int, dense_up_to: int) -> ProductStructure:
     return kronecker(
-        low_rank(rank, weight=INPUT_RESIDUAL_WEIGHT), low_rank_plus_diagonal(rank, weight=OUTPUT_DIAGONAL_WEIGHT)
+        low_rank(rank, weight=INPUT_RESIDUAL_WEIGHT, dense_up_to=dense_up_to),
+        low_rank_plus_diagonal(rank, weight=OUTPUT_DIAGONAL_WEIGHT, dense_up_to=dense_up_to),
     )
 
 

@@ -97,7 +97,7 @@ public("low_rank_kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAY
     kl_clip=POSITIVE, **OF_STATISTICS)
 public("adaptive_low_rank_kfac", {"layers": LAYERS}, layers=NOT_LAYERS, rank=RANK_OF_CHAIN, damping=POSITIVE,
     decay=SHARE, weight_decay=DECAYS, **OF_DTYPE, kl_clip=KL_CLIP, gradient_decay=SHARE_OR_NONE,
-    owners=NOT_GROUPS, options=NOT_OPTIONS)
+    owners=NOT_GROUPS, options=NOT_OPTIONS, dense_up_to=integer(0, optional=True))
 POWER = st.one_of(number(0, tensor=False), st.just(1.5))
 SPECTRAL = {"rank": RANK_OF_CHAIN, "power": POWER, "momentum": SHARE, "decay": SHARE, "damping": POSITIVE,
     "fallback": TRANSFORMATION.filter(lambda x: x is not None), **OF_DTYPE}

@@ -3,6 +3,7 @@
 import optree
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lrkfac
 from lrkfac import kfac, low_rank_kfac
@@ -52,11 +53,27 @@ def test_the_adaptive_chain(case, gradient_decay):
     found = {"gradient_decay": None} if gradient_decay is None else {}
     by_hand = lrkfac.chain(lrkfac.scale_by_quadratic_model(preconditioner, 0.2, 0.01, **found))
     options = {} if gradient_decay is None else {"gradient_decay": gradient_decay}
-    same(case, by_hand, lrkfac.adaptive_low_rank_kfac(layers, 2, 0.2, 0.7, 0.01, **options))
+    same(case, by_hand, lrkfac.adaptive_low_rank_kfac(layers, 2, 0.2, 0.7, 0.01, **options, dense_up_to=0))
+
+
+def test_narrow_factors_are_dense_in_the_adaptive_chain():
+    """Up to 128 inputs and a bias, unless ranks come from a budget."""
+    params = {"w": torch.ones(130, 128), "b": torch.ones(130), "v": torch.ones(129, 130)}
+    model = lambda p, x: F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["v"])  # noqa: E731
+    layers = lrkfac.find_layers(model, params, torch.ones(2, 128))
+    for options, expected in {
+        (): ("low", "dense", "dense", "low"),
+        (("dense_up_to", 130),): ("dense",) * 4,
+        (("dense_up_to", 0),): ("low",) * 4,
+        (("rank", "auto"),): ("low",) * 4,
+    }.items():
+        state = lrkfac.adaptive_low_rank_kfac(layers, **dict(options)).init(params)[0].preconditioner
+        sides = [side for name in ("w", "v") for side in state.factors[name]]
+        assert [type(side).__name__.startswith("Low") for side in sides] == [kind == "low" for kind in expected]
 
 
 def test_micro_batches_are_merged_not_accumulated():
     layers, _ = layers_and_evaluate(MLP)
-    for inner in (lrkfac.kfac(layers, 0.1), lrkfac.adaptive_low_rank_kfac(layers, rank=2)):
+    for inner in (lrkfac.kfac(layers, 0.1), lrkfac.adaptive_low_rank_kfac(layers, rank=2, dense_up_to=0)):
         with pytest.raises(ValueError, match=r"inner: it preconditions.*merge_evaluations"):
             lrkfac.accumulate(inner, 2).init(MLP.params)

@@ -21,7 +21,7 @@ safetensors = pytest.importorskip("safetensors", reason="the extra `checkpoint`"
 CHAINS = {
     "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=2, kl_clip=1e-2),
     "dense": lambda layers: lrkfac.kfac(layers, lrkfac.schedules.warmup_cosine_decay_schedule(0.0, 0.1, 2, 20)),
-    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=2),
+    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=2, dense_up_to=0),
     "corrected": lambda layers: lrkfac.precondition_by_fisher(layers, kronecker(*[low_rank(2)] * 2, corrected=True)),
     "spectral": lambda layers: lrkfac.spectral_kfac(layers, 0.01, rank=2),
     "exact": lambda layers: lrkfac.precondition_by_fisher(

@@ -36,7 +36,7 @@ def mixed(layers):
 
 MAKERS = {
     "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=3),
-    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3),
+    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3, dense_up_to=0),
     "never dense": never_dense(2),
     "dense": dense,
     "spectral": lambda layers: lrkfac.spectral_kfac(layers, 0.01, rank=3),

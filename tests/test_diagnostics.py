@@ -86,7 +86,7 @@ def test_the_preconditioner_is_found_in_any_chain(name):
 
 
 def test_the_adaptive_chain_tells_what_it_has_chosen_also_of_an_ensemble():
-    states, updates = trained(lrkfac.adaptive_low_rank_kfac(LAYERS, rank=2), MLP)
+    states, updates = trained(lrkfac.adaptive_low_rank_kfac(LAYERS, rank=2, dense_up_to=0), MLP)
     found, model = diagnose(states[-1], LAYERS), states[-1][0]
     for name in ("learning_rate", "momentum", "damping", "factor_damping", "gradient_decay", "rejected"):
         assert found.chain[name] is getattr(model, name)

@@ -40,8 +40,8 @@ DECAY = lrkfac.add_decayed_weights(0.01)
 CHAINS = {
     "low_rank_kfac": lrkfac.low_rank_kfac(LAYERS, 0.1, rank=3, weight_decay=0.01),
     "kfac": lrkfac.kfac(LAYERS, lrkfac.schedules.exponential_decay(0.1, 10, 0.9), weight_decay=0.01),
-    "adaptive": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=3, weight_decay=1e-3),
-    "adaptive, no decay": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=3, kl_clip=1.0),
+    "adaptive": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=3, dense_up_to=0, weight_decay=1e-3),
+    "adaptive, no decay": lrkfac.adaptive_low_rank_kfac(LAYERS, rank=3, dense_up_to=0, kl_clip=1.0),
     "spectral": lrkfac.spectral_kfac(LAYERS, 0.01, rank=3, weight_decay=0.01),
     "spectral, no rate": lrkfac.spectral_kfac(LAYERS, rank=3, weight_decay=1e-3),
     "adam": lrkfac.chain(lrkfac.scale_by_adam(), DECAY, lrkfac.scale_by_learning_rate(0.01)),
@@ -161,7 +161,7 @@ def test_inputs_targets_constants_and_buffers_take_no_graph_along():
     buffers = dict(net.named_buffers())
     layers = lrkfac.find_layers(model, params, (buffers, x))
     evaluate = lrkfac.evaluator(model, lrkfac.gaussian(), layers, "exact", has_aux=True)
-    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=2, weight_decay=1e-3)
+    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=2, dense_up_to=0, weight_decay=1e-3)
     state = tx.init(params)
     for _ in range(5):
         e = evaluate(params, (buffers, x), targets)

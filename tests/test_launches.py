@@ -13,7 +13,7 @@ from tests.dispatch import Launches
 CHAINS = {
     "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=32),
     "dense": lambda layers: lrkfac.kfac(layers, 0.1),
-    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=32),
+    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=32, dense_up_to=0),
     "spectral": lambda layers: lrkfac.spectral_kfac(layers, 0.01, rank=32),
     "spectral, no rate": lambda layers: lrkfac.spectral_kfac(layers, rank=32),
 }

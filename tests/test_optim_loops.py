@@ -12,7 +12,7 @@ import lrkfac
 from lrkfac import LowRankKFAC, merge_evaluations
 
 KFAC = {"lr": 0.2, "rank": 3, "damping": 0.05, "momentum": 0.8, "weight_decay": 0.01, "kl_clip": 10.0}
-ADAPTIVE = {"transformation": lrkfac.adaptive_low_rank_kfac, "rank": 3}
+ADAPTIVE = {"transformation": lrkfac.adaptive_low_rank_kfac, "rank": 3, "dense_up_to": 0}
 NORM = 0.05
 each_chain = pytest.mark.parametrize("options", [KFAC, ADAPTIVE], ids=["low rank", "adaptive"])
 

@@ -19,7 +19,7 @@ def in_groups(net, x):
     return made(params=parts, statistics_every=3, **OPTIONS)(net, x)
 
 
-ADAPTIVE = {"transformation": lrkfac.adaptive_low_rank_kfac, "rank": 2, "statistics_every": 2}
+ADAPTIVE = {"transformation": lrkfac.adaptive_low_rank_kfac, "rank": 2, "dense_up_to": 0, "statistics_every": 2}
 CASES = {
     "one group": (plain, made(0.2, statistics_every=3, **OPTIONS)),
     "groups, BatchNorm": (normalised, in_groups),

@@ -26,7 +26,7 @@ CHAINS = {
     "kept low rank": never_dense(2),
     "by power iteration": never_dense(2, method="power"),
     "dense": partial(lrkfac.kfac, learning_rate=RATE, **OPTIONS),
-    "adaptive": partial(lrkfac.adaptive_low_rank_kfac, rank=2),
+    "adaptive": partial(lrkfac.adaptive_low_rank_kfac, rank=2, dense_up_to=0),
     "spectral": partial(lrkfac.spectral_kfac, learning_rate=1e-4, rank=2),
     "corrected": lambda layers: chained(layers, CORRECTED),
     "exactly damped": lambda layers: chained(layers, EXACT),

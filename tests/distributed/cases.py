@@ -35,7 +35,7 @@ def preconditioned(structure: Any) -> Callable[[lrkfac.Layers], lrkfac.GradientT
 LOW_RANK = low_rank(RANK), low_rank_plus_diagonal(RANK)
 CHAINS = {
     "low rank": lambda layers: lrkfac.low_rank_kfac(layers, 0.1, rank=RANK, damping=0.1, kl_clip=0.01),
-    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=RANK),
+    "adaptive": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=RANK, dense_up_to=0),
     "spectral": lambda layers: lrkfac.spectral_kfac(layers, 0.01, rank=RANK),
     "spectral, no rate": lambda layers: lrkfac.spectral_kfac(layers, rank=RANK),
     "dense": lambda layers: lrkfac.kfac(layers, 0.1, damping=0.1, kl_clip=0.01),

@@ -72,7 +72,7 @@ def network(name: str, mesh: Any) -> nn.Module:
 
 
 def adaptive(layers: lrkfac.Layers) -> lrkfac.GradientTransformation:
-    return lrkfac.adaptive_low_rank_kfac(layers, rank=RANK)
+    return lrkfac.adaptive_low_rank_kfac(layers, rank=RANK, dense_up_to=0)
 
 
 def low_rank(layers: lrkfac.Layers) -> lrkfac.GradientTransformation:

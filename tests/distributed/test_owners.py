@@ -64,7 +64,7 @@ def ready_made(make, *numbers, **options):
 
 
 LOW = ready_made(lrkfac.low_rank_kfac, RATE, rank=2)
-ADAPTIVE = ready_made(lrkfac.adaptive_low_rank_kfac, rank=2)
+ADAPTIVE = ready_made(lrkfac.adaptive_low_rank_kfac, rank=2, dense_up_to=0)
 CASES = {
     "low rank: convolutions, a norm, equal layers": (images, LOW, {"scatter": True}),
     "low rank: tied weights": (partial(tokens, True), LOW, {"scatter": True}),

@@ -216,7 +216,7 @@ def test_no_run_diverges_in_float32(seed, rank, batch, damping, case):
     layers = lrkfac.find_layers(case.model, case.params, case.inputs)
     likelihood = getattr(lrkfac, case.likelihood)(**case.likelihood_options)
     f = lrkfac.evaluator(case.model, likelihood, layers, "mc")
-    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=rank, damping=damping)
+    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=rank, dense_up_to=0, damping=damping)
     state = tx.init(params)
     for i in range(8):
         chosen = torch.randint(len(case.inputs), (batch,), generator=g)

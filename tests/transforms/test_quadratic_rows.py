@@ -29,7 +29,7 @@ def path(thin, spoiled=(), **options):
     model, params = network()
     layers = lrkfac.find_layers(model, params, torch.zeros(6, 280).double())
     evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, thin=thin)
-    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=2, **options)
+    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=2, dense_up_to=0, **options)
     state, steps = tx.init(params), []
     for i, (x, y, noise) in enumerate(batches(6)):
         x = x * float("inf") if i in spoiled else x

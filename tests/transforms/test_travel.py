@@ -58,7 +58,7 @@ def of_layers(layers):
         ),
         "kfac": lrkfac.kfac(layers, 0.1),
         "low_rank_kfac": lrkfac.low_rank_kfac(layers, SCHEDULE, rank=2, weight_decay=0.1),
-        "adaptive_low_rank_kfac": lrkfac.adaptive_low_rank_kfac(layers, rank=2),
+        "adaptive_low_rank_kfac": lrkfac.adaptive_low_rank_kfac(layers, rank=2, dense_up_to=0),
         "spectral_kfac": lrkfac.spectral_kfac(layers, 0.01, rank=2, weight_decay=0.1),
         "spectral, without a rate": lrkfac.spectral_kfac(layers, rank=2, weight_decay=0.1),
         "slope and curvature": lrkfac.chain(lrkfac.trace(0.5), lrkfac.scale_by_slope_and_curvature()),
