@@ -60,7 +60,10 @@ def main() -> None:
     where = environment(1, torch.device("cpu"))
     combinations = list(itertools.product(SEEDS, RANKS, BATCH_SIZES, DAMPINGS, REFRESHES))
     chosen = random.Random(0).sample(combinations, arguments.runs)
-    runs = [trained(*c, arguments.steps) for c in track(chosen, "training", console=console, transient=True)]
+    runs = [
+        trained(*c, arguments.steps, arguments.chain)
+        for c in track(chosen, "training", console=console, transient=True)
+    ]
     worst = sorted(runs, key=lambda run: max(run["losses"]) / run["losses"][0], reverse=True)
     highest = max(run["losses"][-1] / run["losses"][0] for run in runs)
     rows = [

@@ -242,11 +242,8 @@ def spectral_kfac(
     """Return steepest descent in the spectral norm of the Fisher metric, with decoupled weight decay.
 
     Muon with low-rank Fisher factors, see ``orthogonalize_by_fisher``: each matrix takes a step whose root mean square
-    is the learning rate.
-
-    Without a learning rate there is nothing to tune: the length of each step follows from what the next batch finds
-    along it, see ``scale_by_slope_and_curvature``. A batch that is not finite is then skipped, and ``state[-1].average``
-    is the running average of the parameters, which is better than the last ones; see ``ema_params``.
+    is the learning rate. Without one, the next batch finds it, see ``scale_by_slope_and_curvature``: there is nothing
+    to tune, and ``state[-1].average`` are the parameters to be read, see ``ema_params``.
 
     Args:
         layers: From ``find_layers``.
@@ -257,9 +254,9 @@ def spectral_kfac(
         momentum: Decay of the average of gradients, in [0, 1).
         decay: Decay of the factors' running averages, in [0, 1).
         damping: Share of a factor's mean eigenvalue that is added to it.
-        weight_decay: A number ≥ 0, or a tree of numbers; see ``add_decayed_weights``.
         fallback: Of all parameters but matrices, see ``orthogonalize_by_fisher``.
         dtype: Of the factors, see ``precondition_by_fisher``.
+        weight_decay: A number ≥ 0, or a tree of numbers; see ``add_decayed_weights``.
 
     Returns:
         A chain; its ``update`` takes the extra ``evaluation``.
@@ -271,8 +268,7 @@ def spectral_kfac(
     Examples:
         >>> import torch, lrkfac
         >>> params, x, y = {"w": torch.zeros(3, 4)}, torch.randn(8, 4), torch.randint(3, (8,))
-        >>> model = lambda params, x: x @ params["w"].T
-        >>> layers = lrkfac.find_layers(model, params, x)
+        >>> layers = lrkfac.find_layers(model := lambda p, x: x @ p["w"].T, params, x)
         >>> evaluate, tx = lrkfac.evaluator(model, lrkfac.categorical(), layers), spectral_kfac(layers)
         >>> state, before = tx.init(params), evaluate(params, x, y, statistics=False).loss
         >>> for _ in range(5):

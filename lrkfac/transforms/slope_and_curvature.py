@@ -72,6 +72,9 @@ class SlopeAndCurvatureState(NamedTuple):
     failures: Tensor
 
 
+NUMBERS = SlopeAndCurvatureState._fields[1:-2]
+
+
 def scale_by_slope_and_curvature(start: float | Tensor = 0.008) -> GradientTransformation:
     """Return ``-rate * u`` with a rate that follows from what the next batch finds along each step.
 
@@ -142,8 +145,8 @@ class ScaleBySlopeAndCurvature:
         check_tree(params, "params")
         last = tuple([torch.zeros_like(row) for row in as_rows(params)])
         zero = counter(params).to(widest(torch.float32, *[row.dtype for row in last]))
-        numbers = [zero.clone() for _ in range(9)]
-        return SlopeAndCurvatureState(last, *numbers, counter(params), counter(params))
+        numbers = [zero.clone() for _ in range(len(NUMBERS))]
+        return SlopeAndCurvatureState._make([last, *numbers, counter(params), counter(params)])
 
     def update(
         self,
@@ -231,6 +234,7 @@ def _selected(
     failed = state._replace(
         rate=torch.where(undone, LOWERED * state.rate, state.rate), length=torch.where(undone, 0, state.length)
     )
-    numbers = torch.where(sound, torch.stack(after[1:-2]), torch.stack(failed[1:-2])).unbind()
+    new, old = (torch.stack([getattr(one, name) for name in NUMBERS]) for one in (after, failed))
+    numbers = torch.where(sound, new, old).unbind()
     failures = torch.where(sound, 0, state.failures + 1)
-    return SlopeAndCurvatureState(state.last, *numbers, state.rejected + undone, failures)
+    return SlopeAndCurvatureState._make([state.last, *numbers, state.rejected + undone, failures])

@@ -57,7 +57,11 @@ DAMPED_OR_CORRECTED = {
 }
 # Elementwise, those that look at evaluations; "adaptive, bounded" makes steps so short that rounding exceeds a share,
 # and so does rounding that a polar factor raises: its ensembles are in tests/test_training_step.py.
-ELSEWHERE = {*ELEMENTWISE, "adaptive, bounded", "spectral_kfac", "spectral, without a rate"} - {"accumulate", "clip_by_kl", "masked"}
+ELSEWHERE = {*ELEMENTWISE, "adaptive, bounded", "spectral_kfac", "spectral, without a rate"} - {
+    "accumulate",
+    "clip_by_kl",
+    "masked",
+}
 OF_MODELS = {
     **{name: (MLP, lambda _, tx=tx: tx) for name, tx in TRANSFORMATIONS.items() if name not in ELSEWHERE},
     **{

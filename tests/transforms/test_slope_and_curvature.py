@@ -29,7 +29,9 @@ def quadratic(matrix, noise=0.0, seed=0):
         error = noise * torch.randn(len(apart), generator=generator, dtype=apart.dtype)
         e = lrkfac.Evaluation(*[None] * len(lrkfac.Evaluation._fields))
         grads = {"w": matrix @ apart + error}
-        return e._replace(loss=apart @ matrix @ apart / 2, grads=grads, gram=gram, statistics=() if statistics else None)
+        return e._replace(
+            loss=apart @ matrix @ apart / 2, grads=grads, gram=gram, statistics=() if statistics else None
+        )
 
     return evaluate
 
@@ -65,7 +67,9 @@ def by_definition(evaluate, params, number, every, start):
             cut = min(1, OUTLIER * size / total) if size else 1
             new = [cut * x for x in (*found, total)]
             old = (slope, curvature, promised, size)
-            slope, curvature, promised, size = (AVERAGED * a + (1 - AVERAGED) * b for a, b in zip(old, new, strict=True))
+            slope, curvature, promised, size = (
+                AVERAGED * a + (1 - AVERAGED) * b for a, b in zip(old, new, strict=True)
+            )
         if rate:
             relaxed = min(OVER_RELAXED * max(0.0, (slope + curvature) / promised) ** 2, MOST)
             excess = clamp(slope / curvature + relaxed, -1, 1)
@@ -207,14 +211,16 @@ def test_zero_gradients_leave_rate_and_bounds():
 def test_the_chain_without_a_rate_learns(dtype):
     case = cast(MLP, dtype)
     layers, evaluate = layers_and_evaluate(case)
-    losses = [float(step.evaluation.loss) for step in trained(lrkfac.spectral_kfac(layers, rank=2), case.params, evaluate, 40)]
+    losses = [
+        float(step.evaluation.loss) for step in trained(lrkfac.spectral_kfac(layers, rank=2), case.params, evaluate, 40)
+    ]
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_what_is_refused():
     with pytest.raises(ValueError, match="start: expected a finite number"):
         scale_by_slope_and_curvature(0.0)
-    layers, evaluate = layers_and_evaluate(MLP)
+    evaluate = layers_and_evaluate(MLP)[1]
     tx = scale_by_slope_and_curvature()
     grads = evaluate(MLP.params).grads
     with pytest.raises(TypeError, match="evaluation is missing"):
