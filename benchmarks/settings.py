@@ -41,6 +41,8 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"refresh": 10},
     {"kl_clip": 3e-4, "momentum": 0.95},
     {"learning_rate": 0.3},
+    {"damping": 0.01, "refresh": 10, "schedule": "cosine"},
+    {"refresh": 10, "schedule": "cosine"},
 )
 """What differs from ``START``."""
 
