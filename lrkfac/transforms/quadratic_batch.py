@@ -9,13 +9,13 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.packing import Rows, as_rows, from_rows, multiplied, products, weighted_squares
+from lrkfac.core.base.packing import Rows, as_rows, combined, from_rows, multiplied, products, weighted_squares
 from lrkfac.core.base.per_parameter import is_number
 from lrkfac.core.base.trees import vdot
 from lrkfac.core.base.types import PerParameter, Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.transforms.base import apply_updates
-from lrkfac.transforms.quadratic_minimum import Form, Minimum, least, shortened
+from lrkfac.transforms.quadratic_minimum import Form, Minimum, along, least, shortened
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,30 @@ class BatchModel:
         slopes = torch.cat([-self._slopes(gradients), self._slopes(last)[None]])
         minimum = least(damped, slopes)
         if kl_clip is not None:
-            minimum = shortened(kl_clip, minimum, fisher, damped, products(gradients, self.total))
+            moved, curved = (form.at(minimum.rate, minimum.momentum) for form in (fisher, damped))
+            minimum = shortened(kl_clip, minimum, moved, curved, products(gradients, self.total))
         return minimum, slopes[-1] - curvature.last
+
+    def minimum_along(
+        self, gradients: Rows, last: Rows, weights: tuple[Tensor, Tensor], kl_clip: float | Tensor | None
+    ) -> Minimum:
+        """Return the minimum over multiples of one step in the span of ``Δ`` and ``δ₀``, by one forward derivative.
+
+        Args:
+            gradients: The preconditioned gradient ``-Δ``, ``[1, n]`` each.
+            last: ``δ₀``.
+            weights: Of ``Δ`` and ``δ₀`` in the step, ``[]`` each.
+            kl_clip: See ``scale_by_quadratic_model``.
+        """
+        step = combined(-weights[0], tuple([row[0] for row in gradients]), weights[1], last)
+        tangents = optree.tree_map(lambda x: x[None], from_rows(step, self.params))
+        fisher = self.evaluation.gram(tangents)[0, 0].to(self.damping.dtype)
+        curvature = fisher + self._penalty_of(step) + self.damping[0] * products(step, step)
+        minimum, times = along(weights, curvature, self._slopes(step))
+        if kl_clip is not None:
+            moved, curved = ((times.square() * x)[None] for x in (fisher, curvature))
+            minimum = shortened(kl_clip, minimum, moved, curved, products(gradients, self.total))
+        return minimum
 
     def change(self, step: Tree) -> tuple[Tensor, Tensor]:
         """Return ``h`` before and after a step."""
@@ -77,6 +99,15 @@ class BatchModel:
             for x, slope, total, before in zip(rows, self.slope, self.total, self.before, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+
+    def _penalty_of(self, step: Rows) -> Tensor | float:
+        """Return ``δᵀ η δ``."""
+        if self.decay is None:
+            return 0.0
+        if is_number(self.decay):
+            return self.decay * products(step, step)
+        each = optree.tree_map(lambda p, one: torch.zeros_like(p) + one, self.params, self.decay)
+        return products(step, multiplied(step, as_rows(each)))
 
     def _forms(self, fisher: Form, gradients: Rows, last: Rows) -> tuple[Form, Form]:
         """Return the forms of ``F + η I`` and ``F + (λ + η) I``."""

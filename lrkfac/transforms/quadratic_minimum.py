@@ -68,15 +68,37 @@ def least(curvature: Form, slopes: Tensor) -> Minimum:
     return Minimum(rate, momentum, 0.5 * curvature.at(rate, momentum) + slope, slope)
 
 
-def shortened(kl_clip: float | Tensor, minimum: Minimum, fisher: Form, curvature: Form, decrease: Tensor) -> Minimum:
+def along(weights: tuple[Tensor, Tensor], curvature: Tensor, slope: Tensor) -> tuple[Minimum, Tensor]:
+    """Return the minimum over the multiples of one step, which is ``weights`` of each direction, and the multiple.
+
+    Args:
+        weights: Of a direction and of the last update, ``[]`` each.
+        curvature: Of the step, ``[]``.
+        slope: Along the step, ``[]``.
+    """
+    positive = curvature > 0
+    times = torch.where(positive, -slope / torch.where(positive, curvature, 1.0), 0.0)
+    value = 0.5 * curvature * times.square() + slope * times
+    numbers = times * weights[0], times * weights[1], value, slope * times
+    return Minimum(*[x[None] for x in numbers]), times
+
+
+def shortened(kl_clip: float | Tensor, minimum: Minimum, moved: Tensor, curved: Tensor, decrease: Tensor) -> Minimum:
     """Return the minimum on the way to which ``δᵀ F δ`` and ``α² Δᵀ F̂ Δ = -α² gᵀ Δ`` are at most ``kl_clip``, and
     ``|μ|`` at most 1.
 
     The batch alone is no judge: where it says nothing, as of layers that are silent in it, any step is short.
-    ``decrease`` ``[k]`` is ``gᵀ Δ`` with the sum of gradients that ``Δ`` was made of, which may say something there.
+
+    Args:
+        kl_clip: The bound.
+        minimum: Of each pair of directions, ``[k]``.
+        moved: ``δᵀ F δ`` there, ``[k]``.
+        curved: ``δᵀ Q δ`` there, with the whole curvature of the model, ``[k]``.
+        decrease: ``gᵀ Δ`` with the sum of gradients that ``Δ`` was made of, which may say something where the batch
+            says nothing, ``[k]``.
     """
     rate, momentum, _, slope = minimum
-    longest = torch.maximum(fisher.at(rate, momentum), rate.square() * decrease.abs())
+    longest = torch.maximum(moved, rate.square() * decrease.abs())
     share = (kl_clip / torch.clamp(longest, min=kl_clip)).sqrt() / momentum.abs().clamp(min=1)
-    value = share * slope + 0.5 * share.square() * curvature.at(rate, momentum)
+    value = share * slope + 0.5 * share.square() * curved
     return Minimum(share * rate, share * momentum, value, share * slope)

@@ -39,7 +39,7 @@ from lrkfac.transforms.base import (
 from lrkfac.transforms.quadratic_batch import BatchModel
 from lrkfac.transforms.quadratic_damping import adapted, bounded, candidates, raised
 from lrkfac.transforms.quadratic_options import QuadraticModelOptions
-from lrkfac.transforms.quadratic_state import Chosen, GradientNoise, QuadraticModelState
+from lrkfac.transforms.quadratic_state import Chosen, GradientNoise, QuadraticModelState, weights
 
 DEFAULTS = QuadraticModelOptions()
 CHOSEN = "gradient_decay", "learning_rate", "momentum", "predicted", "reduction_ratio"
@@ -189,7 +189,11 @@ class ScaleByQuadraticModel:
         around, gradients, inner = self._gradients(total, state, params, evaluation, extra)
         left = [None if one else row for one, row in zip(spent, slope, strict=True)]
         model = BatchModel(evaluation, params, left, total, state.total, kept, decay, around[1])
-        minimum, fair = model.minimum(gradients, state.last, self.kl_clip)
+        if evaluation.statistics is None:
+            noise, minimum = state.noise, model.minimum_along(gradients, state.last, weights(state), self.kl_clip)
+        else:
+            minimum, fair = model.minimum(gradients, state.last, self.kl_clip)
+            noise = state.noise.compared(fair)
         best = minimum.value.argmin(keepdim=True)
         chosen = Chosen(*pick(torch.stack([*minimum, *around], dim=1), best).unbind())
         if evaluation.statistics is not None:
@@ -199,7 +203,7 @@ class ScaleByQuadraticModel:
         rate = torch.where(sound, -chosen.rate, 0)
         momentum = torch.where(sound, chosen.momentum, torch.where(undone, -torch.ones_like(rate), 1))
         row = combined(rate, tuple([pick(x, best) for x in gradients]), momentum, state.last)
-        accepted, judged = self._judged(row, chosen, state.noise.compared(fair), state, model)
+        accepted, judged = self._judged(row, chosen, noise, state, model)
         row = cleared_unless(accepted | ~sound, row)
         step = from_rows(tuple([x * (sound | undone) for x in row]), params)
         after = state._replace(

@@ -122,3 +122,13 @@ class QuadraticModelState(NamedTuple):
     rejected: Tensor
     failures: Tensor
     noise: GradientNoise
+
+
+def weights(state: QuadraticModelState) -> tuple[Tensor, Tensor]:
+    """Return the proportion of direction and last update in the last step, the larger of size 1; before the first, 1
+    and 0.
+    """
+    larger = torch.maximum(state.learning_rate.abs(), state.momentum.abs())
+    known = larger > 0
+    unit = torch.where(known, larger, 1.0)
+    return torch.where(known, state.learning_rate / unit, 1.0), state.momentum / unit
