@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.transforms.quadratic_options import QuadraticModelOptions
-from lrkfac.transforms.quadratic_state import QuadraticModelState
+from lrkfac.transforms.quadratic_state import Chosen, QuadraticModelState
 
 
 def candidates(options: QuadraticModelOptions, state: QuadraticModelState) -> tuple[Tensor, Tensor]:
@@ -14,26 +14,35 @@ def candidates(options: QuadraticModelOptions, state: QuadraticModelState) -> tu
 
     ``λ`` goes with ``γ`` at the start alone.
     """
-    extra = options.damping_decay ** (options.start_steps * options.start_decay ** state.refreshes.to(state.damping))
+    extra = _extra(options, state)
     change = options.damping_decay ** (state.since + 1).to(extra) * extra
     one = torch.ones_like(change)
     around, start = torch.stack([1 / change, one, change]), torch.stack([1 / extra, one, extra])
     return bounded(options, state.factor_damping * around), bounded(options, state.damping * start)
 
 
-def adapted(
-    options: QuadraticModelOptions, state: QuadraticModelState, damping: Tensor, ratio: Tensor, accepted: Tensor
-) -> Tensor:
-    """Return ``λ`` after a step with statistics that was made with ``damping``, by its reduction ratio.
+def misled(options: QuadraticModelOptions, state: QuadraticModelState, chosen: Chosen, ratio: Tensor) -> Tensor:
+    """Return whether the model chose much smaller dampings at the start, for a step that was poor."""
+    large = _extra(options, state) < options.damping_decay**options.max_steps
+    return large & (chosen.factor_damping < state.factor_damping) & (ratio < options.lower_threshold)
 
-    Where the step was undone, what is raised is the last ``λ``, not the one that the model chose for it.
+
+def adapted(
+    options: QuadraticModelOptions, state: QuadraticModelState, chosen: Chosen, ratio: Tensor, accepted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return ``λ`` and ``γ`` after a step with statistics, by its reduction ratio.
+
+    Where the model was misled, both stay where they were. Where the step was undone for another reason, what is raised
+    is the last ``λ``, not the one that the model chose.
     """
     steps = (options.damping_interval * (state.since + 1)).clamp(max=options.max_steps)
     change, one = options.damping_decay ** steps.to(ratio.dtype), torch.ones_like(ratio)
     due = (state.refreshes + 1) % options.damping_interval == 0
     falls, rises = due & (ratio > options.upper_threshold), due & (ratio < options.lower_threshold)
     factor = torch.where(falls, change, torch.where(rises, 1 / change, one))
-    return torch.where(accepted, bounded(options, damping * factor), raised(options, state.damping))
+    damping = torch.where(accepted, bounded(options, chosen.damping * factor), raised(options, state.damping))
+    back = misled(options, state, chosen, ratio) & options.reject
+    return torch.where(back, state.damping, damping), torch.where(back, state.factor_damping, chosen.factor_damping)
 
 
 def raised(options: QuadraticModelOptions, damping: Tensor) -> Tensor:
@@ -44,3 +53,8 @@ def raised(options: QuadraticModelOptions, damping: Tensor) -> Tensor:
 def bounded(options: QuadraticModelOptions, damping: Tensor) -> Tensor:
     """Return a damping within its bounds."""
     return damping.clamp(options.min_damping, options.max_damping)
+
+
+def _extra(options: QuadraticModelOptions, state: QuadraticModelState) -> Tensor:
+    """Return the factor by which dampings may change at the start beside that of the steps."""
+    return options.damping_decay ** (options.start_steps * options.start_decay ** state.refreshes.to(state.damping))

@@ -37,7 +37,7 @@ from lrkfac.transforms.base import (
     preconditions,
 )
 from lrkfac.transforms.quadratic_batch import BatchModel
-from lrkfac.transforms.quadratic_damping import adapted, bounded, candidates, raised
+from lrkfac.transforms.quadratic_damping import adapted, bounded, candidates, misled, raised
 from lrkfac.transforms.quadratic_options import QuadraticModelOptions
 from lrkfac.transforms.quadratic_state import Chosen, GradientNoise, QuadraticModelState, weights
 
@@ -210,7 +210,6 @@ class ScaleByQuadraticModel:
             preconditioner=inner,
             last=row,
             total=total,
-            factor_damping=chosen.factor_damping,
             gradient_decay=kept,
             learning_rate=chosen.rate,
             momentum=chosen.momentum,
@@ -267,12 +266,16 @@ class ScaleByQuadraticModel:
         before, after = model.change(from_rows(row, model.params))
         change = (after - before).to(damping.dtype)
         rounding = 16 * torch.finfo(after.dtype).eps * before.abs()
-        # Both are false where the loss is not finite, before or after.
-        accepted = accepted & (after - before <= rounding if self.options.reject else change.isfinite())
         squares = products(row, row).to(damping.dtype)
         ratio = change / chosen.value.clamp(max=-torch.finfo(damping.dtype).tiny)
+        # All are false where the loss is not finite, before or after.
+        if self.options.reject:
+            accepted = accepted & (after - before <= rounding) & ~misled(self.options, state, chosen, ratio)
+        accepted = accepted & change.isfinite()
+        damping, factor_damping = adapted(self.options, state, chosen, ratio, accepted)
         return accepted, {
-            "damping": adapted(self.options, state, damping, ratio, accepted),
+            "damping": damping,
+            "factor_damping": factor_damping,
             "since": torch.zeros_like(state.since),
             "refreshes": state.refreshes + 1,
             "reduction_ratio": ratio,

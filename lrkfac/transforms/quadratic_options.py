@@ -23,14 +23,16 @@ class QuadraticModelOptions:
             step that is undone raises it at once.
         start_steps: Steps that the first change of both dampings makes up for beside its own, at least 0: where they
             start is a guess, and may be wrong by orders of magnitude.
-        start_decay: Factor by which these become fewer with each statistics, in [0, 1).
+        start_decay: Factor by which these become fewer with each statistics, in [0, 1). While they are more than
+            ``max_steps``, a step with smaller dampings whose reduction ratio is below ``lower_threshold`` is undone,
+            and its dampings with it.
         min_damping: Lower bound of both dampings, positive.
         max_damping: Upper bound of both dampings, above the lower one. Within the default bounds, no product with a
             float32 curvature underflows or overflows.
         lower_threshold: Reduction ratio below which ``λ`` rises.
         upper_threshold: Reduction ratio above which ``λ`` falls, above the lower one.
-        reject: Whether a step after which the loss of its batch is higher is undone. One after which that loss is not
-            finite is undone in any case.
+        reject: Whether a step after which the loss of its batch is higher is undone, or which is poor at the start. One
+            after which that loss is not finite is undone in any case.
         rejection_factor: Factor by which an undone step raises ``λ``, above 1.
 
     Raises:

@@ -97,6 +97,16 @@ def test_the_first_changes_are_larger():
         assert any(exponents)
 
 
+def test_a_large_move_to_smaller_dampings_is_taken_back_after_a_poor_step():
+    """With the step; the model chose it. A good step keeps both."""
+    for share, kept in ((0.1, False), (-1.0, False), (0.5, True)):
+        tx, evaluate = make(MLP, options=QuadraticModelOptions(start_steps=40.0), damping=10.0)
+        updates, after = judged(tx, evaluate, tx.init(MLP.params), share)
+        assert bool(flat(MLP, updates).any()) == kept and after.rejected == (not kept)
+        expected = (10 * 0.95**40, 10 * 0.95**41) if kept else (10.0, 10.0)
+        close((after.damping, after.factor_damping), tuple(torch.tensor(x).double() for x in expected), rtol=1e-5)
+
+
 def test_without_rejection_a_worse_step_is_taken_but_none_that_is_not_finite():
     for reject, share, taken in ((True, -1.0, False), (False, -1.0, True), (False, INFINITY, False)):
         tx, evaluate = make(MLP, options=QuadraticModelOptions(reject=reject))
@@ -118,7 +128,7 @@ def test_a_run_forgets_where_its_dampings_started():
 
     for damping in (1e-4, 1e-2, 1.0, 100.0):
         after, loss = trained(damping, QuadraticModelOptions().start_steps)
-        assert after < 0.01 and loss < 0.005
+        assert after < 0.05 and loss < 0.005
     after, loss = trained(100.0, 0.0)
     assert after > 30 and loss > 1
 
