@@ -22,18 +22,23 @@ def candidates(options: QuadraticModelOptions, state: QuadraticModelState) -> tu
 
 
 def misled(options: QuadraticModelOptions, state: QuadraticModelState, chosen: Chosen, ratio: Tensor) -> Tensor:
-    """Return whether the model chose much smaller dampings at the start, for a step that was poor."""
+    """Return whether a step is undone since it is poor and, at the start, the model chose much smaller dampings for it."""
     large = _extra(options, state) < options.damping_decay**options.max_steps
-    return large & (chosen.factor_damping < state.factor_damping) & (ratio < options.lower_threshold)
+    return options.reject & large & (chosen.factor_damping < state.factor_damping) & (ratio < options.lower_threshold)
 
 
 def adapted(
-    options: QuadraticModelOptions, state: QuadraticModelState, chosen: Chosen, ratio: Tensor, accepted: Tensor
+    options: QuadraticModelOptions,
+    state: QuadraticModelState,
+    chosen: Chosen,
+    ratio: Tensor,
+    accepted: Tensor,
+    back: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return ``λ`` and ``γ`` after a step with statistics, by its reduction ratio.
 
-    Where the model was misled, both stay where they were. Where the step was undone for another reason, what is raised
-    is the last ``λ``, not the one that the model chose.
+    Both stay where they were where the step goes ``back`` since the model was misled. Where it was undone for another
+    reason, what is raised is the last ``λ``, not the one that the model chose.
     """
     steps = (options.damping_interval * (state.since + 1)).clamp(max=options.max_steps)
     change, one = options.damping_decay ** steps.to(ratio.dtype), torch.ones_like(ratio)
@@ -41,7 +46,6 @@ def adapted(
     falls, rises = due & (ratio > options.upper_threshold), due & (ratio < options.lower_threshold)
     factor = torch.where(falls, change, torch.where(rises, 1 / change, one))
     damping = torch.where(accepted, bounded(options, chosen.damping * factor), raised(options, state.damping))
-    back = misled(options, state, chosen, ratio) & options.reject
     return torch.where(back, state.damping, damping), torch.where(back, state.factor_damping, chosen.factor_damping)
 
 

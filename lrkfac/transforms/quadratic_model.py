@@ -268,11 +268,11 @@ class ScaleByQuadraticModel:
         rounding = 16 * torch.finfo(after.dtype).eps * before.abs()
         squares = products(row, row).to(damping.dtype)
         ratio = change / chosen.value.clamp(max=-torch.finfo(damping.dtype).tiny)
-        # All are false where the loss is not finite, before or after.
-        if self.options.reject:
-            accepted = accepted & (after - before <= rounding) & ~misled(self.options, state, chosen, ratio)
-        accepted = accepted & change.isfinite()
-        damping, factor_damping = adapted(self.options, state, chosen, ratio, accepted)
+        back = misled(self.options, state, chosen, ratio)
+        # Both are false where the loss is not finite, before or after.
+        low = after - before <= rounding if self.options.reject else change.isfinite()
+        accepted = accepted & low & ~back
+        damping, factor_damping = adapted(self.options, state, chosen, ratio, accepted, back)
         return accepted, {
             "damping": damping,
             "factor_damping": factor_damping,

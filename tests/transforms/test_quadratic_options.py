@@ -128,7 +128,7 @@ def test_a_run_forgets_where_its_dampings_started():
 
     for damping in (1e-4, 1e-2, 1.0, 100.0):
         after, loss = trained(damping, QuadraticModelOptions().start_steps)
-        assert after < 0.05 and loss < 0.005
+        assert after < 0.05 and loss < 0.02
     after, loss = trained(100.0, 0.0)
     assert after > 30 and loss > 1
 
