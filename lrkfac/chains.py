@@ -53,7 +53,7 @@ def low_rank_kfac(
     layers: Layers,
     learning_rate: PerParameter,
     rank: AutoRank = 32,
-    damping: float | Tensor = 0.1,
+    damping: float | Tensor = 0.03,
     decay: float | Tensor = 0.95,
     momentum: PerParameter = 0.9,
     weight_decay: PerParameter = 0.0,
@@ -112,7 +112,7 @@ def low_rank_kfac(
 def kfac(
     layers: Layers,
     learning_rate: PerParameter,
-    damping: float | Tensor = 0.1,
+    damping: float | Tensor = 0.03,
     decay: float | Tensor = 0.95,
     momentum: PerParameter = 0.9,
     weight_decay: PerParameter = 0.0,

@@ -16,7 +16,7 @@ from tests.transforms.test_precondition import DENSE, layers_and_evaluate
 MLP, SHIFT, GROUPS = cases.LINEAR[0], cases.LINEAR[6], cases.CONVOLUTION[3]
 some_cases = pytest.mark.parametrize("case", [SHIFT, GROUPS], ids=lambda case: case.name)
 OPTIONS = {"damping": 0.05, "decay": 0.7, "momentum": 0.8, "weight_decay": 0.02, "kl_clip": 5e-3}
-DEFAULTS = {"damping": 0.1, "decay": 0.95, "momentum": 0.9, "weight_decay": 0.0, "kl_clip": 1e-3}
+DEFAULTS = {"damping": 0.03, "decay": 0.95, "momentum": 0.9, "weight_decay": 0.0, "kl_clip": 1e-3}
 
 
 def same(case, expected, *transformations):

@@ -52,9 +52,9 @@ def test_methods_and_checkers_are_documented():
 SIGNATURES = {
     "find_layers": "model params inputs strict=False",
     "evaluator": "model likelihood layers estimator='mc' samples=1 has_aux=False",
-    "low_rank_kfac": "layers learning_rate rank=32 damping=0.1 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
-    "kfac": "layers learning_rate damping=0.1 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
-    "precondition_by_fisher": "layers structure=None rank=None damping=0.1 decay=0.95 fallback=None",
+    "low_rank_kfac": "layers learning_rate rank=32 damping=0.03 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
+    "kfac": "layers learning_rate damping=0.03 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
+    "precondition_by_fisher": "layers structure=None rank=None damping=0.03 decay=0.95 fallback=None",
     "orthogonalize_by_fisher": "layers rank=16 power=0.25 momentum=0.95 decay=0.8 damping=0.001 fallback=None",
     "spectral_kfac": "layers learning_rate=None rank=16",
     "linalg.polar": "matrix iterations=6",

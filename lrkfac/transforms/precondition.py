@@ -41,7 +41,7 @@ def precondition_by_fisher(
     structure: Chosen = None,
     *,
     rank: AutoRank | None = None,
-    damping: float | Tensor = 0.1,
+    damping: float | Tensor = 0.03,
     decay: float | Tensor = 0.95,
     fallback: GradientTransformation | None = None,
     dtype: torch.dtype | None = None,
