@@ -22,7 +22,7 @@ def candidates(options: QuadraticModelOptions, state: QuadraticModelState) -> tu
 
 
 def misled(options: QuadraticModelOptions, state: QuadraticModelState, chosen: Chosen, ratio: Tensor) -> Tensor:
-    """Return whether a step is undone since it is poor and, at the start, the model chose much smaller dampings for it."""
+    """Return whether a step is undone since it is poor and the start chose much smaller dampings for it."""
     large = _extra(options, state) < options.damping_decay**options.max_steps
     return options.reject & large & (chosen.factor_damping < state.factor_damping) & (ratio < options.lower_threshold)
 
