@@ -5,7 +5,7 @@ from lrkfac import linalg as linalg
 from lrkfac import plot as plot
 from lrkfac import schedules as schedules
 from lrkfac import structures as structures
-from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac, spectral_kfac
+from lrkfac.chains import kfac, low_rank_kfac
 from lrkfac.core.base.gathering import unshard
 from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.base.replicas import check_replicas
@@ -45,6 +45,7 @@ from lrkfac.transforms.quadratic_options import QuadraticModelOptions
 from lrkfac.transforms.robust import apply_if_finite
 from lrkfac.transforms.scaling import scale, scale_by_learning_rate
 from lrkfac.transforms.slope_and_curvature import scale_by_slope_and_curvature
+from lrkfac.untuned_chains import adaptive_low_rank_kfac, spectral_kfac
 from lrkfac.version import __version__ as __version__
 
 __all__ = [

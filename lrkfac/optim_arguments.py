@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrkfac.chains import adaptive_low_rank_kfac, kfac, low_rank_kfac
+from lrkfac.chains import kfac, low_rank_kfac
 from lrkfac.core.base.arguments import check_function
 from lrkfac.core.base.processes import Processes, processes_of
 from lrkfac.core.base.sharding import mesh_of
 from lrkfac.core.layers.module import check_sharding
 from lrkfac.param_groups import PER_GROUP, checked_rate, plain_rate
 from lrkfac.transforms.base import GradientTransformation
+from lrkfac.untuned_chains import adaptive_low_rank_kfac
 
 READY_MADE = (low_rank_kfac, kfac, adaptive_low_rank_kfac)
 """Transformations of the package, which take gradients as lazy matrices."""
