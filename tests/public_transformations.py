@@ -104,7 +104,7 @@ SPECTRAL = {"rank": RANK_OF_CHAIN, "power": POWER, "momentum": SHARE, "decay": S
 public("orthogonalize_by_fisher", {"layers": LAYERS}, layers=NOT_LAYERS, **SPECTRAL, normalized=FLAG,
     iterations=integer(optional=True))
 public("spectral_kfac", {"layers": LAYERS, "learning_rate": 0.1}, layers=NOT_LAYERS,
-    learning_rate=st.one_of(RATE, st.none()), **SPECTRAL, weight_decay=DECAYS)
+    learning_rate=RATE.filter(lambda x: x is not None), **SPECTRAL, weight_decay=DECAYS)
 valid("inject_hyperparams()", lrkfac.inject_hyperparams(lrkfac.scale_by_learning_rate), {"learning_rate": 0.1},
     learning_rate=RATE)
 valid("masked().init", lambda mask: lrkfac.masked(lrkfac.trace(0.9), mask).init(P), {"mask": True},

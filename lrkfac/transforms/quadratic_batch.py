@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.packing import Rows, as_rows, combined, from_rows, multiplied, products, weighted_squares
+from lrkfac.core.base.packing import Rows, as_rows, from_rows, multiplied, products, weighted_squares
 from lrkfac.core.base.per_parameter import is_number
 from lrkfac.core.base.trees import vdot
 from lrkfac.core.base.types import PerParameter, Tree
@@ -74,7 +74,13 @@ class BatchModel:
             weights: Of ``Δ`` and ``δ₀`` in the step, ``[]`` each.
             kl_clip: See ``scale_by_quadratic_model``.
         """
-        step = combined(-weights[0], tuple([row[0] for row in gradients]), weights[1], last)
+        # What is not finite stays so: then no step is taken.
+        step = tuple(
+            [
+                torch.addcmul(weights[1].to(y.dtype) * y, x[0], -weights[0].to(y.dtype))
+                for x, y in zip(gradients, last, strict=True)
+            ]
+        )
         tangents = optree.tree_map(lambda x: x[None], from_rows(step, self.params))
         fisher = self.evaluation.gram(tangents)[0, 0].to(self.damping.dtype)
         curvature = fisher + self._penalty_of(step) + self.damping[0] * products(step, step)

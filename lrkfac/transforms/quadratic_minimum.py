@@ -76,8 +76,8 @@ def along(weights: tuple[Tensor, Tensor], curvature: Tensor, slope: Tensor) -> t
         curvature: Of the step, ``[]``.
         slope: Along the step, ``[]``.
     """
-    positive = curvature > 0
-    times = torch.where(positive, -slope / torch.where(positive, curvature, 1.0), 0.0)
+    flat = curvature <= 0  # which NaN is not
+    times = torch.where(flat, 0.0, -slope / torch.where(flat, 1.0, curvature))
     value = 0.5 * curvature * times.square() + slope * times
     numbers = times * weights[0], times * weights[1], value, slope * times
     return Minimum(*[x[None] for x in numbers]), times

@@ -66,7 +66,7 @@ def model_of(case, params, damping, decay):
 
 @pytest.mark.parametrize("case, weight_decay", [(MLP, 0.0), (GAUSSIAN, "each"), (SHIFT, 0.3), (STRIDE, "each")])
 def test_each_step_minimises_the_explicit_model(case, weight_decay):
-    """Over refreshes and steps between them: the candidate, both coefficients, the value; at refreshes the ratio."""
+    """At refreshes over both directions, between them over one: the candidate, coefficients, value; the ratio."""
     decay = {name: 0.2 * i if weight_decay == "each" else weight_decay for i, name in enumerate(case.params)}
     options = lrkfac.QuadraticModelOptions(start_steps=3.0, start_decay=0.5)
     penalty = decay if weight_decay == "each" else weight_decay
@@ -84,7 +84,11 @@ def test_each_step_minimises_the_explicit_model(case, weight_decay):
             columns = -flat(case, found)[:, None]
             if last.norm() > 0:
                 columns = torch.cat([columns, last[:, None]], dim=1)
-            x = torch.linalg.solve(columns.mT @ matrix @ columns, -columns.mT @ slope)
+            # Between refreshes, one direction: in the proportion of the last step.
+            proportion = torch.stack([old.learning_rate, old.momentum])[: columns.shape[1], None]
+            basis = torch.eye(len(proportion), dtype=slope.dtype) if e.statistics else proportion
+            along = columns @ basis
+            x = basis @ torch.linalg.solve(along.mT @ matrix @ along, -along.mT @ slope)
             step = columns @ x
             candidates.append((0.5 * step @ matrix @ step + slope @ step, step, x, damping, of_model, i))
         value, step, x, damping, of_model, i = min(candidates, key=lambda candidate: candidate[0])

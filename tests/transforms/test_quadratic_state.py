@@ -56,7 +56,7 @@ def test_the_next_batch_is_asked_for_its_slope_where_the_step_began(weight_decay
     )
     unseen = slopes = torch.zeros((), dtype=torch.float64)
     previous = None
-    for _, batch, params, updates, new in path(12, weight_decay=weight_decay):
+    for _, batch, params, updates, new in path(12, weight_decay=weight_decay, every=1):
         close(new.gradient_decay, (unseen / slopes).nan_to_num().clamp(0, LARGEST_DECAY), rtol=1e-6, atol=1e-9)
         if previous is not None:
             before, step, own = previous
@@ -96,7 +96,7 @@ def test_float32_follows_float64():
 
 def test_an_ensemble_has_a_decay_for_each():
     params, layers, evaluate, batches = linear_regression(8, 1.0)
-    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=2)
+    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=2, options=OPTIONS)
 
     def step(params, state, x, y):
         e = evaluate(params, x, y)
