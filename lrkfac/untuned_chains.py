@@ -69,7 +69,7 @@ def adaptive_low_rank_kfac(
     Args:
         layers: From ``find_layers``.
         rank: Rank of the factors; more is better and costs more. See ``low_rank_kfac``.
-        damping: Start of the dampings; from 1e-4 to 10 it makes little difference after a hundred steps.
+        damping: Start of the dampings, which find their place within some steps with statistics.
         decay: Decay of the factors' running averages, in [0, 1).
         weight_decay: ``η`` of the penalty ``½ η ‖θ‖²``, which enters the model.
         dtype: Of the factors, see ``precondition_by_fisher``.
@@ -81,7 +81,7 @@ def adaptive_low_rank_kfac(
         owners: Processes among which layers are divided, see ``precondition_by_fisher``.
         options: How the dampings adapt and which steps are undone, see ``QuadraticModelOptions``.
         dense_up_to: Dimension up to which a factor is held densely, which is exact and takes no longer for narrow
-            layers, but up to four times the memory. By default 129 where ``rank`` is an integer. For ``"auto"`` and a
+            layers, but several times the memory. By default 129 where ``rank`` is an integer. For ``"auto"`` and a
             mapping, which may come from a budget of memory, it is 0: only what is no larger than low rank is dense.
 
     Returns:

@@ -59,7 +59,9 @@ def scale_by_quadratic_model(
     ``M(δ) = ∇hᵀδ + ½ δᵀ(F + (λ + η) I)δ`` with the exact Fisher matrix ``F`` of the batch, weight decay ``η`` and
     ``h = loss + ½ η ‖θ‖²`` (Martens & Grosse 2015, arXiv 1503.05671, sections 6.4 to 6.6 and 7). In each step,
 
-    * a forward derivative along each direction gives the 2 × 2 system for ``α`` and ``μ``;
+    * where ``evaluation`` has statistics, forward derivatives along both directions give the 2 × 2 system for ``α`` and
+      ``μ``; in the steps between, one forward derivative along the step in the last proportion of ``α`` and ``μ`` gives
+      its length;
     * a step that is not finite, or whose model is not, is not taken. A batch whose loss or gradient is not finite
       changes nothing, nor one of whose gradient the square is not (entries above 1.8e16 in float32).
 

@@ -14,8 +14,7 @@ MEMORY = 0.9
 LARGEST_DECAY = 0.75
 """Bound of a decay of gradients that is found.
 
-With batches of 16 of the digits autoencoder, where the share of noise is 0.9, the loss after 200 steps is 17.4 with it,
-18.0 with 0.95, and 17.2 with a fixed decay of 0.6.
+With batches of 16 of the digits autoencoder, where the share of noise is 0.9, longer sums are worse.
 """
 
 
