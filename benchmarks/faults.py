@@ -29,6 +29,7 @@ CHAINS: dict[str, Callable[[Any], lrkfac.GradientTransformation]] = {
         lrkfac.low_rank_kfac(layers, 0.3, rank=3, decay=0.8, kl_clip=1e-2), 10
     ),
     "adaptive_low_rank_kfac": lambda layers: lrkfac.adaptive_low_rank_kfac(layers, rank=3, kl_clip=1.0),
+    "spectral_kfac without a rate": lambda layers: lrkfac.spectral_kfac(layers, rank=3),
 }
 CLASS = "LowRankKFAC"
 FAULTS = {

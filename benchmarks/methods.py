@@ -157,6 +157,12 @@ def spectral(setup: Setup, settings: Settings) -> Trainer:
     return Functional(setup, lrkfac.spectral_kfac(setup.layers, schedule, rank=setup.rank))
 
 
+def untuned_spectral(setup: Setup, settings: Settings) -> Trainer:
+    """Without a learning rate, judged by the running average of the parameters."""
+    transformation = lrkfac.spectral_kfac(setup.layers, rank=setup.rank)
+    return Functional(setup, transformation, lambda params, state: state[-1].average)
+
+
 ADAM_RATES = (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 3e-2)
 SCHEDULES = ("constant", "cosine")
 KFAC_GRID = product(damping=(0.003, 0.01, 0.03, 0.1), kl_clip=(1e-3, 1e-2))
@@ -197,6 +203,9 @@ METHODS: dict[str, Method] = {
     "spectral": Method(
         "spectral low-rank K-FAC", spectral, product(learning_rate=(0.002, 0.005, 0.01, 0.02), schedule=SCHEDULES),
         "#D55E00", (0, (1, 1.2)), ranked=True,
+    ),
+    "untuned_spectral": Method(
+        "spectral, no rate, averaged", untuned_spectral, ({},), "#D55E00", (0, (5, 1.5, 1, 1.5)), ours=True, ranked=True,
     ),
     "default": Method(
         "low-rank K-FAC, defaults, cosine", default, ({},), "#009E73", (0, (5, 2)), ours=True, ranked=True,

@@ -99,7 +99,7 @@ TWO = (
     *(Case("mlp", chain, (9, 6), pieces=3) for chain in ("low rank", "adaptive")),
     Case("gpt", "low rank", (6, 6), pieces=2),
     *(Case(network, "spectral") for network in ("mlp", "gpt")),
-    Case("wide", "spectral", (8, 8), thin=True),
+    *(Case("wide", chain, (8, 8), thin=True) for chain in ("spectral", "spectral, no rate")),
     Case("heads"),
     *(Case(network, chain, (8, 8), drawn=True) for network, chain in (("gpt", "low rank"), ("heads", "adaptive"))),
     Case("conv, train", "low rank", (8, 8)),
