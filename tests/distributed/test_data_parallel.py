@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 ROUNDS = {
     "dense": 1, "unit-wise": 1, "layer-wise": 1, "full": 1, "diagonal": 1, "low rank": 2, "reduce": 2, "adaptive": 2,
-    "spectral": 2, "exactly damped": 2,
+    "spectral": 2, "spectral, no rate": 4, "exactly damped": 2,
     "corrected, dense": 2, "corrected": 3, "two iterations": 4,
 }  # fmt: skip
 EACH = [pytest.param(world, case, id=f"{world}: {case}") for world, cases in CASES.items() for case in cases]
