@@ -205,7 +205,8 @@ METHODS: dict[str, Method] = {
         "#D55E00", (0, (1, 1.2)), ranked=True,
     ),
     "untuned_spectral": Method(
-        "spectral, no rate, averaged", untuned_spectral, ({},), "#D55E00", (0, (5, 1.5, 1, 1.5)), ours=True, ranked=True,
+        "spectral, no rate, averaged", untuned_spectral, ({},), "#D55E00", (0, (5, 1.5, 1, 1.5)), ours=True,
+        ranked=True,
     ),
     "default": Method(
         "low-rank K-FAC, defaults, cosine", default, ({},), "#009E73", (0, (5, 2)), ours=True, ranked=True,
