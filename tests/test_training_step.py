@@ -118,7 +118,11 @@ def test_steps_of_full_rank_equal_the_reference(case, estimator):
 
 
 spectral = partial(lrkfac.spectral_kfac, learning_rate=RATE, rank=2, weight_decay=0.01)
-ENSEMBLES = {"never dense": never_dense(2), "low rank": low_rank(1), "dense": dense, "spectral": spectral}
+untuned = partial(lrkfac.spectral_kfac, rank=2, weight_decay=0.01)
+ENSEMBLES = {
+    "never dense": never_dense(2), "low rank": low_rank(1), "dense": dense, "spectral": spectral,
+    "spectral, no rate": untuned,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("make", ENSEMBLES.values(), ids=ENSEMBLES)
