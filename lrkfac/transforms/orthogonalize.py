@@ -12,7 +12,7 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_flag, check_integer, check_number
 from lrkfac.core.base.leaves import tree_structure, tree_unflatten
 from lrkfac.core.base.tree_checks import check_like
-from lrkfac.core.base.trees import add_scaled, materialize, scaled, zeros_like
+from lrkfac.core.base.trees import materialize, zeros_like
 from lrkfac.core.base.types import Tree
 from lrkfac.core.curvature.low_rank import low_rank
 from lrkfac.core.curvature.ranks import AutoRank, ranked
@@ -22,6 +22,7 @@ from lrkfac.core.layers.description import Layers, check_layers
 from lrkfac.core.linalg.polar import ITERATIONS
 from lrkfac.transforms.adam import scale_by_adam
 from lrkfac.transforms.base import GradientTransformation, chain, check_evaluation, check_state, transformation
+from lrkfac.transforms.momentum import TraceState, trace
 from lrkfac.transforms.precondition import precondition_by_fisher
 from lrkfac.transforms.precondition_state import PreconditionState
 from lrkfac.transforms.scaling import scale
@@ -36,7 +37,7 @@ class OrthogonalizeState(NamedTuple):
     Attributes:
         preconditioner: Of the factors and the fallback; its ``inverses`` are the powers ``(B + δ_B)^-p`` and
             ``(A + δ_A)^-p``.
-        momentum: The running average of the gradient of each orthogonalized parameter, in their order.
+        momentum: The decaying sum of the gradients of each orthogonalized parameter, in their order.
     """
 
     preconditioner: PreconditionState
@@ -115,7 +116,7 @@ def orthogonalize_by_fisher(
     if fallback is None and matrices.uncovered:  # without any, a counter would be on no device
         fallback = chain(scale_by_adam(), scale(FALLBACK_SCALE))
     inner = precondition_by_fisher(matrices, structure, damping=damping, decay=decay, fallback=fallback, dtype=dtype)
-    return transformation(Orthogonalize(matrices, inner, momentum))
+    return transformation(Orthogonalize(matrices, inner, trace(momentum, nesterov=True)))
 
 
 def _structure(power: float, iterations: int | None, normalized: bool, rank: int) -> SpectralStructure:
@@ -139,12 +140,12 @@ class Orthogonalize:
     Attributes:
         layers: Those that are orthogonalized.
         inner: Preconditions the average of their gradients.
-        momentum: Decay of that average.
+        momentum: Makes that average, but for its scale.
     """
 
     layers: Layers
     inner: GradientTransformation
-    momentum: float | Tensor
+    momentum: GradientTransformation
 
     def init(self, params: Tree) -> OrthogonalizeState:
         """Return the state before the first statistics, with which directions are Muon's."""
@@ -162,26 +163,24 @@ class Orthogonalize:
         factor_damping: float | Tensor | None = None,
         **extra: Any,
     ) -> tuple[Tree, OrthogonalizeState]:
-        """Return the directions, after a refresh of the factors where the evaluation has statistics."""
+        """Return the directions, after a refresh of the factors where the evaluation has statistics.
+
+        ``factor_damping``, by which a quadratic model damps in the unit of the Fisher matrix, stays out: the damping
+        here is a share.
+        """
         evaluation = check_evaluation(evaluation, "orthogonalize_by_fisher")
         check_state(state, OrthogonalizeState)
         leaves: list[Any] = list(check_like(self.layers.tree, updates, "updates"))
         gradients = materialize([leaves[i] for i in self._covered])
         check_like(list(state.momentum), gradients, "orthogonalize_by_fisher: updates")
-        new, ahead = _nesterov(list(state.momentum), gradients, self.momentum)
+        # A sum, not an average: the direction does not depend on the scale.
+        ahead, new = self.momentum.update(gradients, TraceState(list(state.momentum)))
         for i, leaf in zip(self._covered, ahead, strict=True):
             leaves[i] = leaf
         averaged = tree_unflatten(tree_structure(updates), leaves)
         directions, inner = self.inner.update(averaged, state.preconditioner, params, evaluation=evaluation, **extra)
-        return directions, OrthogonalizeState(inner, tuple(new))
+        return directions, OrthogonalizeState(inner, tuple(new.trace))
 
     @property
     def _covered(self) -> list[int]:
         return sorted(self.layers.covered)
-
-
-def _nesterov(average: list[Any], gradients: list[Any], decay: float | Tensor) -> tuple[list[Any], list[Any]]:
-    """Return the new averages, and what they come to with one more of the same gradients."""
-    new: list[Any] = add_scaled(scaled(decay, average), 1 - decay, gradients)
-    ahead: list[Any] = add_scaled(scaled(1 - decay, gradients), decay, new)
-    return new, ahead

@@ -150,7 +150,7 @@ def test_rank_d_equals_dense_factors():
     inner = precondition_by_fisher(
         layers, SpectralStructure(dense(), dense(), iterations=None), damping=1e-3, decay=0.8
     )
-    of_dense = trained(Orthogonalize(layers, inner, 0.95), SEQUENCE.params, evaluate)
+    of_dense = trained(Orthogonalize(layers, inner, lrkfac.trace(0.95, nesterov=True)), SEQUENCE.params, evaluate)
     of_rank = trained(orthogonalize_by_fisher(layers, rank=7, iterations=None), SEQUENCE.params, evaluate)
     for one, other in zip(of_dense, of_rank, strict=True):
         close(one.updates, other.updates, 1e-6)
