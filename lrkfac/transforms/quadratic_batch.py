@@ -83,7 +83,7 @@ class BatchModel:
         )
         tangents = optree.tree_map(lambda x: x[None], from_rows(step, self.params))
         fisher = self.evaluation.gram(tangents)[0, 0].to(self.damping.dtype)
-        curvature = fisher + self._penalty_of(step) + self.damping[0] * products(step, step)
+        curvature = fisher + self._lengths(step)
         minimum, times = along(weights, curvature, self._slopes(step))
         if kl_clip is not None:
             moved, curved = ((times.square() * x)[None] for x in (fisher, curvature))
@@ -106,14 +106,18 @@ class BatchModel:
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
-    def _penalty_of(self, step: Rows) -> Tensor | float:
-        """Return ``δᵀ η δ``."""
+    def _lengths(self, step: Rows) -> Tensor:
+        """Return ``δᵀ (λ + η) δ``."""
+        square, damping = products(step, step), self.damping[0]
         if self.decay is None:
-            return 0.0
+            return damping * square
         if is_number(self.decay):
-            return self.decay * products(step, step)
-        each = optree.tree_map(lambda p, one: torch.zeros_like(p) + one, self.params, self.decay)
-        return products(step, multiplied(step, as_rows(each)))
+            return (damping + self.decay) * square
+        return damping * square + products(step, multiplied(step, self._decays()))
+
+    def _decays(self) -> Rows:
+        """Return ``η`` of each parameter."""
+        return as_rows(optree.tree_map(lambda p, one: torch.zeros_like(p) + one, self.params, self.decay))
 
     def _forms(self, fisher: Form, gradients: Rows, last: Rows) -> tuple[Form, Form]:
         """Return the forms of ``F + η I`` and ``F + (λ + η) I``."""
@@ -127,8 +131,7 @@ class BatchModel:
             return fisher, fisher.plus(self.damping, plain)
         if is_number(self.decay):
             return fisher.plus(self.decay, plain), fisher.plus(self.damping + self.decay, plain)
-        each = optree.tree_map(lambda p, one: torch.zeros_like(p) + one, self.params, self.decay)
-        penalized = fisher.plus(1.0, lengths(as_rows(each)))
+        penalized = fisher.plus(1.0, lengths(self._decays()))
         return penalized, penalized.plus(self.damping, plain)
 
 
