@@ -1,6 +1,7 @@
 """Low-rank K-FAC as pure functions: natural gradient for functional PyTorch."""
 
 from lrkfac import checkpoint as checkpoint
+from lrkfac import curvature as curvature
 from lrkfac import linalg as linalg
 from lrkfac import plot as plot
 from lrkfac import schedules as schedules

@@ -6,7 +6,7 @@ from typing import Any
 
 import lrkfac
 
-NAMESPACES = ("linalg", "structures", "schedules", "checkpoint")
+NAMESPACES = ("curvature", "linalg", "structures", "schedules", "checkpoint")
 
 
 def public_names() -> list[tuple[str, Any]]:

@@ -24,6 +24,7 @@ PROMISED = """
     linalg.LowRankPlusDiagonal linalg.LowRankPlusIsotropic linalg.Dense linalg.Diagonal linalg.Kronecker
     linalg.inverse linalg.to_dense linalg.sherman_morrison linalg.woodbury
     linalg.power_iteration linalg.subspace_iteration
+    curvature.ggn curvature.fisher_product curvature.hessian
     structures.kronecker structures.low_rank structures.low_rank_plus_diagonal structures.dense structures.diagonal
     structures.unit_wise structures.layer_wise structures.full
     schedules.constant_schedule schedules.exponential_decay schedules.piecewise_constant_schedule
@@ -66,6 +67,7 @@ SIGNATURES = {
     "linalg.LowRankPlusDiagonal": "vectors values diagonal",
     "linalg.LowRankPlusIsotropic": "vectors values rest",
     "linalg.inverse": "operator damping exact",
+    "curvature.ggn": "model likelihood has_aux=False chunk=8",
     "structures.kronecker": "input output",
     "apply_updates": "params updates",
 }
