@@ -16,5 +16,13 @@ def public_names() -> list[tuple[str, Any]]:
     return top + [(f"{space}.{name}", getattr(module, name)) for space, module in spaces for name in module.__all__]
 
 
-BY_SHORT_NAME = {name.rpartition(".")[2]: thing for name, thing in public_names()}
-"""What each public name stands for, by its last part."""
+def _by_short_name() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, thing in sorted(public_names(), key=lambda pair: pair[0].startswith("linalg.")):
+        space, _, short = name.rpartition(".")
+        found[f"{short} of {space}" if short in found else short] = thing
+    return found
+
+
+BY_SHORT_NAME = _by_short_name()
+"""What each public name stands for, by its last part; ``"trace of linalg"`` where another has that name."""

@@ -149,6 +149,15 @@ LOW_RANK_OPERATOR = lrkfac.linalg.LowRankPlusDiagonal(EYE, torch.ones(2), torch.
 public("to_dense", {"operator": LOW_RANK_OPERATOR}, operator=values.OPERATOR)
 public("inverse", {"operator": lrkfac.linalg.Dense(EYE)}, operator=values.OPERATOR, damping=number(0),
     exact=FLAG)
+ONE = {"operator": LOW_RANK_OPERATOR}
+for name in ("root", "inverse_root", "logdet", "trace of linalg", "diagonal of linalg"):
+    public(name, ONE, operator=values.OPERATOR)
+public("damped", {**ONE, "damping": 0.1}, operator=values.OPERATOR, damping=number(0), exact=FLAG)
+public("scale of linalg", {**ONE, "c": 2.0}, operator=values.OPERATOR, c=number())
+NOT_VECTORS = among(1, "x", 1.0, values.COUNTS, torch.ones(3), torch.ones(()), torch.ones(2, 2, 2),
+    torch.ones(2).double(), torch.ones(3, 2), torch.ones(2, device="meta"), torch.ones(2) * 1j, *NOTHING)
+for name, argument in {"sample": "noise", "solve": "b", "quadratic_form": "x"}.items():
+    public(name, {**ONE, argument: torch.ones(2)}, operator=values.OPERATOR, **{argument: NOT_VECTORS})
 public("polar", {"matrix": torch.eye(2)}, iterations=values.integer(optional=True),
     matrix=among(1, "x", torch.ones(2), torch.eye(2).long(), torch.eye(2) * 1j, *NOTHING))
 public("woodbury", {"operator": LOW_RANK_OPERATOR}, operator=values.LOW_RANK)

@@ -25,6 +25,8 @@ PROMISED = """
     linalg.inverse linalg.to_dense linalg.sherman_morrison linalg.woodbury
     linalg.power_iteration linalg.subspace_iteration
     curvature.ggn curvature.fisher_product curvature.hessian
+    linalg.damped linalg.scale linalg.logdet linalg.root linalg.inverse_root linalg.sample linalg.solve
+    linalg.quadratic_form linalg.trace linalg.diagonal
     structures.kronecker structures.low_rank structures.low_rank_plus_diagonal structures.dense structures.diagonal
     structures.unit_wise structures.layer_wise structures.full
     schedules.constant_schedule schedules.exponential_decay schedules.piecewise_constant_schedule
@@ -68,6 +70,11 @@ SIGNATURES = {
     "linalg.LowRankPlusIsotropic": "vectors values rest",
     "linalg.inverse": "operator damping exact",
     "curvature.ggn": "model likelihood has_aux=False chunk=8",
+    "linalg.damped": "operator damping exact=True",
+    "linalg.sample": "operator noise",
+    "linalg.solve": "operator b",
+    "linalg.quadratic_form": "operator x",
+    "linalg.scale": "operator c",
     "structures.kronecker": "input output",
     "apply_updates": "params updates",
 }

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_flag, check_number
+from lrkfac.core.linalg.custom import method_of
 from lrkfac.core.linalg.eigen import without_subnormal
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, LowRankPlusIsotropic, TransposedKronecker
 from lrkfac.core.linalg.inverses import damped_inverse, margin, semidefinite_inverse
-from lrkfac.core.linalg.operator_checks import check_operator
+from lrkfac.core.linalg.operator_checks import check_operator, is_custom
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
 
 ExactInverse = EigenbasisKronecker | EigenspaceKronecker | TransposedKronecker
@@ -30,7 +31,8 @@ def inverse(operator: Operator, damping: float | Tensor = 0.0, exact: bool = Fal
     numbers. With eigenvectors of both factors they are shared, and only eigenvalues are inverted.
 
     Args:
-        operator: A symmetric matrix such that ``M + damping I`` is positive definite.
+        operator: A symmetric matrix such that ``M + damping I`` is positive definite. A method
+            ``inverse(damping, exact)`` of a custom operator is called.
         damping: ``λ ≥ 0``, a number or a tensor ``[]``.
         exact: Whether to damp a Kronecker product exactly. One factor must have eigenvectors: a
             ``LowRankPlusIsotropic`` has, those of a ``Dense`` are computed in O(d³), those of a ``Diagonal`` are unit
@@ -43,8 +45,8 @@ def inverse(operator: Operator, damping: float | Tensor = 0.0, exact: bool = Fal
     Raises:
         ValueError: If ``damping`` is a negative or non-finite number, or the entries of ``operator`` do not fit
             together.
-        TypeError: If ``operator`` is not one of the package's operators; with ``exact``, if it is the product of two
-            ``LowRankPlusDiagonal``.
+        TypeError: If ``operator`` is not one of the package's operators nor a custom one with the method; with
+            ``exact``, if it is the product of two ``LowRankPlusDiagonal``.
 
     Examples:
         >>> import torch
@@ -57,11 +59,77 @@ def inverse(operator: Operator, damping: float | Tensor = 0.0, exact: bool = Fal
     """
     check_number(damping, "damping", 0)
     check_flag(exact, "exact")
+    if is_custom(operator) and callable(getattr(operator, "inverse", None)):
+        return operator.inverse(damping, exact)  # type: ignore[attr-defined]
     check_operator(operator)
     if exact and isinstance(operator, Kronecker):
+        _check_factors(operator)
         return exactly_damped_inverse(operator, damping)
     inverted: Operator = damped_inverse(operator, damping)
     return inverted
+
+
+def damped(operator: Operator, damping: float | Tensor, exact: bool = True) -> Operator:
+    """Return ``M + damping I`` as an operator: of a Kronecker product ``B ⊗ A + λ I`` itself.
+
+    With ``A = V diag(a) Vᵀ + ρ (I - V Vᵀ)`` that is ``Σⱼ (aⱼ B + λ I) ⊗ vⱼ vⱼᵀ + (ρ B + λ I) ⊗ (I - V Vᵀ)``. It has all
+    functions of operators, differentiable in ``λ``, which need no further eigenvectors. For several ``λ`` make
+    ``damped(product, 0.0)`` once: damping that again only adds to its eigenvalues.
+
+    Args:
+        operator: A positive semi-definite operator, one of ``lrkfac.linalg`` or a custom one, whose method
+            ``damped(damping, exact)`` or else ``shifted(damping)`` is called.
+        damping: ``λ ≥ 0``, a number or a tensor ``[]``.
+        exact: As for ``inverse``; without it, the damping of a product is split (``Kronecker.shifted``). Other
+            operators are damped exactly in any case.
+
+    Returns:
+        The sum, of the same class, but for an exactly damped product: that has its methods, and is none.
+
+    Raises:
+        ValueError: If ``damping`` is a negative or non-finite number, or the entries of ``operator`` do not fit
+            together.
+        TypeError: If ``operator`` is no operator; with ``exact``, if it is the product of two ``LowRankPlusDiagonal``.
+
+    Examples:
+        >>> import torch
+        >>> from lrkfac.linalg import Diagonal, Kronecker, damped, diagonal
+        >>> one = Diagonal(torch.tensor([1.0, 3.0]))
+        >>> diagonal(damped(Kronecker(one, one), 1.0))
+        tensor([ 2.,  4.,  4., 10.])
+    """
+    check_number(damping, "damping", 0)
+    check_flag(exact, "exact")
+    custom = method_of(operator, "damped", or_else="shifted")
+    if custom:
+        return custom(damping, exact)
+    if not exact or not isinstance(operator, Kronecker):
+        return operator.shifted(damping)
+    _check_factors(operator)
+    output, input = _decomposed(operator)
+    if not isinstance(input, LowRankPlusIsotropic):
+        return TransposedKronecker(EigenspaceKronecker(_along(input, output, damping), output.vectors))
+    if not isinstance(output, LowRankPlusIsotropic):
+        return EigenspaceKronecker(_along(output, input, damping), input.vectors)
+    (u, b, sigma), (v, a, rho) = output, input
+    return EigenbasisKronecker(u, v, _outer(b, a), b * rho, sigma * a, sigma * rho).shifted(damping)
+
+
+def _along(
+    output: Diagonal | LowRankPlusDiagonal, input: LowRankPlusIsotropic, damping: float | Tensor
+) -> Diagonal | LowRankPlusDiagonal:
+    """Return ``aⱼ B + λ I`` along each eigenvector of ``A``, and ``ρ B + λ I`` where there are others, stacked."""
+    a = input.values if input.is_complete else torch.cat([input.values, input.rest[None]])
+    if isinstance(output, Diagonal):
+        return Diagonal(_outer(a, output.diagonal)).shifted(damping)
+    vectors = output.vectors.expand(*a.shape, *output.vectors.shape)
+    return LowRankPlusDiagonal(vectors, _outer(a, output.values), _outer(a, output.diagonal)).shifted(damping)
+
+
+def _check_factors(product: Kronecker) -> None:
+    """Raise unless both factors are of the package: of others, no eigenvectors are known."""
+    for factor in product:
+        check_operator(factor)
 
 
 def exactly_damped_inverse(product: Kronecker, damping: float | Tensor, semidefinite: bool = False) -> ExactInverse:
@@ -84,9 +152,21 @@ def exactly_damped_inverse(product: Kronecker, damping: float | Tensor, semidefi
     Raises:
         TypeError: If both factors are low rank plus diagonal.
     """
-    output, input = (_with_eigenvectors(factor) for factor in product)
+    output, input = _decomposed(product)
     if isinstance(output, LowRankPlusIsotropic) and isinstance(input, LowRankPlusIsotropic):
         return _in_both_bases(output, input, damping)
+    if isinstance(input, LowRankPlusIsotropic):
+        return _in_eigenspaces(output, input, damping, semidefinite)
+    return TransposedKronecker(_in_eigenspaces(input, output, damping, semidefinite))
+
+
+def _decomposed(product: Kronecker) -> tuple[Any, Any]:
+    """Return output and input, at least one of them by its eigenvectors, as ``exactly_damped_inverse`` says.
+
+    Raises:
+        TypeError: If both factors are low rank plus diagonal.
+    """
+    output, input = (_with_eigenvectors(factor) for factor in product)
     if isinstance(output, Diagonal) or isinstance(input, Diagonal):
         other = input if isinstance(output, Diagonal) else output
         if isinstance(other, LowRankPlusDiagonal):
@@ -94,10 +174,8 @@ def exactly_damped_inverse(product: Kronecker, damping: float | Tensor, semidefi
         elif isinstance(other, Diagonal):
             other = LowRankPlusIsotropic(torch.diag_embed(torch.ones_like(other[0])), other[0], other[0].new_zeros(()))
         output, input = (output, other) if isinstance(output, Diagonal) else (other, input)
-    if isinstance(input, LowRankPlusIsotropic):
-        return _in_eigenspaces(output, input, damping, semidefinite)
-    if isinstance(output, LowRankPlusIsotropic):
-        return TransposedKronecker(_in_eigenspaces(input, output, damping, semidefinite))
+    if isinstance(output, LowRankPlusIsotropic) or isinstance(input, LowRankPlusIsotropic):
+        return output, input
     raise TypeError(
         "operator: (B ⊗ A + λ I)⁻¹ needs eigenvectors of one factor, and both are LowRankPlusDiagonal; give one as "
         "LowRankPlusIsotropic, or as Dense(to_dense(...)), or split the damping with exact=False"

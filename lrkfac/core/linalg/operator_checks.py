@@ -60,8 +60,9 @@ def check_operator(operator: Any, expected: Any = OPERATORS) -> None:
         name = "one of lrkfac's operators" if expected is OPERATORS else f"a {expected.__name__}"
         raise TypeError(f"operator: expected {name}, got {type(operator).__name__}")
     if isinstance(operator, Kronecker):
-        check_operator(operator.output)
-        check_operator(operator.input)
+        for factor in operator:
+            if not is_custom(factor):
+                check_operator(factor)
         return
     if isinstance(operator, TransposedKronecker):
         check_operator(operator.transposed, EigenspaceKronecker)
@@ -77,6 +78,11 @@ def check_operator(operator: Any, expected: Any = OPERATORS) -> None:
     shapes = {name: tuple(x.shape) for name, x in entries.items()}
     if () in list(shapes.values())[:1] or _shapes(operator) != shapes or len({x.device for x in entries.values()}) > 1:
         raise ValueError(f"operator: expected entries of one {type(operator).__name__}, on one device, got {shapes}")
+
+
+def is_custom(operator: Any) -> bool:
+    """Return whether an object, which is none of the package's operators, can be applied as one."""
+    return not isinstance(operator, (*OPERATORS, type)) and callable(getattr(operator, "matvec", None))
 
 
 def _check_eigenspaces(operator: EigenspaceKronecker) -> None:
