@@ -24,9 +24,11 @@ PROMISED = """
     linalg.LowRankPlusDiagonal linalg.LowRankPlusIsotropic linalg.Dense linalg.Diagonal linalg.Kronecker
     linalg.inverse linalg.to_dense linalg.sherman_morrison linalg.woodbury
     linalg.power_iteration linalg.subspace_iteration
-    curvature.ggn curvature.fisher_product curvature.hessian
     linalg.damped linalg.scale linalg.logdet linalg.root linalg.inverse_root linalg.sample linalg.solve
     linalg.quadratic_form linalg.trace linalg.diagonal
+    linalg.conjugate_gradient linalg.lanczos linalg.eigenvalues linalg.trace_estimate linalg.diagonal_estimate
+    curvature.ggn curvature.fisher_product curvature.hessian curvature.spectral_density
+    curvature.SpectralDensity
     structures.kronecker structures.low_rank structures.low_rank_plus_diagonal structures.dense structures.diagonal
     structures.unit_wise structures.layer_wise structures.full
     schedules.constant_schedule schedules.exponential_decay schedules.piecewise_constant_schedule
@@ -75,6 +77,11 @@ SIGNATURES = {
     "linalg.solve": "operator b",
     "linalg.quadratic_form": "operator x",
     "linalg.scale": "operator c",
+    "curvature.spectral_density": "operator samples=10 steps=30 generator=None noise=None like=None",
+    "linalg.conjugate_gradient": "operator b preconditioner=None damping=0.0 tolerance=1e-06 max_iterations=1000",
+    "linalg.lanczos": "operator start steps",
+    "linalg.eigenvalues": "operator start rank=None which='magnitude'",
+    "linalg.trace_estimate": "operator samples generator=None noise=None like=None method='xtrace'",
     "structures.kronecker": "input output",
     "apply_updates": "params updates",
 }

@@ -42,3 +42,13 @@ def is_plain_and_constant(leaves: Sequence[Any]) -> bool:
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """Types of tensors without behaviour of their own."""
+
+
+def may_be_read(x: Tensor) -> bool:
+    """Return whether a loop of a solver may look at a value to end early: outside of the compiler and ``torch.func``.
+
+    On a GPU the host then waits for it.
+    """
+    if torch.compiler.is_compiling() or transformation_level() is not None:
+        return False
+    return type(x) in PLAIN and x.device.type != "meta"
