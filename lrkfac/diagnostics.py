@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.dtypes import wide
+from lrkfac.core.base.nested import nested
 from lrkfac.core.base.packing import from_rows
 from lrkfac.core.base.text import table
 from lrkfac.core.base.tree_checks import check_like
@@ -152,7 +152,7 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
     if any(is_before(block.average, before[name].average) for name, block in blocks.items() if name in before):
         raise ValueError("previous: expected an earlier state than state, got a later one; are the two swapped?")
     diagnosed = {name: of_block(block, before.get(name)) for name, block in blocks.items()}
-    for _, one in _within(state, PreconditionState):
+    for _, one in nested(state, PreconditionState):
         for name, since in zip(sorted(one.blocks), one.since.unbind(-1), strict=True):
             if name in diagnosed:
                 diagnosed[name].numbers[WHOLE]["since_statistics"] = since
@@ -167,7 +167,7 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
 def _blocks(what: str, state: Any, layers: Layers) -> dict[str, BlockState]:
     """Return the states of all blocks in a state, by layer."""
     blocks: dict[str, BlockState] = {}
-    preconditioners = [one for _, one in _within(state, PreconditionState)]
+    preconditioners = [one for _, one in nested(state, PreconditionState)]
     for one in preconditioners:
         for name, block in one.blocks.items():
             if block == ():  # another process owns it
@@ -205,7 +205,7 @@ def _updates(state: Any, layers: Layers, updates: Tree) -> list[Any] | None:
     """Return the leaves of the updates, or of the last updates of the quadratic models in a state."""
     if updates is not None:
         return check_like(layers.tree, updates, "updates")
-    every = [one.last for _, one in _within(state, QuadraticModelState)]
+    every = [one.last for _, one in nested(state, QuadraticModelState)]
     size = sum(math.prod(p.shape) for p in layers.parameters)
     if not every or any(sum(row.numel() for row in rows) != size for rows in every):
         return None
@@ -215,7 +215,7 @@ def _updates(state: Any, layers: Layers, updates: Tree) -> list[Any] | None:
 
 def _of_chain(state: Any) -> dict[str, Tensor]:
     numbers: list[tuple[str, str, Tensor]] = []
-    for path, one in _within(
+    for path, one in nested(
         state, PreconditionState | QuadraticModelState | HyperparametersState | ApplyIfFiniteState
     ):
         if isinstance(one, PreconditionState):
@@ -232,16 +232,6 @@ def _of_chain(state: Any) -> dict[str, Tensor]:
 
 CHOSEN = "learning_rate", "momentum", "damping", "factor_damping", "gradient_decay"
 QUADRATIC = (*CHOSEN, "predicted", "reduction_ratio", "rejected")
-
-
-def _within(state: Any, kind: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield all states of a kind within a state, each with its path."""
-    if isinstance(state, kind):
-        yield path, state
-    named = state._asdict() if hasattr(state, "_asdict") else state
-    parts = named.items() if isinstance(named, dict) else enumerate(named) if isinstance(named, tuple | list) else ()
-    for name, part in parts:
-        yield from _within(part, kind, f"{path}.{name}" if path else str(name))
 
 
 def _cell(layer: LayerDiagnosis, what: str, parts: tuple[str, ...], pattern: str) -> str:

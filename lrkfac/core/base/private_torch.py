@@ -286,3 +286,8 @@ def registered_container(kind: type) -> tuple[Callable[[Any], Any], Callable[[An
     """
     node = _pytree.SUPPORTED_NODES.get(kind)
     return None if node is None else (node.flatten_fn, node.unflatten_fn)
+
+
+def register_without_leaves(kind: type) -> None:
+    """Make torch's pytree take instances of a type for parts of a tree's structure."""
+    _pytree.register_pytree_node(kind, lambda value: ([], value), lambda _, value: value)

@@ -25,6 +25,9 @@ class DenseState(NamedTuple):
     matrix: Tensor
     steps: Tensor
 
+    def operator(self) -> Dense:
+        return Dense(self.matrix)
+
     def spectrum(self) -> Spectrum:
         return spectrum_of(torch.linalg.eigvalsh(self.matrix), self.matrix.new_zeros(()))
 
@@ -71,7 +74,7 @@ class DenseStructure(FactorStructure):
         return DenseState(kept * state.matrix + (1 - kept) * answers, state.steps + 1)
 
     def operator(self, state: DenseState) -> Dense:
-        return Dense(state.matrix)
+        return state.operator()
 
     def size(self, dimension: int) -> int:
         return 2 * dimension * dimension
@@ -89,6 +92,9 @@ class DiagonalState(NamedTuple):
     @property
     def fixed_basis(self) -> bool:
         return True
+
+    def operator(self) -> Diagonal:
+        return Diagonal(self.diagonal)
 
     def spectrum(self) -> Spectrum:
         return spectrum_of(self.diagonal, self.diagonal.new_zeros(()))
@@ -131,7 +137,7 @@ class DiagonalStructure(FactorStructure):
         return DiagonalState(kept * state.diagonal + (1 - kept) * answers, state.steps + 1)
 
     def operator(self, state: DiagonalState) -> Diagonal:
-        return Diagonal(state.diagonal)
+        return state.operator()
 
     def basis(self, state: DiagonalState) -> Tensor:
         return torch.eye(state.diagonal.shape[-1], dtype=state.diagonal.dtype, device=state.diagonal.device)

@@ -50,7 +50,7 @@ class LowRankStructure(IteratedStructure):
 
     def eigenpairs(self, state: LowRankState) -> LowRankPlusIsotropic:
         """Return the average as eigenpairs and one number for all other directions."""
-        return LowRankPlusIsotropic(state.vectors, state.values, self.weight * state.residual)
+        return state.eigenpairs(self.weight)
 
     def inverse(self, state: LowRankState, damping: float | Tensor) -> LowRankPlusDiagonal:
         # Orthonormal vectors and a multiple of the identity: the inverse has the same vectors.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.curvature.spectra import Damped, Spectrum, damped_of, spectrum_of
+from lrkfac.core.linalg.eigenspaces import LowRankPlusIsotropic
 from lrkfac.core.linalg.operators import LowRankPlusDiagonal
 
 
@@ -36,6 +37,10 @@ class LowRankState(NamedTuple):
 
     def squared_distance(self, other: LowRankState) -> Tensor:
         return _squared_distance(self.operator(), other.operator())
+
+    def eigenpairs(self, weight: float = 1.0) -> LowRankPlusIsotropic:
+        """Return the average as eigenpairs and one number for all other directions, that times a weight."""
+        return LowRankPlusIsotropic(self.vectors, self.values, weight * self.residual)
 
     def operator(self, weight: float = 1.0) -> LowRankPlusDiagonal:
         """Return the average, with its residual times a weight."""

@@ -30,6 +30,7 @@ class FactorState(Protocol):
     """State of a factor structure: a NamedTuple of tensors that describes the average in it.
 
     ``spectrum`` and ``inner`` serve ``diagnose``, ``ranks_by_trace`` and ``factor_drift``. Optional are
+    ``operator()``, the average as an operator, which ``curvature.from_state`` needs;
     ``damped(inverse, damping, eigenvalues)``, by default from the eigenvalues; ``squared_distance(other)``, by default
     from inner products; and a property ``fixed_basis``, true where no choice of a rank changes the representation.
     """

@@ -77,6 +77,21 @@ def refresh(
     return {block.name: refreshed.get(block.name, states[block.name]) for block in blocks}
 
 
+def averages(
+    blocks: Sequence[Block], last: Mapping[str, Any], statistics: Statistics, decay: float | Tensor
+) -> dict[str, Any]:
+    """Return the average of each block after a batch, without an inverse; raises as ``refresh``."""
+    due = due_blocks(blocks, statistics)
+    operands = [(last[block.name], _uses(block, statistics)) for block in due]
+    try:
+        new = together(_Step(statistics.scale, decay).update, due, {block.name: 1.0 for block in due}, operands)
+    except StackError as error:
+        raise ValueError(
+            f"layer {_culprit(error.blocks, statistics)!r}: its statistics are not finite ({error.__cause__})"
+        ) from error
+    return {**last, **{block.name: average for block, average in zip(due, new, strict=True)}}
+
+
 BlockUses = tuple[tuple[Uses, Uses], ...]
 """Inputs and output gradients of each layer of a block, with groups in front."""
 
