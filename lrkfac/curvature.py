@@ -3,12 +3,18 @@
 Their solvers, spectra and traces are in ``lrkfac.linalg``.
 """
 
+from lrkfac.core.curvature.layer_blocks import LayerBlocks
 from lrkfac.core.evaluation.data_rules import fisher_product, ggn, hessian
+from lrkfac.core.inference.estimate import estimate
+from lrkfac.core.inference.from_state import from_state
 from lrkfac.core.linalg.density import SpectralDensity, spectral_density
 
 __all__ = [
+    "LayerBlocks",
     "SpectralDensity",
+    "estimate",
     "fisher_product",
+    "from_state",
     "ggn",
     "hessian",
     "spectral_density",

@@ -215,9 +215,7 @@ def _updates(state: Any, layers: Layers, updates: Tree) -> list[Any] | None:
 
 def _of_chain(state: Any) -> dict[str, Tensor]:
     numbers: list[tuple[str, str, Tensor]] = []
-    for path, one in nested(
-        state, PreconditionState | QuadraticModelState | HyperparametersState | ApplyIfFiniteState
-    ):
+    for path, one in nested(state, PreconditionState | QuadraticModelState | HyperparametersState | ApplyIfFiniteState):
         if isinstance(one, PreconditionState):
             numbers.append((path, "since_statistics", one.since.amax()))
         elif isinstance(one, QuadraticModelState):

@@ -96,9 +96,12 @@ def estimate(
             kept = torch.zeros_like(weight) if total is None else total / (total + weight)
             total = weight if total is None else total + weight
             statistics = optree.tree_map(Tensor.detach, statistics)
-            mean = {name: _counted(one, -MANY) for name, one in averages(
-                assigned, {name: _counted(one, MANY) for name, one in mean.items()}, statistics, kept
-            ).items()}
+            mean = {
+                name: _counted(one, -MANY)
+                for name, one in averages(
+                    assigned, {name: _counted(one, MANY) for name, one in mean.items()}, statistics, kept
+                ).items()
+            }
             if progress is not None:
                 progress(1)
         if total is None:
@@ -114,7 +117,9 @@ def _evaluations(
             raise TypeError(f"batches: expected pairs of inputs and targets, got {type(batch).__name__}")
         evaluation = evaluate(params, *batch)
         if not isinstance(evaluation, Evaluation):
-            raise TypeError(f"evaluate: expected a function made by evaluator(), got one of {type(evaluation).__name__}")
+            raise TypeError(
+                f"evaluate: expected a function made by evaluator(), got one of {type(evaluation).__name__}"
+            )
         if evaluation.statistics is None:
             raise ValueError("evaluate: expected evaluations with statistics, got one without")
         if evaluation.among is not None:

@@ -11,11 +11,12 @@ import torch
 from lrkfac.core.base.eager import has_values
 from lrkfac.core.base.nested import nested
 from lrkfac.core.base.static import Static
+from lrkfac.core.curvature.block_trees import members, stacked_axes
 from lrkfac.core.curvature.blocks import BlockState, signature
 from lrkfac.core.curvature.ekfac import EigenbasisState
 from lrkfac.core.curvature.exact import ExactState
 from lrkfac.core.curvature.kronecker import KroneckerState
-from lrkfac.core.curvature.layer_blocks import LayerBlocks, stacked_axes
+from lrkfac.core.curvature.layer_blocks import LayerBlocks
 from lrkfac.core.curvature.low_rank_states import LowRankState
 from lrkfac.core.layers.description import Layer, Layers, check_layers
 from lrkfac.core.layers.matrix import LayerMatrix, layer_leaves
@@ -74,8 +75,8 @@ def operator_of(averages: dict[str, Any], layers: Layers) -> LayerBlocks:
     """Return the averages of blocks as one operator; raises as ``from_state``."""
     blocks = {}
     for name, average in averages.items():
-        members = (layers[name],) if name else tuple(layers)
-        blocks[name] = _operator(name, members, average)
+        inside = members(layers, name)
+        blocks[name] = _operator(name, inside, average)
     _check_apart(blocks, layers)
     return LayerBlocks(blocks, Static(layers))
 
@@ -86,15 +87,15 @@ def _block_states(state: Any) -> list[tuple[str, BlockState]]:
     return [(name, x) for one in dictionaries for name, x in one.items() if isinstance(x, BlockState)]
 
 
-def _operator(name: str, members: tuple[Layer, ...], average: Any) -> Operator:
+def _operator(name: str, inside: tuple[Layer, ...], average: Any) -> Operator:
     """Return a block's average as an operator, whose tensors have the state's leading axes."""
     steps = average.factor_states()[0].steps
-    groups = int(bool(name) and members[0].groups > 1)
+    groups = int(bool(name) and inside[0].groups > 1)
     if has_values(steps) and not steps.all():
         raise ValueError(f"state: expected one after some statistics, got one without any of layer {name!r}")
     if isinstance(average, ExactState):
         operator = _factor(name, average.block)
-        if steps.ndim == groups + 1 and members[0].d_out == 1:  # one unit is the whole block
+        if steps.ndim == groups + 1 and inside[0].d_out == 1:  # one unit is the whole block
             operator = optree.tree_map(lambda x: x.select(groups, 0), operator)
             steps = steps.select(groups, 0)
     elif isinstance(average, EigenbasisState):
@@ -103,7 +104,7 @@ def _operator(name: str, members: tuple[Layer, ...], average: Any) -> Operator:
         operator = Kronecker(*[_factor(name, one) for one in average])
     else:
         raise TypeError(f"state: layer {name!r} has an average of the unknown type {type(average).__name__}")
-    if stacked_axes(name, members, operator) != steps.ndim:
+    if stacked_axes(name, inside, operator) != steps.ndim:
         raise ValueError(
             f"state: expected averages of layer {name!r} for one model, got the form {signature(average)}; map over "
             "the states of an ensemble: vmap(lambda s: from_state(s, layers).product(tree))(states)"
