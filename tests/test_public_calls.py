@@ -16,7 +16,7 @@ from jaxtyping import TypeCheckError
 from torch import nn
 
 import lrkfac
-from tests import public_curvature, public_diagnostics, public_optimizer  # noqa: F401
+from tests import public_curvature, public_diagnostics, public_inference, public_optimizer  # noqa: F401
 from tests.public import BY_SHORT_NAME
 from tests.public_calls import FLAT, LAYERS, SAVED, VALID, P
 from tests.public_transformations import base, documentation

@@ -42,7 +42,7 @@ def on_trees(blocks: Blocks, layers: Layers, function: Callable[..., Tensor], *t
 
     Each part is in the wider one of the dtypes of tree and operator; leaves have those of the first tree, if any.
     """
-    every = [check_like(layers.tree, materialize(tree), "tree") for tree in trees]
+    every = [materialize(check_like(layers.tree, tree, "tree")) for tree in trees]
     results: dict[int, Tensor] = {}
     for name, operator in blocks.items():
         inside, axes = members(layers, name), _axes(blocks, layers, name)

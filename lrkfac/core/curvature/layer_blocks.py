@@ -69,12 +69,14 @@ class LayerBlocks(NamedTuple):
         """Return the blocks of some layers alone, such as the last one; all other parameters are then uncovered.
 
         Raises:
-            ValueError: If there is no block of this name.
+            ValueError: If there is no block of this name, or no name.
+            TypeError: If ``names`` is no list or tuple of names.
         """
-        names = [names] if isinstance(names, str) else list(names)
-        for name in names:
-            if name not in self.blocks:
-                raise ValueError(f"names: expected layers with blocks, {sorted(self.blocks)}, got {name!r}")
+        if not isinstance(names, list | tuple):
+            raise TypeError(f"names: expected a list or tuple of names of layers, got {type(names).__name__}")
+        for name in names or [None]:
+            if name not in list(self.blocks):
+                raise ValueError(f"names: expected some of the layers with blocks, {sorted(self.blocks)}, got {name!r}")
         return self._replace(blocks={name: self.blocks[name] for name in names})
 
     def product(self, tree: Tree) -> Tree:
@@ -86,7 +88,12 @@ class LayerBlocks(NamedTuple):
         return on_trees(self.blocks, self.layers, lambda operator, x: operator.matvec(x), tree)
 
     def inverse(self, damping: float | Tensor = 0.0, exact: bool = False) -> LayerBlocks:
-        """Return ``(M + damping I)⁻¹``; see ``lrkfac.linalg.inverse``, whose errors it passes."""
+        """Return ``(M + damping I)⁻¹``; see ``lrkfac.linalg.inverse``.
+
+        Raises:
+            ValueError: If ``damping`` is a negative or non-finite number.
+            TypeError: If it is no number, or a block has no exactly damped inverse.
+        """
         return self._replace(blocks=mapped(self.blocks, self.layers, lambda one: inverse(one, damping, exact)))
 
     def trace(self) -> Tensor:
@@ -94,9 +101,13 @@ class LayerBlocks(NamedTuple):
         return summed(self.blocks, self.layers, lambda operator: operator.trace())
 
     def quadratic_form(self, tree: Tree) -> Tensor:
-        """Return ``treeᵀ M tree``, ``[]``."""
-        tree = materialize(tree)
-        return vdot(tree, self.product(tree))
+        """Return ``treeᵀ M tree``, ``[]``.
+
+        Raises:
+            ValueError: If the tree does not fit the parameters.
+        """
+        product = self.product(tree)
+        return vdot(materialize(tree), product)
 
     def to_dense(self) -> Tensor:
         """Return the matrix, in the order of the leaves' entries, with rows of zeros for uncovered parameters."""

@@ -148,7 +148,7 @@ def refusals():
         "after some statistics": lambda: from_state(tx.init(MLP.params), layers),
         "ensemble|dimension": lambda: from_state(stacked, layers),
         "layers: expected": lambda: from_state(state, [*layers]),
-        "expected layers with blocks": lambda: from_state(state, layers).of_layers(["x"]),
+        "expected some of the layers": lambda: from_state(state, layers).of_layers(["x"]),
         "tree: ": lambda: from_state(state, layers).product({}),
         "no method operator": lambda: from_state(last_step(custom, MLP)[1], layers),
     }

@@ -1,0 +1,37 @@
+"""Valid calls of the uses of curvature, and for each of their arguments what it may not be."""
+
+from hypothesis import strategies as st
+
+from tests.bad_values import FUNCTION, NOTHING, among, integer, number, tree
+from tests.public import BY_SHORT_NAME
+from tests.public_calls import EXACT, LAYERS, NOT_LAYERS, NOT_TREES, E, G, P, X, Y, container, public, valid
+from tests.public_diagnostics import NOT_STATES, OF_LAYERS, STATE
+from tests.public_transformations import PRECONDITION
+
+AFTER = PRECONDITION.update(G, STATE, P, evaluation=E)[1]
+container("LayerBlocks")
+public(
+    "from_state",
+    {"state": AFTER, "layers": LAYERS},
+    state=st.one_of(NOT_STATES, st.none(), st.just(STATE), st.just((AFTER, AFTER))),
+    layers=NOT_LAYERS,
+)
+NOT_BATCHES = among(1, None, [], (), {}, X, (X, Y), [X], [(X,)], [(X, Y, Y)], [1], iter([]))
+ESTIMATE = {"evaluate": EXACT, "params": P, "batches": [(X, Y)], "layers": LAYERS}
+public(
+    "estimate",
+    ESTIMATE,
+    evaluate=st.one_of(FUNCTION.filter(lambda x: x is not print), among(lambda *_: 1)),
+    params=tree(P),
+    batches=NOT_BATCHES,
+    layers=NOT_LAYERS,
+    passes=integer(),
+    progress=FUNCTION.filter(lambda x: x is not None),
+    **OF_LAYERS,
+)
+CURVATURE = BY_SHORT_NAME["estimate"](**ESTIMATE)
+valid("LayerBlocks.product", CURVATURE.product, {"tree": P}, tree=NOT_TREES)
+valid("LayerBlocks.quadratic_form", CURVATURE.quadratic_form, {"tree": P}, tree=NOT_TREES)
+valid("LayerBlocks.inverse", CURVATURE.inverse, {"damping": 1.0}, damping=number(0))
+NOT_NAMES = among("x", ["x"], ["0", "x"], [1], *NOTHING)
+valid("LayerBlocks.of_layers", CURVATURE.of_layers, {"names": ["0"]}, names=NOT_NAMES)
