@@ -297,3 +297,14 @@ def test_registered_container():
     apart, together = private_torch.registered_container(Pair)
     assert apart(Pair(1, 2)) == ([1, 2], "context") and together([3, 4], "other") == (3, 4, "other")
     assert private_torch.registered_container(Derived) is None and private_torch.registered_container(int) is None
+
+
+def test_a_type_without_leaves_stays_part_of_the_structure():
+    class Noted:
+        def __init__(self, text):
+            self.text = text
+
+    private_torch.register_without_leaves(Noted)
+    noted = Noted("x")
+    found, note = torch.func.vmap(lambda x: (2 * x, noted))(torch.ones(3))
+    assert note is noted and torch.equal(found, 2 * torch.ones(3))
