@@ -35,3 +35,12 @@ valid("LayerBlocks.quadratic_form", CURVATURE.quadratic_form, {"tree": P}, tree=
 valid("LayerBlocks.inverse", CURVATURE.inverse, {"damping": 1.0}, damping=number(0))
 NOT_NAMES = among("x", ["x"], ["0", "x"], [1], *NOTHING)
 valid("LayerBlocks.of_layers", CURVATURE.of_layers, {"names": ["0"]}, names=NOT_NAMES)
+for name in ("solve", "sample"):
+    valid(
+        f"LayerBlocks.{name}",
+        lambda tree, name=name: getattr(CURVATURE.damped(1.0), name)(tree),
+        {"tree": P},
+        tree=NOT_TREES,
+    )
+valid("LayerBlocks.damped", CURVATURE.damped, {"damping": 1.0}, damping=number(0))
+valid("LayerBlocks.scale", CURVATURE.scale, {"c": 1.0}, c=number())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -17,7 +17,10 @@ from lrkfac.core.base.trees import materialize, vdot
 from lrkfac.core.base.types import Tree
 from lrkfac.core.curvature.block_trees import mapped, members, on_trees, summed
 from lrkfac.core.layers.description import Layers
-from lrkfac.core.linalg.damping import inverse
+from lrkfac.core.linalg.damping import damped, inverse
+from lrkfac.core.linalg.determinants import logdet
+from lrkfac.core.linalg.entries import diagonal, scale
+from lrkfac.core.linalg.square_roots import inverse_root, root
 
 
 class LayerBlocks(NamedTuple):
@@ -87,6 +90,10 @@ class LayerBlocks(NamedTuple):
         """
         return on_trees(self.blocks, self.layers, lambda operator, x: operator.matvec(x), tree)
 
+    def matvec(self, tree: Tree) -> Tree:
+        """Return ``M tree``; the same as ``product``, since a tree is the vector."""
+        return self.product(tree)
+
     def inverse(self, damping: float | Tensor = 0.0, exact: bool = False) -> LayerBlocks:
         """Return ``(M + damping I)⁻¹``; see ``lrkfac.linalg.inverse``.
 
@@ -94,11 +101,74 @@ class LayerBlocks(NamedTuple):
             ValueError: If ``damping`` is a negative or non-finite number.
             TypeError: If it is no number, or a block has no exactly damped inverse.
         """
-        return self._replace(blocks=mapped(self.blocks, self.layers, lambda one: inverse(one, damping, exact)))
+        return self._each(lambda operator: inverse(operator, damping, exact))
+
+    def damped(self, damping: float | Tensor, exact: bool = True) -> LayerBlocks:
+        """Return ``M + damping I``; see ``lrkfac.linalg.damped``.
+
+        Raises:
+            ValueError: If ``damping`` is a negative or non-finite number.
+            TypeError: If it is no number, or a block cannot be damped exactly.
+        """
+        return self._each(lambda operator: damped(operator, damping, exact))
+
+    def scale(self, c: float | Tensor) -> LayerBlocks:
+        """Return ``c M``; see ``lrkfac.linalg.scale``.
+
+        Raises:
+            ValueError: If ``c`` is not finite.
+            TypeError: If it is no number.
+        """
+        return self._each(lambda operator: scale(operator, c))
 
     def trace(self) -> Tensor:
         """Return the sum of the eigenvalues, ``[]``."""
         return summed(self.blocks, self.layers, lambda operator: operator.trace())
+
+    def logdet(self) -> Tensor:
+        """Return the logarithm of the determinant, ``[]``, over the parameters in blocks.
+
+        Raises:
+            ValueError: If a block is indefinite or singular, where values are known.
+        """
+        return summed(self.blocks, self.layers, logdet)
+
+    def diagonal(self) -> Tree:
+        """Return the diagonal, a tree like the parameters."""
+        return on_trees(self.blocks, self.layers, diagonal)
+
+    def root(self) -> LayerRoots:
+        """Return ``S`` with ``S Sᵀ = M`` on trees.
+
+        Raises:
+            ValueError: If a block is indefinite or singular, where values are known.
+        """
+        return LayerRoots(mapped(self.blocks, self.layers, root), self.description)
+
+    def inverse_root(self) -> LayerRoots:
+        """Return ``S`` with ``S Sᵀ = M⁻¹`` on trees.
+
+        Raises:
+            ValueError: If a block is indefinite or singular, where values are known.
+        """
+        return LayerRoots(mapped(self.blocks, self.layers, inverse_root), self.description)
+
+    def sample(self, noise: Tree) -> Tree:
+        """Return a draw of ``N(0, M)`` from standard normal numbers, a tree like the parameters.
+
+        Raises:
+            ValueError: If the tree does not fit the parameters, or a block is indefinite or singular.
+        """
+        return self.root().matvec(noise)
+
+    def solve(self, tree: Tree) -> Tree:
+        """Return ``M⁻¹ tree``.
+
+        Raises:
+            ValueError: If the tree does not fit the parameters, or a block is indefinite or singular.
+        """
+        half = self.inverse_root()
+        return half.matvec(half.rmatvec(tree))
 
     def quadratic_form(self, tree: Tree) -> Tensor:
         """Return ``treeᵀ M tree``, ``[]``.
@@ -121,3 +191,26 @@ class LayerBlocks(NamedTuple):
             return torch.cat([x.reshape(-1) for x in optree.tree_leaves(tree)])
 
         return vmap(column)(torch.eye(sum(sizes), dtype=dtype, device=device))
+
+    def _each(self, function: Callable[[Any], Any]) -> LayerBlocks:
+        return self._replace(blocks=mapped(self.blocks, self.layers, function))
+
+
+class LayerRoots(NamedTuple):
+    """A root ``S`` of a curvature matrix on parameter trees, block by block.
+
+    Attributes:
+        blocks: The root of each layer's operator, by name.
+        description: The layers.
+    """
+
+    blocks: dict[str, Any]
+    description: Static[Layers]
+
+    def matvec(self, tree: Tree) -> Tree:
+        """Return ``S tree``, a tree like the parameters; 0 for those that are in no block."""
+        return on_trees(self.blocks, self.description.value, lambda one, x: one.matvec(x), tree)
+
+    def rmatvec(self, tree: Tree) -> Tree:
+        """Return ``Sᵀ tree``."""
+        return on_trees(self.blocks, self.description.value, lambda one, x: one.rmatvec(x), tree)

@@ -14,14 +14,14 @@ from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, LowRankPlusIsotropic, TransposedKronecker
 from lrkfac.core.linalg.inverses import damped_inverse, margin, semidefinite_inverse
 from lrkfac.core.linalg.operator_checks import check_operator, is_custom
-from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator, TreeOperator
 
 ExactInverse = EigenbasisKronecker | EigenspaceKronecker | TransposedKronecker
 EXACT = (EigenbasisKronecker, EigenspaceKronecker, TransposedKronecker)
 """What ``exactly_damped_inverse`` returns; ``two_sided`` and ``of_outer_products`` take stacks along leading axes."""
 
 
-def inverse(operator: Operator, damping: float | Tensor = 0.0, exact: bool = False) -> Operator:
+def inverse(operator: Operator | TreeOperator, damping: float | Tensor = 0.0, exact: bool = False) -> Operator:
     """Return ``(M + damping I)⁻¹`` as an operator.
 
     For a Kronecker product the damping is split between the factors (``Kronecker.shifted``) unless ``exact``. Then
@@ -60,7 +60,7 @@ def inverse(operator: Operator, damping: float | Tensor = 0.0, exact: bool = Fal
     check_number(damping, "damping", 0)
     check_flag(exact, "exact")
     if is_custom(operator) and callable(getattr(operator, "inverse", None)):
-        return operator.inverse(damping, exact)  # type: ignore[attr-defined]
+        return operator.inverse(damping, exact)  # type: ignore[union-attr]
     check_operator(operator)
     if exact and isinstance(operator, Kronecker):
         _check_factors(operator)
@@ -69,7 +69,7 @@ def inverse(operator: Operator, damping: float | Tensor = 0.0, exact: bool = Fal
     return inverted
 
 
-def damped(operator: Operator, damping: float | Tensor, exact: bool = True) -> Operator:
+def damped(operator: Operator | TreeOperator, damping: float | Tensor, exact: bool = True) -> Operator:
     """Return ``M + damping I`` as an operator: of a Kronecker product ``B ⊗ A + λ I`` itself.
 
     With ``A = V diag(a) Vᵀ + ρ (I - V Vᵀ)`` that is ``Σⱼ (aⱼ B + λ I) ⊗ vⱼ vⱼᵀ + (ρ B + λ I) ⊗ (I - V Vᵀ)``. It has all
@@ -104,7 +104,7 @@ def damped(operator: Operator, damping: float | Tensor, exact: bool = True) -> O
     if custom:
         return custom(damping, exact)
     if not exact or not isinstance(operator, Kronecker):
-        return operator.shifted(damping)
+        return operator.shifted(damping)  # type: ignore[union-attr]
     _check_factors(operator)
     output, input = _decomposed(operator)
     if not isinstance(input, LowRankPlusIsotropic):

@@ -12,11 +12,11 @@ from lrkfac.core.linalg.custom import method_of
 from lrkfac.core.linalg.definite import check_positive, checked_cholesky
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, LowRankPlusIsotropic, TransposedKronecker
-from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator, TreeOperator
 from lrkfac.core.linalg.triangles import triangles
 
 
-def logdet(operator: Operator) -> Float[Tensor, ""]:
+def logdet(operator: Operator | TreeOperator) -> Float[Tensor, ""]:
     """Return the natural logarithm of the determinant, differentiable in the operator's entries.
 
     For a Kronecker product it is ``d_in log det B + d_out log det A``; of low rank plus diagonal it comes from two

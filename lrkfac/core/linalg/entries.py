@@ -8,13 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
+from lrkfac.core.base.types import Tree
 from lrkfac.core.linalg.custom import check_vectors, method_of
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, LowRankPlusIsotropic, TransposedKronecker
-from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
+from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator, TreeOperator
 
 
-def scale(operator: Operator, c: float | Tensor) -> Operator:
+def scale(operator: Operator | TreeOperator, c: float | Tensor) -> Operator:
     """Return ``c M`` as an operator of the same class.
 
     Args:
@@ -39,7 +40,7 @@ def scale(operator: Operator, c: float | Tensor) -> Operator:
     return custom(c) if custom else _scaled(operator, c)
 
 
-def trace(operator: Operator) -> Float[Tensor, ""]:
+def trace(operator: Operator | TreeOperator) -> Float[Tensor, ""]:
     """Return the sum of the eigenvalues.
 
     Args:
@@ -58,18 +59,18 @@ def trace(operator: Operator) -> Float[Tensor, ""]:
         >>> trace(Diagonal(torch.tensor([1.0, 2.0])))
         tensor(3.)
     """
-    method_of(operator, "trace")
-    return operator.trace()
+    total: Tensor = (method_of(operator, "trace") or operator.trace)()  # type: ignore[union-attr]
+    return total
 
 
-def diagonal(operator: Operator) -> Float[Tensor, " d"]:
+def diagonal(operator: Operator | TreeOperator) -> Tree:
     """Return the diagonal of the matrix, without forming it.
 
     Args:
         operator: One of ``lrkfac.linalg``, or a custom one with a method ``diagonal()``.
 
     Returns:
-        The diagonal, ``[d]``.
+        The diagonal, ``[d]``; of an operator on trees, such as ``curvature.from_state`` returns, a tree.
 
     Raises:
         ValueError: If the entries of ``operator`` do not fit together.
@@ -85,7 +86,7 @@ def diagonal(operator: Operator) -> Float[Tensor, " d"]:
     return custom() if custom else _diagonal(operator)
 
 
-def quadratic_form(operator: Operator, x: Tensor) -> Tensor:
+def quadratic_form(operator: Operator | TreeOperator, x: Tree) -> Tensor:
     """Return ``xᵀ M x``.
 
     Args:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lrkfac.core.base.types import Tree
 from lrkfac.core.linalg.eigenbasis import kron
 
 
@@ -43,6 +44,24 @@ class Operator(Protocol):
 
     def shifted(self, shift: float | Tensor) -> Any:
         """Return ``M + shift I``."""
+        ...
+
+
+@runtime_checkable
+class TreeOperator(Protocol):
+    """A symmetric matrix on trees of tensors, which takes part in the functions of operators by its methods."""
+
+    @property
+    def dimension(self) -> int:
+        """Number of rows."""
+        ...
+
+    def product(self, tree: Tree) -> Tree:
+        """Return ``M tree``."""
+        ...
+
+    def matvec(self, tree: Tree) -> Tree:
+        """Return the same: a tree is the vector."""
         ...
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.types import Tree
 from lrkfac.core.linalg.custom import check_vectors, method_of
 from lrkfac.core.linalg.definite import checked_cholesky
 from lrkfac.core.linalg.determinants import eigenvalues
 from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, TransposedKronecker
-from lrkfac.core.linalg.operators import Dense, Kronecker, LowRankPlusDiagonal, Operator
+from lrkfac.core.linalg.operators import Dense, Kronecker, LowRankPlusDiagonal, Operator, TreeOperator
 from lrkfac.core.linalg.roots import (
     DenseRoot,
     EigenspaceRoot,
@@ -24,7 +25,7 @@ from lrkfac.core.linalg.roots import (
 from lrkfac.core.linalg.triangles import triangles
 
 
-def root(operator: Operator) -> Root:
+def root(operator: Operator | TreeOperator) -> Root:
     """Return ``S`` with ``S Sᵀ = M``.
 
     Args:
@@ -50,7 +51,7 @@ def root(operator: Operator) -> Root:
     return custom() if custom else _root(operator, "operator", inverted=False)
 
 
-def inverse_root(operator: Operator) -> Root:
+def inverse_root(operator: Operator | TreeOperator) -> Root:
     """Return ``S`` with ``S Sᵀ = M⁻¹``, the transposed inverse of ``root(operator)``.
 
     More precise than the root of the inverse: no inverse is made.
@@ -77,7 +78,7 @@ def inverse_root(operator: Operator) -> Root:
     return custom() if custom else _root(operator, "operator", inverted=True)
 
 
-def sample(operator: Operator, noise: Tensor) -> Tensor:
+def sample(operator: Operator | TreeOperator, noise: Tree) -> Tree:
     """Return draws of the normal distribution ``N(0, M)``: ``root(operator)`` times standard normal numbers.
 
     Draws of ``N(0, M⁻¹)``, as of a Laplace posterior, are ``inverse_root(operator).matvec(noise)``.
@@ -88,7 +89,7 @@ def sample(operator: Operator, noise: Tensor) -> Tensor:
             columns of the root: ``d`` for the package's operators.
 
     Returns:
-        One draw ``[d]``, or ``n`` as columns ``[d, n]``.
+        One draw ``[d]``, or ``n`` as columns ``[d, n]``; of an operator on trees, a tree like ``noise``.
 
     Raises:
         ValueError: If ``operator`` is indefinite or singular (which eigenvalue), where values are known, its entries do
@@ -110,7 +111,7 @@ def sample(operator: Operator, noise: Tensor) -> Tensor:
     return root(operator).matvec(noise)
 
 
-def solve(operator: Operator, b: Tensor) -> Tensor:
+def solve(operator: Operator | TreeOperator, b: Tree) -> Tree:
     """Return ``M⁻¹ b``, by ``inverse_root``.
 
     For many calls with one operator make ``inverse(operator)`` once, and use its ``matvec``.
