@@ -18,7 +18,7 @@ from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.generic import Examples
 from lrkfac.core.layers.independence import independence, takes_copies
-from lrkfac.core.layers.movement import Run, Runs, Seen, axis_of, output_axis, placement
+from lrkfac.core.layers.movement import Run, Runs, Seen, axis_of, output_axis, placement, single_outputs
 from lrkfac.core.layers.placement import Placement
 from lrkfac.core.layers.uses import Use
 
@@ -113,9 +113,7 @@ def _described(run: Run, seen: Seen, independent: bool | None, uses: Mapping[str
         for i, (place, _) in enumerate(group):
             if place is not None and place[1].shared and not takes_copies(run, seen, (name, i)):
                 group[i] = (None, True)
-    axis = output_axis(seen.runs)
-    single = axis is not None and axis.outer * axis.inner == 1
-    return Batch(seen.examples.axes, independent, single, pairs)
+    return Batch(seen.examples.axes, independent, single_outputs(seen.runs), pairs)
 
 
 def _hypotheses(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, int]]:

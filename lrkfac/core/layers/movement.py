@@ -50,7 +50,22 @@ def first_output(result: Any) -> Tensor:
 
 def output_axis(runs: Sequence[Runs]) -> BatchAxis | None:
     """Return the place of the examples in the first output, along its leading axis."""
-    return axis_of([(x.examples, first_output(x.result), first_output(x.moved_result)) for x in runs], range(1))
+    return axis_of(_outputs(runs), range(1))
+
+
+def single_outputs(runs: Sequence[Runs]) -> bool:
+    """Return whether the first output has one entry for each example along its leading axis.
+
+    Outputs that are equal for these few examples, such as those behind rectifiers that are all zero, show it by their
+    length: whether others would move is no matter of the description.
+    """
+    outputs = _outputs(runs)
+    axis = axis_of(outputs, range(1)) or _constant_axis(outputs, range(1))
+    return axis is not None and not axis.shared and axis.outer * axis.inner == 1
+
+
+def _outputs(runs: Sequence[Runs]) -> list[tuple[int, Tensor, Tensor]]:
+    return [(x.examples, first_output(x.result), first_output(x.moved_result)) for x in runs]
 
 
 def placement(name: str, number: int, use: Use, runs: Sequence[Runs]) -> tuple[Placement | None, bool]:

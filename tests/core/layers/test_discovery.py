@@ -123,3 +123,15 @@ def test_inputs_and_outputs_may_be_trees():
     for wrap, kind in ((lambda y: [], "list"), (lambda y: None, "NoneType"), (lambda y: ("y", y), "str")):
         with pytest.raises(TypeError, match=rf"model: expected outputs as a tensor.*got {kind}"):
             find_layers(lambda p, x, wrap=wrap: wrap(linear(p, x)), square(), X)
+
+
+@pytest.mark.parametrize("n", [1, 4, 12])
+def test_outputs_that_are_equal_for_all_examples_have_one_entry_for_each(n):
+    """Behind a rectifier that is zero for the few examples that are run; of more, one may be seen to move."""
+    dead = lambda p, x: F.linear(F.relu(F.linear(x, p["weight"], p["bias"])), p["last"])  # noqa: E731
+    params = square(bias=B - 100, last=V)
+    layers = find_layers(dead, params, normal(n, 4))
+    assert layers.single and layers.independent is None and all(layer.by_example for layer in layers)
+    of_all = find_layers(lambda p, x: dead(p, x).mean(0), params, normal(n, 4))
+    in_rows = find_layers(lambda p, x: dead(p, x).flatten(0, 1), params, normal(n, 3, 4))
+    assert not of_all.single and not in_rows.single
