@@ -13,6 +13,7 @@ from lrkfac.core.layers.matrix import layer_matrix
 from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_rank, unit_wise
 from lrkfac.testing import check_transformation
 from tests import cases, reference_networks, test_models
+from tests.described import layers_of
 from tests.dispatch import LargestTensor
 
 DAMPING, DECAY = 0.03, 0.6
@@ -34,7 +35,7 @@ def as_case(name):
 
 
 def layers_and_evaluate(case):
-    layers = lrkfac.find_layers(case.model, case.params, case.inputs)
+    layers = layers_of(case)
     likelihood = getattr(lrkfac, case.likelihood)(**case.likelihood_options)
     evaluate = lrkfac.evaluator(case.model, likelihood, layers, "exact")
     return layers, lambda params, inputs=case.inputs: evaluate(params, inputs, case.targets)

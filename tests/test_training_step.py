@@ -11,6 +11,7 @@ import lrkfac
 from lrkfac.core.curvature.low_rank import LowRankPlusDiagonalStructure, LowRankStructure
 from lrkfac.structures import kronecker
 from tests import cases, reference_networks, reference_optimizers
+from tests.described import layers_of
 from tests.transforms.test_precondition import cast
 
 MLP, WIDTH_ONE, SHIFT, SEQUENCE = cases.LINEAR[0], cases.LINEAR[4], cases.LINEAR[6], cases.SEQUENCE[0]
@@ -58,7 +59,7 @@ FULL_RANK = {
 
 def stepper(case, make, estimator="mc", thin=False):
     """``(params, state, inputs, targets, noise, statistics) -> (params, state, loss)``, and ``init``."""
-    layers = lrkfac.find_layers(case.model, case.params, case.inputs)
+    layers = layers_of(case)
     likelihood = getattr(lrkfac, case.likelihood)(**case.likelihood_options)
     evaluate, tx = lrkfac.evaluator(case.model, likelihood, layers, estimator, thin=thin), make(layers)
 
@@ -177,6 +178,7 @@ ODD = {
 @pytest.mark.parametrize("case", [WIDTH_ONE, MLP, GROUPS], ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_odd_batches_just_work(case, odd, dtype):
+    case = odd(cast(case, dtype))
     for make in (never_dense(1), never_dense(100), dense):
-        path, losses, state = trained(odd(cast(case, dtype)), make, every=2)
+        path, losses, state = trained(case, make, every=2)
         assert all(x.isfinite().all() for x in optree.tree_leaves((path, state, torch.tensor(losses))))

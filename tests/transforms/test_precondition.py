@@ -10,6 +10,7 @@ from lrkfac import precondition_by_fisher
 from lrkfac.linalg import to_dense
 from lrkfac.structures import dense, diagonal, kronecker, low_rank, low_rank_plus_diagonal
 from tests import cases, reference, reference_networks
+from tests.described import layers_of
 from tests.transforms.test_base import close, trained
 
 DENSE = kronecker(dense(), dense())
@@ -28,7 +29,7 @@ each_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=S
 
 def layers_and_evaluate(case, estimator="exact", bias="joint"):
     """The layers of a case, and ``params, statistics=True, noise=None -> Evaluation``."""
-    layers = lrkfac.find_layers(case.model, case.params, case.inputs, bias=bias)
+    layers = layers_of(case, bias)
     likelihood = getattr(lrkfac, case.likelihood)(**case.likelihood_options)
     f = lrkfac.evaluator(case.model, likelihood, layers, estimator)
     return layers, lambda params, **options: f(params, case.inputs, case.targets, **options)

@@ -15,6 +15,7 @@ from lrkfac.core.curvature import covariances
 from lrkfac.core.layers.matrix import split_groups
 from lrkfac.testing import gradients
 from tests import cases, reference_networks
+from tests.described import layers_of
 from tests.tensors import close
 
 CASE = cases.LINEAR[0]
@@ -34,7 +35,7 @@ def likelihood(case):
 
 
 def evaluator_of(case, estimator="mc", bias="joint", **options):
-    layers = find_layers(case.model, case.params, case.inputs, bias=bias)
+    layers = layers_of(case, bias)
     return evaluator(case.model, likelihood(case), layers, estimator, **options)
 
 
@@ -47,7 +48,7 @@ def evaluate(case, estimator="mc", statistics=True, noise=None, **options):
 def factors(case, evaluation):
     """``A`` and ``B`` of every layer, each ``[groups, d, d]``."""
     result, (recorded, gradients, scale) = {}, evaluation.statistics
-    for layer in find_layers(case.model, case.params, case.inputs):
+    for layer in layers_of(case):
 
         def one(a, g, layer=layer):
             result = covariances.kronecker_factors(layer, a, g, scale)
