@@ -1,6 +1,6 @@
 """Gradients held by their rows: the same step, chosen by a count of operations; the gradients themselves not formed."""
 
-from functools import partial
+from functools import cache, partial
 
 import optree
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import lrkfac
 from lrkfac import LazyMatrix, materialize
 from tests import cases
+from tests.described import layers_of
 from tests.dispatch import LargestTensor
 from tests.test_training_step import close, stepper, trained
 from tests.transforms.test_precondition import cast
@@ -45,6 +46,7 @@ def convolved(p, x):
     return linear(p, x)
 
 
+@cache  # which nothing changes
 def problem(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64) / 3  # noqa: E731
@@ -59,9 +61,9 @@ def problem(model, seed=0):
     return cases.Case(model.__name__, model, params, x, y, "categorical", {}, ())
 
 
-def evaluation(model, params, x, y, thin=True, **options):
-    layers = lrkfac.find_layers(model, params, x)
-    return lrkfac.evaluator(model, lrkfac.categorical(), layers, thin=thin)(params, x, y, **options)
+def evaluation(case, thin=True, **options):
+    evaluate = lrkfac.evaluator(case.model, lrkfac.categorical(), layers_of(case), thin=thin)
+    return evaluate(case.params, case.inputs, case.targets, **options)
 
 
 THIN = {linear: {"a", "c"}, transposed: {"a", "c"}, sequence: {"a", "c"}, tied: {"a"}, convolved: {"a", "c"}}
@@ -70,9 +72,9 @@ OPTIONS = {"damping": 0.03, "decay": 0.8, "kl_clip": 1e-3}
 
 def compared(case, make, estimator="mc", rtol=1e-10):
     """A few steps by both routes, statistics at every other."""
-    grads = evaluation(*case[1:5]).grads
+    grads = evaluation(case).grads
     assert {name for name, leaf in grads.items() if isinstance(leaf, LazyMatrix)} == THIN[case.model]
-    (found, _, state), (expected, _, other) = (trained(case, make, estimator, 4, 2, thin) for thin in (True, False))
+    (found, _, state), (expected, _, other) = (trained(case, make, estimator, 3, 2, thin) for thin in (True, False))
     assert optree.tree_structure(state) == optree.tree_structure(other)
     for params, others in zip(found, expected, strict=True):
         close(params, others, rtol)
@@ -94,7 +96,7 @@ def test_both_routes_agree(model, seed, rank, estimator, decay, momentum):
     compared(problem(model, seed), make, estimator)
 
 
-LAYERS = lrkfac.find_layers(*problem(linear)[1:4])
+LAYERS = layers_of(problem(linear))
 PRECONDITION = lrkfac.precondition_by_fisher(LAYERS, rank=3)
 DECAYS = {name: 0.1 * i for i, name in enumerate("abcde")}
 CHAINS = {
@@ -144,10 +146,10 @@ def test_the_choice_is_the_count_of_operations(n, d_in, d_out, positions, bias):
 
 
 def test_other_products_take_gradients_that_are_not_formed_and_some_examples_give_statistics():
-    problem_of_linear = problem(linear)[1:5]
-    e = evaluation(*problem_of_linear, examples=torch.tensor([0, 2]))
+    case = problem(linear)
+    e = evaluation(case, examples=torch.tensor([0, 2]))
     matrices = materialize(e.grads)
-    torch.testing.assert_close(matrices, evaluation(*problem_of_linear, thin=False).grads)
+    torch.testing.assert_close(matrices, evaluation(case, thin=False).grads)
     assert torch.equal(e.quadratic(e.grads, e.grads), e.quadratic(matrices, matrices))
     assert all(map(torch.equal, e.product(e.grads).values(), e.product(matrices).values()))
 
@@ -178,9 +180,10 @@ def test_what_is_not_held_by_rows_is_scaled_and_formed_at_the_end():
     params = {"w": torch.randn(64, 64)}
     model = lambda p, x: F.linear(x, p["w"])  # noqa: E731
     x, y = torch.randn(64, 64), torch.randint(64, (64,))
-    tx, made = lrkfac.low_rank_kfac(lrkfac.find_layers(model, params, x), 0.1), []
+    case = cases.Case("square", model, params, x, y, "categorical", {}, ())
+    tx, made = lrkfac.low_rank_kfac(layers_of(case), 0.1), []
     for thin in (True, False):
-        state, e = tx.init(params), evaluation(model, params, x, y, thin, statistics=False)
+        state, e = tx.init(params), evaluation(case, thin, statistics=False)
         assert isinstance(e.grads["w"], torch.Tensor) and e.thin == thin
         with LargestTensor(64**2) as count:
             updates, _ = tx.update(e.grads, state, params, evaluation=e)

@@ -3,6 +3,8 @@
 import optree
 import torch
 
+from tests.described import identity
+
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
 """Relative differences of a few training steps between a device and float64 on the CPU, by dtype."""
 
@@ -18,11 +20,16 @@ def moved(tree, device, dtype=None):
     return optree.tree_map(move, tree)
 
 
+_MOVED = {}
+
+
 def moved_case(case, device, dtype):
-    """A case of ``tests/cases.py``."""
-    return case._replace(
-        **moved({name: getattr(case, name) for name in ("params", "inputs", "targets")}, device, dtype)
-    )
+    """A case of ``tests/cases.py``; the same one for each call, so that its layers are described once."""
+    key = (*identity(case), str(device), dtype)
+    if key not in _MOVED:
+        tensors = {name: getattr(case, name) for name in ("params", "inputs", "targets")}
+        _MOVED[key] = case, case._replace(**moved(tensors, device, dtype))
+    return _MOVED[key][1]
 
 
 def on_device(tree, device):

@@ -1,6 +1,6 @@
 """Layers of every kind, likelihoods and evaluations on the device: what they are on the CPU, in float64."""
 
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 
 import pytest
@@ -20,23 +20,28 @@ OPERATIONS = reference_kinds.operations()
 TARGETS = torch.tensor([2, 0, 1, 1])
 
 
-def evaluated(operation, device, dtype, estimator):
+@cache
+def of_operation(name, device, dtype):
+    """The model, its layers, parameters and inputs."""
+    operation = OPERATIONS[name]
     operation = operation._replace(**moved({"params": operation.params, "inputs": operation.inputs}, device, dtype))
     params = moved(reference_kinds.with_head(operation._replace(params=operation.params)), device, dtype)
     model = partial(reference_kinds.network, operation)
-    layers = lrkfac.find_layers(model, params, operation.inputs, strict=True)
+    return model, lrkfac.find_layers(model, params, operation.inputs, strict=True), params, operation.inputs
+
+
+def evaluated(name, device, dtype, estimator):
+    model, layers, params, inputs = of_operation(name, device, dtype)
     noise = moved(torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64), device, dtype)
     evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)
     noise = noise if estimator == "mc" else None
-    return layers, evaluate(params, operation.inputs, TARGETS.to(device), noise=noise)
+    return layers, evaluate(params, inputs, TARGETS.to(device), noise=noise)
 
 
 @pytest.mark.parametrize("estimator", ["mc", "exact", "empirical", "forward_only"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_kind_of_layer(device, dtype, name, estimator):
-    found, expected = (
-        evaluated(OPERATIONS[name], *where, estimator) for where in ((device, dtype), ("cpu", torch.float64))
-    )
+    found, expected = (evaluated(name, *where, estimator) for where in ((device, dtype), ("cpu", torch.float64)))
     assert found[0] == expected[0]
     for field in ("loss", "grads", "statistics"):
         leaves = getattr(found[1], field), getattr(expected[1], field)

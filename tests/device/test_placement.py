@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrkfac
 from tests import cases
+from tests.described import layers_of
 from tests.device.conftest import chosen_device
 from tests.device.moving import moved_case, on_device
 from tests.device.test_steps import CHAINS, WIDE
@@ -102,6 +103,16 @@ def test_a_tensor_elsewhere_is_noted():
         assert every.found == ["aten.mul.Tensor"] and not with_axes.found
         torch.ones(2)
     assert with_axes.found == ["aten.ones.default"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layers_are_found_whatever_the_default_device(case):
+    torch.set_default_device("meta")
+    try:
+        found = lrkfac.find_layers(case.model, case.params, case.inputs)
+    finally:
+        torch.set_default_device(None)
+    assert found == layers_of(case)
 
 
 @pytest.mark.parametrize("chain", CHAINS)

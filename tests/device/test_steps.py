@@ -13,6 +13,7 @@ from lrkfac import __main__ as command
 from lrkfac.structures import full, kronecker, low_rank, low_rank_plus_diagonal, unit_wise
 from lrkfac.testing import check_transformation
 from tests import cases
+from tests.described import layers_of
 from tests.device.moving import TOLERANCE, close, moved, moved_case, on_device
 from tests.test_training_step import OPTIONS, RATE, chained, never_dense, noises, stepper
 
@@ -63,7 +64,7 @@ def test_steps_are_those_of_the_cpu(device, dtype, case, chain):
 @pytest.mark.parametrize("chain", ["kept low rank", "dense", "adaptive", "corrected"])
 def test_laws_of_transformations(device, dtype, chain):
     case = moved_case(MLP, device, dtype)
-    layers = lrkfac.find_layers(case.model, case.params, case.inputs)
+    layers = layers_of(case)
     evaluate = lrkfac.evaluator(case.model, lrkfac.categorical(), layers, "exact")
 
     def evaluated(params):
@@ -130,7 +131,7 @@ def normal_images():
 
 def test_diagnostics(device):
     case = moved_case(MLP, device, torch.float32)
-    layers = lrkfac.find_layers(case.model, case.params, case.inputs)
+    layers = layers_of(case)
     evaluation = lrkfac.evaluator(case.model, lrkfac.categorical(), layers)(case.params, case.inputs, case.targets)
     tx = lrkfac.low_rank_kfac(layers, 0.1, rank=2)
     updates, state = tx.update(evaluation.grads, tx.init(case.params), case.params, evaluation=evaluation)

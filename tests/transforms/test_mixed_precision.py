@@ -1,5 +1,7 @@
 """``precondition_by_fisher(dtype=)``: what is held, reduced and applied in it, whatever the model's dtype is."""
 
+from functools import cache
+
 import optree
 import pytest
 import torch
@@ -54,6 +56,9 @@ class Problem:
         return updates, state
 
 
+problem_of = cache(Problem)  # which nothing changes
+
+
 def dtypes(tree):
     return {leaf.dtype for leaf in optree.tree_leaves(tree) if leaf.is_floating_point()}
 
@@ -61,7 +66,7 @@ def dtypes(tree):
 @pytest.mark.parametrize("model_dtype, dtype, held", HELD, ids=str)
 @each_structure
 def test_states_have_the_chosen_dtype_and_updates_that_of_the_gradients(structure, model_dtype, dtype, held):
-    problem = Problem(model_dtype, thin=True, width=16)
+    problem = problem_of(model_dtype, thin=True, width=16)
     tx = precondition_by_fisher(problem.layers, structure, dtype=dtype)
     updates, state = problem.run(tx)
     assert dtypes(tx.init(problem.params)) == dtypes(state) == {held}
@@ -70,7 +75,7 @@ def test_states_have_the_chosen_dtype_and_updates_that_of_the_gradients(structur
 
 @each_structure
 def test_neither_scalars_of_another_dtype_nor_autocast_reach_the_linear_algebra(structure):
-    problem = Problem(FLOAT32)
+    problem = problem_of(FLOAT32)
     numbers = torch.tensor([0.03, 0.8], dtype=FLOAT64)
     tx = precondition_by_fisher(problem.layers, structure, damping=numbers[0], decay=numbers[1])
     e, start = problem.evaluation(), problem.run(tx)[1]
@@ -109,7 +114,7 @@ def test_statistics_are_reduced_in_the_chosen_dtype(dtype, seed):
 @each_structure
 def test_gradients_lose_nothing_to_a_narrower_inverse(structure):
     """What is applied is linear to the rounding of the gradients."""
-    problem = Problem(FLOAT64)
+    problem = problem_of(FLOAT64)
     tx = precondition_by_fisher(problem.layers, structure, dtype=FLOAT32)
     _, state = problem.run(tx)
     e = problem.evaluation()._replace(statistics=None)
@@ -129,7 +134,7 @@ def test_gradients_lose_nothing_to_a_narrower_inverse(structure):
     ],
 )
 def test_a_state_in_another_dtype_is_refused(model, chosen, other, words):
-    problem = Problem(model)
+    problem = problem_of(model)
     state, e = precondition_by_fisher(problem.layers, dtype=chosen).init(problem.params), problem.evaluation()
     with pytest.raises(ValueError, match=words):
         precondition_by_fisher(problem.layers, dtype=other).update(e.grads, state, problem.params, evaluation=e)

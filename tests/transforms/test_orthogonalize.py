@@ -87,7 +87,7 @@ def test_steps_of_full_rank_equal_the_reference(case, power, normalized):
     rate = -0.01 if normalized else -1e-3
     tx = lrkfac.chain(tx, lrkfac.scale(rate))
     grads, averages = [], None
-    for i, step in enumerate(trained(tx, case.params, evaluate, 5)):
+    for i, step in enumerate(trained(tx, case.params, evaluate, 3)):
         if i % 2 == 0:
             averages = reference_networks.averaged_factors(case, averages, "exact", 0.8)
         grads.append(reference_networks.gradients(case))

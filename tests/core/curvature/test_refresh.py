@@ -1,6 +1,6 @@
 """Blocks of equal form, stacked: the same as one by one, in a number of operations that depth does not change."""
 
-from functools import partial
+from functools import cache, partial
 
 import optree
 import pytest
@@ -43,6 +43,7 @@ def drawing(seed, dtype=torch.float64):
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+@cache  # which nothing changes
 def deep(depth, width=6, positions=(), norms=False, transposed=False, dtype=torch.float64, **options):
     """``depth`` equal layers, also with norms of two widths between them, and a last layer of another size."""
     draw = drawing(depth, dtype)
@@ -62,6 +63,7 @@ def deep(depth, width=6, positions=(), norms=False, transposed=False, dtype=torc
     return problem(model, params, draw, (4, *positions, width), **options)
 
 
+@cache
 def convolutions(depth, groups=1):
     draw = drawing(depth)
     params = {f"l{i}": {"w": draw(4, 4 // groups, 3, 3) / 6, "b": draw(4)} for i in range(depth)}

@@ -1,5 +1,7 @@
 """Layers inside ``torch.func.vmap`` within the model: those of a batch; and what all derivatives within it share."""
 
+from functools import cache
+
 import optree
 import pytest
 import torch
@@ -95,15 +97,16 @@ def unflatten(x):
     return {k: part.reshape(P[k].shape) for k, part in zip(P, x.split(SIZES), strict=True)}
 
 
-def explicit(model, x=X, targets=None):
+@cache
+def explicit(model):
     """Outputs, targets, gradient and Fisher matrix of a Gaussian likelihood, by ``torch.autograd`` alone."""
     leaves = [leaf.clone().requires_grad_() for leaf in P.values()]
-    outputs = model(dict(zip(P, leaves, strict=True)), x.clone())
+    outputs = model(dict(zip(P, leaves, strict=True)), X.clone())
     rows = [torch.autograd.grad(f, leaves, retain_graph=True, materialize_grads=True) for f in outputs.flatten()]
     J = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
     outputs = outputs.detach()
     targets = normal(*outputs.shape, seed=7)
-    return outputs, targets, J.mT @ (outputs - targets).flatten() / len(x), J.mT @ J / len(x)
+    return outputs, targets, J.mT @ (outputs - targets).flatten() / N, J.mT @ J / N
 
 
 def close(x, expected):
