@@ -44,6 +44,7 @@ from lrkfac.transforms.precondition import precondition_by_fisher
 from lrkfac.transforms.quadratic_model import scale_by_quadratic_model
 from lrkfac.transforms.quadratic_options import QuadraticModelOptions
 from lrkfac.transforms.robust import apply_if_finite
+from lrkfac.transforms.sample_space import precondition_in_sample_space
 from lrkfac.transforms.scaling import scale, scale_by_learning_rate
 from lrkfac.transforms.slope_and_curvature import scale_by_slope_and_curvature
 from lrkfac.untuned_chains import adaptive_low_rank_kfac, spectral_kfac
@@ -93,6 +94,7 @@ __all__ = [
     "partition",
     "poisson",
     "precondition_by_fisher",
+    "precondition_in_sample_space",
     "ranks_by_trace",
     "round_robin_refresh",
     "scale",

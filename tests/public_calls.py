@@ -42,6 +42,7 @@ LAYERS = lrkfac.find_layers(MODEL, P, X)
 EVALUATE, EXACT = (lrkfac.evaluator(MODEL, lrkfac.categorical(), LAYERS, estimator) for estimator in ("mc", "exact"))
 E = EVALUATE(P, X, Y)
 WITHOUT = EVALUATE(P, X, Y, statistics=False)
+OF_COLUMNS = EXACT(P, X, Y)
 G = E.grads
 FOLDER = Path(tempfile.mkdtemp())
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
@@ -88,7 +89,8 @@ for name in ("Dense", "Diagonal", "Kronecker", "LowRankPlusDiagonal", "LowRankPl
 public("Likelihood", {"name": "x", "negative_log_likelihood": torch.sub, "sample": torch.add, "square_root": torch.mul},
     name=among(1, *NOTHING), event_axes=among(1, "x", (0,), (1.5,), [1], (True,), 1j, object()),
     **{name: FUNCTION for name in ("negative_log_likelihood", "sample", "square_root")},
-    **{name: FUNCTION.filter(lambda x: x is not None) for name in ("check", "product", "weights", "weighted_loss")})
+    **{name: FUNCTION.filter(lambda x: x is not None)
+       for name in ("check", "product", "weights", "weighted_loss", "residual")})
 
 # Models, likelihoods, curvature.
 public("from_module", {"module": NET},

@@ -22,7 +22,7 @@ from tests.bad_values import (
     tree,
 )
 from tests.public import BY_SHORT_NAME
-from tests.public_calls import LAYERS, NOT_GROUPS, NOT_LAYERS, NOT_TREES, WITHOUT, E, G, P, public, valid
+from tests.public_calls import LAYERS, NOT_GROUPS, NOT_LAYERS, NOT_TREES, OF_COLUMNS, WITHOUT, E, G, P, public, valid
 
 # Tables, of few lines each entry.
 # fmt: off
@@ -81,6 +81,8 @@ public("join_schedules", {"schedules": [SCHEDULE, SCHEDULE], "boundaries": [5]},
 public("precondition_by_fisher", {"layers": LAYERS}, layers=NOT_LAYERS, structure=STRUCTURE, rank=RANK,
     damping=POSITIVE, decay=SHARE, fallback=TRANSFORMATION.filter(lambda x: x is not None), differentiable=FLAG,
     balanced=FLAG, owners=NOT_GROUPS, **OF_DTYPE)
+public("precondition_in_sample_space", {"layers": LAYERS}, layers=NOT_LAYERS, damping=POSITIVE, momentum=SHARE,
+    fallback=TRANSFORMATION.filter(lambda x: x is not None), **OF_DTYPE)
 public("scale_by_quadratic_model", {"preconditioner": PRECONDITION}, preconditioner=TRANSFORMATION, damping=POSITIVE,
     weight_decay=DECAYS, kl_clip=KL_CLIP, gradient_decay=SHARE_OR_NONE, options=NOT_OPTIONS)
 public("QuadraticModelOptions", damping_decay=number(0, 1, includes_low=False), max_steps=integer(),
@@ -127,6 +129,7 @@ STATEFUL = {"scale_by_learning_rate(schedule)": lrkfac.scale_by_learning_rate(SC
     "inject_hyperparams": lrkfac.inject_hyperparams(lrkfac.trace)(decay=0.9),
     "chain": lrkfac.chain(lrkfac.trace(0.9), lrkfac.scale(0.1)), "precondition_by_fisher": PRECONDITION,
     "scale_by_quadratic_model": lrkfac.scale_by_quadratic_model(PRECONDITION),
+    "precondition_in_sample_space": lrkfac.precondition_in_sample_space(LAYERS, momentum=0.5),
     "orthogonalize_by_fisher": lrkfac.orthogonalize_by_fisher(LAYERS, rank=1),
     "spectral_kfac": lrkfac.spectral_kfac(LAYERS, 0.1, rank=1, weight_decay=0.1),
     "spectral_kfac(None)": lrkfac.spectral_kfac(LAYERS, rank=1, weight_decay=0.1),
@@ -137,6 +140,7 @@ STATEFUL = {"scale_by_learning_rate(schedule)": lrkfac.scale_by_learning_rate(SC
 # fmt: on
 OF_LAYERS = {
     "precondition_by_fisher",
+    "precondition_in_sample_space",
     "orthogonalize_by_fisher",
     "scale_by_quadratic_model",
     "kfac",
@@ -147,14 +151,15 @@ OF_LAYERS = {
 }
 NEED_EVALUATION = OF_LAYERS | {"clip_by_kl", "scale_by_slope_and_curvature"}
 TAKE_EVALUATION = {"apply_if_finite", "accumulate", "masked", "partition"}
-NEED_PARAMS = OF_LAYERS - {"precondition_by_fisher", "orthogonalize_by_fisher"} | {
+NEED_PARAMS = OF_LAYERS - {"precondition_by_fisher", "precondition_in_sample_space", "orthogonalize_by_fisher"} | {
     "add_decayed_weights",
     "ema_params",
     "scale_by_slope_and_curvature",
 }
 OTHERS_STATE = PRECONDITION.init(P), lrkfac.chain(lrkfac.trace(0.9)).init(P), lrkfac.scale_by_adam().init(P)
 for name, tx in {**STATELESS, **STATEFUL}.items():
-    state, evaluation = tx.init(P), E._replace(statistics=None) if name == "accumulate" else E
+    state, evaluation = tx.init(P), OF_COLUMNS if name == "precondition_in_sample_space" else E
+    evaluation = E._replace(statistics=None) if name == "accumulate" else evaluation
     shaped = (name not in STATELESS and name != "scale_by_learning_rate(schedule)") or name == "add_decayed_weights"
     others = [x for x in (1, "x", *NOTHING, *OTHERS_STATE) if type(x) is not type(state) or (x and type(x) is tuple)]
     bad = {"updates": tree(G, shapes=shaped), "state": among(*others)}

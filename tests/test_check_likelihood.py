@@ -48,6 +48,7 @@ WRONG = [
     (WITHOUT, {"square_root": lambda f, z: z[:, :2]}, r"square_root: of the shape of outp.* \(3, 2\)"),
     (LAPLACE, {"square_root": lambda f, z: 1.5 * z}, "square_root, sample and negative_log_likelihood disagree"),
     (B, {"product": lambda f, t: f.sigmoid() * t}, "product: H tangent = S Sᵀ tangent"),
+    (B, {"residual": lambda f, score: score}, "residual: S coefficients = score"),
     (B, {"negative_log_likelihood": lambda f, y: SUM(f, y).mean()}, r"one .* for each of 3 terms, got the shape \(\)"),
     (B, {"negative_log_likelihood": lambda f, y: SUM(f, y) + f.mean()}, "depend on outputs of their own alone"),
     (B, {"negative_log_likelihood": P.negative_log_likelihood}, "sample: the gradient .* has mean 0"),

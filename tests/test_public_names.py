@@ -17,7 +17,7 @@ PROMISED = """
     evaluator Evaluation Statistics merge_evaluations LazyMatrix materialize unshard check_replicas
     GradientTransformation chain identity precondition_by_fisher scale_by_quadratic_model QuadraticModelOptions
     scale_by_slope_and_curvature
-    orthogonalize_by_fisher spectral_kfac linalg.polar
+    precondition_in_sample_space orthogonalize_by_fisher spectral_kfac linalg.polar
     clip clip_by_kl clip_by_global_norm trace ema_params add_decayed_weights scale scale_by_learning_rate scale_by_adam
     masked partition apply_if_finite accumulate inject_hyperparams apply_updates round_robin_refresh factor_drift
     low_rank_kfac kfac adaptive_low_rank_kfac LowRankKFAC diagnose explain ranks_by_trace
@@ -61,6 +61,7 @@ SIGNATURES = {
     "low_rank_kfac": "layers learning_rate rank=32 damping=0.03 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
     "kfac": "layers learning_rate damping=0.03 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
     "precondition_by_fisher": "layers structure=None rank=None damping=0.03 decay=0.95 fallback=None",
+    "precondition_in_sample_space": "layers damping=0.001 momentum=0.0 fallback=None dtype=None",
     "orthogonalize_by_fisher": "layers rank=16 power=0.25 momentum=0.95 decay=0.8 damping=0.001 fallback=None",
     "spectral_kfac": "layers learning_rate=None rank=16",
     "linalg.polar": "matrix iterations=6",

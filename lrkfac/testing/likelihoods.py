@@ -24,7 +24,8 @@ def check_likelihood(
     * there is one negative log-likelihood for each term, which depends on the outputs of this term alone;
     * weights are nonnegative, one for each term, and equal (``mean`` and ``hessian``) unless there is a
       ``weighted_loss``, whose terms are not checked; the loss is finite;
-    * ``square_root`` is linear, term by term, and ``product`` is ``S Sᵀ``;
+    * ``square_root`` is linear, term by term, and ``product`` is ``S Sᵀ``; ``S`` of the ``residual`` of a score is the
+      score;
     * ``sample`` depends on nothing but its arguments, and over draws the gradient of the negative log-likelihood
       has mean 0 and second moment ``S Sᵀ``, each within six standard errors.
 
@@ -63,6 +64,7 @@ def check_likelihood(
         drawn.shape == (len(many), *targets.shape[1:]), f"sample: targets of the shape of these, got {drawn.shape}"
     )
     _check_terms(likelihood, outputs, likelihood.sample(outputs, noise[0]))
+    _check_residual(likelihood, outputs, likelihood.sample(outputs, noise[0]))
     _check_moments(likelihood, outputs, many, drawn)
 
 
@@ -116,6 +118,15 @@ def _check_root(likelihood: Likelihood, outputs: Tensor) -> None:
     alone[0] = x[0]
     others = root(alone)[1:]
     check_law(not others.any(), "square_root: acts on each term alone")
+
+
+def _check_residual(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:
+    if likelihood.residual is None:
+        return
+    score = 3 * grad(lambda f: likelihood.negative_log_likelihood(f, targets).sum())(outputs)
+    found = likelihood.square_root(outputs, likelihood.residual(outputs, score))
+    tolerance = 1e4 * torch.finfo(outputs.dtype).eps
+    check_close(found, score, tolerance, "residual: S coefficients = score")
 
 
 def _check_terms(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:

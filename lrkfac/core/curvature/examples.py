@@ -80,8 +80,8 @@ class LayerStatistics:
         d_out, d_in = self.layer.d_out, self.layer.d_in
         numbers = sum(x.numel() for x in (*self.inputs, *self.gradients))
         rows, positions = None, 0
-        if all(KINDS[kind].rows is not None for kind in self.layer.kinds):
-            rows = self._rows()
+        if has_rows(self.layer):
+            rows = rows_by_example(self.layer, self.inputs, self.gradients)
             positions = rows[0].shape[1]
         if rows is not None and positions == 1:
             totals = _without_sharing(*rows, output_vectors, input_vectors)
@@ -96,26 +96,34 @@ class LayerStatistics:
         scaled = [self.scale.to(total.dtype) * total for total in totals]
         return Moments(*(scaled if self.processes is None else self.processes.sum(scaled)))
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """Return ``a`` ``[n, positions, d_in]`` and ``g`` ``[k, n, positions, d_out]``."""
-        joint = self.layer.bias is not None
-        inputs, gradients = [], []
-        for a, g, kind in zip(self.inputs, self.gradients, self.layer.kinds, strict=True):
-            of_kind = KINDS[kind].rows
-            assert of_kind is not None
-            g = wide(g).reshape(*g.shape[:2], -1, g.shape[-1])
-            a = of_kind(wide(a), self.layer.d_in - joint).unflatten(0, (g.shape[1], -1))
-            a = a.expand(-1, g.shape[2], -1)  # the constant input of a bias has no positions
-            inputs.append(torch.cat([a, torch.ones_like(a[..., :1])], dim=-1) if joint else a)
-            gradients.append(g)
-        return torch.cat(inputs, dim=1), torch.cat(gradients, dim=2)
-
     def _by_matrices(self, a: Uses, g: Uses, u: Tensor, v: Tensor) -> Moments:
         matrices = example_gradients(self.layer, a, g).flatten(0, 1)
         left, right = u.mT @ matrices, matrices @ v
         squares = (x.square().sum(dim=0) for x in (left @ v, left, right, matrices))
         kept, output, input, total = squares
         return Moments(kept, output.sum(dim=1), input.sum(dim=0), total.sum())
+
+
+def has_rows(layer: Layer) -> bool:
+    """Return whether the rows of a layer need no unfolding."""
+    return all(KINDS[kind].rows is not None for kind in layer.kinds)
+
+
+def rows_by_example(
+    layer: Layer, inputs: Uses, gradients: Uses
+) -> tuple[Float[Tensor, "n t i"], Float[Tensor, "k n t o"]]:
+    """Return the rows ``a`` and ``g`` of one group by example and position; see ``has_rows``."""
+    joint = layer.bias is not None
+    of_inputs, of_gradients = [], []
+    for a, g, kind in zip(inputs, gradients, layer.kinds, strict=True):
+        rows = KINDS[kind].rows
+        assert rows is not None
+        g = wide(g).reshape(*g.shape[:2], -1, g.shape[-1])
+        a = rows(wide(a), layer.d_in - joint).unflatten(0, (g.shape[1], -1))
+        a = a.expand(-1, g.shape[2], -1)  # the constant input of a bias has no positions
+        of_inputs.append(torch.cat([a, torch.ones_like(a[..., :1])], dim=-1) if joint else a)
+        of_gradients.append(g)
+    return torch.cat(of_inputs, dim=1), torch.cat(of_gradients, dim=2)
 
 
 def _without_sharing(a: Tensor, g: Tensor, u: Tensor, v: Tensor) -> Moments:

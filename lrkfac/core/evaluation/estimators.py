@@ -57,6 +57,7 @@ def estimate(
         raise ValueError(f"noise: expected none for the estimator {estimator!r}, which draws nothing")
     scale, factors = heads.normalization(captured.outputs, targets)
     gradients: dict[str, Uses]
+    residuals: Uses = ()
     if estimator == "forward_only":
         gradients = dict.fromkeys(rows, ())
     elif estimator == "empirical":
@@ -69,9 +70,11 @@ def estimate(
         if estimator == "exact":
             signs = random_signs(heads, captured.outputs, noise, processes) if signed else None
             at_probes = exact_cotangents(heads, captured.outputs, targets, factors, to_probes, signs)
+            if not signed and processes is None:
+                residuals = heads.residuals(captured.outputs, targets, factors)
         else:
             drawn = samples, noise, processes
             at_probes = sampled_cotangents(heads, captured.outputs, targets, factors, to_probes, *drawn)
             scale = scale / samples
         gradients = {name: uses for name, (_, uses) in captured.rows(at_probes).items()}
-    return Statistics({name: inputs for name, (inputs, _) in rows.items()}, gradients, scale)
+    return Statistics({name: inputs for name, (inputs, _) in rows.items()}, gradients, scale, residuals)

@@ -223,7 +223,8 @@ class Evaluator:
             rows = loss_rows(objective, captured, targets, summed=True).rows
         else:
             rows = captured.single_rows(captured.probes)  # for the inputs; the zero gradients only give shapes
-        return self._estimate(objective.heads, captured, rows, targets, noise)
+        # The gradient is that of all examples.
+        return self._estimate(objective.heads, captured, rows, targets, noise)._replace(residuals=())
 
 
 def _size(outputs: Tensor, examples: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from lrkfac.core.base.trees import materialize, weighted
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.joined import joined
-from lrkfac.core.layers.statistics import Statistics
+from lrkfac.core.layers.statistics import Statistics, Uses
 
 
 def merge_evaluations(evaluations: Sequence[Evaluation], group: Any = None) -> Evaluation:
@@ -192,10 +192,15 @@ def merged_statistics(parts: Sequence[Statistics | None], shares: Sequence[Tenso
         optree.tree_map(lambda g, share=share: torch.where(share > 0, g, 0), part.output_gradients)
         for part, share in zip(statistics, shares, strict=True)
     ]
+    residuals: list[Uses] = [
+        optree.tree_map(lambda x, share=share: torch.where(share > 0, x, 0), part.residuals)
+        for part, share in zip(statistics, shares, strict=True)
+    ]
     return Statistics(
         concatenated([part.inputs for part in statistics], 0, "statistics: inputs"),
         concatenated(gradients, 1, "statistics: output gradients"),
         1 / torch.stack([1 / part.scale for part in statistics]).sum(),
+        concatenated(residuals, 1, "statistics: residuals") if all(residuals) else (),
     )
 
 

@@ -52,7 +52,7 @@ def select_layers(statistics: Statistics, names: tuple[str, ...] | None) -> Stat
     if names is None:
         return statistics
     parts = [{name: uses if name in names else () for name, uses in part.items()} for part in statistics[:2]]
-    return Statistics(parts[0], parts[1], statistics.scale)
+    return Statistics(parts[0], parts[1], *statistics[2:])
 
 
 def select_examples(layers: Layers, inputs: Tree, targets: list[Tensor], examples: Tensor) -> tuple[Tree, list[Tensor]]:

@@ -23,6 +23,9 @@ class Statistics(NamedTuple):
         output_gradients: ``output_gradients[name][use]`` are the gradients ``g`` at its outputs, ``[k, N, ...]``; no
             use at all (``"forward_only"``) stands for ``B = I``.
         scale: Factor of the sum, ``[]``.
+        residuals: With ``"exact"``, one tensor ``ρ`` ``[k, N]``: with the gradient ``G`` of a term in all weights that
+            ``a`` and ``g`` of one column give, the gradient of the loss is ``scale * sum of ρ G``. Empty for other
+            estimators, with random signs, for some of the examples, and for likelihoods without ``residual``.
 
     Examples:
         >>> import torch, lrkfac
@@ -39,3 +42,4 @@ class Statistics(NamedTuple):
     inputs: dict[str, Uses]
     output_gradients: dict[str, Uses]
     scale: Tensor
+    residuals: Uses = ()

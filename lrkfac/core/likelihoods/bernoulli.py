@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrkfac.core.base.arguments import check_target_dtype, check_target_range, check_target_shape
 from lrkfac.core.base.dtypes import wide
-from lrkfac.core.likelihoods.protocol import Likelihood, sum_per_example
+from lrkfac.core.likelihoods.protocol import Likelihood, quotient, sum_per_example
 
 
 def bernoulli() -> Likelihood:
@@ -30,7 +30,9 @@ def bernoulli() -> Likelihood:
             are on the CPU and their values known).
         TypeError: At evaluation, if targets are neither floating-point numbers nor bools.
     """
-    return Likelihood("bernoulli", _negative_log_likelihood, _sample, _square_root, _check, _product)
+    return Likelihood(
+        "bernoulli", _negative_log_likelihood, _sample, _square_root, _check, _product, residual=_residual
+    )
 
 
 def _negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -48,6 +50,10 @@ def _square_root(outputs: Tensor, coefficients: Tensor) -> Tensor:
 
 def _product(outputs: Tensor, tangent: Tensor) -> Tensor:
     return (_variances(outputs) * tangent).to(outputs.dtype)
+
+
+def _residual(outputs: Tensor, score: Tensor) -> Tensor:
+    return quotient(wide(score), _variances(outputs).sqrt()).to(outputs.dtype)
 
 
 def _variances(outputs: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_number, check_target_shape, check_values
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.eager import has_values
-from lrkfac.core.likelihoods.protocol import Likelihood, Weights
+from lrkfac.core.likelihoods.protocol import Likelihood, Weights, quotient
 
 
 def categorical(
@@ -79,6 +79,7 @@ def categorical(
         (axis,),
         None if family.plain else family.weights,
         None if family.plain else family.weighted_loss,
+        family.residual,
     )
 
 
@@ -109,6 +110,10 @@ class _Categorical:
         p = wide(outputs).softmax(dim=self.axis)
         weighted = p.sqrt() * coefficients
         return (weighted - p * weighted.sum(dim=self.axis, keepdim=True)).to(outputs.dtype)
+
+    def residual(self, outputs: Tensor, score: Tensor) -> Tensor:
+        # Of a score, whose entries add up to 0, S takes away nothing but the factor.
+        return quotient(wide(score), wide(outputs).softmax(dim=self.axis).sqrt()).to(outputs.dtype)
 
     def product(self, outputs: Tensor, tangent: Tensor) -> Tensor:
         p = wide(outputs).softmax(dim=self.axis)

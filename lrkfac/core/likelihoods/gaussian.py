@@ -49,7 +49,13 @@ def gaussian(variance: float | Tensor = 1.0) -> Likelihood:
         raise ValueError(f"variance: expected a positive finite number, or a tensor of them, got {variance}")
     family = _Gaussian(values if isinstance(variance, Tensor) else variance)
     return Likelihood(
-        "gaussian", family.negative_log_likelihood, family.sample, family.square_root, family.check, family.product
+        "gaussian",
+        family.negative_log_likelihood,
+        family.sample,
+        family.square_root,
+        family.check,
+        family.product,
+        residual=family.residual,
     )
 
 
@@ -73,6 +79,9 @@ class _Gaussian:
 
     def product(self, outputs: Tensor, tangent: Tensor) -> Tensor:
         return (wide(tangent) / self._variance_like(outputs)).to(outputs.dtype)
+
+    def residual(self, outputs: Tensor, score: Tensor) -> Tensor:
+        return (wide(score) * self._variance_like(outputs) ** 0.5).to(outputs.dtype)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         one = tuple(outputs.shape[1:])

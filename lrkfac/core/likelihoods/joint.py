@@ -146,6 +146,18 @@ class Joint:
         examples = max(outputs[0].shape[0], 1)
         return torch.full_like(inverse[0], 1 / examples), [(examples * x).sqrt() for x in inverse]
 
+    def residuals(self, outputs: Leaves, targets: Leaves, factors: Sequence[Tensor | float]) -> tuple[Tensor, ...]:
+        """Return ``ρ`` ``[columns, N]``, with which the columns times ``factors`` add up to the loss' derivative.
+
+        That is ``Σ wₙ`` times the derivative in the outputs of a single head, that times the number of examples for
+        several. Empty where a likelihood has no ``residual``.
+        """
+        if any(head.residual is None for head in self.heads):
+            return ()
+        each = zip(self.heads, outputs, targets, factors, strict=True)
+        rows = [(factor * head.weighted_residual(f, y)).reshape(len(f), -1) for head, f, y, factor in each]
+        return (torch.cat(rows, dim=1).mT,)
+
     def columns(self, outputs: Leaves) -> int:
         """Return the number of columns of the square root of every example's Hessian.
 

@@ -35,7 +35,7 @@ def poisson() -> Likelihood:
             the CPU and their values known).
         TypeError: At evaluation, if targets are bools or complex.
     """
-    return Likelihood("poisson", _negative_log_likelihood, _sample, _square_root, _check, _product)
+    return Likelihood("poisson", _negative_log_likelihood, _sample, _square_root, _check, _product, residual=_residual)
 
 
 def _negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -55,6 +55,10 @@ def _square_root(outputs: Tensor, coefficients: Tensor) -> Tensor:
 
 def _product(outputs: Tensor, tangent: Tensor) -> Tensor:
     return (wide(outputs).exp() * tangent).to(outputs.dtype)
+
+
+def _residual(outputs: Tensor, score: Tensor) -> Tensor:
+    return ((-wide(outputs) / 2).exp() * score).to(outputs.dtype)
 
 
 def _check(outputs: Tensor, targets: Tensor) -> None:

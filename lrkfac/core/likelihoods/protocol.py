@@ -81,6 +81,8 @@ class Likelihood:
         weights: ``(outputs, targets) -> Weights`` of the terms, not a function of the outputs' values; by default 1.
         weighted_loss: ``(outputs, targets) -> `` one number per term, which the loss sums up; by default the
             negative log-likelihood times ``weights(...).mean``.
+        residual: ``(outputs, score) -> `` coefficients with ``S coefficients = score``, term by term, where ``score``
+            is the derivative of a term in its outputs, times any number; for ``precondition_in_sample_space`` alone.
 
     Raises:
         TypeError: If ``name`` is no string, or one of the functions is none.
@@ -96,13 +98,14 @@ class Likelihood:
     event_axes: tuple[int, ...] | None = None
     weights: Callable[[Tensor, Tensor], Weights] | None = None
     weighted_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    residual: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"name: expected a string, got {type(self.name).__name__}")
         for name in ("negative_log_likelihood", "sample", "square_root"):
             check_function(getattr(self, name), name)
-        for name in ("check", "product", "weights", "weighted_loss"):
+        for name in ("check", "product", "weights", "weighted_loss", "residual"):
             if getattr(self, name) is not None:
                 check_function(getattr(self, name), name, "a function or None")
         axes = self.event_axes
@@ -182,13 +185,40 @@ class Likelihood:
         _, transpose = vjp(lambda z: self.square_root(outputs, z), torch.zeros_like(outputs))
         return self.square_root(outputs, transpose(tangent)[0])
 
+    def weighted_residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return coefficients with ``√hₙ Sₙ coefficientsₙ`` the derivative of ``lₙ``, of the shape of ``outputs``."""
+        assert self.residual is not None
+        score: Tensor = grad(lambda f: self.weighted_terms(f, targets).sum())(outputs)
+        coefficients = self.residual(outputs, score)
+        if self.weights is None:
+            return coefficients
+        return quotient(wide(coefficients), self._hessian_weight(outputs, targets).sqrt())
+
+    def weighted_terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return ``lₙ`` of every term."""
+        terms = (self.weighted_loss or self.negative_log_likelihood)(outputs, targets)
+        if self.weights is None or self.weighted_loss is not None:
+            return terms
+        weight = self.weights(outputs, targets).mean
+        return terms.reshape(weight.shape) * weight
+
     def _weighted(self, x: Tensor, outputs: Tensor, targets: Tensor, root: bool) -> Tensor:
         if self.weights is None:
             return x.to(outputs.dtype)
+        weight = self._hessian_weight(outputs, targets)
+        return ((weight.sqrt() if root else weight) * wide(x)).to(outputs.dtype)
+
+    def _hessian_weight(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return ``hₙ``, which broadcasts against the outputs."""
+        assert self.weights is not None
         weight = self.weights(outputs, targets).hessian
         inner = range(1, outputs.ndim) if self.event_axes is None else [a % outputs.ndim for a in self.event_axes]
-        weight = weight.reshape([1 if axis in inner else size for axis, size in enumerate(outputs.shape)])
-        return ((weight.sqrt() if root else weight) * wide(x)).to(outputs.dtype)
+        return weight.reshape([1 if axis in inner else size for axis, size in enumerate(outputs.shape)])
+
+
+def quotient(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``x / y``, and 0 where ``y`` is."""
+    return torch.where(y == 0, 0, x / torch.where(y == 0, 1, y)).to(x.dtype)
 
 
 def sum_per_example(x: Tensor) -> Tensor:
