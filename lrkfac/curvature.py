@@ -7,9 +7,11 @@ from lrkfac.core.curvature.layer_blocks import LayerBlocks
 from lrkfac.core.evaluation.data_rules import fisher_product, ggn, hessian
 from lrkfac.core.inference.estimate import estimate
 from lrkfac.core.inference.from_state import from_state
+from lrkfac.core.inference.laplace import Laplace, laplace
 from lrkfac.core.linalg.density import SpectralDensity, spectral_density
 
 __all__ = [
+    "Laplace",
     "LayerBlocks",
     "SpectralDensity",
     "estimate",
@@ -17,5 +19,6 @@ __all__ = [
     "from_state",
     "ggn",
     "hessian",
+    "laplace",
     "spectral_density",
 ]

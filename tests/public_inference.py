@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from tests.bad_values import FUNCTION, NOTHING, among, integer, number, tree
 from tests.public import BY_SHORT_NAME
-from tests.public_calls import EXACT, LAYERS, NOT_LAYERS, NOT_TREES, E, G, P, X, Y, container, public, valid
+from tests.public_calls import EXACT, LAYERS, MODEL, NOT_LAYERS, NOT_TREES, E, G, P, X, Y, container, public, valid
 from tests.public_diagnostics import NOT_STATES, OF_LAYERS, STATE
 from tests.public_transformations import PRECONDITION
 
@@ -35,12 +35,38 @@ valid("LayerBlocks.quadratic_form", CURVATURE.quadratic_form, {"tree": P}, tree=
 valid("LayerBlocks.inverse", CURVATURE.inverse, {"damping": 1.0}, damping=number(0))
 NOT_NAMES = among("x", ["x"], ["0", "x"], [1], *NOTHING)
 valid("LayerBlocks.of_layers", CURVATURE.of_layers, {"names": ["0"]}, names=NOT_NAMES)
-for name in ("solve", "sample"):
-    valid(
-        f"LayerBlocks.{name}",
-        lambda tree, name=name: getattr(CURVATURE.damped(1.0), name)(tree),
-        {"tree": P},
-        tree=NOT_TREES,
-    )
+valid("LayerBlocks.solve", lambda tree: CURVATURE.damped(1.0).solve(tree), {"tree": P}, tree=NOT_TREES)
+valid("LayerBlocks.sample", lambda noise: CURVATURE.damped(1.0).sample(noise), {"noise": P}, noise=NOT_TREES)
 valid("LayerBlocks.damped", CURVATURE.damped, {"damping": 1.0}, damping=number(0))
 valid("LayerBlocks.scale", CURVATURE.scale, {"c": 1.0}, c=number())
+
+NOT_CURVATURES = among(1, "x", True, P, AFTER, *NOTHING)
+POSITIVE = number(0, includes_low=False)
+public(
+    "laplace",
+    {"curvature": CURVATURE, "params": P, "examples": 6},
+    curvature=NOT_CURVATURES,
+    params=tree(P),
+    examples=POSITIVE,
+    prior_precision=POSITIVE,
+)
+POSTERIOR = BY_SHORT_NAME["laplace"](CURVATURE, P, 6)
+container("Laplace")
+STACKED = {name: x[None] for name, x in P.items()}
+valid("Laplace.sample", POSTERIOR.sample, {"noise": P}, noise=NOT_TREES)
+valid(
+    "Laplace.predictive",
+    POSTERIOR.predictive,
+    {"model": MODEL, "inputs": X},
+    model=FUNCTION.filter(lambda x: x is not print),
+)
+valid(
+    "Laplace.draws", POSTERIOR.draws, {"model": MODEL, "inputs": X, "noise": STACKED}, model=FUNCTION, noise=NOT_TREES
+)
+valid(
+    "Laplace.log_evidence",
+    POSTERIOR.log_evidence,
+    {"loss": 1.0},
+    loss=number(),
+    prior_precision=POSITIVE.filter(lambda x: x is not None),
+)

@@ -176,7 +176,7 @@ class JointStatistics:
 
     def example_gradients(self) -> Float[Tensor, "n p 1"]:
         """Return the gradients of all parameters, of all examples and samples."""
-        rows = [_all_groups(*layer).flatten(1) for layer in self.layers]
+        rows = [gradients_of_all_groups(*layer).flatten(1) for layer in self.layers]
         return torch.cat(rows, dim=1)[:, :, None]
 
     def summed(self, covariance: Covariance) -> Covariance:
@@ -196,7 +196,7 @@ class JointStatistics:
         raise NotImplementedError
 
 
-def _all_groups(layer: Layer, inputs: Uses, gradients: Uses) -> Tensor:
+def gradients_of_all_groups(layer: Layer, inputs: Uses, gradients: Uses) -> Tensor:
     """Return examples' gradients ``[k n, groups, d_out, d_in]``."""
     if layer.groups == 1:
         return example_gradients(layer, inputs, gradients).flatten(0, 1)

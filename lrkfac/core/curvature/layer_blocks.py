@@ -13,6 +13,7 @@ from torch.func import vmap
 from lrkfac.core.base.dtypes import floating_dtype
 from lrkfac.core.base.leaves import tree_structure, tree_unflatten
 from lrkfac.core.base.static import Static
+from lrkfac.core.base.tree_checks import check_like
 from lrkfac.core.base.trees import materialize, vdot
 from lrkfac.core.base.types import Tree
 from lrkfac.core.curvature.block_trees import mapped, members, on_trees, summed
@@ -159,6 +160,7 @@ class LayerBlocks(NamedTuple):
         Raises:
             ValueError: If the tree does not fit the parameters, or a block is indefinite or singular.
         """
+        check_like(self.layers.tree, noise, "noise")
         return self.root().matvec(noise)
 
     def solve(self, tree: Tree) -> Tree:
