@@ -7,6 +7,7 @@ from lrkfac.core.curvature.layer_blocks import LayerBlocks
 from lrkfac.core.evaluation.data_rules import fisher_product, ggn, hessian
 from lrkfac.core.inference.estimate import estimate
 from lrkfac.core.inference.from_state import from_state
+from lrkfac.core.inference.influence import influence
 from lrkfac.core.inference.laplace import Laplace, laplace
 from lrkfac.core.linalg.density import SpectralDensity, spectral_density
 
@@ -19,6 +20,7 @@ __all__ = [
     "from_state",
     "ggn",
     "hessian",
+    "influence",
     "laplace",
     "spectral_density",
 ]

@@ -2,9 +2,25 @@
 
 from hypothesis import strategies as st
 
-from tests.bad_values import FUNCTION, NOTHING, among, integer, number, tree
+import lrkfac
+from tests.bad_values import FLAG, FUNCTION, NOTHING, among, integer, number, tree
 from tests.public import BY_SHORT_NAME
-from tests.public_calls import EXACT, LAYERS, MODEL, NOT_LAYERS, NOT_TREES, E, G, P, X, Y, container, public, valid
+from tests.public_calls import (
+    EXACT,
+    LAYERS,
+    MODEL,
+    NOT_LAYERS,
+    NOT_TREES,
+    WITHOUT,
+    E,
+    G,
+    P,
+    X,
+    Y,
+    container,
+    public,
+    valid,
+)
 from tests.public_diagnostics import NOT_STATES, OF_LAYERS, STATE
 from tests.public_transformations import PRECONDITION
 
@@ -54,19 +70,24 @@ POSTERIOR = BY_SHORT_NAME["laplace"](CURVATURE, P, 6)
 container("Laplace")
 STACKED = {name: x[None] for name, x in P.items()}
 valid("Laplace.sample", POSTERIOR.sample, {"noise": P}, noise=NOT_TREES)
-valid(
-    "Laplace.predictive",
-    POSTERIOR.predictive,
-    {"model": MODEL, "inputs": X},
-    model=FUNCTION.filter(lambda x: x is not print),
-)
-valid(
-    "Laplace.draws", POSTERIOR.draws, {"model": MODEL, "inputs": X, "noise": STACKED}, model=FUNCTION, noise=NOT_TREES
-)
-valid(
-    "Laplace.log_evidence",
-    POSTERIOR.log_evidence,
-    {"loss": 1.0},
-    loss=number(),
-    prior_precision=POSITIVE.filter(lambda x: x is not None),
+NOT_MODELS = FUNCTION.filter(lambda x: x is not print)
+valid("Laplace.predictive", POSTERIOR.predictive, {"model": MODEL, "inputs": X}, model=NOT_MODELS)
+NOT_STACKED = among(1, "x", None, X, P, {}, {**STACKED, "0.bias": P["0.bias"]})
+DRAWS = {"model": MODEL, "inputs": X, "noise": STACKED}
+valid("Laplace.draws", POSTERIOR.draws, DRAWS, model=NOT_MODELS, noise=NOT_STACKED)
+NOT_PRECISIONS = POSITIVE.filter(lambda x: x is not None)
+EVIDENCE = {"loss": 1.0}
+valid("Laplace.log_evidence", POSTERIOR.log_evidence, EVIDENCE, loss=number(), prior_precision=NOT_PRECISIONS)
+
+ROWS = lrkfac.evaluator(MODEL, lrkfac.categorical(), LAYERS, "empirical")(P, X, Y)
+INFLUENCE = {"curvature": CURVATURE, "queries": ROWS, "examples": ROWS, "damping": 0.1}
+NOT_ROWS = among(1, "x", None, X, WITHOUT, EXACT(P, X, Y), P)
+public(
+    "influence",
+    INFLUENCE,
+    curvature=NOT_CURVATURES,
+    queries=NOT_ROWS,
+    examples=st.one_of(NOT_ROWS, among([], iter([]), [1])),
+    damping=POSITIVE,
+    exact=FLAG,
 )

@@ -25,6 +25,7 @@ PROMISED = """
     linalg.inverse linalg.to_dense linalg.sherman_morrison linalg.woodbury
     linalg.power_iteration linalg.subspace_iteration
     curvature.from_state curvature.estimate curvature.LayerBlocks curvature.laplace curvature.Laplace
+    curvature.influence
     linalg.damped linalg.scale linalg.logdet linalg.root linalg.inverse_root linalg.sample linalg.solve
     linalg.quadratic_form linalg.trace linalg.diagonal
     linalg.conjugate_gradient linalg.lanczos linalg.eigenvalues linalg.trace_estimate linalg.diagonal_estimate
@@ -74,6 +75,7 @@ SIGNATURES = {
     "linalg.LowRankPlusIsotropic": "vectors values rest",
     "linalg.inverse": "operator damping exact",
     "curvature.from_state": "state layers",
+    "curvature.influence": "curvature queries examples damping exact=True",
     "curvature.laplace": "curvature params examples prior_precision=1.0",
     "curvature.estimate": "evaluate params batches layers structure=None rank=None passes=1",
     "curvature.ggn": "model likelihood has_aux=False chunk=8",

@@ -11,7 +11,8 @@ from torch import Tensor
 from lrkfac.core.base.dtypes import floating, floating_dtype
 from lrkfac.core.curvature.block_trees import members, stacked_axes
 from lrkfac.core.curvature.examples import gradients_of_all_groups
-from lrkfac.core.layers.description import Layers
+from lrkfac.core.layers.description import Layer, Layers
+from lrkfac.core.layers.kinds import KINDS
 from lrkfac.core.layers.matrix import split_groups
 from lrkfac.core.layers.statistics import Statistics
 
@@ -52,3 +53,22 @@ def example_columns(
     axes = stacked_axes(name, inside, operator)
     matrices = each[0] if inside[0].groups > 1 else each[0].squeeze(1) if each[0].ndim == 4 else each[0]
     return matrices.flatten(1 + axes).movedim(0, -1)
+
+
+def rows_of(layer: Layer, statistics: Statistics, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Return inputs and output gradients of each example and position, ``[n, t, d_in]`` and ``[n, t, d_out]``.
+
+    ``None`` where rows would have to be unfolded, or the layer has several groups.
+    """
+    if layer.groups > 1 or any(KINDS[kind].rows is None or KINDS[kind].one_hot for kind in layer.kinds):
+        return None
+    joint, inputs, gradients = layer.bias is not None, [], []
+    uses = zip(statistics.inputs[layer.name], statistics.output_gradients[layer.name], layer.kinds, strict=True)
+    for a, g, kind in uses:
+        of_kind = KINDS[kind].rows
+        assert of_kind is not None
+        g = floating(g[0], dtype).reshape(g.shape[1], -1, g.shape[-1])
+        a = of_kind(floating(a, dtype), layer.d_in - joint).unflatten(0, (g.shape[0], -1)).expand(-1, g.shape[1], -1)
+        inputs.append(torch.cat([a, torch.ones_like(a[..., :1])], dim=-1) if joint else a)
+        gradients.append(g)
+    return torch.cat(inputs, dim=1), torch.cat(gradients, dim=1)
