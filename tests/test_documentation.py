@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lrkfac
+from benchmarks import figures
 from tests.public import public_names
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,7 @@ def test_code_is_on_the_pages_that_show_how_and_marked_as_python_or_not_at_all()
         "tutorial",
         "modules",
         "structures",
+        "tuning",
         "recipes",
         "diagnostics",
         "reproducibility",
@@ -63,6 +66,25 @@ def test_code_is_on_the_pages_that_show_how_and_marked_as_python_or_not_at_all()
     assert showing <= {page.stem for page in WITH_CODE}
     for page in PAGES:
         assert set(re.findall(r"^```(\S+)$", page.read_text(), re.MULTILINE)) <= {"python"}, page.name
+
+
+def test_the_loop_with_adam_and_the_loop_that_replaces_it_train():
+    """The README's block of changes, as it was and as it becomes."""
+    (block,) = re.findall(r"^```\n(- .*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    for mark in "-+":
+        torch.manual_seed(0)
+        code = "\n".join(line[2:] for line in block.splitlines() if line[0] in (" ", mark))
+        net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        inputs, labels = torch.randn(20, 6), torch.arange(20) % 3
+        before = F.cross_entropy(net(inputs), labels)
+        names = {"torch": torch, "F": F, "lrkfac": lrkfac, "net": net, "loader": [(inputs, labels)] * 5}
+        exec(code, names)
+        assert names["loss"] < before
+
+
+def test_figures_are_as_recorded(capsys):
+    figures.main(["--check"])
+    assert capsys.readouterr().out == ""
 
 
 def test_the_two_commands_stand_on_the_first_screen():

@@ -31,11 +31,6 @@ def test_figures_without_a_recorded_result_are_refused(call):
         figures.figure(call)
 
 
-def test_every_marked_place_is_as_recorded(capsys):
-    figures.main(["--check"])
-    assert capsys.readouterr().out == ""
-
-
 def test_the_check_fails_where_a_page_differs(tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").mkdir()
     for path in ("README.md", "benchmarks/README.md"):
