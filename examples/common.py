@@ -108,7 +108,7 @@ class Problem:
 
 
 class Point(NamedTuple):
-    """One point of a curve; ``seconds`` counts training alone."""
+    """One point of a curve; ``seconds`` counts the processor's time in training alone, whatever else the machine does."""
 
     step: int
     seconds: float
@@ -205,14 +205,14 @@ def train(
                 break
         if step == options.steps:
             break
-        start = time.perf_counter()
+        start = time.process_time()
         batch = torch.randint(len(problem.inputs), (options.batch_size,), generator=batches)
         refresh = method.curvature and step % options.refresh == 0
         uniform = torch.rand(1, options.batch_size, *outputs_shape, generator=noise) if refresh else None
         evaluation = evaluate(params, problem.inputs[batch], problem.targets[batch], refresh, noise=uniform)
         updates, state = transformation.update(evaluation.grads, state, params, evaluation=evaluation)
         params = lrkfac.apply_updates(params, updates)
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
     run.params = params
     run.state_bytes = sum(x.numel() * x.element_size() for x in optree.tree_leaves(state))
     return run

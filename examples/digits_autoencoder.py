@@ -1,4 +1,4 @@
-"""An autoencoder of handwritten digits, written as a pure function and trained seven ways.
+"""An autoencoder of handwritten digits, written as a pure function and trained by seven methods.
 
 python -m examples.digits_autoencoder
 """

@@ -1,4 +1,4 @@
-"""A classifier of handwritten digits, an unmodified nn.Module trained seven ways.
+"""A classifier of handwritten digits, an unmodified nn.Module trained by seven methods.
 
 python -m examples.digits_classifier
 """

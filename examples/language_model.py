@@ -1,4 +1,4 @@
-"""A transformer that writes Python's reference character by character, trained three ways.
+"""A transformer that writes Python's reference character by character, trained by three methods.
 
 python -m examples.language_model
 """

@@ -1,4 +1,4 @@
-"""A physics-informed network solves Poisson's equation, trained three ways.
+"""A physics-informed network solves Poisson's equation, trained by three methods.
 
 The network carries its derivatives forward: u, ∂u/∂x, ∂u/∂y and Δu are rows that go through the same weights together
 (Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603). So each weight is one linear layer with four rows for each point,

@@ -63,7 +63,7 @@ def median_curve(runs: Sequence[Run]) -> list[Point]:
 
 
 def results_table(problem: Problem, methods: Mapping[str, Method], runs: Runs) -> Table:
-    """Method, steps, seconds, metrics, bytes of optimizer state: medians over seeds."""
+    """Method, steps, seconds of the processor, metrics, bytes of optimizer state: medians over seeds."""
     table = Table(title=problem.title, title_justify="left", box=SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column("method", no_wrap=True)
     for heading in ("steps", "seconds", "ms/step", *(m.name for m in problem.metrics), "state [bytes]"):
@@ -128,7 +128,7 @@ def draw(path: Path, problem: Problem, subtitle: str, methods: Mapping[str, Meth
             axes[metric_index, 0].set_ylabel(metric.label)
             axes[metric_index, 1].tick_params(axis="y", which="both", left=False)
         axes[-1, 0].set_xlabel("steps")
-        axes[-1, 1].set_xlabel("training time [s], evaluation not counted")
+        axes[-1, 1].set_xlabel("processor's time [s], evaluation not counted")
         figure.suptitle(f"{problem.title}\n{subtitle}", x=0.01, ha="left", fontsize=11)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
