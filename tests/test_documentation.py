@@ -77,7 +77,8 @@ def test_the_loop_with_adam_and_the_loop_that_replaces_it_train():
         net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
         inputs, labels = torch.randn(20, 6), torch.arange(20) % 3
         before = F.cross_entropy(net(inputs), labels)
-        names = {"torch": torch, "F": F, "lrkfac": lrkfac, "net": net, "loader": [(inputs, labels)] * 5}
+        names: dict[str, object] = {"torch": torch, "F": F, "lrkfac": lrkfac, "net": net, "example": inputs[:1]}
+        names["loader"] = [(inputs, labels)] * 5
         exec(code, names)
         assert names["loss"] < before
 
@@ -85,6 +86,13 @@ def test_the_loop_with_adam_and_the_loop_that_replaces_it_train():
 def test_figures_are_as_recorded(capsys):
     figures.main(["--check"])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+def test_code_fits_into_the_boxes_of_the_site(page):
+    """At most 84 columns, as `ruff format --line-length 84` makes them: a laptop's screen shows no more."""
+    lines = "".join(CODE.findall(page.read_text())).splitlines()
+    assert [line for line in lines if len(line) > 84] == []
 
 
 def test_the_two_commands_stand_on_the_first_screen():
