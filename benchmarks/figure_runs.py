@@ -55,6 +55,7 @@ PROBLEMS = {
     "gpt": Row("`gpt`", ("gpt-bible-batch8-steps50-cpu",)),
 }
 ADAPTIVE, AVERAGED, SPECTRAL = "adaptive", "averaged", "untuned_spectral"
+COMPARED = (ADAPTIVE, AVERAGED, SPECTRAL, "adam", "adamw", "muon", "shampoo", "soap-1", "kfac", "low_rank_kfac")
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -82,9 +83,20 @@ def results(file: str) -> Results:
 
 def line(problem: str, method: str, rank: int | None = None) -> Line | None:
     """The runs of a method under its best settings, of the file in which they are newest."""
-    chosen = (rank or PROBLEMS[problem].rank) if METHODS[method].ranked else None
-    found = [runs for file in PROBLEMS[problem].files if (runs := results(file).best(method, chosen))]
-    return Line(method, METHODS[method].label, max(found, key=lambda runs: day(problem, runs))) if found else None
+    of_method = [best(problem, file, method, rank or PROBLEMS[problem].rank) for file in PROBLEMS[problem].files]
+    found = [one for one in of_method if one is not None]
+    return max(found, key=lambda one: day(problem, one.runs)) if found else None
+
+
+def best(problem: str, file: str, method: str, rank: int) -> Line | None:
+    """The best of a method's settings that ran from the most seeds, by what the problem judges."""
+    by_settings: dict[str, list[Run]] = {}
+    for run in results(file).runs.values():
+        if run.method == method and (not METHODS[method].ranked or run.settings["rank"] == rank):
+            by_settings.setdefault(run.key.settings, []).append(run)
+    most = max(map(len, by_settings.values()), default=0)
+    tried = [Line(method, METHODS[method].label, runs) for runs in by_settings.values() if len(runs) == most]
+    return min(tried, key=lambda one: (judged(problem, one), one.loss)) if tried else None
 
 
 def day(problem: str, runs: Sequence[Run]) -> str:
@@ -128,11 +140,18 @@ def untuned() -> str:
         made = sorted({day(problem, found.runs)[:10] for found in ours if found is not None})
         rows.append([
             row.title, *(shown(problem, found) for found in ours), f"{best.label}: {shown(problem, best)}",
-            shown(problem, line(problem, "adam")), ", ".join(map(str, seeds)), " to ".join(dict.fromkeys((made[0], made[-1]))),
+            shown(problem, line(problem, "adam")), ", ".join(map(str, seeds)), 
+            " to ".join(dict.fromkeys((made[0], made[-1]))),
         ])  # fmt: skip
     headings = ["problem", "adaptive", "adaptive, averaged", "spectral, averaged", "best tuned rival", "Adam, tuned",
                 "our seeds", "ours recorded"]  # fmt: skip
     return markdown(headings, rows)
+
+
+def losses(*problems: str) -> str:
+    """The same, methods by rows and problems by columns."""
+    rows = [[METHODS[name].label, *(shown(problem, line(problem, name)) for problem in problems)] for name in COMPARED]
+    return markdown(["method", *(PROBLEMS[problem].title for problem in problems)], rows)
 
 
 def methods(problem: str, *names: str) -> str:
@@ -220,6 +239,6 @@ def step_time(problem: str, method: str, other: str) -> str:
 
 
 FIGURES: dict[str, Callable[..., str]] = {
-    "untuned": untuned, "methods": methods, "settings": settings, "ranks": ranks, "dampings": dampings,
-    "loss": loss, "step_time": step_time,
+    "untuned": untuned, "losses": losses, "methods": methods, "settings": settings, "ranks": ranks,
+    "dampings": dampings, "loss": loss, "step_time": step_time,
 }  # fmt: skip

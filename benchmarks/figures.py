@@ -4,7 +4,8 @@ python -m benchmarks.figures            # after new results
 python -m benchmarks.figures --check    # names what differs, and changes nothing
 
 A marked place is `<!-- figure: NAME ARGUMENT ... -->text<!-- end -->`, where NAME is a function of `figure_tables` or
-`figure_runs`. What it returns replaces the text.
+`figure_runs`. What it returns replaces the text. A number stands within a line: at its start, a comment would end the
+paragraph.
 """
 
 from __future__ import annotations
@@ -44,8 +45,14 @@ def filled(text: str) -> str:
 
 def differences(text: str) -> list[str]:
     """The calls of the marked places that are not as recorded, with both texts."""
-    marked = [(m["call"], m["text"].strip(), figure(m["call"]).strip()) for m in MARKED.finditer(text)]
-    return [f"{call}: expected {new!r}, got {old!r}" for call, old, new in marked if old != new]
+    found = []
+    for marked in MARKED.finditer(text):
+        call, old, new = marked["call"], marked["text"].strip(), figure(marked["call"]).strip()
+        if "\n" not in new and text[: marked.start()].endswith("\n"):
+            raise ValueError(f"figure {call}: expected a number within a line, got it at the start of one")
+        if old != new:
+            found.append(f"{call}: expected {new!r}, got {old!r}")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

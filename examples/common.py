@@ -108,7 +108,7 @@ class Problem:
 
 
 class Point(NamedTuple):
-    """One point of a curve; ``seconds`` counts the processor's time in training alone, whatever else the machine does."""
+    """One point of a curve; ``seconds`` counts the processor's time in training alone."""
 
     step: int
     seconds: float

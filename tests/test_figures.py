@@ -31,6 +31,12 @@ def test_figures_without_a_recorded_result_are_refused(call):
         figures.figure(call)
 
 
+def test_numbers_at_the_start_of_a_line_are_refused():
+    """There, Markdown takes the comment for a block, and the paragraph is torn apart."""
+    with pytest.raises(ValueError, match="within a line"):
+        figures.differences("Adam:\n<!-- figure: loss digits_autoencoder adam -->1<!-- end --> nats.")
+
+
 def test_the_check_fails_where_a_page_differs(tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").mkdir()
     for path in ("README.md", "benchmarks/README.md"):
