@@ -88,9 +88,9 @@ def test_figures_are_as_recorded(capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in WITH_CODE if page.name != "README.md"], ids=lambda page: page.name)
 def test_code_fits_into_the_boxes_of_the_site(page):
-    """At most 84 columns, as `ruff format --line-length 84` makes them: a laptop's screen shows no more."""
+    """At most 84 columns, as `ruff format docs` makes them: a laptop's screen shows no more."""
     lines = "".join(CODE.findall(page.read_text())).splitlines()
     assert [line for line in lines if len(line) > 84] == []
 
