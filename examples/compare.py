@@ -102,7 +102,7 @@ def _parser(name: str, methods: Mapping[str, Method], description: str, defaults
     add("--seeds", type=positive, default=1, metavar="N",
         help="train from N consecutive seeds and show the median (default: %(default)s)")  # fmt: skip
     add("--grid", action="store_true",
-        help="try five learning rates for every method and go on with the best")  # fmt: skip
+        help="try five learning rates for every method and continue with the best")  # fmt: skip
     add("--threads", type=positive, default=1, metavar="N",
         help="CPU threads; one is fastest for layers this small (default: %(default)s)")  # fmt: skip
     add("--output", type=Path, default=Path("examples/output"), metavar="DIR",

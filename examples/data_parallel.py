@@ -128,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--epochs", type=positive, default=10, metavar="N", help="times through the training set")
-    add("--seed", type=int, default=0, metavar="S", help="of weights, batches and sampled labels")
+    add("--epochs", type=positive, default=10, metavar="N", help="passes through the training set")
+    add("--seed", type=int, default=0, metavar="S", help="seed of weights, batches and sampled labels")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads of each process")
     return parser
 

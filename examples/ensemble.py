@@ -167,8 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--steps", type=positive, default=400, metavar="N", help="training steps")
-    add("--members", type=positive, default=8, metavar="N", help="networks that are trained at once")
-    add("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
+    add("--members", type=positive, default=8, metavar="N", help="networks trained at once")
+    add("--seed", type=int, default=0, metavar="S", help="seed of all random numbers")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads")
     add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for the picture")
     return parser

@@ -102,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=positive, default=50, metavar="N", help="number of steps")
-    add("--seed", type=int, default=0, metavar="S", help="of weights and batches")
+    add("--steps", type=positive, default=50, metavar="N", help="training steps")
+    add("--seed", type=int, default=0, metavar="S", help="seed of weights and batches")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads of each process")
     return parser
 

@@ -129,7 +129,7 @@ def _arguments() -> argparse.Namespace:
     add("--steps", type=positive, default=10, metavar="N", help="training steps")
     add("--batch-size", type=positive, default=128, metavar="N", help="new images per step")
     add("--rank", type=positive, default=16, metavar="R", help="rank of the factors")
-    add("--seed", type=int, default=0, metavar="S", help="of weights, images and sampled labels")
+    add("--seed", type=int, default=0, metavar="S", help="seed of weights, images and sampled labels")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads")
     return parser.parse_args()
 

@@ -164,8 +164,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--epochs", type=positive, default=16, metavar="N", help="times through the training set")
-    add("--seed", type=int, default=0, metavar="S", help="of weights, batches and sampled labels")
+    add("--epochs", type=positive, default=16, metavar="N", help="passes through the training set")
+    add("--seed", type=int, default=0, metavar="S", help="seed of weights, batches and sampled labels")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads")
     add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for picture and checkpoint")
     return parser
