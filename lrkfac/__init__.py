@@ -18,6 +18,7 @@ from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.evaluator import evaluator
 from lrkfac.core.evaluation.merging import merge_evaluations
 from lrkfac.core.layers.custom import LayerKind
+from lrkfac.core.layers.derivatives import derivatives, laplacian
 from lrkfac.core.layers.description import Layer, Layers
 from lrkfac.core.layers.discovery import find_layers
 from lrkfac.core.layers.module import from_module
@@ -74,6 +75,7 @@ __all__ = [
     "clip",
     "clip_by_global_norm",
     "clip_by_kl",
+    "derivatives",
     "diagnose",
     "ema_params",
     "evaluator",
@@ -86,6 +88,7 @@ __all__ = [
     "inject_hyperparams",
     "joint",
     "kfac",
+    "laplacian",
     "low_rank_kfac",
     "masked",
     "materialize",

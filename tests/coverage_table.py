@@ -171,6 +171,8 @@ GROUPS = {
     "Derivatives within the model": [
         Row("`torch.func.vmap` over the examples", "covered", "the mapped axis is the batch",
             of(lambda p, x: vmap(lambda one: head(p, F.linear(one, p["w"])))(x))),
+        Row("`laplacian(network)`, `derivatives(network, …)`", "covered", "value and derivatives are rows of one layer",
+            of(lrkfac.laplacian(lambda p, x: head(p, F.linear(x, p["w"]))))),
         Row("`grad`, `jvp`, `hessian` of a network inside the model", "not covered",
             "plain gradients and `fallback=`; Fisher products are exact",
             of(laplacian), "hessian|derivative|jvp|grad"),

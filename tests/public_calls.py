@@ -101,6 +101,12 @@ public("find_layers", {"model": MODEL, "params": P, "inputs": X}, model=FUNCTION
     inputs=among(X.to("meta"), (X.to("meta"),)), strict=FLAG, bias=one_of("joint", "separate"),
     kinds=among(1, "x", [1], [torch.sub], lrkfac.LayerKind, *[x for x in NOTHING if x not in ([], ())]),
     batch_axes=among(2, "x", True, 0.5, [0], (0, 1), {"x": 0}, object()))
+NOT_POINTS = among(1, "x", None, X.long(), X.to("meta"), X[0, 0], X[:, :0], (X,), X.tolist())
+public("laplacian", {"network": MODEL}, network=FUNCTION)
+public("derivatives", {"network": MODEL}, network=FUNCTION,
+    second=among(1, "x", None, {}, [1], [(0,)], [(0, -1)], [(0, 1.0)], [(0, True)], [()], [((0, 0), 1)], object()))
+valid("laplacian()", lrkfac.laplacian(MODEL), {"params": P, "points": X}, points=NOT_POINTS)
+valid("derivatives()", lrkfac.derivatives(MODEL, [(0, 2)]), {"params": P, "points": X}, points=NOT_POINTS)
 public("LayerKind", {"name": "x", "function": torch.sub, "operation": torch.add}, name=among(1, *NOTHING),
     **{name: FUNCTION for name in ("function", "operation", "parts")},
     weight_axis=among("0", 1.0, True, torch.tensor(1), *[x for x in NOTHING if x is not None]),

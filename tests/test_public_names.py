@@ -12,7 +12,7 @@ import lrkfac.testing
 from tests.public import NAMESPACES, public_names
 
 PROMISED = """
-    from_module find_layers Layers Layer LayerKind
+    from_module find_layers Layers Layer LayerKind laplacian derivatives
     categorical gaussian bernoulli poisson joint Likelihood Weights
     evaluator Evaluation Statistics merge_evaluations LazyMatrix materialize unshard check_replicas
     GradientTransformation chain identity precondition_by_fisher scale_by_quadratic_model QuadraticModelOptions

@@ -89,14 +89,14 @@ def check_function(value: Any, name: str, what: str = "a function") -> Callable[
     return value
 
 
-def check_model(value: Any) -> Callable[..., Any]:
+def check_model(value: Any, name: str = "model") -> Callable[..., Any]:
     """Return ``value``; raise unless it can be a function of parameters and inputs, which a module is not."""
     if isinstance(value, torch.nn.Module) and next(value.parameters(), None) is not None:
         raise TypeError(
-            f"model: expected a function model(params, inputs), got the module {type(value).__name__}; make one of "
-            "it: model, params = from_module(module)"
+            f"{name}: expected a function {name}(params, inputs), got the module {type(value).__name__}; make one of "
+            f"it: {name}, params = from_module(module)"
         )
-    return check_function(value, "model", "a function model(params, inputs)")
+    return check_function(value, name, f"a function {name}(params, inputs)")
 
 
 def check_values(**trees: Any) -> None:

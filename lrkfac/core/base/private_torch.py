@@ -153,6 +153,11 @@ def without_mapped_axes(x: Tensor, levels: Sequence[int]) -> Tensor:
     return x
 
 
+def tensor_without_values(kind: type, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return a tensor of a subclass that has a shape and no storage: operations reach its ``__torch_function__``."""
+    return Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
+
+
 def is_transformed(x: Tensor) -> bool:
     """Return whether a transformation of ``torch.func`` stands around a tensor, so that it has no values to look at."""
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -160,7 +160,14 @@ def _one_group(block: Block) -> Block:
     if len(block.layers) > 1:
         return block
     (layer,) = block.layers
-    plain = replace(layer, kinds=(LINEAR.name,), options=(tuple(LinearOptions()),), groups=1, placements=(IN_FRONT,))
+    plain = replace(
+        layer,
+        kinds=(LINEAR.name,),
+        options=(tuple(LinearOptions()),),
+        groups=1,
+        placements=(IN_FRONT,),
+        carried=False,
+    )
     return block._replace(layers=(plain,))
 
 

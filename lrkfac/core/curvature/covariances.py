@@ -212,7 +212,7 @@ def _expand(
         number = sum(a.numel() for a in inputs)
         each = torch.stack([counts(a, *o) for a, o in zip(inputs, options, strict=True)]).sum(dim=0)
         return KroneckerFactors(DiagonalCovariance(each.to(joined.dtype) / number), moment)
-    joint = layer.bias is not None
+    joint = layer.appends
     if kind.rows is None:
         return KroneckerFactors(moment, InputCovariance(kind, inputs, options, layer.d_in, joint))
     if stacked:
@@ -230,7 +230,7 @@ def _rows(x: Tensor, d: int, stacked: bool) -> Tensor:
 def _reduce(
     layer: Layer, kind: Kind, options: tuple[Options, ...], inputs: Uses, gradients: Uses, scale: Tensor
 ) -> KroneckerFactors:
-    joint = layer.bias is not None
+    joint = layer.appends
     d = 1 if kind.one_hot else layer.d_in - joint
     # The sum of a_t is the gradient at outputs of one channel, each with the derivative 1: nothing is unfolded.
     if gradients:

@@ -113,7 +113,7 @@ def rows_by_example(
     layer: Layer, inputs: Uses, gradients: Uses
 ) -> tuple[Float[Tensor, "n t i"], Float[Tensor, "k n t o"]]:
     """Return the rows ``a`` and ``g`` of one group by example and position; see ``has_rows``."""
-    joint = layer.bias is not None
+    joint = layer.appends
     of_inputs, of_gradients = [], []
     for a, g, kind in zip(inputs, gradients, layer.kinds, strict=True):
         rows = KINDS[kind].rows
@@ -153,7 +153,7 @@ def _split(uses: Uses, size: int, axis: int) -> list[Uses]:
 
 def example_gradients(layer: Layer, inputs: Uses, gradients: Uses) -> Float[Tensor, "k n o i"]:
     """Return ``Σ g aᵀ`` over uses and positions of each example of one group, for each sample or column."""
-    joint = layer.bias is not None
+    joint = layer.appends
 
     def one(a: Uses, g: Uses) -> Tensor:
         return weight_gradient(layer, a, g, joint)

@@ -87,7 +87,7 @@ class OutputJacobian:
             for x in self.gradients[layer.name]
         ]
         parts = split_groups(layer, self.inputs[layer.name]), split_groups(layer, tuple(g))
-        of_group = partial(weight_gradient, layer, joint=layer.bias is not None)
+        of_group = partial(weight_gradient, layer, joint=layer.appends)
         return of_group(*parts) if layer.groups == 1 else vmap(of_group)(*parts)
 
 

@@ -17,7 +17,7 @@ from lrkfac.core.base.trees import scaled
 from lrkfac.core.evaluation.specs import Specs
 from lrkfac.core.layers.description import Layer, Layers
 from lrkfac.core.layers.kinds import KINDS, LINEAR
-from lrkfac.core.layers.matrix import collect, split_groups, turned, weight_gradient
+from lrkfac.core.layers.matrix import LayerMatrix, collect, layer_leaves, split_groups, turned, weight_gradient
 from lrkfac.core.layers.statistics import Uses
 from lrkfac.core.layers.views import TRANSPOSITIONS, scatter_view
 
@@ -35,7 +35,7 @@ def thin_layers(layers: Layers, specs: Specs) -> tuple[Layer, ...]:
     for layer in layers:
         unshared = all(users[p.index] == 1 for p in (layer.weight, layer.bias) if p is not None)
         plain = len(layer.weight.shape) == 2 and all(step.name in TRANSPOSITIONS for step in layer.weight.view)
-        if layer.kinds == (LINEAR.name,) and unshared and plain:
+        if layer.kinds == (LINEAR.name,) and unshared and plain and not layer.carried:
             ((source, use),) = layer.sites
             rows = math.prod(specs[source][use].shape) // layer.d_out
             if 2 * rows * (layer.d_in + layer.d_out) <= layer.d_in * layer.d_out:
@@ -67,6 +67,8 @@ def layer_gradients(
             return {i: scaled(scale, leaf) for i, leaf in layer_gradients(layer, inputs, output_gradients).items()}
         output_gradients = tuple(scaled(scale, list(output_gradients)))
     parts = split_groups(layer, inputs), split_groups(layer, output_gradients)
+    if layer.carried:
+        return layer_leaves(layer, LayerMatrix.of(weight_gradient(layer, *parts, joint=False), joint=True))
     of_weight = partial(weight_gradient, layer, joint=False)
     weight = of_weight(*parts) if layer.groups == 1 else vmap(of_weight)(*parts)
     gradients = {layer.weight.index: scatter_view(layer.weight.view, layer.weight.shape, weight.flatten(0, -2))}

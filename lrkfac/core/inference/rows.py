@@ -62,7 +62,7 @@ def rows_of(layer: Layer, statistics: Statistics, dtype: torch.dtype) -> tuple[T
     """
     if layer.groups > 1 or any(KINDS[kind].rows is None or KINDS[kind].one_hot for kind in layer.kinds):
         return None
-    joint, inputs, gradients = layer.bias is not None, [], []
+    joint, inputs, gradients = layer.appends, [], []
     uses = zip(statistics.inputs[layer.name], statistics.output_gradients[layer.name], layer.kinds, strict=True)
     for a, g, kind in uses:
         of_kind = KINDS[kind].rows

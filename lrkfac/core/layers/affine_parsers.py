@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrkfac.core.layers.calls import Call, Known, Parser
+from lrkfac.core.layers.jet_calls import added_to_values
 from lrkfac.core.layers.kinds import SCALE, SHIFT
 from lrkfac.core.layers.views import Step
 
@@ -94,6 +95,12 @@ def _added(known: Known, input: Any, other: Any, *, alpha: float = 1, out: Any =
     return Call(SHIFT, x.new_ones(()), shift, None, (tuple(shift.shape),), COLUMN)
 
 
+def _added_to_values(known: Known, rows: Tensor, shift: Tensor) -> Call | None:
+    if not known(shift):
+        return None
+    return Call(SHIFT, rows.new_ones(()), shift, None, (tuple(shift.shape), -rows.ndim), COLUMN)
+
+
 def _expanded(known: Known, shift: Tensor, *sizes: Any, **kwargs: Any) -> Call | None:
     return Call(SHIFT, shift.new_ones(()), shift, None, (tuple(shift.shape),), COLUMN) if known(shift) else None
 
@@ -106,7 +113,8 @@ NORMALIZATIONS: dict[Callable[..., Any], Parser] = {
 MULTIPLICATIONS: dict[Callable[..., Any], Parser] = dict.fromkeys(
     (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiplied
 )
-ADDITIONS: dict[Callable[..., Any], Parser] = dict.fromkeys(
-    (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _added
-)
+ADDITIONS: dict[Callable[..., Any], Parser] = {
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _added),
+    added_to_values: _added_to_values,
+}
 REPETITIONS: dict[Callable[..., Any], Parser] = dict.fromkeys((Tensor.expand, Tensor.expand_as), _expanded)

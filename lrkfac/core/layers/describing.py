@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lrkfac.core.base.private_torch import version
 from lrkfac.core.layers.description import Layer, Layers, Parameter
-from lrkfac.core.layers.kinds import BIAS, CUSTOM
+from lrkfac.core.layers.kind import Options
+from lrkfac.core.layers.kinds import BIAS, CUSTOM, LINEAR, LinearOptions
 from lrkfac.core.layers.tracing import label
 from lrkfac.core.layers.uses import Use
 from lrkfac.core.layers.views import View, apply_view
@@ -68,7 +69,7 @@ def describe(
         first = group.uses[0]
         bias = None if first.bias is None or first.bias[0] in shared else first.bias
         # A complex output has no joint bias, whose constant input would be 1 for real parts and 0 for imaginary ones.
-        joins = joint and not any(use.output.is_complex() for use in group.uses)
+        joins = joint and not any(use.output.is_complex() for use in group.uses) and _joinable(group.uses)
         with_bias = bias is not None and (joins or first.call.kind.unit_wise)
         layers.append(_layer(name, group, by_path, bias if with_bias else None))
         if bias is not None and not with_bias:
@@ -101,7 +102,8 @@ def _groups(uses: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> 
     """Return uses grouped by the entries that they see: two views may arrange the same entries alike."""
     groups: list[_Group] = []
     places: list[Tensor | None] = []
-    often = Counter(of_label[0].path for of_label in uses.values())
+    arranged = {(use.path, use.view, use.call.turn) for of_label in uses.values() for use in of_label}
+    often = Counter(path for path, _, _ in arranged)
     for name, of_label in uses.items():
         for number, use in enumerate(of_label):
             view = (*use.view, *use.call.turn)
@@ -109,9 +111,8 @@ def _groups(uses: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> 
             numbers = torch.arange(math.prod(shape), device="cpu").reshape(shape)
             entries = apply_view(view, numbers) if often[use.path] > 1 else None
             for group, other in zip(groups, places, strict=True):
-                same_label = group.sites[0][0] == name
                 if group.path == use.path and (
-                    same_label or (entries is not None and other is not None and torch.equal(entries, other))
+                    group.view == view or (entries is not None and other is not None and torch.equal(entries, other))
                 ):
                     group.uses.append(use)
                     group.sites.append((name, number))
@@ -204,6 +205,7 @@ def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tup
     parameter, call = by_path[group.path], group.uses[0].call
     rows, columns = apply_view(group.view, torch.empty(parameter.shape, device="meta")).shape
     number = call.kind.groups(call.options)
+    carried = bias is not None and any(_constant(use) is not None for use in group.uses)
     return Layer(
         name=name,
         kinds=tuple(use.call.kind.name for use in group.uses),
@@ -212,11 +214,31 @@ def _layer(name: str, group: _Group, by_path: Mapping[str, Parameter], bias: tup
         d_in=columns + (bias is not None),
         d_out=rows // number,
         groups=number,
-        options=tuple(tuple(use.call.options) for use in group.uses),
+        options=tuple(_with_constant(use, carried) for use in group.uses),
         sites=tuple(group.sites),
         placements=tuple(use.placement for use in group.uses),
         mapped=any(use.mapped for use in group.uses),
+        carried=carried,
     )
+
+
+def _constant(use: Use) -> int | None:
+    """Return where the constant input of a joint bias stands in the rows of a use, ``None`` where it is 1 in all."""
+    return LinearOptions(*use.call.options).constant if use.call.kind is LINEAR else None
+
+
+def _joinable(uses: Sequence[Use]) -> bool:
+    """Return whether rows can hold the constant input of a joint bias, where that is not 1 in all of them."""
+    return all(_constant(use) is None for use in uses) or all(use.call.kind is LINEAR for use in uses)
+
+
+def _with_constant(use: Use, carried: bool) -> Options:
+    """Return the options of a use, whose rows hold the constant input of a joint bias or do not."""
+    options = tuple(use.call.options)
+    if use.call.kind is not LINEAR:
+        return options
+    constant = _constant(use) or 0
+    return tuple(LinearOptions(*options)._replace(constant=constant if carried else None))
 
 
 def _is_separable(path: str, uses: Mapping[str, list[Use]], groups: list[_Group]) -> bool:

@@ -66,6 +66,8 @@ class Layer:
             kind ``"bias"`` its weight's), and the number of the call among those with this label.
         placements: For each use, where the examples are in its input and output; ``None`` where this is not known.
         mapped: Whether uses stand inside ``vmap``, within the model.
+        carried: Whether the rows hold the constant input of the joint bias: it is not 1 for all of them where they are
+            derivatives of the network, see ``derivatives``.
     """
 
     name: str
@@ -79,6 +81,12 @@ class Layer:
     sites: tuple[tuple[str, int], ...]
     placements: tuple[Placement | None, ...]
     mapped: bool = False
+    carried: bool = False
+
+    @property
+    def appends(self) -> bool:
+        """Whether the trailing 1 of a joint bias is still to be appended to the rows."""
+        return self.bias is not None and not self.carried
 
     @property
     def kind(self) -> str:

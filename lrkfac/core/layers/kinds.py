@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrkfac.core.base.rows import as_real
+from lrkfac.core.base.rows import as_real, with_constant
 from lrkfac.core.layers.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lrkfac.core.layers.custom import CustomOptions
 from lrkfac.core.layers.kind import Kind, Options, by_example, of_each
@@ -36,12 +36,15 @@ class LinearOptions(NamedTuple):
         contracted: Number of contracted axes.
         output: Permutation of the output's axes that brings the weight's axes to the end; empty for none.
         kept: Number of the weight's axes in the output.
+        constant: Where rows hold the constant input of a joint bias: 0 for all of them; an axis counted from the end
+            for those at its first entry, the values of jets; ``None`` for rows without it.
     """
 
     input: tuple[int, ...] = ()
     contracted: int = 1
     output: tuple[int, ...] = ()
     kept: int = 1
+    constant: int | None = None
 
 
 def _arranged(x: Tensor, permutation: tuple[int, ...], trailing: int) -> Tensor:
@@ -55,7 +58,9 @@ def _prepare_linear(
     a: Tensor, g: Tensor, n: int, options: Options, placement: Placement | None
 ) -> tuple[Tensor, Tensor]:
     o = LinearOptions(*options)
-    a, g = by_example(_arranged(a, o.input, o.contracted), _arranged(g, o.output, o.kept), n, placement)
+    a = _arranged(a, o.input, o.contracted)
+    a = a if o.constant is None else with_constant(a, o.constant)
+    a, g = by_example(a, _arranged(g, o.output, o.kept), n, placement)
     return (of_each(a, g) if a.ndim > 1 else a), g
 
 
@@ -117,6 +122,9 @@ EMBEDDING = Kind(
 
 def _bias_prepare(a: Tensor, g: Tensor, n: int, options: Options, placement: Placement | None) -> tuple[Tensor, Tensor]:
     kind, inner = options
+    axis = LinearOptions(*inner).constant or 0 if kind == LINEAR.name else 0
+    if axis < 0:  # of jets, it is added to the values alone
+        a, g = a.narrow(axis, 0, 1), g.narrow(axis, 0, 1)
     _, g = KINDS[kind].prepare(a, g, n, inner, placement)
     g = g.real if g.is_complex() else g  # of a complex output, a real bias shifts the real part alone
     return g.new_ones(g.shape[1], 1), g.movedim(KINDS[kind].channel(inner), -1)
@@ -138,11 +146,14 @@ def _affine_prepare(
 ) -> tuple[Tensor, Tensor]:
     """Return input and output gradients as ``[N, positions, units]``.
 
-    ``options`` is the parameter's shape, aligned with the last axes of the output by broadcasting.
+    ``options`` is the parameter's shape, aligned with the last axes of the output by broadcasting, and, where it is
+    added to the values of jets alone, the axis along which these are the first, counted from the end.
     """
-    (shape,) = options
+    shape, *of_values = options
     assert placement is not None, "scales and shifts are uncovered where their examples are not known"
     place = placement[1]
+    if of_values:
+        g = g.narrow(of_values[0], 0, 1)
     a = a.broadcast_to(g.shape[1:])
     repeated, units = _axes_of_units(a.ndim, tuple(shape))
     order = [place.axis, *[axis for axis in repeated if axis != place.axis], *units]

@@ -106,7 +106,7 @@ def turned(layer: Layer, weight: LazyMatrix) -> LazyMatrix:
 
 def weight_gradient(layer: Layer, inputs: Uses, gradients: Uses, joint: bool) -> Tensor:
     """Return ``sum of g aᵀ`` over uses, examples and positions of one group, ``joint`` with the column of a bias."""
-    d = layer.d_in - (layer.bias is not None)
+    d = layer.d_in - layer.appends
     parts = [
         joined_gradient(KINDS[kind], a, g, d, options, joint)
         for a, g, kind, options in zip(inputs, gradients, layer.kinds, layer.options, strict=True)

@@ -16,6 +16,7 @@ from lrkfac.core.base.private_torch import is_transformed
 from lrkfac.core.layers.affine_parsers import ADDITIONS, COLUMN, MULTIPLICATIONS, NORMALIZATIONS, REPETITIONS
 from lrkfac.core.layers.calls import Call, Known, Parser
 from lrkfac.core.layers.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, ConvolutionOptions
+from lrkfac.core.layers.jet_calls import linear_of_jets
 from lrkfac.core.layers.kind import Kind, Options
 from lrkfac.core.layers.kinds import BIAS, EMBEDDING, LINEAR, LinearOptions
 from lrkfac.core.layers.views import Step, View
@@ -39,6 +40,10 @@ def _with_bias(
 
 def _linear(known: Known, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
     return _with_bias(known, LINEAR, input, weight, bias, LinearOptions(), ())
+
+
+def _linear_of_jets(known: Known, rows: Tensor, weight: Tensor, bias: Tensor) -> Call | None:
+    return _with_bias(known, LINEAR, rows, weight, bias, LinearOptions(constant=-rows.ndim), ())
 
 
 def _matmul(known: Known, input: Tensor, other: Tensor, *, out: Any = None) -> Call | None:
@@ -186,7 +191,7 @@ def _embedding(
 
 
 PARSERS: dict[Callable[..., Any], Parser] = {
-    F.linear: _linear,
+    F.linear: _linear, linear_of_jets: _linear_of_jets,
     torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, Tensor.__rmatmul__: _reversed_matmul,
     torch.mm: _mm, Tensor.mm: _mm, torch.mv: _mv, Tensor.mv: _mv, torch.addmm: _addmm, Tensor.addmm: _addmm,
     torch.einsum: _einsum,

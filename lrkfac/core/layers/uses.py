@@ -202,7 +202,10 @@ class UseRecorder(Follow):
                     of_row = tuple(shift.call.weight.shape) == tuple(use.output.shape[-1:])
                     if of_row and shift.output.shape == use.output.shape:
                         self.completed.append((name, i, use, shift))
-                        uses[i] = use._replace(bias=(shift.path, shift.view), output=shift.output, result=shift.result)
+                        of_values = shift.call.options[1:]  # of jets, where the bias is added to these alone
+                        options = LinearOptions(constant=of_values[0]) if of_values else LinearOptions()
+                        completed = use._replace(call=use.call._replace(options=options), output=shift.output)
+                        uses[i] = completed._replace(bias=(shift.path, shift.view), result=shift.result)
                         return True
         return False
 
@@ -211,6 +214,6 @@ class UseRecorder(Follow):
         for name, i, product, shift in self.completed:
             if sum(x is product.result for x in self.received) > 1:
                 self.uses[name][i] = self.uses[name][i]._replace(
-                    bias=None, output=product.output, result=product.result
+                    call=product.call, bias=None, output=product.output, result=product.result
                 )
                 self.uses.setdefault(label(shift.path, shift.view), []).append(shift)

@@ -49,6 +49,13 @@ def test_every_layer_of_a_network_is_described(case):
     assert find_layers(case.model, single, case.inputs[:1].float()) == layers, "of any batch size and dtype"
 
 
+def test_a_weight_that_is_also_used_transposed_is_not_covered():
+    weight = torch.randn(3, 3)
+    layers = find_layers(lambda p, x: F.linear(x, p["w"]).tanh() @ p["w"] @ p["v"], {"w": weight, "v": weight}, weight)
+    assert [layer.name for layer in layers] == ["v"]
+    assert "arranged differently" in dict((p.path, reason) for p, reason in layers.uncovered)["w"]
+
+
 def test_names_in_the_order_of_first_use():
     params = {"net": {"z": Affine(W, B), "a": [V]}}
     layers = find_layers(lambda p, x: F.linear(F.linear(x, *p["net"]["z"]), p["net"]["a"][0]), params, X)
