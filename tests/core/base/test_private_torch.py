@@ -4,7 +4,7 @@
 """
 
 import inspect
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -308,3 +308,21 @@ def test_a_type_without_leaves_stays_part_of_the_structure():
     noted = Noted("x")
     found, note = torch.func.vmap(lambda x: (2 * x, noted))(torch.ones(3))
     assert note is noted and torch.equal(found, 2 * torch.ones(3))
+
+
+def test_tensor_without_values():
+    class Shape(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return func
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    for mode in (nullcontext, private_torch.fake_mode):
+        with mode():
+            x = private_torch.tensor_without_values(Shape, torch.Size([2, 3]), torch.float64, torch.device("cpu"))
+            assert torch.sin(x) is torch.sin
+            with torch._C.DisableTorchFunctionSubclass():
+                assert x.shape == (2, 3) and x.dtype == torch.float64
