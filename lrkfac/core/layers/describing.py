@@ -111,8 +111,10 @@ def _groups(uses: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> 
             numbers = torch.arange(math.prod(shape), device="cpu").reshape(shape)
             entries = apply_view(view, numbers) if often[use.path] > 1 else None
             for group, other in zip(groups, places, strict=True):
+                turned = group.view != view and group.uses[0].call.kind is use.call.kind
+                same_label = group.sites[0][0] == name and not turned
                 if group.path == use.path and (
-                    group.view == view or (entries is not None and other is not None and torch.equal(entries, other))
+                    same_label or (entries is not None and other is not None and torch.equal(entries, other))
                 ):
                     group.uses.append(use)
                     group.sites.append((name, number))
