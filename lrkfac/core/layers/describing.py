@@ -102,7 +102,7 @@ def _groups(uses: Mapping[str, list[Use]], by_path: Mapping[str, Parameter]) -> 
     """Return uses grouped by the entries that they see: two views may arrange the same entries alike."""
     groups: list[_Group] = []
     places: list[Tensor | None] = []
-    arranged = {(use.path, use.view, use.call.turn) for of_label in uses.values() for use in of_label}
+    arranged = {(u.path, label(u.path, u.view), u.call.turn) for of_label in uses.values() for u in of_label}
     often = Counter(path for path, _, _ in arranged)
     for name, of_label in uses.items():
         for number, use in enumerate(of_label):
