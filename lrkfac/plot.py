@@ -1,4 +1,4 @@
-"""Pictures of diagnoses by matplotlib (extra ``plot``).
+"""Pictures of diagnoses and spectra by matplotlib (extra ``plot``).
 
 Each function returns a ``matplotlib.figure.Figure``, to be saved: ``spectra(diagnosis).savefig("spectra.png")``.
 """
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrkfac.core.base.arguments import check_number
+from lrkfac.core.linalg.density import SpectralDensity
 from lrkfac.diagnostics import Diagnosis
+from lrkfac.figures import FEW, colours_of, new_figure, tidy
 
-FEW = 10
-"""Largest number of layers that have a colour and a name each; more are coloured by depth."""
 FLOOR = 1e-7
 """Eigenvalues below this share of the largest are rounding, and not drawn."""
 OF_CHAIN = {
@@ -129,7 +130,7 @@ def history(diagnoses: Sequence[Diagnosis], steps: Sequence[int] | None = None) 
         raise ValueError(
             f"diagnoses: expected at least one, and as many as steps, got {len(diagnoses)} and {len(numbers)}"
         )
-    figure = _figure(9.5, 2.9)
+    figure = new_figure(9.5, 2.9)
     damping, size, share = figure.subplots(1, 3)
     if not _curves(damping, numbers, diagnoses, OF_CHAIN):
         _ranges(damping, numbers, diagnoses, "damping")
@@ -140,24 +141,73 @@ def history(diagnoses: Sequence[Diagnosis], steps: Sequence[int] | None = None) 
     for axis, label in labels.items():
         axis.set(xlabel="step", ylabel=label)
         axis.set_yscale("linear" if axis is share else "log")
-        _tidy(axis)
+        tidy(axis)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     share.set_ylim(0, 103)
     return figure
 
 
+def density(found: SpectralDensity, width: float = 0.1) -> Any:
+    """Draw the density of eigenvalues over their logarithm, as the number of eigenvalues in a decade.
+
+    Each node is a Gaussian; positive and negative ones have a curve each. The title counts those that are below 1e-7 of
+    the largest, and not drawn.
+
+    Args:
+        found: From ``lrkfac.curvature.spectral_density``.
+        width: Standard deviation of the Gaussians, in decades.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+
+    Raises:
+        ImportError: Without matplotlib.
+        TypeError: If ``found`` is no ``SpectralDensity``.
+        ValueError: If ``width`` is not above 0, or all eigenvalues are zero.
+
+    Examples:
+        >>> import torch, lrkfac
+        >>> M = lrkfac.linalg.Diagonal(torch.logspace(-3, 0, 100))
+        >>> found = lrkfac.curvature.spectral_density(M, 5, 20, torch.Generator().manual_seed(0))
+        >>> lrkfac.plot.density(found).axes[0].get_xlabel()
+        'eigenvalue'
+    """
+    if not isinstance(found, SpectralDensity):
+        raise TypeError(f"found: expected what spectral_density() returned, got {type(found).__name__}")
+    check_number(width, "width", 0, includes_low=False)
+    nodes, weights = (x.detach().cpu().double() for x in found[:2])
+    weights = weights * int(found.dimension) / len(weights)
+    shown = nodes.abs() > FLOOR * nodes.abs().amax()
+    if not bool(shown.any()):
+        raise ValueError("found: expected some eigenvalue other than 0, got none")
+    figure = new_figure(6.5, 3.6)
+    axis, drawn = figure.subplots(), nodes[shown].abs().log10()
+    points = torch.linspace(float(drawn.amin()) - 4 * width, float(drawn.amax()) + 4 * width, 600, dtype=torch.float64)
+    for sign, name in ((1, "positive"), (-1, "negative")):
+        which = shown & (sign * nodes > 0)
+        bumps = torch.exp(-(((points[:, None] - nodes[which].abs().log10()) / width) ** 2) / 2)
+        if bool(which.any()):
+            axis.plot((10**points).tolist(), (bumps @ weights[which] / (width * 2.5066)).tolist(), lw=1.4, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="eigenvalue", ylabel="eigenvalues in a decade", ylim=(0.3, None))
+    rest = float(weights[~shown].sum())
+    axis.set_title(f"{int(found.dimension)} eigenvalues, {rest:.0f} of them below {FLOOR:g} of the largest", fontsize=9)
+    tidy(axis)
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def _by_factor(diagnosis: Diagnosis, label: str, of: Callable[[Tensor, Tensor], Tensor], logarithmic: bool) -> Any:
     """Draw a panel for each kind of factor, or for blocks, with a curve for each layer."""
     _check(diagnosis)
-    figure = _figure(9.5, 3.8)
+    figure = new_figure(9.5, 3.8)
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     layers = diagnosis.layers.values()
     parts = [part for part in ("A", "B", "F") if any(part in layer.eigenvalues for layer in layers)]
     titles = {"A": "input factors A", "B": "output-gradient factors B", "F": "blocks F"}
     names = [name or "all layers" for name in diagnosis.layers]
-    colours = _colours(len(names))
+    colours = colours_of(len(names))
     axes = figure.subplots(1, len(parts), squeeze=False, sharey=False)[0]
     for axis, part in zip(axes, parts, strict=True):
         for name, colour, layer in zip(names, colours, layers, strict=True):
@@ -174,7 +224,7 @@ def _by_factor(diagnosis: Diagnosis, label: str, of: Callable[[Tensor, Tensor], 
             axis.set_yscale("log")
         else:
             axis.set_ylim(0, 103)
-        _tidy(axis)
+        tidy(axis)
     if len(names) <= FEW:
         lines = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
         figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, title="layer", fontsize=8)
@@ -219,36 +269,6 @@ def _ranges(axis: Any, steps: list[int], diagnoses: Sequence[Diagnosis], quantit
             axis.fill_between(steps, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, lw=0)
 
 
-def _colours(number: int) -> list[Any]:
-    matplotlib = _matplotlib()
-    if number <= FEW:
-        return list(matplotlib.colormaps["tab10"].colors[:number])
-    return [matplotlib.colormaps["viridis"](i / (number - 1)) for i in range(number)]
-
-
-def _figure(width: float, height: float) -> Any:
-    _matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def _tidy(axis: Any) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(color="#DDDDDD", linewidth=0.6)
-    axis.set_axisbelow(True)
-
-
 def _check(diagnosis: Any) -> None:
     if not isinstance(diagnosis, Diagnosis):
         raise TypeError(f"diagnosis: expected what diagnose() returned, got {type(diagnosis).__name__}")
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib: pictures need it, and it is not installed; python -m pip install 'lrkfac[plot]'"
-        ) from error
-    return matplotlib

@@ -3,8 +3,11 @@
 import sys
 
 import pytest
+import torch
 
 from lrkfac import diagnose, low_rank_kfac, plot, precondition_by_fisher
+from lrkfac.curvature import spectral_density
+from lrkfac.linalg import Diagonal
 from lrkfac.structures import unit_wise
 from tests.test_diagnostics import LAYERS, MLP, trained
 
@@ -27,6 +30,22 @@ def test_a_curve_for_each_layer_and_factor(tmp_path, found, picture, label):
                 assert line.get_ydata()[-1] == pytest.approx(100 * float(layer.numbers[side]["captured"]))
     assert len(figure.legends) + (len(figure.axes) - 2) == 1  # names, or a bar of the depth
     figure.savefig(tmp_path / "picture.png")
+
+
+def test_density_counts_eigenvalues(tmp_path):
+    values = torch.cat([torch.logspace(-2, 0, 60), -torch.logspace(-2, -1, 30), torch.zeros(10)]).double()
+    found = spectral_density(Diagonal(values), 100, 100, noise=torch.eye(100).double())
+    figure = plot.density(found)
+    (axis,) = figure.axes
+    for line, count in zip(axis.lines, (60, 30), strict=True):
+        decades = torch.as_tensor(line.get_xdata()).log10()
+        assert torch.trapezoid(torch.as_tensor(line.get_ydata()), decades) == pytest.approx(count, rel=1e-2)
+    assert axis.get_title() == "100 eigenvalues, 10 of them below 1e-07 of the largest"
+    figure.savefig(tmp_path / "density.png")
+    with pytest.raises(TypeError, match="found: expected what spectral_density"):
+        plot.density(values)
+    with pytest.raises(ValueError, match="found: expected some eigenvalue other than 0"):
+        plot.density(found._replace(nodes=torch.zeros_like(found.nodes)))
 
 
 def test_history(tmp_path):
