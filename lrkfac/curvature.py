@@ -9,6 +9,7 @@ from lrkfac.core.inference.estimate import estimate
 from lrkfac.core.inference.from_state import from_state
 from lrkfac.core.inference.influence import influence
 from lrkfac.core.inference.laplace import Laplace, laplace
+from lrkfac.core.inference.ntk import ntk
 from lrkfac.core.linalg.density import SpectralDensity, spectral_density
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "hessian",
     "influence",
     "laplace",
+    "ntk",
     "spectral_density",
 ]

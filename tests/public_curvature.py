@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 import lrkfac
 from tests.bad_values import FLAG, FUNCTION, LIKELIHOOD, among, integer, number, one_of, tree
 from tests.public import BY_SHORT_NAME
-from tests.public_calls import MODEL, NOT_TREES, P, X, Y, container, public, valid
+from tests.public_calls import LAYERS, MODEL, NOT_LAYERS, NOT_TREES, P, X, Y, container, public, valid
 
 NOT_PAIRS = among(1, "x", None, [], (), {}, X, (X, Y), [X], [(X,)], [(X, Y, Y)], iter([(X, Y)]), [1])
 for name in ("ggn", "fisher_product", "hessian"):
@@ -24,6 +24,11 @@ NOT_TARGETS = among(Y[:5], "x", None, Y.double(), Y.to("meta"))
 valid("ggn(batch)()", lambda targets: MATRIX(P, [(X, targets)]).product(P), {"targets": Y}, targets=NOT_TARGETS)
 
 container("SpectralDensity")
+
+public("ntk", {"model": MODEL}, model=FUNCTION, layers=NOT_LAYERS.filter(lambda x: x is not None), chunk=integer())
+KERNEL = BY_SHORT_NAME["ntk"](MODEL, LAYERS)
+of_kernel = {"params": NOT_TREES, "x1": among(X.to("meta")), "x2": among(X.to("meta"))}
+valid("ntk()", KERNEL, {"params": P, "x1": X, "x2": X[:2]}, **of_kernel)
 
 # Solvers and estimates, of vectors here; a function is no operator for a table, as it may be anything.
 M = lrkfac.linalg.Dense(torch.eye(4) + torch.ones(4, 4))

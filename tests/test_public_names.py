@@ -30,7 +30,7 @@ PROMISED = """
     linalg.quadratic_form linalg.trace linalg.diagonal
     linalg.conjugate_gradient linalg.lanczos linalg.eigenvalues linalg.trace_estimate linalg.diagonal_estimate
     curvature.ggn curvature.fisher_product curvature.hessian curvature.spectral_density
-    curvature.SpectralDensity
+    curvature.SpectralDensity curvature.ntk
     structures.kronecker structures.low_rank structures.low_rank_plus_diagonal structures.dense structures.diagonal
     structures.unit_wise structures.layer_wise structures.full
     schedules.constant_schedule schedules.exponential_decay schedules.piecewise_constant_schedule
@@ -84,6 +84,7 @@ SIGNATURES = {
     "linalg.solve": "operator b",
     "linalg.quadratic_form": "operator x",
     "linalg.scale": "operator c",
+    "curvature.ntk": "model layers=None chunk=32",
     "curvature.spectral_density": "operator samples=10 steps=30 generator=None noise=None like=None",
     "linalg.conjugate_gradient": "operator b preconditioner=None damping=0.0 tolerance=1e-06 max_iterations=1000",
     "linalg.lanczos": "operator start steps",
