@@ -18,7 +18,7 @@ from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.leaves import tree_flatten, tree_unflatten
 from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.types import Tree
-from lrkfac.core.curvature.examples import example_gradients
+from lrkfac.core.curvature.examples import example_gradients, has_rows, rows_by_example
 from lrkfac.core.evaluation.evaluator import evaluator
 from lrkfac.core.layers.description import Layer, Layers, check_layers
 from lrkfac.core.layers.kinds import KINDS
@@ -177,12 +177,7 @@ def _group_kernel(layer: Layer, a1: Uses, g1: Uses, a2: Uses, g2: Uses) -> Tenso
 
 def _single_rows(layer: Layer, inputs: Uses, gradients: Uses) -> tuple[Tensor, Tensor] | None:
     """Return ``a`` ``[N, d_in]`` and ``g`` ``[k, N, d_out]`` of a layer with one position, else ``None``."""
-    of_kind = KINDS[layer.kinds[0]]
-    if len(inputs) > 1 or of_kind.rows is None or of_kind.one_hot:
+    if len(inputs) > 1 or not has_rows(layer) or KINDS[layer.kinds[0]].one_hot:
         return None
-    joint = layer.bias is not None
-    a, g = of_kind.rows(wide(inputs[0]), layer.d_in - joint), wide(gradients[0])
-    g = g.reshape(*g.shape[:2], -1, g.shape[-1])
-    if g.shape[2] > 1 or a.shape[0] != g.shape[1]:
-        return None
-    return torch.cat([a, torch.ones_like(a[:, :1])], dim=1) if joint else a, g[:, :, 0]
+    a, g = rows_by_example(layer, inputs, gradients)
+    return (a[:, 0], g[:, :, 0]) if a.shape[1] == 1 else None
