@@ -173,25 +173,25 @@ def main() -> None:
     add = parser.add_argument
     add("--only", choices=PARTS, default=None, help="one of the two parts")
     add("--steps", type=int, default=200, metavar="N", help="of training")
-    add("--examples", type=int, default=1500, metavar="N", help="digits in the matrix")
+    add("--examples", type=int, default=256, metavar="N", help="digits in the matrix")
     add("--rank", type=int, default=16, metavar="R", help="of the preconditioner and of training")
     add("--damping", type=float, default=1e-3, help="of the system")
-    add("--dampings", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1], metavar="D", help="of the preconditioner")
+    add("--dampings", type=float, nargs="+", default=[1e-3, 1e-1, 1.0, 10.0], metavar="D", help="of the preconditioner")
     add("--most", type=int, default=10000, metavar="N", help="most products without a preconditioner")
     add("--images", type=int, default=32, metavar="N", help="in the ResNet's matrix")
-    add("--lanczos", type=int, default=20, metavar="N", help="steps of Lanczos")
+    add("--lanczos", type=int, default=30, metavar="N", help="steps of Lanczos")
     add("--samples", type=int, default=1, metavar="N", help="random vectors")
     arguments = parser.parse_args()
-    path: Path = arguments.output / f"spectra_{arguments.device}.json"
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     run = {
         "environment": environment(arguments.threads, torch.device(arguments.device)),
         **command_of(MODULE, vars(arguments)),
     }
+    measured: dict[str, Any] = {}
     for part, function in {"systems": systems, "spectrum": spectrum}.items():
         if arguments.only in (None, part):
-            content[part] = function(arguments)
-            content[f"{part} run"] = run
+            measured |= {part: function(arguments), f"{part} run": run}
+    path: Path = arguments.output / f"spectra_{arguments.device}.json"
+    content: dict[str, Any] = {**(json.loads(path.read_text()) if path.exists() else {}), **measured}
     console = wide_console()
     show(content, console)
     write_results(path, content, draw(content), console)
