@@ -1,5 +1,6 @@
 """What holds for all tests: hypothesis profiles, seeds, checked shapes."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, register_random, settings
 
-from tests.shape_checking import check_shapes
+from tests.shape_checking import check_shapes, count_anew
 
 # No deadline and no complaint about slowness: the first call of an operation in torch takes far longer than
 # the others.
@@ -34,9 +35,16 @@ register_random(_TorchRandom)
 check_shapes("lrkfac", checked_within="lrkfac.core")
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays, and the collector of garbage need not visit it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Random numbers of a test depend neither on the tests before it nor on the machine's state."""
+    count_anew()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import optree
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad
 
@@ -23,6 +23,7 @@ def close(found, expected, tolerance):
         assert (f - e).abs().max() <= tolerance * scale
 
 
+@settings(max_examples=25)
 @given(architectures(), estimators, st.sampled_from(["joint", "separate"]))
 def test_gradients_are_those_of_autograd(case, estimator, bias):
     """``mean of g aᵀ`` is the gradient, layer by layer, and the free parameters' is as it is."""
@@ -35,6 +36,7 @@ def test_gradients_are_those_of_autograd(case, estimator, bias):
         close(e.grads, expected, tolerance)
 
 
+@settings(max_examples=25)
 @given(architectures(dtype=torch.float64))
 def test_every_weight_matrix_is_covered(case):
     layers = find_layers(case.model, case.params, case.inputs)

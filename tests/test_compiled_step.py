@@ -1,6 +1,6 @@
 """A compiled training step: the same as eager, and compiled once for refreshes and once for the steps between."""
 
-from functools import partial
+from functools import cache, partial
 
 import optree
 import pytest
@@ -103,18 +103,24 @@ BLOCKS = {
     "full": lambda layers: chained(layers, lrkfac.structures.full()),
 }
 LAYOUTS = {
-    f"{spelled}, {name}": (*problem, make)
-    for spelled, problem in SPELLED.items()
+    f"{spelled}, {name}": (spelled, make)
+    for spelled in SPELLED
     for name, make in ({**MAKERS, **BLOCKS} if spelled in ("small", "grouped") else MAKERS).items()
 }
 
 
-@pytest.mark.parametrize("model, params, inputs, make", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts_stay(model, params, inputs, make):
-    """Of parameters and states, so that nothing is compiled twice; no tensor stands in the adaptive chain's twice."""
+@cache
+def problem(spelled):
+    model, params, inputs = SPELLED[spelled]
     params = {name: p + torch.randn_like(p) / 4 for name, p in params.items()}
     inputs, targets = inputs + torch.randn_like(inputs), torch.randint(2, (len(inputs),))
-    layers = lrkfac.find_layers(model, params, inputs)
+    return model, params, inputs, targets, lrkfac.find_layers(model, params, inputs)
+
+
+@pytest.mark.parametrize("spelled, make", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_stay(spelled, make):
+    """Of parameters and states, so that nothing is compiled twice; no tensor stands in the adaptive chain's twice."""
+    model, params, inputs, targets, layers = problem(spelled)
 
     def layout(params, state):
         leaves = optree.tree_leaves((params, state))

@@ -133,7 +133,10 @@ def test_exact_blocks_are_those_of_the_explicit_matrix(name, estimator):
 @each_operation
 @each_estimator
 def test_kronecker_products_of_all_factors_are_those_of_the_reference(name, estimator):
-    """Scales and shifts, which are no products, have their blocks; without output gradients theirs pass as they are."""
+    """Scales and shifts, which are no products, have their blocks; without output gradients theirs pass as they are.
+
+    Every pair where the rows are those of the exact estimator; with the others, each factor once on either side.
+    """
     operation = OPERATIONS[name]
     _, params, evaluation, cotangent = evaluated(name, estimator)
     places, gradient = places_of(params), flat(evaluation.grads, params)
@@ -142,7 +145,8 @@ def test_kronecker_products_of_all_factors_are_those_of_the_reference(name, esti
         gradient = solved(reference.fisher_matrix(operation, params, cotangent), gradient, units)
     matrices = operation.matrices or []
     head = reference.head_factors(operation, params, cotangent)
-    every = product(FACTORS, FACTORS) if name in REAL else zip(FACTORS, reversed(FACTORS), strict=True)
+    whole = name in REAL and estimator == "exact"
+    every = product(FACTORS, FACTORS) if whole else zip(FACTORS, reversed(FACTORS), strict=True)
     for treatment, pairs in {"expand": every, "reduce": [("dense", "dense")]}.items():
         found = [reference.factors(operation, params, cotangent, m, treatment == "reduce") for m in matrices]
         for input, output in pairs:

@@ -3,6 +3,7 @@
 Spellings of layers and trees of parameters are drawn in ``tests/test_architectures.py``.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import optree
@@ -131,20 +132,28 @@ MODELS = {
 }
 
 
+@cache
 def make(name):
-    """The model, parameters, inputs, targets and whether it returns more than outputs."""
-    model, params, inputs = MODELS[name]()
-    outputs = model(params, inputs)
-    has_aux = isinstance(outputs, tuple)
-    outputs = outputs[0] if has_aux else outputs
-    return model, params, inputs, torch.randint(outputs.shape[-1], outputs.shape[:-1]), has_aux
+    """The model, parameters, inputs, targets and whether it returns more than outputs; drawn once."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, params, inputs = MODELS[name]()
+        outputs = model(params, inputs)
+        has_aux = isinstance(outputs, tuple)
+        outputs = outputs[0] if has_aux else outputs
+        return model, params, inputs, torch.randint(outputs.shape[-1], outputs.shape[:-1]), has_aux
+
+
+@cache
+def layers_of(name):
+    return lrkfac.find_layers(*make(name)[:3], strict=True)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("estimator", ["mc", "exact", "empirical"])
 def test_every_parameter_is_covered_gradients_are_right_and_a_step_goes_downhill(name, estimator):
     model, params, inputs, targets, has_aux = make(name)
-    layers = lrkfac.find_layers(model, params, inputs, strict=True)
+    layers = layers_of(name)
     e = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator, has_aux=has_aux)(params, inputs, targets)
 
     def loss(params):

@@ -59,8 +59,9 @@ def place(fault: Fault, package: Path) -> tuple[Path, str] | str:
     """The file that a fault changes and its text with the fault, or why there is none."""
     reason = "not found"
     for old, new in fault.wordings:
-        pattern = _pattern(old)
-        found = [(path, match) for path, text in _sources(package) for match in pattern.finditer(text)]
+        pattern, longest = _pattern(old), max(re.findall(r"\w+", old), key=len, default="")
+        sources = [(path, text) for path, text in _sources(package) if longest in text]
+        found = [(path, match) for path, text in sources for match in pattern.finditer(text)]
         if len(found) == 1:
             ((path, match),) = found
             text = path.read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ from lrkfac.testing import check_layer_kind, check_likelihood
 from tests import cases, reference_kinds
 from tests.core.evaluation.test_evaluator import evaluator_of, noise_for
 from tests.core.layers.test_custom import KINDS
+from tests.device.conftest import name_of_device
 from tests.device.moving import close, moved, moved_case, on_device
 from tests.tensors import normal
 from tests.test_check_layer_kind import ARGUMENTS
@@ -38,7 +39,11 @@ def evaluated(name, device, dtype, estimator):
     return layers, evaluate(params, inputs, TARGETS.to(device), noise=noise)
 
 
-@pytest.mark.parametrize("estimator", ["mc", "exact", "empirical", "forward_only"])
+# On the CPU, where the others are known in float64, the rows of all columns.
+ESTIMATORS = ["exact"] if name_of_device() == "cpu" else ["mc", "exact", "empirical", "forward_only"]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_kind_of_layer(device, dtype, name, estimator):
     found, expected = (evaluated(name, *where, estimator) for where in ((device, dtype), ("cpu", torch.float64)))

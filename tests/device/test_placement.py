@@ -61,8 +61,10 @@ def steps(case, step, init, noise, around=lambda statistics: nullcontext()):
     return params, state, loss
 
 
-@pytest.mark.parametrize("estimator", ["mc", "exact", "empirical"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+OTHER_ESTIMATORS = [(case, estimator) for case in (WIDE, GROUPS) for estimator in ("exact", "empirical")]
+
+
+@pytest.mark.parametrize("case, estimator", [*[(case, "mc") for case in CASES], *OTHER_ESTIMATORS])
 def test_every_estimator_stays_there(case, estimator, meta_is_a_device):
     stays_there(case, CHAINS["kept low rank"], estimator)
 

@@ -14,6 +14,7 @@ from lrkfac.structures import full, kronecker, low_rank, low_rank_plus_diagonal,
 from lrkfac.testing import check_transformation
 from tests import cases
 from tests.described import layers_of
+from tests.device.conftest import name_of_device
 from tests.device.moving import TOLERANCE, close, moved, moved_case, on_device
 from tests.test_training_step import OPTIONS, RATE, chained, never_dense, noises, stepper
 
@@ -52,8 +53,12 @@ def trained(case, make, device, dtype, steps=4, every=2, thin=False):
     return path, state
 
 
+# On the CPU, where these steps are known in float64, those in float32 of some.
+CASES = [SHIFT, GROUPS, WIDE] if name_of_device() == "cpu" else [MLP, SHIFT, SEQUENCE, STRIDE, GROUPS, WIDE]
+
+
 @each_chain
-@pytest.mark.parametrize("case", [MLP, SHIFT, SEQUENCE, STRIDE, GROUPS, WIDE], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_steps_are_those_of_the_cpu(device, dtype, case, chain):
     found, state = trained(case, CHAINS[chain], device, dtype, thin=case is WIDE)
     expected, _ = trained(case, CHAINS[chain], "cpu", torch.float64)

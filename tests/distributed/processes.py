@@ -18,6 +18,8 @@ import torch.multiprocessing as mp
 TIMEOUT = 30.0
 """Seconds that a process waits for the others: ranks that call different collectives fail and do not hang."""
 
+PRELOADED = ["lrkfac", "pytest", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+
 
 def run(function: Callable[..., Any], world: int, folder: Path, *arguments: Any, limit: float = 300.0) -> list[Any]:
     """``function(*arguments)`` in ``world`` processes; the results by rank, or the error of a rank with its traceback.
@@ -27,8 +29,8 @@ def run(function: Callable[..., Any], world: int, folder: Path, *arguments: Any,
     """
     folder.mkdir(parents=True, exist_ok=True)
     shared = function, world, folder, arguments, list(warnings.filters)
-    # From a server that has imported torch once, before it has threads.
-    mp.get_context("forkserver").set_forkserver_preload(["lrkfac", "torch.distributed.checkpoint"])
+    # From a server that has imported torch once, before it has threads; also what finding layers would import.
+    mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
     context = mp.start_processes(_process, shared, world, join=False, start_method="forkserver")
     end = time.monotonic() + limit
     try:

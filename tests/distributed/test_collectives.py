@@ -8,7 +8,6 @@ from torch.func import grad, jvp, vjp, vmap
 from lrkfac.core.base.collectives import reduce_scatter
 from lrkfac.core.base.exchange import Form, from_owners, to_owners
 from lrkfac.core.base.processes import CHUNK, counted, processes_of
-from tests.distributed.processes import run
 
 pytestmark = pytest.mark.slow
 
@@ -42,16 +41,27 @@ def transformed():
             f"{name}: jvp of a gradient": jvp(grad(energy), (x,), (x,))[1],
             f"{name}: backward": leaf.grad,
             f"{name}: compiled": torch.compile(f, fullgraph=True)(x),
-            f"{name}: compiled vmap": torch.compile(vmap(f), fullgraph=True)(batch),
+            f"{name}: compiled vmap": torch.compile(vmap(f), fullgraph=True, backend="aot_eager")(batch),
         }
     return {name: x.tolist() for name, x in results.items()}
 
 
-def test_values_and_derivatives_under_every_transformation(tmp_path):
+def everything():
+    """What two processes do, in one start of them."""
+    return {part.__name__: part() for part in (transformed, summed, padded, exchanged)}
+
+
+@pytest.fixture
+def of_two(once):
+    """The results of each part on both processes."""
+    results = once("collectives", everything, 2)
+    return {name: [result[name] for result in results] for name in results[0]}
+
+
+def test_values_and_derivatives_under_every_transformation(of_two):
     """With x and 2 x on two ranks, their sum is 3 x, what is gathered (x, 2 x), and a part of the sum 3 x[rank]."""
-    of_ranks = run(transformed, 2, tmp_path)
     x, batch = BATCH[0], BATCH
-    for rank, results in enumerate(of_ranks):
+    for rank, results in enumerate(of_two["transformed"]):
         own = rank + 1.0
         both, both_of_batch = torch.cat([x, 2 * x]), torch.cat([batch, 2 * batch], dim=1)
         expected = {
@@ -108,9 +118,8 @@ def summed():
     return [*right, totals[4].tolist(), totals[5].tolist()], calls
 
 
-def test_sums_are_flat_and_in_chunks(tmp_path):
-    results = run(summed, 2, tmp_path)
-    for values, calls in results:
+def test_sums_are_flat_and_in_chunks(of_two):
+    for values, calls in of_two["summed"]:
         assert values == [True] * 4 + [[[2.0] * 3] * 2, 1]
         numbers = 3 + CHUNK // 4 + 5 + 7
         assert calls == [
@@ -126,9 +135,9 @@ def padded():
     return processes.gather(torch.full((processes.rank + 1, 2), 1.0 + processes.rank), 3).tolist()
 
 
-def test_rows_of_different_numbers_are_gathered_with_zeros(tmp_path):
+def test_rows_of_different_numbers_are_gathered_with_zeros(of_two):
     one, nothing, two = [1.0, 1.0], [0.0, 0.0], [2.0, 2.0]
-    assert run(padded, 2, tmp_path) == [[one, nothing, nothing, two, two, nothing]] * 2
+    assert of_two["padded"] == [[one, nothing, nothing, two, two, nothing]] * 2
 
 
 OWNERS = [1, 0, 1, 1, 0]
@@ -149,11 +158,11 @@ def exchanged():
     return same, sums.keys() == own.keys() and all(torch.equal(x, 3 * own[i]) for i, x in sums.items()), calls
 
 
-def test_tensors_of_several_owners_travel_flat_and_in_chunks(tmp_path):
+def test_tensors_of_several_owners_travel_flat_and_in_chunks(of_two):
     largest = 4 * (CHUNK // 4 + 1)
     gathers = [("all_gather", CHUNK), ("all_gather", largest - CHUNK), ("all_gather", 4 * 8)]
     scatters = [("reduce_scatter", CHUNK), ("reduce_scatter", CHUNK), ("reduce_scatter", 8), ("reduce_scatter", 64)]
-    for same, right, calls in run(exchanged, 2, tmp_path):
+    for same, right, calls in of_two["exchanged"]:
         assert same
         assert right
         assert calls == gathers + scatters

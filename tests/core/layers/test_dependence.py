@@ -36,6 +36,14 @@ def step(model, params, inputs, targets, structure, estimator="exact", likelihoo
     return tx.update(evaluation.grads, tx.init(params), params, evaluation=evaluation)[0], layers
 
 
+def steps(model, params, inputs, targets):
+    """The updates by each structure, of one evaluation."""
+    layers = lrkfac.find_layers(model, params, inputs)
+    e = lrkfac.evaluator(model, lrkfac.categorical(), layers, "exact")(params, inputs, targets)
+    made = {name: lrkfac.precondition_by_fisher(layers, structure, damping=0.1) for name, structure in DENSE.items()}
+    return {name: tx.update(e.grads, tx.init(params), params, evaluation=e)[0] for name, tx in made.items()}
+
+
 drawn = given(twins(), st.sampled_from(sorted(DENSE)), st.sampled_from(["exact", "mc", "empirical"]))
 
 
@@ -83,13 +91,10 @@ def one_by_one(p, pair):
     return (u * v) @ p["o"].T
 
 
-@pytest.mark.parametrize("structure", DENSE)
 @pytest.mark.parametrize("model", [together, interleaved])
-def test_pairs_in_one_call_are_two_calls(model, structure):
+def test_pairs_in_one_call_are_two_calls(model):
     pair, targets = (torch.randn(5, 4, dtype=DOUBLE), torch.randn(5, 4, dtype=DOUBLE)), torch.randint(2, (5,))
-    result, _ = step(model, PAIRS, pair, targets, DENSE[structure])
-    expected, _ = step(one_by_one, PAIRS, pair, targets, DENSE[structure])
-    optree.tree_map(torch.testing.assert_close, result, expected)
+    optree.tree_map(torch.testing.assert_close, *[steps(one, PAIRS, pair, targets) for one in (model, one_by_one)])
 
 
 def rolled(p, x):
@@ -142,16 +147,15 @@ def test_one_example_without_an_axis_is_no_layer():
     torch.testing.assert_close(evaluation.grads["w"], torch.outer(model(params, x) - y, x) / 3)
 
 
-@pytest.mark.parametrize("structure", DENSE)
 @pytest.mark.parametrize("n", [3, 5, 8])
-def test_a_row_that_all_examples_share_is_one_of_each(n, structure):
+def test_a_row_that_all_examples_share_is_one_of_each(n):
     """A learned query through a layer, where the numbers of examples and features may be equal."""
     params = {"w": torch.randn(4, 5, dtype=DOUBLE), "o": torch.randn(2, 4, dtype=DOUBLE)}
     query, x = torch.randn(1, 5, dtype=DOUBLE), torch.randn(n, 4, dtype=DOUBLE)
     shared = lambda p, x: ((query @ p["w"].T) * x) @ p["o"].T  # noqa: E731
     plain = lambda p, x: ((query.expand(len(x), 5) @ p["w"].T) * x) @ p["o"].T  # noqa: E731
     batch = (params, x, torch.randint(2, (n,)))
-    optree.tree_map(torch.testing.assert_close, *[step(m, *batch, DENSE[structure])[0] for m in (shared, plain)])
+    optree.tree_map(torch.testing.assert_close, *[steps(one, *batch) for one in (shared, plain)])
 
 
 def convolved(p, frames):
@@ -162,9 +166,8 @@ def embedded(p, numbers):
     return F.linear(F.embedding(numbers, p["w"]).tanh(), p["o"])
 
 
-@pytest.mark.parametrize("structure", DENSE)
 @pytest.mark.parametrize("model", [convolved, embedded])
-def test_frames_and_tokens_folded_into_the_batch(model, structure):
+def test_frames_and_tokens_folded_into_the_batch(model):
     """Before or behind the examples, as one position after another."""
     shape = (3, 2, 3, 3) if model is convolved else (6, 3)
     params = {"w": torch.randn(shape, dtype=DOUBLE), "o": torch.randn(2, 3, dtype=DOUBLE)}
@@ -172,9 +175,7 @@ def test_frames_and_tokens_folded_into_the_batch(model, structure):
     each = lambda p, x: torch.stack([model(p, one) for one in x.unbind(1)]).mean(0)  # noqa: E731
     batch_first = lambda p, x: model(p, x.flatten(0, 1)).unflatten(0, (len(x), -1)).mean(1)  # noqa: E731
     time_first = lambda p, x: model(p, x.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, len(x))).mean(0)  # noqa: E731
-    expected, *found = (
-        step(m, params, x, torch.arange(5) % 2, DENSE[structure])[0] for m in (each, batch_first, time_first)
-    )
+    expected, *found = (steps(one, params, x, torch.arange(5) % 2) for one in (each, batch_first, time_first))
     for updates in found:
         optree.tree_map(torch.testing.assert_close, updates, expected)
 
