@@ -17,6 +17,7 @@ from lrkfac.testing.architectures import Architecture, architectures
 from lrkfac.testing.laws import check_inverse, check_structure, check_transformation
 from lrkfac.testing.layer_kinds import check_layer_kind
 from lrkfac.testing.likelihoods import check_likelihood
+from lrkfac.testing.operators import check_operator
 from lrkfac.testing.strategies import (
     LayerCase,
     covariances,
@@ -35,6 +36,7 @@ __all__ = [
     "check_inverse",
     "check_layer_kind",
     "check_likelihood",
+    "check_operator",
     "check_structure",
     "check_transformation",
     "covariances",

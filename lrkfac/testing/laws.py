@@ -49,7 +49,7 @@ def check_inverse(operator: Operator, damping: float | Tensor) -> None:
     result = inverse(operator, damping)
     check_law(type(result) is type(operator), f"class: {type(operator).__name__} became {type(result).__name__}")
     inverted = float64(result).to_dense()
-    spread = _spread(float64(shifted))
+    spread = condition(float64(shifted))
     tolerance = 200 * eps * spread + 100 * d * eps
     check_close(inverted, inverted.mT, 1e-12 if eps < 1e-10 else 1e-5, "symmetry of the inverse")
     least = torch.linalg.eigvalsh((inverted + inverted.mT) / 2)[0]
@@ -130,7 +130,7 @@ def check_structure(
         damped = matrix + damping * torch.eye(dimension, dtype=torch.float64)
         inverted = float64(structure.inverse(new, damping)).to_dense()
         # Low rank beside a diagonal is subtracted from its inverse, which may be larger than what is left of it.
-        tolerance = 500 * eps * _spread(float64(structure.operator(new)).shifted(damping))
+        tolerance = 500 * eps * condition(float64(structure.operator(new)).shifted(damping))
         check_close(inverted, torch.linalg.inv(damped), tolerance, "inverse = inverse of the average plus damping")
         least = torch.linalg.eigvalsh((inverted + inverted.mT) / 2)[0]
         check_law(least > 0, f"the inverse is positive definite: eigenvalue {least:.2e}")
@@ -211,12 +211,12 @@ def _of_parts(structure: FactorStructure, state: Any, rows: Tensor, decay: float
     return carry
 
 
-def _spread(operator: Operator) -> Tensor:
+def condition(operator: Operator) -> Tensor:
     """Return the condition number of the parts: they may cancel where the whole is well conditioned."""
     if isinstance(operator, Kronecker):
-        return _spread(operator.output) * _spread(operator.input)
+        return condition(operator.output) * condition(operator.input)
     if isinstance(operator, TransposedKronecker):
-        return _spread(operator.transposed)
+        return condition(operator.transposed)
     values = torch.linalg.eigvalsh(operator.to_dense())
     if isinstance(operator, EigenspaceKronecker) and isinstance(operator.output, LowRankPlusDiagonal):
         return values[-1] / torch.minimum(operator.output.diagonal.amin(), values[0])

@@ -65,6 +65,14 @@ def orthonormal_by_cholesky(columns: Float[Tensor, "*many d k"]) -> Float[Tensor
     return rows.to(columns.dtype).mT
 
 
+def margin(x: Tensor) -> float:
+    """Return how far below 1 eigenvalues of ``W Wᵀ`` must stay for ``I - W Wᵀ`` to be positive definite after rounding.
+
+    In float64 the ratio of eigenvalues that float32 can tell apart is far from the limit.
+    """
+    return (4 if x.dtype == torch.float64 else 32) * torch.finfo(x.dtype).eps
+
+
 def pseudo_random(rows: int, columns: int, seed: Tensor) -> Float[Tensor, "*many d k"]:
     """Return numbers in [-1, 1] that depend on their place and on ``seed`` alone, float32.
 

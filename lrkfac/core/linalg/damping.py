@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_flag, check_number
+from lrkfac.core.linalg.bases import margin
 from lrkfac.core.linalg.custom import method_of
 from lrkfac.core.linalg.eigen import without_subnormal
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, LowRankPlusIsotropic, TransposedKronecker
-from lrkfac.core.linalg.inverses import damped_inverse, margin, semidefinite_inverse
+from lrkfac.core.linalg.inverses import differentiable_inverse, semidefinite_inverse
 from lrkfac.core.linalg.operator_checks import check_operator, is_custom
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator, TreeOperator
 
@@ -65,7 +66,7 @@ def inverse(operator: Operator | TreeOperator, damping: float | Tensor = 0.0, ex
     if exact and isinstance(operator, Kronecker):
         _check_factors(operator)
         return exactly_damped_inverse(operator, damping)
-    inverted: Operator = damped_inverse(operator, damping)
+    inverted: Operator = differentiable_inverse(operator.shifted(damping))  # type: ignore[union-attr]
     return inverted
 
 
@@ -219,7 +220,7 @@ def _in_eigenspaces(
         _outer(a, output.values),
         _outer(a, output.diagonal) + each[..., None],
     )
-    inverse = semidefinite_inverse(shifted) if semidefinite else damped_inverse(shifted, 0.0)
+    inverse = semidefinite_inverse(shifted) if semidefinite else differentiable_inverse(shifted)
     return EigenspaceKronecker(inverse, vectors)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.eager import has_values
+from lrkfac.core.linalg.bases import margin
 
 
 def check_positive(values: Tensor, name: str, what: str = "eigenvalue") -> None:
@@ -32,20 +33,41 @@ def checked_cholesky(matrix: Tensor, name: str) -> Tensor:
         ValueError: If a matrix is not positive definite to rounding, with its smallest eigenvalue.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if has_values(matrix):
-        pivots = factor.detach().diagonal(dim1=-2, dim2=-1).square()
-        limit = matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-        if not bool(((info == 0) & (pivots.amin(dim=-1) > limit * pivots.amax(dim=-1))).all()):
-            _check_eigenvalues(matrix.detach(), name, limit)
+    limit = matrix.shape[-1] ** 0.5 * torch.finfo(matrix.dtype).eps
+    pivots = factor.detach().diagonal(dim1=-2, dim2=-1).square()
+    good = (info == 0) & (pivots.amin(dim=-1) > limit * pivots.amax(dim=-1))
+    if has_values(good) and not bool(good.all()):
+        _check_eigenvalues(matrix.detach(), info, name, limit)
     return torch.where(info[..., None, None] == 0, factor, torch.nan)
 
 
-def _check_eigenvalues(matrix: Tensor, name: str, limit: float) -> None:
+def cholesky_with_margin(matrix: Tensor, name: str) -> Tensor:
+    """Return what ``checked_cholesky`` does, of the matrix shifted by a few ulps of its norm where pivots ask for it.
+
+    Rounding alone can make a matrix of large condition indefinite.
+
+    Raises:
+        ValueError: If a matrix is not positive definite all the same, with its smallest eigenvalue.
+    """
+    limit = margin(matrix) * matrix.detach().abs().sum(dim=-1).amax(dim=-1)
+    factor, info = torch.linalg.cholesky_ex(matrix.detach())
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(dim=-1)
+    shift = torch.where((info == 0) & (pivots > 4 * limit), 0.0, limit)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    factor, info = torch.linalg.cholesky_ex(matrix + shift[..., None, None] * identity)
+    if has_values(info) and bool(info.any()):
+        _check_eigenvalues(matrix.detach(), info, name, 0.0)
+    return torch.where(info[..., None, None] == 0, factor, torch.nan)
+
+
+def _check_eigenvalues(matrix: Tensor, info: Tensor, name: str, limit: float) -> None:
+    """Raise if an eigenvalue is at most this share of the largest one, or a factorisation has failed."""
     if not matrix.isfinite().all():
         _refuse(f"entries of {name} that are not finite")
     values = torch.linalg.eigvalsh(matrix).reshape(-1, matrix.shape[-1])
-    for smallest, largest in zip(values[:, 0].tolist(), values[:, -1].tolist(), strict=True):
-        if not smallest > limit * largest:
+    for each, failed in zip(values, info.reshape(-1).tolist(), strict=True):
+        smallest, largest = each[0].item(), each[-1].item()
+        if failed or not smallest > limit * largest:
             _refuse(f"the eigenvalue {smallest:.3g} (the largest is {largest:.3g}) of {name}")
 
 

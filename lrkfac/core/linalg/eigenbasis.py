@@ -86,7 +86,7 @@ class EigenbasisKronecker(NamedTuple):
     def to_dense(self) -> Float[Tensor, "d d"]:
         """Return the matrix."""
         u, v = self.output_vectors, self.input_vectors
-        others_out, others_in = (torch.eye(w.shape[0], dtype=w.dtype, device=w.device) - w @ w.mT for w in (u, v))
+        others_out, others_in = (_beside(w) for w in (u, v))
         basis = kron(u, v)
         return (
             (basis * self.kept.reshape(-1)) @ basis.mT
@@ -137,6 +137,13 @@ class EigenbasisKronecker(NamedTuple):
             cos_in @ along_in + rest_in * (self.output.sum() + self.rest * more_out),
             self.trace(),
         )
+
+
+def _beside(w: Tensor) -> Tensor:
+    """Return ``I - W Wᵀ``; zero for complete vectors, where rounding would be scaled by numbers without a meaning."""
+    if w.shape[0] == w.shape[1]:
+        return torch.zeros_like(w)
+    return torch.eye(w.shape[0], dtype=w.dtype, device=w.device) - w @ w.mT
 
 
 def kron(x: Tensor, y: Tensor) -> Tensor:

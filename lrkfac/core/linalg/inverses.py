@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,25 +10,35 @@ from torch import Tensor
 
 from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.base.eager import has_values
-from lrkfac.core.linalg.bases import has_twice_the_precision, orthonormal
+from lrkfac.core.linalg.bases import has_twice_the_precision, margin, orthonormal
+from lrkfac.core.linalg.definite import cholesky_with_margin
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, LowRankPlusIsotropic, TransposedKronecker
 from lrkfac.core.linalg.operator_checks import check_operator
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal
+from lrkfac.core.linalg.triangles import inverse_of_triangle, triangles
 
 
 def damped_inverse(operator: Any, damping: float | Tensor) -> Any:
     """Return the inverse of a valid operator plus damping, which is split between the factors of a product."""
-    return _inverse(operator.shifted(damping))
+    return _inverse(operator.shifted(damping), _cholesky_inverse, _woodbury)
 
 
-def _inverse(operator: Any) -> Any:
+def differentiable_inverse(operator: Any) -> Any:
+    """Return the inverse of a valid operator, by operations that have derivatives where eigenvalues are equal, too.
+
+    It is also more precise than ``damped_inverse``: a dense matrix is shifted only where rounding makes it necessary.
+    """
+    return _inverse(operator, _unshifted_inverse, _inverse_by_triangles)
+
+
+def _inverse(operator: Any, of_dense: Callable[..., Dense], of_low_rank: Callable[..., LowRankPlusDiagonal]) -> Any:
     if isinstance(operator, Kronecker):
-        return Kronecker(_inverse(operator.output), _inverse(operator.input))
+        return Kronecker(*[_inverse(factor, of_dense, of_low_rank) for factor in operator])
     if isinstance(operator, LowRankPlusDiagonal):
-        return _woodbury(operator)
+        return of_low_rank(operator)
     if isinstance(operator, Dense):
-        return _cholesky_inverse(operator)
+        return of_dense(operator)
     if isinstance(operator, EigenbasisKronecker):
         return _inverse_in_basis(operator)
     if isinstance(operator, Diagonal):
@@ -36,9 +47,9 @@ def _inverse(operator: Any) -> Any:
         floor = margin(operator.vectors) * operator.values.amax(dim=-1)
         return LowRankPlusIsotropic(operator.vectors, 1 / operator.values, 1 / torch.maximum(operator.rest, floor))
     if isinstance(operator, EigenspaceKronecker):
-        return operator._replace(output=_inverse(operator.output))
+        return operator._replace(output=_inverse(operator.output, of_dense, of_low_rank))
     if isinstance(operator, TransposedKronecker):
-        return TransposedKronecker(_inverse(operator.transposed))
+        return TransposedKronecker(_inverse(operator.transposed, of_dense, of_low_rank))
     raise TypeError(
         f"operator: expected one of lrkfac's operators, got {type(operator).__name__}; a structure with a custom "
         "operator needs a method inverse(state, damping)"
@@ -54,6 +65,27 @@ def _cholesky_inverse(operator: Dense) -> Dense:
     factor, info = torch.linalg.cholesky_ex(shifted, check_errors=has_values(shifted))
     factor = torch.where(info[..., None, None] == 0, factor, torch.nan)
     return Dense(torch.cholesky_inverse(factor).mT)  # symmetric, and row-major so
+
+
+def _unshifted_inverse(operator: Dense) -> Dense:
+    """Return the inverse by a Cholesky factor, with the shift of ``_cholesky_inverse`` only where pivots ask for it."""
+    lower = cholesky_with_margin(operator.matrix, "operator")
+    half = inverse_of_triangle(lower)
+    return Dense(half.mT @ half)
+
+
+def _inverse_by_triangles(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
+    """Return ``M⁻¹ = D^{-1/2} (I - W Wᵀ + Z Zᵀ) D^{-1/2}``, with columns of ``W`` and ``Z`` by the sign of the values.
+
+    ``W Wᵀ`` is shrunk and ``D`` has a floor, as in ``semidefinite_inverse``.
+    """
+    scale, (vectors, values, _) = _scale(operator), operator
+    found = triangles(LowRankPlusDiagonal(vectors, values, scale.square().reciprocal()), cholesky=cholesky_with_margin)
+    largest = found.upper.square().sum(dim=(-2, -1))[..., None]  # a bound of the largest eigenvalue of I + UᵀU
+    kept = ((1 - margin(vectors)) * (1 + 1 / largest)).clamp(max=1)
+    inverted = found.inverse_updates() / found.scale[..., None]
+    signs = torch.where(values > 0, -kept, torch.where(values < 0, 1.0, 0.0))
+    return LowRankPlusDiagonal(inverted.to(vectors.dtype), signs.to(vectors.dtype), scale.square())
 
 
 def _inverse_in_basis(operator: EigenbasisKronecker) -> EigenbasisKronecker:
@@ -213,11 +245,3 @@ def _scale(operator: LowRankPlusDiagonal) -> Tensor:
 def _eigenvalues(operator: LowRankPlusDiagonal) -> Tensor:
     """Return the eigenvalue of each positive rank-one term."""
     return (operator.values * operator.vectors.square().sum(dim=-2)).clamp(min=0)
-
-
-def margin(x: Tensor) -> float:
-    """Return how far below 1 eigenvalues of ``W Wᵀ`` must stay for ``I - W Wᵀ`` to be positive definite after rounding.
-
-    In float64 the ratio of eigenvalues that float32 can tell apart is far from the limit.
-    """
-    return (4 if x.dtype == torch.float64 else 32) * torch.finfo(x.dtype).eps

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lrkfac.core.base.types import Tree
 from lrkfac.core.linalg.custom import check_vectors, method_of
@@ -22,7 +21,7 @@ from lrkfac.core.linalg.roots import (
     SymmetricRoot,
     TransposedRoot,
 )
-from lrkfac.core.linalg.triangles import triangles
+from lrkfac.core.linalg.triangles import inverse_of_triangle, triangles
 
 
 def root(operator: Operator | TreeOperator) -> Root:
@@ -153,7 +152,7 @@ def _root(operator: Any, name: str, inverted: bool) -> Any:
         return LowRankRoot(*[x.to(operator.vectors.dtype) for x in half])
     if isinstance(operator, Dense):
         lower = checked_cholesky(operator.matrix, name)
-        return DenseRoot(_inverse_of(lower).mT if inverted else lower)
+        return DenseRoot(inverse_of_triangle(lower).mT if inverted else lower)
     if isinstance(operator, EigenspaceKronecker):
         return EigenspaceRoot(_root(operator.output, f"{name}.output", inverted), operator.input_vectors)
     if isinstance(operator, TransposedKronecker):
@@ -166,8 +165,3 @@ def _of_factor(product: Kronecker, side: str, name: str, inverted: bool) -> Any:
     factor = getattr(product, side)
     custom = method_of(factor, "inverse_root" if inverted else "root")
     return custom() if custom else _root(factor, f"{name}.{side}", inverted)
-
-
-def _inverse_of(lower: Tensor) -> Tensor:
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity.expand(lower.shape), upper=False)

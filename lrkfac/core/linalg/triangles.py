@@ -5,6 +5,7 @@ Nothing is squared in float64, and no eigenvectors are taken: derivatives exist 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,11 @@ class Triangles(NamedTuple):
         second = _solved(_plus_identity(self.lower), _solved(self.lower.mT, self.downdates, upper=True))
         return self._joined(1 / self.scale, first, self.whitened, second)
 
+    def inverse_updates(self) -> Tensor:
+        """Return ``W + (I - W C Wᵀ) Y L⁻ᵀ``, of which columns count as negative where values are positive."""
+        beside = _solved(self.lower.mT, self.downdates, upper=True)
+        return self.whitened + beside - self.whitened @ (_whitening(self.upper) @ (self.whitened.mT @ beside))
+
     def logdet(self) -> Tensor:
         """Return the logarithm of the determinant, ``[*]``."""
         of_updates, of_downdates = (x.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1) for x in (self.upper, self.lower))
@@ -60,14 +66,17 @@ class Triangles(NamedTuple):
         return LowRankRoot(scale, left, right + self.downdates)
 
 
-def triangles(operator: LowRankPlusDiagonal, name: str = "operator") -> Triangles:
+def triangles(
+    operator: LowRankPlusDiagonal, name: str = "operator", cholesky: Callable[[Tensor, str], Tensor] = checked_cholesky
+) -> Triangles:
     """Return the triangles of a positive definite operator with ``D > 0``, one or several stacked, in O(d r²).
 
     With ``TᵀT = I + UᵀU``, ``(I + U K Uᵀ) (I + U Kᵀ Uᵀ) = I + U Uᵀ`` holds for ``K + Kᵀ + K UᵀU Kᵀ = I``, which
     ``K⁻¹ = I + Tᵀ`` solves; ``K⁻¹ = -(I + L)`` does the same for what is subtracted. Of float32, the triangles are in
     float64 where the device has it.
     """
-    check_positive(operator.diagonal, f"{name}.diagonal", "entry")
+    if cholesky is checked_cholesky:
+        check_positive(operator.diagonal, f"{name}.diagonal", "entry")
     doubled = has_twice_the_precision(operator.vectors)
     vectors, values, diagonal = (x.double() for x in operator) if doubled else operator
     scale = diagonal.sqrt()
@@ -79,7 +88,7 @@ def triangles(operator: LowRankPlusDiagonal, name: str = "operator") -> Triangle
     whitened = torch.where(positive, whitened, 0.0)
     downdates = downdates - whitened @ (_whitening(upper).mT @ (whitened.mT @ downdates))
     downdates = torch.where(negative, downdates, 0.0)
-    lower = checked_cholesky(_plus_identity(-(downdates.mT @ downdates)), f"{name} relative to its diagonal")
+    lower = cholesky(_plus_identity(-(downdates.mT @ downdates)), f"{name} relative to its diagonal")
     return Triangles(scale, updates, upper, whitened, downdates, lower)
 
 
@@ -107,3 +116,9 @@ def _solved(triangle: Tensor, columns: Tensor, upper: bool = False) -> Tensor:
 
 def _plus_identity(matrix: Tensor) -> Tensor:
     return matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
+def inverse_of_triangle(lower: Tensor) -> Tensor:
+    """Return ``L⁻¹``."""
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity.expand(lower.shape), upper=False)
