@@ -33,7 +33,7 @@ def test_the_command_runs(tmp_path, monkeypatch, capsys):
     assert "Profile" in capsys.readouterr().out
 
 
-def report_of(path, seconds=60.0):
+def report_of(path, seconds=600.0):
     return Report(path / "part.json", time.monotonic() + seconds)
 
 

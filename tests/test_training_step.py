@@ -179,8 +179,13 @@ ODD = {
 
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
-@pytest.mark.parametrize("case", [WIDTH_ONE, MLP, GROUPS], ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        *[(case, torch.bfloat16) for case in (WIDTH_ONE, MLP, GROUPS)],
+        *[(c, torch.float64) for c in (WIDTH_ONE, GROUPS)],
+    ],
+)
 def test_odd_batches_just_work(case, odd, dtype):
     case = odd(cast(case, dtype))
     for make in (never_dense(1), never_dense(100), dense):

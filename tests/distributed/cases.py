@@ -15,7 +15,7 @@ from lrkfac.core.base.processes import counted
 from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal, unit_wise
 from tests.distributed.networks import IGNORED, NETWORKS
 
-STEPS, EVERY = 20, 4
+STEPS, EVERY = 10, 3
 """Steps of a training, and from one refresh to the next."""
 RANK = 3
 STEADY = lrkfac.QuadraticModelOptions(start_steps=0.0)
