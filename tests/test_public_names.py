@@ -50,7 +50,8 @@ def test_promised_names_exist_and_nothing_else_is_public():
 
 
 def test_methods_and_checkers_are_documented():
-    checkers = [getattr(lrkfac.testing, f"check_{x}") for x in ("inverse", "likelihood", "structure", "transformation")]
+    laws = ("inverse", "likelihood", "operator", "structure", "transformation")
+    checkers = [getattr(lrkfac.testing, f"check_{law}") for law in laws]
     members = [(n, x) for thing in PUBLIC.values() for n, x in vars(thing).items() if inspect.isfunction(x)]
     methods = [x for n, x in members if not n.startswith("_")]
     assert [x.__qualname__ for x in (*methods, *checkers) if not inspect.getdoc(x)] == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from lrkfac.core.base.arguments import check_dtype, check_number
 from lrkfac.core.base.dtypes import full_precision, wide, widest
 from lrkfac.core.base.layout import with_layout_of
 from lrkfac.core.base.leaves import tree_structure, tree_unflatten
+from lrkfac.core.base.memory import memory_of
 from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.tree_checks import check_like
 from lrkfac.core.base.trees import materialize
@@ -273,13 +273,8 @@ def check_memory(outputs: int, dtype: torch.dtype, device: torch.device) -> None
     if torch.compiler.is_compiling():
         return
     needed = 3 * outputs**2 * dtype.itemsize
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    elif device.type == "cpu" and hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if needed > memory:
+    memory = memory_of(device)
+    if memory is not None and needed > memory:
         raise ValueError(
             f"evaluation: the kernel of {outputs} outputs (examples times numbers for each) and its factor take "
             f"{needed:,} bytes, more than the {memory:,} of {device}; evaluate fewer examples, or use "

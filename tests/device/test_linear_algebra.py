@@ -9,7 +9,7 @@ from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.linalg import inverse, polar, power_iteration, sherman_morrison, subspace_iteration, to_dense, woodbury
 from lrkfac.structures import kronecker, low_rank, low_rank_plus_diagonal
-from lrkfac.testing import check_inverse, check_structure, low_rank_plus_diagonals, operators
+from lrkfac.testing import check_inverse, check_operator, check_structure, low_rank_plus_diagonals, operators
 from tests.core.curvature.test_low_rank import STRUCTURES
 from tests.device.moving import close, moved, on_device
 from tests.tensors import normal
@@ -22,6 +22,14 @@ def test_inverses(device, operator):
         there = moved(operator, device)
         check_inverse(there, 0.1)
         assert on_device((inverse(there, 0.1), to_dense(there), there.trace()), device)
+
+
+@settings(max_examples=15)
+@given(operator=operators(12, torch.float32, 1e2))
+def test_functions_of_operators(device, operator):
+    """The share of the largest eigenvalue that is added makes them definite."""
+    largest = float(torch.linalg.matrix_norm(to_dense(operator), 2)) or 1.0
+    check_operator(moved(operator.shifted(largest / 100), device))
 
 
 @settings(max_examples=10)

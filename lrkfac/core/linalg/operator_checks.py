@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import optree
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lrkfac.core.base.leaves import tree_leaves
+from lrkfac.core.base.memory import memory_of
 from lrkfac.core.linalg.eigenbasis import EigenbasisKronecker
 from lrkfac.core.linalg.eigenspaces import EigenspaceKronecker, LowRankPlusIsotropic, TransposedKronecker
 from lrkfac.core.linalg.operators import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, Operator
@@ -36,7 +39,8 @@ def to_dense(operator: Operator) -> Float[Tensor, "d d"]:
 
     Raises:
         TypeError: If ``operator`` is not one of the package's operators, or its entries are no floating-point tensors.
-        ValueError: If their shapes or devices do not fit together.
+        ValueError: If their shapes or devices do not fit together, or the matrix does not fit into memory (the bytes
+            are said).
 
     Examples:
         >>> import torch
@@ -46,7 +50,21 @@ def to_dense(operator: Operator) -> Float[Tensor, "d d"]:
                 [0., 2.]])
     """
     check_operator(operator)
+    _check_memory(operator)
     return operator.to_dense()
+
+
+def _check_memory(operator: Operator) -> None:
+    """Raise ``ValueError`` if the matrix takes more than the memory of the device."""
+    if torch.compiler.is_compiling():
+        return
+    like, d = tree_leaves(operator)[0], operator.dimension
+    needed, memory = d * d * like.element_size(), memory_of(like.device)
+    if memory is not None and needed > memory and not isinstance(operator, Dense):
+        raise ValueError(
+            f"operator: its matrix of {d} rows takes {needed:,} bytes, more than the {memory:,} of {like.device}; "
+            "apply the operator by its matvec"
+        )
 
 
 def check_operator(operator: Any, expected: Any = OPERATORS) -> None:

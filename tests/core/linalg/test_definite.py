@@ -15,6 +15,7 @@ from lrkfac.linalg import (
     inverse_root,
     logdet,
     root,
+    to_dense,
 )
 from tests.tensors import normal
 
@@ -72,3 +73,10 @@ def test_inverses_are_refused_too():
     for matrix in (Dense(-torch.eye(2)), LowRankPlusDiagonal(torch.eye(2)[:, :1], torch.tensor([-2.0]), torch.ones(2))):
         with pytest.raises(ValueError, match="the eigenvalue -1"):
             inverse(matrix)
+
+
+def test_a_matrix_that_does_not_fit_into_memory():
+    """The bytes are said before they are taken."""
+    d = 10_000_000
+    with pytest.raises(ValueError, match=r"matrix of 10000000 rows takes 800,000,000,000,000 bytes, .* by its matvec"):
+        to_dense(Diagonal(torch.ones((), dtype=torch.float64).expand(d)))
