@@ -5,12 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lrkfac.linalg import Dense, Kronecker, LowRankPlusDiagonal, damped
+from lrkfac.linalg import Dense, Kronecker, LowRankPlusDiagonal, damped, inverse
 from lrkfac.testing import check_operator, operators
 from tests.core.linalg.test_custom import ONE, Multiple
+from tests.core.linalg.test_square_roots import each_pair, product
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(operators(10, torch.float64, 1e6) | operators(10, torch.float32, 1e3))
 def test_operators(operator):
     """Damped by a share of their largest eigenvalue, which makes them definite."""
@@ -18,6 +19,13 @@ def test_operators(operator):
     share = (1e-6 if optree.tree_leaves(operator)[0].dtype == torch.float64 else 1e-3) * (largest or 1.0)
     both = isinstance(operator, Kronecker) and all(isinstance(x, LowRankPlusDiagonal) for x in operator)
     check_operator(damped(operator, share, exact=not both), damping=share)
+
+
+@each_pair
+def test_products_of_every_pair(output, input):
+    plain = product(output, input, 10.0)
+    for operator in (plain, damped(plain, 0.1), inverse(plain, 0.1, exact=True)):
+        check_operator(operator)
 
 
 WRONG = {
