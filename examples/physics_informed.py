@@ -1,149 +1,300 @@
-"""A physics-informed network solves Poisson's equation, trained by three methods.
+"""Networks that solve differential equations, by three methods: Adam, low-rank K-FAC, and in the space of samples.
 
-The network carries its derivatives forward: u, ∂u/∂x, ∂u/∂y and Δu are rows that go through the same weights together
-(Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603). So each weight is one linear layer with four rows for each point,
-and K-FAC sees all of them.
+The network carries its derivatives forward: u, its gradient and its second derivatives are rows that go through the
+same weights together (Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603). So each weight is one linear layer with a row
+for each derivative at each point, and K-FAC and the kernel of the sample space see all of them.
 
 python -m examples.physics_informed
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 import lrkfac
-from examples.common import Metric, Options, Problem, methods
-from examples.compare import compare
 
-WIDTHS = (2, 32, 32, 32, 1)
-POINTS = 2000  # of the square, from which batches are drawn
-SIDE = 41  # points on each side of the grid on which the solution is compared
-
-LEARNING_RATES = {
-    "adam": (1e-2, (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)),
-    "rank-16": (0.1, (0.01, 0.03, 0.1, 0.3, 1.0)),
-}
-DAMPING = 0.1  # of 1e-5, 1e-3, 0.1
-KL_CLIP = 1e-2  # of 1e-2, 1e-1, 1
-METHODS = ("adam", "rank-16", "adaptive")
+SIDE = 41  # points on each side of the plane on which solutions are compared
+STEP_SIZES = tuple(2.0**-k for k in range(13))  # of the line search
+RATE = 1e-2  # Adam's, of 1e-3, 3e-3, 1e-2; it falls to 0 as a cosine
+DAMPING = 1e-8  # of the sample space
 
 Params = list[Tensor]
 
 
-def init(seed: int) -> Params:
-    """Weights ``[d_out, d_in + 1]`` by Glorot's rule, whose last column is the bias, zero."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = [
-        math.sqrt(2 / (d_in + d_out)) * torch.randn(d_out, d_in + 1, generator=generator)
-        for d_in, d_out in itertools.pairwise(WIDTHS)
-    ]
-    return [torch.cat([w[:, :-1], torch.zeros_like(w[:, -1:])], dim=1) for w in weights]
+@dataclass(frozen=True)
+class Equation:
+    """A linear differential equation on the unit cube, by a solution that is known.
 
-
-def taylor(params: Params, points: Tensor) -> Tensor:
-    """``[N, 4, 1]``: value, ∂/∂x, ∂/∂y and Laplacian of the network at points ``[N, 2]``, by forward propagation.
-
-    A linear layer is the same for all four rows, but for the bias: its input is the constant 1, whose derivatives are
-    0. Through an activation ``t``, ``∂t(s) = t'(s) ∂s`` and ``Δt(s) = t'(s) Δs + t''(s) ‖∇s‖²``.
+    Attributes:
+        title: What is solved.
+        widths: Of the network; the first is the number of coordinates.
+        curved: Coordinates whose second derivatives count.
+        left: The left-hand side from the value, the gradient ``[N, d]`` and the sum of these second derivatives.
+        right: The right-hand side at points ``[N, d]``.
+        solution: ``u`` at points.
+        inside: Number of points inside.
+        outside: Number of points on the border.
+        faces: Number of the border's sides where values are given, from the first: ``x₀ = 0``, ``x₀ = 1``, and so on.
     """
-    n = len(points)
-    one = torch.eye(4, 1).expand(n, 4, 1)
-    rows = torch.cat([points[:, None], torch.eye(2).expand(n, 2, 2), torch.zeros(n, 1, 2)], dim=1)
+
+    title: str
+    widths: tuple[int, ...]
+    curved: tuple[float, ...]
+    left: Callable[[Tensor, Tensor, Tensor], Tensor]
+    right: Callable[[Tensor], Tensor]
+    solution: Callable[[Tensor], Tensor]
+    inside: int
+    outside: int
+    faces: int
+
+    def model(self, params: Params, inputs: Tensor) -> Tensor:
+        """``[N, 1]`` at points with their weights inside and on the border: the left-hand side, or u on the border."""
+        points, inner, outer = inputs.split([self.widths[0], 1, 1], dim=1)
+        rows = taylor(params, points, self.curved)
+        value, second = rows[:, 0], rows[:, -1]
+        return inner * self.left(value, rows[:, 1:-1, 0], second) + outer * value
+
+    def data(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets; weights make the loss the sum of two means, one inside and one on the border."""
+        generator, d = torch.Generator().manual_seed(seed), self.widths[0]
+        points = torch.rand(self.inside, d, generator=generator, dtype=torch.float64)
+        points = torch.cat([points, border(self.outside, generator, d, self.faces)])
+        number = self.inside + self.outside
+        inner = (torch.arange(number) < self.inside).double()[:, None]
+        weights = inner * math.sqrt(number / self.inside), (1 - inner) * math.sqrt(number / self.outside)
+        targets = weights[0] * self.right(points) + weights[1] * self.solution(points)
+        return torch.cat([points, *weights], dim=1), targets
+
+
+def product_of_sines(points: Tensor) -> Tensor:
+    return torch.sin(math.pi * points).prod(dim=1, keepdim=True)
+
+
+def heat(points: Tensor) -> Tensor:
+    x, t = points.split(1, dim=1)
+    return torch.exp(-(math.pi**2) * t / 4) * torch.sin(math.pi * x)
+
+
+def sum_of_cosines(points: Tensor) -> Tensor:
+    return torch.cos(math.pi * points).sum(dim=1, keepdim=True)
+
+
+EQUATIONS = {
+    "poisson": Equation(
+        "-Δu = f on the unit square",
+        (2, 64, 1),
+        (1.0, 1.0),
+        lambda value, gradient, second: -second,
+        lambda points: 2 * math.pi**2 * product_of_sines(points),
+        product_of_sines,
+        400,
+        120,
+        4,
+    ),
+    "heat": Equation(
+        "∂u/∂t = ¼ ∂²u/∂x², from a sine",
+        (2, 64, 1),
+        (1.0, 0.0),
+        lambda value, gradient, second: gradient[:, 1:] - second / 4,
+        lambda points: 0 * points[:, :1],
+        heat,
+        400,
+        120,
+        3,
+    ),
+    "poisson-5d": Equation(
+        "-Δu = f in five dimensions",
+        (5, 48, 48, 1),
+        (1.0,) * 5,
+        lambda value, gradient, second: -second,
+        lambda points: math.pi**2 * sum_of_cosines(points),
+        sum_of_cosines,
+        500,
+        200,
+        10,
+    ),
+}
+
+
+def initial(widths: Sequence[int], seed: int) -> Params:
+    """Weights ``[d_out, d_in + 1]`` by Glorot's rule in float64; the last column is the bias, uniform on [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = []
+    for d_in, d_out in itertools.pairwise(widths):
+        weight = math.sqrt(2 / (d_in + d_out)) * torch.randn(d_out, d_in + 1, generator=generator, dtype=torch.float64)
+        weight[:, -1] = 2 * torch.rand(d_out, generator=generator, dtype=torch.float64) - 1
+        weights.append(weight)
+    weights[-1][:, -1] = 0
+    return weights
+
+
+def taylor(params: Params, points: Tensor, curved: Sequence[float] | None = None) -> Tensor:
+    """``[N, d + 2, 1]``: value, gradient and ``Σ curvedⱼ ∂ⱼ²`` of the network at points ``[N, d]``, carried forward.
+
+    A linear layer is the same for all rows, but for the bias: its input is the constant 1, whose derivatives are 0.
+    Through an activation ``t``, ``∂t(s) = t'(s) ∂s`` and ``Δt(s) = t'(s) Δs + t''(s) ‖∇s‖²``. By default, the last row
+    is the Laplacian.
+    """
+    n, d = points.shape
+    like = points.new_ones(())
+    one = torch.eye(d + 2, 1).to(like).expand(n, d + 2, 1)
+    weights = points.new_ones(d) if curved is None else torch.tensor(curved).to(like)
+    derivatives = torch.eye(d).to(like).expand(n, d, d)
+    rows = torch.cat([points[:, None], derivatives, points.new_zeros(n, 1, d)], dim=1)
     for i, weight in enumerate(params):
         rows = torch.cat([rows, one], dim=2) @ weight.T
         if i < len(params) - 1:
-            value, gradient, laplacian = rows.split([1, 2, 1], dim=1)
+            value, gradient, second = rows.split([1, d, 1], dim=1)
             t = torch.tanh(value)
             slope = 1 - t**2
-            bend = -2 * t * slope * gradient.square().sum(dim=1, keepdim=True)
-            rows = torch.cat([t, slope * gradient, slope * laplacian + bend], dim=1)
+            bend = -2 * t * slope * (weights[:, None] * gradient.square()).sum(dim=1, keepdim=True)
+            rows = torch.cat([t, slope * gradient, slope * second + bend], dim=1)
     return rows
 
 
-def solution_and_laplacian(params: Params, points: Tensor) -> tuple[Tensor, Tensor]:
-    """``u = b N`` and ``Δu`` ``[N, 1]``, with ``b = 16 x (1 - x) y (1 - y)``, so that u is zero on the border."""
-    value, by_x, by_y, laplacian = taylor(params, points).unbind(dim=1)
-    x, y = points.split(1, dim=1)
-    p, q = 4 * x * (1 - x), 4 * y * (1 - y)
-    p_x, q_y = 4 - 8 * x, 4 - 8 * y
-    return p * q * value, -8 * (p + q) * value + 2 * (p_x * q * by_x + p * q_y * by_y) + p * q * laplacian
+def border(number: int, generator: torch.Generator, d: int = 2, faces: int | None = None) -> Tensor:
+    """Points ``[number, d]`` on the first ``faces`` sides of the unit cube, in turn; by default on all."""
+    points = torch.rand(number, d, generator=generator, dtype=torch.float64)
+    face = torch.arange(number) % (faces or 2 * d)
+    points[torch.arange(number), face // 2] = ((face + face // 2) % 2).double()
+    return points
 
 
-def residual(params: Params, points: Tensor) -> Tensor:
-    """``-Δu``, to be equal to the right-hand side: ``[N, 1]``."""
-    return -solution_and_laplacian(params, points)[1]
+def adam(equation: Equation, params: Params, left: Callable[[], float]) -> Iterator[Params]:
+    """Steps of Adam, whose rate falls with the share of time that is left."""
+    inputs, targets = equation.data(0)
+    leaves = [p.clone().requires_grad_() for p in params]
+    optimizer = torch.optim.Adam(leaves)
+    while True:
+        yield [p.detach() for p in leaves]
+        optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 - math.cos(math.pi * left()))
+        optimizer.zero_grad()
+        (0.5 * (equation.model(leaves, inputs) - targets).square().mean()).backward()
+        optimizer.step()
 
 
-def exact(points: Tensor) -> Tensor:
-    x, y = points.split(1, dim=1)
-    return torch.sin(math.pi * x) * torch.sin(2 * math.pi * y)
+def low_rank(equation: Equation, params: Params, left: Callable[[], float]) -> Iterator[Params]:
+    """Steps of the adaptive chain, which has no rate to choose."""
+    inputs, targets = equation.data(0)
+    layers = lrkfac.find_layers(equation.model, params, inputs)
+    evaluate = lrkfac.evaluator(equation.model, lrkfac.gaussian(), layers)
+    tx = lrkfac.adaptive_low_rank_kfac(layers, rank=16)
+    state = tx.init(params)
+    for i in itertools.count():
+        yield params
+        evaluation = evaluate(params, inputs, targets, statistics=i % 5 == 0)
+        updates, state = tx.update(evaluation.grads, state, params, evaluation=evaluation)
+        params = lrkfac.apply_updates(params, updates)
+
+
+def sample_space(equation: Equation, params: Params, left: Callable[[], float]) -> Iterator[Params]:
+    """Steps along the exact Gauss-Newton direction, as long as the loss says among halvings of 1."""
+    inputs, targets = equation.data(0)
+    layers = lrkfac.find_layers(equation.model, params, inputs)
+    evaluate = lrkfac.evaluator(equation.model, lrkfac.gaussian(), layers, "exact")
+    tx = lrkfac.precondition_in_sample_space(layers, DAMPING)
+    state = tx.init(params)
+    while True:
+        yield params
+        evaluation = evaluate(params, inputs, targets)
+        natural, state = tx.update(evaluation.grads, state, params, evaluation=evaluation)
+        tried = [[p - size * u for p, u in zip(params, natural, strict=True)] for size in STEP_SIZES]
+        losses = torch.stack([evaluation.loss_at(one) for one in tried])
+        params = tried[int(losses.nan_to_num(nan=math.inf).argmin())]
+
+
+METHODS = {"Adam": adam, "low-rank K-FAC": low_rank, "sample space": sample_space}
+
+
+def plane(equation: Equation) -> Tensor:
+    """Points of the plane of the first two coordinates, the others being ¼."""
+    line = torch.linspace(0, 1, SIDE, dtype=torch.float64)
+    points = torch.cartesian_prod(line, line)
+    return torch.cat([points, points.new_full((len(points), equation.widths[0] - 2), 0.25)], dim=1)
+
+
+def trained(equation: Equation, method: str, seconds: float, steps: int, seed: int) -> tuple[Params, int, float]:
+    """Parameters after so many CPU seconds or steps, whichever are over first, and how many steps and seconds."""
+    start, done = time.process_time(), 0
+
+    def left() -> float:
+        return max(1 - max((time.process_time() - start) / seconds, done / steps), 0.0)
+
+    for params in METHODS[method](equation, initial(equation.widths, seed), left):
+        if left() == 0:
+            return params, done, time.process_time() - start
+        done += 1
+    raise AssertionError("methods never end")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the example."""
-    points = torch.rand(POINTS, 2, generator=torch.Generator().manual_seed(0))
-    right_hand_side = 5 * math.pi**2 * exact(points)
-    line = torch.linspace(0, 1, SIDE)
-    grid = torch.cartesian_prod(line, line)
-    likelihood = lrkfac.gaussian()
-
-    def measure(params: Params) -> tuple[float, float]:
-        loss = likelihood.negative_log_likelihood(residual(params, points), right_hand_side).mean()
-        error = (solution_and_laplacian(params, grid)[0] - exact(grid)).norm() / exact(grid).norm()
-        return loss.item(), error.item()
-
-    everything = methods(LEARNING_RATES, damping=DAMPING, kl_clip=KL_CLIP)
-    chosen = {name: everything[name] for name in METHODS}
-    result = compare(
-        Problem(
-            name="physics_informed",
-            title=f"-Δu = f on the unit square, network {'-'.join(map(str, WIDTHS))}, tanh",
-            model=residual,
-            likelihood=likelihood,
-            init=init,
-            inputs=points,
-            targets=right_hand_side,
-            measure=measure,
-            metrics=(
-                Metric("loss [nats]", "half the squared residual", "{:.1e}", logarithmic=True),
-                Metric("relative error", "relative error of u", "{:.1e}", logarithmic=True),
-            ),
-            examples="points",
-        ),
-        chosen,
-        (__doc__ or "").splitlines()[0],
-        Options(steps=500, batch_size=256, refresh=5),
-        arguments,
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.physics_informed", description=(__doc__ or "").split("\n")[0]
     )
-    picture = result.folder / "physics_informed_solutions.png"
-    solutions = {chosen[n].style.label: solution_and_laplacian(r[0].params, grid)[0] for n, r in result.runs.items()}
-    _draw(picture, exact(grid), solutions)
-    result.console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
+    add = parser.add_argument
+    add("--equations", nargs="+", default=list(EQUATIONS), choices=list(EQUATIONS))
+    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    add("--seconds", type=float, default=10.0, help="CPU seconds of each run")
+    add("--steps", type=int, default=10**9, help="steps of each run at most")
+    add("--seed", type=int, default=0, help="of the first parameters")
+    add("--output", type=Path, default=Path(), help="folder of the picture")
+    options = parser.parse_args(arguments)
+    console = Console()
+    table = Table("equation", "method", "steps", "CPU seconds", "relative error of u", box=SIMPLE)
+    pictures = {}
+    for name in options.equations:
+        equation = EQUATIONS[name]
+        points = plane(equation)
+        expected = equation.solution(points)
+        shown = {f"u, {name}": expected}
+        for method in options.methods:
+            params, steps, seconds = trained(equation, method, options.seconds, options.steps, options.seed)
+            error = taylor(params, points)[:, 0] - expected
+            table.add_row(name, method, str(steps), f"{seconds:.1f}", f"{(error.norm() / expected.norm()).item():.1e}")
+            shown[f"error, {method}"] = error
+        pictures[name] = shown
+    console.print(table)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "physics_informed.png"
+    draw(path, list(pictures.values()))
+    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def _draw(path: Path, expected: Tensor, solutions: dict[str, Tensor]) -> None:
-    """Draw the solution, and each method's error on a separate scale."""
-    with matplotlib.rc_context({"font.size": 10, "axes.titlesize": 10}):
-        figure = Figure(figsize=(2.9 * (1 + len(solutions)), 3.6), dpi=150, layout="constrained")
-        axes = figure.subplots(1, 1 + len(solutions), sharex=True, sharey=True)
-        for axis, (title, field) in zip(axes, {"solution u": expected, **solutions}.items(), strict=True):
-            shown = (field if field is expected else field - expected).reshape(SIDE, SIDE).T
-            limit = shown.abs().max().item()
-            image = axis.imshow(
-                shown.numpy(), origin="lower", extent=(0, 1, 0, 1), cmap="RdBu_r", vmin=-limit, vmax=limit
-            )
-            axis.set_title(title if field is expected else f"error, {title}", loc="left")
-            figure.colorbar(
-                image, ax=axis, orientation="horizontal", ticks=[-0.9 * limit, 0, 0.9 * limit], format="%.1g"
-            )
+def draw(path: Path, pictures: Sequence[dict[str, Tensor]]) -> None:
+    """Draw solutions and errors, each on a separate scale: a row for each equation."""
+    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9}):
+        columns = max(map(len, pictures))
+        figure = Figure(figsize=(2.7 * columns, 3.1 * len(pictures)), dpi=110, layout="constrained")
+        axes = figure.subplots(len(pictures), columns, squeeze=False, sharex=True, sharey=True)
+        for row, shown in zip(axes, pictures, strict=True):
+            for axis, (title, field) in zip(row, shown.items(), strict=True):
+                limit = field.abs().max().item()
+                image = axis.imshow(
+                    field.reshape(SIDE, SIDE).T.numpy(),
+                    origin="lower",
+                    extent=(0, 1, 0, 1),
+                    cmap="RdBu_r",
+                    vmin=-limit,
+                    vmax=limit,
+                )
+                axis.set_title(title, loc="left")
+                ticks = [-0.9 * limit, 0, 0.9 * limit]
+                figure.colorbar(image, ax=axis, orientation="horizontal", ticks=ticks, format="%.1g")
         figure.savefig(path)
 
 

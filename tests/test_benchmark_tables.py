@@ -14,6 +14,7 @@ from benchmarks import (
     depth,
     memory,
     memory_steps,
+    physics,
     quality,
     refresh,
     step,
@@ -120,6 +121,14 @@ def test_the_table_of_quality(command):
         errors = [rows[rank, name]["error"] for rank in (1, 32, 129)]
         assert errors[0] > errors[1] > 10 * errors[2] and errors[2] < 1e-6
         assert rows[32, name]["angle"] < rows[0, quality.PLAIN]["angle"]
+
+
+def test_the_table_of_physics(command):
+    content, out = command(physics, "--networks 2-64-1 --seconds 0.2 --points 20 --border 8")
+    assert [run["method"] for run in content["runs"]] == list(physics.RATES)
+    for run in content["runs"]:
+        assert run["seconds"][-1] >= 0.2 and run["loss"][-1] <= run["loss"][0] and 0 < run["error"][-1] < 10
+        assert f"{run['error'][-1]:.1e}" in out
 
 
 @pytest.mark.slow

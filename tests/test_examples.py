@@ -14,7 +14,7 @@ from tests.distributed.processes import torchrun
 SHORT = {
     "language_model": ["--steps", "2", "--batch-size", "4", "--methods", "adam", "rank-16"],
     "ensemble": ["--steps", "6", "--members", "3"],
-    "physics_informed": ["--steps", "2", "--batch-size", "32", "--methods", "rank-16"],
+    "physics_informed": ["--steps", "2", "--equations", "heat"],
     "fine_tuning": ["--steps", "2"],
     "training_loop": ["--epochs", "2"],
 }
@@ -30,23 +30,38 @@ def test_runs(name, tmp_path, capsys):
     assert "wrote" in printed and ("bit for bit" in printed) == (name == "training_loop")
 
 
-def test_rows_carried_forward_are_the_derivatives():
-    params = [w.double() + 0.1 * torch.randn_like(w, dtype=torch.float64) for w in physics_informed.init(0)]
-    points = torch.rand(5, 2, dtype=torch.float64)
+@pytest.mark.parametrize("name", ["heat", "poisson-5d"])
+def test_rows_carried_forward_are_the_derivatives(name):
+    equation = physics_informed.EQUATIONS[name]
+    params, points = physics_informed.initial(equation.widths, 0), equation.data(0)[0][:5, : equation.widths[0]]
+    curved = torch.tensor(equation.curved, dtype=torch.float64)
 
     def u(point):
-        return physics_informed.solution_and_laplacian(params, point[None])[0].squeeze()
-
-    def network(point):
         return physics_informed.taylor(params, point[None])[0, 0, 0]
 
-    rows = physics_informed.taylor(params, points)[..., 0]
-    torch.testing.assert_close(rows[:, 1:3], vmap(jacrev(network))(points))
-    torch.testing.assert_close(rows[:, 3], vmap(hessian(network))(points).diagonal(dim1=1, dim2=2).sum(1))
-    laplacian = vmap(hessian(u))(points).diagonal(dim1=1, dim2=2).sum(1)
-    torch.testing.assert_close(physics_informed.residual(params, points)[:, 0], -laplacian)
-    layers = lrkfac.find_layers(physics_informed.residual, params, points, strict=True)
-    assert [layer.kind for layer in layers] == ["linear"] * 4
+    rows = physics_informed.taylor(params, points, equation.curved)[..., 0]
+    torch.testing.assert_close(rows[:, 1:-1], vmap(jacrev(u))(points))
+    seconds = vmap(hessian(u))(points).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(rows[:, -1], seconds @ curved)
+    torch.testing.assert_close(physics_informed.taylor(params, points)[:, -1, 0], seconds.sum(1))
+    layers = lrkfac.find_layers(equation.model, params, equation.data(0)[0][:5], strict=True)
+    assert [layer.kind for layer in layers] == ["linear"] * (len(equation.widths) - 1)
+
+
+@pytest.mark.parametrize("name", physics_informed.EQUATIONS)
+def test_solutions_solve_their_equations(name):
+    equation = physics_informed.EQUATIONS[name]
+    points = torch.rand(4, equation.widths[0], dtype=torch.float64)
+
+    def u(point):
+        return equation.solution(point[None])[0, 0]
+
+    seconds = vmap(hessian(u))(points).diagonal(dim1=1, dim2=2) @ torch.tensor(equation.curved, dtype=torch.float64)
+    left = equation.left(equation.solution(points), vmap(jacrev(u))(points), seconds[:, None])
+    torch.testing.assert_close(left, equation.right(points))
+    inputs, _ = equation.data(0)
+    on_border = inputs[inputs[:, -1] > 0, :-2]
+    assert ((on_border == 0) | (on_border == 1)).any(1).all() and len(on_border) == equation.outside
 
 
 def test_adapters_change_nothing_at_first_and_alone_are_trained():
