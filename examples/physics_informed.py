@@ -1,8 +1,8 @@
 """Networks that solve differential equations, by three methods: Adam, low-rank K-FAC, and in the space of samples.
 
-The network carries its derivatives forward: u, its gradient and its second derivatives are rows that go through the
-same weights together (Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603). So each weight is one linear layer with a row
-for each derivative at each point, and K-FAC and the kernel of the sample space see all of them.
+By ``lrkfac.derivatives``, u, its gradient and its second derivatives are rows that go through the same weights together
+(Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603). So each weight is one linear layer with a row for each derivative
+at each point, and K-FAC and the kernel of the sample space see all of them.
 
 python -m examples.physics_informed
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.console import Console
@@ -35,6 +36,24 @@ DAMPING = 1e-8  # of the sample space
 Params = list[Tensor]
 
 
+def network(params: Params, points: Tensor) -> Tensor:
+    """``u`` at points ``[N, d]``, ``[N, 1]``, from weights and biases in turn: any pure function will do."""
+    x = F.linear(points, params[0], params[1])
+    for weight, bias in zip(params[2::2], params[3::2], strict=True):
+        x = F.linear(torch.tanh(x), weight, bias)
+    return x
+
+
+def initial(widths: Sequence[int], seed: int) -> Params:
+    """Weights by Glorot's rule and biases on [-1, 1], in float64."""
+    generator, params = torch.Generator().manual_seed(seed), []
+    for d_in, d_out in itertools.pairwise(widths):
+        weight = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
+        bias = 2 * torch.rand(d_out, generator=generator, dtype=torch.float64) - 1
+        params += [math.sqrt(2 / (d_in + d_out)) * weight, bias]
+    return params
+
+
 @dataclass(frozen=True)
 class Equation:
     """A linear differential equation on the unit cube, by a solution that is known.
@@ -43,7 +62,7 @@ class Equation:
         title: What is solved.
         widths: Of the network; the first is the number of coordinates.
         curved: Coordinates whose second derivatives count.
-        left: The left-hand side from the value, the gradient ``[N, d]`` and the sum of these second derivatives.
+        left: The left-hand side from the gradient ``[N, d]`` and the sum of these second derivatives, ``[N, 1]``.
         right: The right-hand side at points ``[N, d]``.
         solution: ``u`` at points.
         inside: Number of points inside.
@@ -53,8 +72,8 @@ class Equation:
 
     title: str
     widths: tuple[int, ...]
-    curved: tuple[float, ...]
-    left: Callable[[Tensor, Tensor, Tensor], Tensor]
+    curved: tuple[int, ...]
+    left: Callable[[Tensor, Tensor], Tensor]
     right: Callable[[Tensor], Tensor]
     solution: Callable[[Tensor], Tensor]
     inside: int
@@ -64,9 +83,8 @@ class Equation:
     def model(self, params: Params, inputs: Tensor) -> Tensor:
         """``[N, 1]`` at points with their weights inside and on the border: the left-hand side, or u on the border."""
         points, inner, outer = inputs.split([self.widths[0], 1, 1], dim=1)
-        rows = taylor(params, points, self.curved)
-        value, second = rows[:, 0], rows[:, -1]
-        return inner * self.left(value, rows[:, 1:-1, 0], second) + outer * value
+        u = lrkfac.derivatives(network, second=[[(i, i) for i in self.curved]])(params, points)
+        return inner * self.left(u.gradient[:, 0], u.second[:, 0]) + outer * u.value
 
     def data(self, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets; weights make the loss the sum of two means, one inside and one on the border."""
@@ -97,8 +115,8 @@ EQUATIONS = {
     "poisson": Equation(
         "-Δu = f on the unit square",
         (2, 64, 1),
-        (1.0, 1.0),
-        lambda value, gradient, second: -second,
+        (0, 1),
+        lambda gradient, second: -second,
         lambda points: 2 * math.pi**2 * product_of_sines(points),
         product_of_sines,
         400,
@@ -108,8 +126,8 @@ EQUATIONS = {
     "heat": Equation(
         "∂u/∂t = ¼ ∂²u/∂x², from a sine",
         (2, 64, 1),
-        (1.0, 0.0),
-        lambda value, gradient, second: gradient[:, 1:] - second / 4,
+        (0,),
+        lambda gradient, second: gradient[:, 1:] - second / 4,
         lambda points: 0 * points[:, :1],
         heat,
         400,
@@ -119,8 +137,8 @@ EQUATIONS = {
     "poisson-5d": Equation(
         "-Δu = f in five dimensions",
         (5, 48, 48, 1),
-        (1.0,) * 5,
-        lambda value, gradient, second: -second,
+        (0, 1, 2, 3, 4),
+        lambda gradient, second: -second,
         lambda points: math.pi**2 * sum_of_cosines(points),
         sum_of_cosines,
         500,
@@ -128,42 +146,6 @@ EQUATIONS = {
         10,
     ),
 }
-
-
-def initial(widths: Sequence[int], seed: int) -> Params:
-    """Weights ``[d_out, d_in + 1]`` by Glorot's rule in float64; the last column is the bias, uniform on [-1, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = []
-    for d_in, d_out in itertools.pairwise(widths):
-        weight = math.sqrt(2 / (d_in + d_out)) * torch.randn(d_out, d_in + 1, generator=generator, dtype=torch.float64)
-        weight[:, -1] = 2 * torch.rand(d_out, generator=generator, dtype=torch.float64) - 1
-        weights.append(weight)
-    weights[-1][:, -1] = 0
-    return weights
-
-
-def taylor(params: Params, points: Tensor, curved: Sequence[float] | None = None) -> Tensor:
-    """``[N, d + 2, 1]``: value, gradient and ``Σ curvedⱼ ∂ⱼ²`` of the network at points ``[N, d]``, carried forward.
-
-    A linear layer is the same for all rows, but for the bias: its input is the constant 1, whose derivatives are 0.
-    Through an activation ``t``, ``∂t(s) = t'(s) ∂s`` and ``Δt(s) = t'(s) Δs + t''(s) ‖∇s‖²``. By default, the last row
-    is the Laplacian.
-    """
-    n, d = points.shape
-    like = points.new_ones(())
-    one = torch.eye(d + 2, 1).to(like).expand(n, d + 2, 1)
-    weights = points.new_ones(d) if curved is None else torch.tensor(curved).to(like)
-    derivatives = torch.eye(d).to(like).expand(n, d, d)
-    rows = torch.cat([points[:, None], derivatives, points.new_zeros(n, 1, d)], dim=1)
-    for i, weight in enumerate(params):
-        rows = torch.cat([rows, one], dim=2) @ weight.T
-        if i < len(params) - 1:
-            value, gradient, second = rows.split([1, d, 1], dim=1)
-            t = torch.tanh(value)
-            slope = 1 - t**2
-            bend = -2 * t * slope * (weights[:, None] * gradient.square()).sum(dim=1, keepdim=True)
-            rows = torch.cat([t, slope * gradient, slope * second + bend], dim=1)
-    return rows
 
 
 def border(number: int, generator: torch.Generator, d: int = 2, faces: int | None = None) -> Tensor:
@@ -264,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shown = {f"u, {name}": expected}
         for method in options.methods:
             params, steps, seconds = trained(equation, method, options.seconds, options.steps, options.seed)
-            error = taylor(params, points)[:, 0] - expected
+            error = network(params, points) - expected
             table.add_row(name, method, str(steps), f"{seconds:.1f}", f"{(error.norm() / expected.norm()).item():.1e}")
             shown[f"error, {method}"] = error
         pictures[name] = shown

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+import lrkfac
 from benchmarks import (
     adaptive_structures,
     convolutions,
@@ -121,6 +122,19 @@ def test_the_table_of_quality(command):
         errors = [rows[rank, name]["error"] for rank in (1, 32, 129)]
         assert errors[0] > errors[1] > 10 * errors[2] and errors[2] < 1e-6
         assert rows[32, name]["angle"] < rows[0, quality.PLAIN]["angle"]
+
+
+def test_the_rows_of_a_network_are_its_derivatives():
+    params, points = physics.initial((2, 5, 4, 1), 0), torch.rand(3, 2, dtype=torch.float64)
+
+    def network(params, points):
+        for weight in params[:-1]:
+            points = torch.tanh(torch.nn.functional.linear(points, weight[:, :-1], weight[:, -1]))
+        return torch.nn.functional.linear(points, params[-1][:, :-1], params[-1][:, -1])
+
+    u = lrkfac.derivatives(network, second=[[(0, 0), (1, 1)]])(params, points)
+    expected = torch.cat([u.value[:, None], u.gradient.mT, u.second.mT], dim=1)
+    torch.testing.assert_close(physics.taylor(params, points), expected)
 
 
 def test_the_table_of_physics(command):
