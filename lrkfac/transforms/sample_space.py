@@ -81,7 +81,7 @@ def precondition_in_sample_space(
     Args:
         layers: From ``find_layers``, for a model whose outputs of one example depend on no other.
         damping: ``λ > 0``, in the square of the gradient's unit. Within rounding of the largest eigenvalue, a larger
-            one is taken: 8 machine precisions times ``s`` times the trace of ``J Jᵀ``.
+            one is taken: 4 machine precisions times ``s`` times the trace of ``J Jᵀ``.
         momentum: ``μ``, in [0, 1).
         fallback: Transformation of the parameters that no layer covers; by default they pass as plain gradients.
         dtype: Of the kernel and its factor, float32 or float64: by default float64 if the layers' parameters are, else

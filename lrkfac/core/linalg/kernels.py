@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FLOOR = 8.0
+FLOOR = 4.0
 """The least damping of a kernel, in rounding errors of its trace."""
 
 
 def solve_damped(kernel: Float[Tensor, "n n"], damping: Float[Tensor, ""], b: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """Return ``(K + max(δ, 8 ε tr K) I)⁻¹ b`` for a positive semidefinite ``K``, by a Cholesky factorization.
+    """Return ``(K + max(δ, 4 ε tr K) I)⁻¹ b`` for a positive semidefinite ``K``, by a Cholesky factorization.
 
     The bound, with the machine precision ``ε``, lies above the rounding errors of the eigenvalues of ``K``, so that the
     factor exists also where ``K`` is singular: no value is looked at. The trace bounds the largest eigenvalue.
