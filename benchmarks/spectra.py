@@ -179,7 +179,7 @@ def main() -> None:
     add("--dampings", type=float, nargs="+", default=[1e-3, 1e-1, 1.0, 10.0], metavar="D", help="of the preconditioner")
     add("--most", type=int, default=10000, metavar="N", help="most products without a preconditioner")
     add("--images", type=int, default=32, metavar="N", help="in the ResNet's matrix")
-    add("--lanczos", type=int, default=30, metavar="N", help="steps of Lanczos")
+    add("--lanczos", type=int, default=20, metavar="N", help="steps of Lanczos")
     add("--samples", type=int, default=1, metavar="N", help="random vectors")
     arguments = parser.parse_args()
     run = {

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from lrkfac.core.base.arguments import check_flag, check_function, check_integer, check_number
+from lrkfac.core.base.autograd import recording
 from lrkfac.core.base.types import Tree
 from lrkfac.core.linalg.actions import SymmetricMap
 from lrkfac.core.linalg.eigen import without_subnormal
@@ -119,9 +120,10 @@ def spectral_density(
     if steps > vectors.shape[0]:
         raise ValueError(f"steps: expected at most {vectors.shape[0]}, the dimension, got {steps}")
     nodes, weights = [], []
-    for vector in vectors.split(1, dim=1):  # one after another: a basis is all that memory may hold
-        alphas, betas, _ = krylov(times, vector, steps, reorthogonalize)
-        values, rotation = torch.linalg.eigh(without_subnormal(tridiagonal_matrix(alphas[:, 0], betas[:, 0])))
+    for vector in vectors.unbind(1):  # one after another: a basis is all that memory may hold
+        with recording(False):
+            alphas, betas, _ = krylov(times, vector.contiguous(), steps, reorthogonalize)
+        values, rotation = torch.linalg.eigh(without_subnormal(tridiagonal_matrix(alphas, betas)))
         nodes.append(values)
         weights.append(rotation[0].square())
     dimension = torch.full((), vectors.shape[0], dtype=torch.int64, device=vectors.device)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_flag, check_integer
+from lrkfac.core.base.autograd import recording
+from lrkfac.core.base.eager import changes_in_place
 from lrkfac.core.base.types import Tree
 from lrkfac.core.linalg.actions import SymmetricMap, action, as_stacked, check_vector
 
@@ -36,7 +38,7 @@ def lanczos(operator: SymmetricMap, start: Tree, steps: int, reorthogonalize: bo
 
     ``M qⱼ = βⱼ₋₁ qⱼ₋₁ + αⱼ qⱼ + βⱼ qⱼ₊₁`` (Lanczos 1950; Golub & Van Loan, Matrix Computations, section 10.1), with
     every vector made orthogonal to all earlier ones twice. It takes ``steps`` products and holds as many vectors. Where
-    the space is exhausted after fewer steps, the rest is zero.
+    the space is exhausted after fewer steps, the rest is zero. Autograd does not follow it; ``torch.func`` does.
 
     Args:
         operator: ``M``, symmetric: a function, or an operator with ``matvec`` (where ``start`` is a vector) or
@@ -66,49 +68,53 @@ def lanczos(operator: SymmetricMap, start: Tree, steps: int, reorthogonalize: bo
     check_flag(reorthogonalize, "reorthogonalize")
     if steps > first.shape[0]:
         raise ValueError(f"steps: expected at most {first.shape[0]}, the dimension, got {steps}")
-    alphas, betas, basis = krylov(times, first[:, None], steps, reorthogonalize, keep=True)
-    return Tridiagonal(alphas[:, 0], betas[:, 0], as_stacked(torch.cat(basis, dim=1), start))
+    with recording(False):
+        alphas, betas, basis = krylov(times, first, steps, reorthogonalize, keep=True)
+    return Tridiagonal(alphas, betas, as_stacked(basis.mT, start))
 
 
 def krylov(
     times: Callable[[Tensor], Tensor], start: Tensor, steps: int, reorthogonalize: bool, keep: bool = False
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return ``α`` ``[m, s]``, ``β`` ``[m - 1, s]`` and the basis, for ``s`` starts ``[d, s]`` side by side.
-
-    The basis is ``m`` matrices ``[d, s]``, or the last two of them where it is not needed.
-    """
-    length = torch.linalg.vector_norm(start, dim=0)
-    basis = [start / torch.where(length > 0, length, 1)]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``α`` ``[m]``, ``β`` ``[m - 1]`` and the basis ``[m, d]``, of which nothing is there if not needed."""
+    length = torch.linalg.vector_norm(start)
+    previous, current = start, start / torch.where(length > 0, length, 1)
+    held = reorthogonalize or keep
+    # A basis is all that memory may hold: a copy of it for each new vector would take longer than what uses it.
+    in_place = held and changes_in_place() and not torch.is_grad_enabled()
+    memory = start.new_empty(steps, len(start)) if in_place else None
+    basis = start.new_empty(0, len(start))
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     largest = torch.zeros_like(length)
     for j in range(steps):
-        image = times(basis[-1])
-        alphas.append(torch.linalg.vecdot(basis[-1], image, dim=0))
-        image = image - alphas[-1] * basis[-1]
+        basis = _extended(basis, current, memory) if held else basis
+        image = times(current)
+        alphas.append(torch.dot(current, image))
+        image = torch.addcmul(image, current, -alphas[-1])
         if betas:
-            image = image - betas[-1] * basis[-2]
-        if reorthogonalize:
-            image = _orthogonal_to(basis, _orthogonal_to(basis, image))
+            image = torch.addcmul(image, previous, -betas[-1])
+        for _ in range(2 if reorthogonalize else 0):
+            image = image - (basis @ image) @ basis
         if j + 1 == steps:
             break
-        beta = torch.linalg.vector_norm(image, dim=0)
+        beta = torch.linalg.vector_norm(image)
         largest = torch.maximum(largest, alphas[-1].abs() + beta)
         lost = beta <= 8 * torch.finfo(start.dtype).eps * largest
         betas.append(torch.where(lost, 0, beta))
-        following = torch.where(lost, 0, image / torch.where(lost, 1, beta))
-        basis = [*(basis if reorthogonalize or keep else basis[-1:]), following]
-    empty = length.new_zeros(0, *length.shape)
-    return torch.stack(alphas), torch.stack(betas) if betas else empty, basis
+        previous, current = current, torch.where(lost, 0, image / torch.where(lost, 1, beta))
+    return torch.stack(alphas), torch.stack(betas) if betas else length.new_zeros(0), basis
+
+
+def _extended(basis: Tensor, vector: Tensor, memory: Tensor | None) -> Tensor:
+    """Return a basis ``[j, d]`` and one more vector, in memory that has room for them if there is some."""
+    if memory is None:
+        return torch.cat([basis, vector[None]])
+    memory[len(basis)] = vector
+    return memory[: len(basis) + 1]
 
 
 def tridiagonal_matrix(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
     """Return the matrix ``[*, m, m]`` with a diagonal ``[*, m]`` and its neighbours ``[*, m - 1]``."""
     beside = torch.diag_embed(off_diagonal, offset=1) + torch.diag_embed(off_diagonal, offset=-1)
     return torch.diag_embed(diagonal) + beside if off_diagonal.shape[-1] else torch.diag_embed(diagonal)
-
-
-def _orthogonal_to(basis: list[Tensor], x: Tensor) -> Tensor:
-    for vector in basis:
-        x = x - torch.linalg.vecdot(vector, x, dim=0) * vector
-    return x
