@@ -193,8 +193,21 @@ def framework_ratio(size: str, framework: str, step: str) -> str:
     return cell(row_of(measured["rows"], framework=framework, step=step)["ratio" + CLOCK], ".1f")
 
 
+def systems() -> str:
+    """Products of conjugate gradients to each residual, by preconditioner."""
+    rows = recorded("spectra_cpu")["systems"]
+    headings = ["preconditioner", *[f"1e-{k}" for k in range(1, 7)]]
+    return markdown(headings, [[row["preconditioner"], *(cell(n, "d") for n in row["reached"])] for row in rows])
+
+
+def spectrum() -> str:
+    """Seconds of the processor for the spectrum of a ResNet-18."""
+    return cell(recorded("spectra_cpu")["spectrum"]["processor seconds"], ".0f")
+
+
 FIGURES: dict[str, Callable[..., str]] = {
     "widths": widths, "steps": steps, "refreshes": refreshes, "depth": depth, "compiling": compiling,
     "memory": memory, "structures": structures, "changes": changes, "frameworks": frameworks, "sent": sent,
     "modelled": modelled, "faults": faults, "mean_ratio": mean_ratio, "framework_ratio": framework_ratio,
+    "systems": systems, "spectrum": spectrum,
 }  # fmt: skip

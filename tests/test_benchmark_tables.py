@@ -18,6 +18,7 @@ from benchmarks import (
     physics,
     quality,
     refresh,
+    spectra,
     step,
     transformer,
 )
@@ -84,6 +85,22 @@ def test_the_tables_of_networks(command, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", lambda function, **options: (function, compiled.append(options))[0])
     check_ratios(command(transformer, f"{options} --no-dense --compile")[0]["measured"][0], {"rank 2"})
     assert compiled and all(options["fullgraph"] for options in compiled)
+
+
+@pytest.mark.slow
+def test_the_table_of_systems_and_the_spectrum(command, monkeypatch):
+    def tiny(batch_size, device):
+        images = torch.randn(batch_size, 3, 8, 8)
+        return Work(ResNet18(10, (4, 4, 8, 8)), images, torch.randint(10, (batch_size,)))
+
+    monkeypatch.setattr(spectra, "resnet18", tiny)
+    options = "--steps 2 --examples 20 --rank 2 --most 15 --dampings 1 --images 2 --lanczos 3"
+    content, out = command(spectra, options)
+    plain, ours = content["systems"]
+    assert plain["reached"][0] > ours["reached"][0] > 0 and plain["products"] == 15
+    found = content["spectrum"]
+    assert len(found["nodes"][0]) == found["products"] == 3 and sum(found["weights"][0]) == pytest.approx(1, abs=1e-5)
+    assert "rank 2, damping 1" in out and f"trace {found['trace']:.4g}" in out
 
 
 def test_gpt_is_causal():
