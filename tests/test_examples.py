@@ -7,7 +7,16 @@ import torch
 from torch.func import hessian, jacrev, vmap
 
 import lrkfac
-from examples import data_parallel, ensemble, fine_tuning, language_model, physics_informed, training_loop
+from examples import (
+    data_parallel,
+    ensemble,
+    fine_tuning,
+    influence,
+    language_model,
+    laplace,
+    physics_informed,
+    training_loop,
+)
 from examples.text import init_transformer, text_windows, transformer
 from tests.distributed.processes import torchrun
 
@@ -17,12 +26,15 @@ SHORT = {
     "physics_informed": ["--steps", "2", "--equations", "heat"],
     "fine_tuning": ["--steps", "2"],
     "training_loop": ["--epochs", "2"],
+    "laplace": ["--hidden", "2", "--structures", "rank 4"],
+    "influence": ["--retrainings", "2", "--examples", "40", "--structures", "rank 4"],
 }
-MODULES = (language_model, ensemble, physics_informed, fine_tuning, training_loop)
+SLOW = "language_model", "laplace", "influence"
+MODULES = (language_model, ensemble, physics_informed, fine_tuning, training_loop, laplace, influence)
 MODULES = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "language_model")) for n in MODULES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in MODULES])
 def test_runs(name, tmp_path, capsys):
     MODULES[name].main([*SHORT[name], "--output", str(tmp_path)])
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
