@@ -146,7 +146,7 @@ def _draw(path: Path, task: Task, influences: Tensor, predicted: Tensor, true: T
         axis = left.subplots()
         hardest = true.std(0).argsort(descending=True)[:3].tolist()
         for i in hardest:
-            axis.scatter(predicted[:, i], true[:, i], s=14, label=f"query {i}")
+            axis.scatter(predicted[:, i].numpy(), true[:, i].numpy(), s=14, label=f"query {i}")
         axis.set_xlabel("predicted change of the loss [nats]")
         axis.set_ylabel("change after retraining [nats]")
         axis.set_title("without a quarter of the examples", loc="left")
@@ -159,7 +159,7 @@ def _draw(path: Path, task: Task, influences: Tensor, predicted: Tensor, true: T
                 shown += [(task.x[n], f"+ {task.y[n]}") for n in order[:4]]
                 shown += [(task.x[n], f"− {task.y[n]}") for n in order[-4:].flip(0)]
                 for cell, (image, title) in zip(row, shown, strict=True):
-                    cell.imshow(image.reshape(8, 8), cmap="gray_r")
+                    cell.imshow(image.reshape(8, 8).numpy(), cmap="gray_r")
                     cell.set_title(title)
                     cell.axis("off")
         figure.savefig(path)
