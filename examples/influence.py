@@ -119,9 +119,10 @@ def measured(
     true = torch.stack(changes)
     layers = lrkfac.find_layers(task.model, params, task.x)
     at_targets = lrkfac.evaluator(task.model, task.likelihood, layers, "empirical")
-    # Columns of the exact square root are as many as characters.
-    estimator = {"estimator": "exact"} if layers.single else {"estimator": "mc", "samples": 4}
-    of_fisher = lrkfac.evaluator(task.model, task.likelihood, layers, **estimator)
+    # The exact square root has a column for each logit of an example: thousands for a sequence.
+    of_terms = task.y.ndim > 1
+    options = {"estimator": "mc", "samples": 4} if of_terms else {"estimator": "exact"}
+    of_fisher = lrkfac.evaluator(task.model, task.likelihood, layers, **options)
     batches = list(zip(task.x.split(128), task.y.split(128), strict=True))
     queries = at_targets(params, task.query_x, task.query_y)
     score = Table(title=f"linear datamodeling score, decay {decay:g}", title_justify="left", box=SIMPLE)
