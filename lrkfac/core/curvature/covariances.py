@@ -230,6 +230,9 @@ def _rows(x: Tensor, d: int, stacked: bool) -> Tensor:
 def _reduce(
     layer: Layer, kind: Kind, options: tuple[Options, ...], inputs: Uses, gradients: Uses, scale: Tensor
 ) -> KroneckerFactors:
+    lengths = [a.shape[0] for a in inputs]
+    if len(set(lengths)) > 1:
+        return _reduce_each(layer, kind, options, inputs, gradients, scale)
     joint = layer.appends
     d = 1 if kind.one_hot else layer.d_in - joint
     # The sum of a_t is the gradient at outputs of one channel, each with the derivative 1: nothing is unfolded.
@@ -255,6 +258,23 @@ def _reduce(
     else:
         moment = DiagonalCovariance(scale.new_ones(layer.d_in if kind.one_hot else layer.d_out))
     mean = RowCovariance(means, torch.full((), 1 / examples, dtype=means.dtype, device=means.device))
+    return KroneckerFactors(mean, moment) if kind.one_hot else KroneckerFactors(moment, mean)
+
+
+def _reduce_each(
+    layer: Layer, kind: Kind, options: tuple[Options, ...], inputs: Uses, gradients: Uses, scale: Tensor
+) -> KroneckerFactors:
+    """Return the factors of uses on different numbers of examples, each its own: theirs by number, joined."""
+    lengths = [a.shape[0] for a in inputs]
+    distinct, pairs = tuple(dict.fromkeys(lengths)), []
+    for length in distinct:
+        some = [i for i, n in enumerate(lengths) if n == length]
+        a, g = tuple(inputs[i] for i in some), tuple(gradients[i] for i in some if gradients)
+        factors = _reduce(layer, kind, tuple(options[i] for i in some), a, g, scale)
+        pairs.append(factors if kind.one_hot else tuple(reversed(factors)))
+    means, moments = zip(*pairs, strict=True)
+    mean = SumCovariance(means, tuple([scale.new_full((), n / sum(distinct)) for n in distinct]))
+    moment = SumCovariance(moments, (torch.ones_like(scale),) * len(distinct)) if gradients else moments[0]
     return KroneckerFactors(mean, moment) if kind.one_hot else KroneckerFactors(moment, mean)
 
 

@@ -11,6 +11,7 @@ from torch.func import vmap
 
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.processes import Processes
+from lrkfac.core.base.rows import padded
 from lrkfac.core.curvature.covariances import kronecker_parts, of_parts
 from lrkfac.core.layers.description import Layer, Treatment
 from lrkfac.core.layers.kinds import KINDS
@@ -91,7 +92,8 @@ class LayerStatistics:
             totals = _sum([_by_gram_matrices(a, g, output_vectors, input_vectors) for a, g in parts])
         else:
             size = max(1, numbers // (k * d_out * d_in))
-            parts = zip(_split(self.inputs, size, 0), _split(self.gradients, size, 1), strict=True)
+            inputs, gradients = with_all_examples(self.inputs, self.gradients)
+            parts = zip(_split(inputs, size, 0), _split(gradients, size, 1), strict=True)
             totals = _sum([self._by_matrices(a, g, output_vectors, input_vectors) for a, g in parts])
         scaled = [self.scale.to(total.dtype) * total for total in totals]
         return Moments(*(scaled if self.processes is None else self.processes.sum(scaled)))
@@ -113,6 +115,7 @@ def rows_by_example(
     layer: Layer, inputs: Uses, gradients: Uses
 ) -> tuple[Float[Tensor, "n t i"], Float[Tensor, "k n t o"]]:
     """Return the rows ``a`` and ``g`` of one group by example and position; see ``has_rows``."""
+    inputs, gradients = with_all_examples(inputs, gradients)
     joint = layer.appends
     of_inputs, of_gradients = [], []
     for a, g, kind in zip(inputs, gradients, layer.kinds, strict=True):
@@ -151,8 +154,22 @@ def _split(uses: Uses, size: int, axis: int) -> list[Uses]:
     return list(zip(*(x.split(size, dim=axis) for x in uses), strict=True))
 
 
+def with_all_examples(inputs: Uses, gradients: Uses, examples: int | None = None) -> tuple[Uses, Uses]:
+    """Return the uses of a layer with as many examples each, zeros behind where a use has fewer.
+
+    So it is where heads have examples of their own, see ``joint``: in each sample or column, an example then belongs to
+    one head.
+    """
+    number = max([a.shape[0] for a in inputs]) if examples is None else examples
+    if all(a.shape[0] == number for a in inputs):
+        return inputs, gradients
+    lengthened = tuple([padded(g.movedim(1, 0), number).movedim(0, 1) for g in gradients])
+    return tuple([padded(a, number) for a in inputs]), lengthened
+
+
 def example_gradients(layer: Layer, inputs: Uses, gradients: Uses) -> Float[Tensor, "k n o i"]:
     """Return ``Σ g aᵀ`` over uses and positions of each example of one group, for each sample or column."""
+    inputs, gradients = with_all_examples(inputs, gradients)
     joint = layer.appends
 
     def one(a: Uses, g: Uses) -> Tensor:
@@ -176,8 +193,14 @@ class JointStatistics:
 
     def example_gradients(self) -> Float[Tensor, "n p 1"]:
         """Return the gradients of all parameters, of all examples and samples."""
-        rows = [gradients_of_all_groups(*layer).flatten(1) for layer in self.layers]
-        return torch.cat(rows, dim=1)[:, :, None]
+        rows = []
+        for layer, inputs, gradients in self.layers:
+            columns = gradients[0].shape[layer.groups > 1]
+            of_all = gradients_of_all_groups(layer, inputs, gradients)
+            rows.append(of_all.reshape(columns, of_all.shape[0] // columns, -1))
+        examples = max([x.shape[1] for x in rows])
+        whole = [padded(x.movedim(1, 0), examples).movedim(0, 1) if x.shape[1] < examples else x for x in rows]
+        return torch.cat(whole, dim=2).flatten(0, 1)[:, :, None]
 
     def summed(self, covariance: Covariance) -> Covariance:
         """Return the covariance: only a dense matrix holds all layers, and asks in a round of its own."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from lrkfac.core.base.dtypes import floating
-from lrkfac.core.curvature.examples import example_gradients, has_rows, rows_by_example
+from lrkfac.core.curvature.examples import example_gradients, has_rows, rows_by_example, with_all_examples
 from lrkfac.core.layers.description import Layer, Layers
 from lrkfac.core.layers.kinds import KINDS
 from lrkfac.core.layers.matrix import LayerMatrix, collect, layer_leaves, layer_matrix, split_groups, weight_gradient
@@ -40,11 +40,13 @@ class OutputJacobian:
     @staticmethod
     def of(layers: Layers, statistics: Statistics, dtype: torch.dtype) -> OutputJacobian:
         """Return the derivative from statistics, to be used in a dtype."""
-
-        def converted(uses: dict[str, Uses]) -> dict[str, Uses]:
-            return {layer.name: tuple([floating(x, dtype) for x in uses[layer.name]]) for layer in layers}
-
-        return OutputJacobian(layers, converted(statistics.inputs), converted(statistics.output_gradients))
+        examples = max([a.shape[0] for layer in layers for a in statistics.inputs[layer.name]])
+        inputs, gradients = {}, {}
+        for layer in layers:
+            uses = statistics.inputs[layer.name], statistics.output_gradients[layer.name]
+            a, g = (tuple([floating(x, dtype) for x in one]) for one in uses)
+            inputs[layer.name], gradients[layer.name] = with_all_examples(a, g, examples)
+        return OutputJacobian(layers, inputs, gradients)
 
     def kernel(self) -> Float[Tensor, "n n"]:
         """Return ``J Jᵀ``, the sum of the kernels of all layers."""

@@ -76,11 +76,11 @@ def _noise(outputs: Leaves, samples: int, given: Leaves | None, processes: Proce
         check_noise(given, outputs, samples)
         return lambda sample, head, part: given[head][sample, part]
     seeds = new_seeds(samples, len(outputs), device=outputs[0].device)
-    numbers = example_numbers(outputs[0], processes)
+    numbers = example_numbers(longest_head(outputs), processes)
 
     def draw(sample: int, head: int, part: slice) -> Tensor:
         dtype = widest(outputs[head].dtype, torch.float32)
-        return uniform(seeds[sample, head], numbers[part], outputs[head].shape[1:], dtype)
+        return uniform(seeds[sample, head], numbers[: outputs[head].shape[0]][part], outputs[head].shape[1:], dtype)
 
     return draw
 
@@ -96,6 +96,11 @@ def example_numbers(outputs: Tensor, processes: Processes | None) -> Tensor:
     return torch.arange(outputs.shape[0], device=outputs.device) * size + rank
 
 
+def longest_head(outputs: Leaves) -> Tensor:
+    """Return the outputs of the head of most examples."""
+    return max(outputs, key=len)
+
+
 def random_signs(heads: Joint, outputs: Leaves, noise: Any, processes: Processes | None = None) -> Tensor:
     """Return signs for ``exact_cotangents`` from uniform noise on [0, 1), ``[columns, N]``, drawn if it is ``None``.
 
@@ -105,9 +110,10 @@ def random_signs(heads: Joint, outputs: Leaves, noise: Any, processes: Processes
         ValueError: If the noise has another shape or device.
         TypeError: If it is no floating-point tensor.
     """
-    shape, device = (heads.columns(outputs), outputs[0].shape[0]), outputs[0].device
+    first = longest_head(outputs)
+    shape, device = (heads.columns(outputs), first.shape[0]), first.device
     if noise is None:
-        noise = uniform(new_seeds(device=device), example_numbers(outputs[0], processes), shape[:1]).mT
+        noise = uniform(new_seeds(device=device), example_numbers(first, processes), shape[:1]).mT
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
         raise TypeError(f"noise: expected uniform numbers on [0, 1), a tensor of shape {shape}, got {noise!r}")
     if tuple(noise.shape) != shape or noise.device != device:
@@ -166,7 +172,7 @@ def exact_cotangents(
     def transposed_column(index: Tensor, signs: Tensor | None) -> Tree:
         column = heads.column(outputs, targets, index)
         if signs is not None:
-            column = [signs.to(c.dtype).reshape(-1, *[1] * (c.ndim - 1)) * c for c in column]
+            column = [signs[: len(c)].to(c.dtype).reshape(-1, *[1] * (c.ndim - 1)) * c for c in column]
         return transpose(_multiplied(factors, column))
 
     whole: Any = None
@@ -181,6 +187,22 @@ def exact_cotangents(
         optree.tree_map_(lambda w, g: w[: len(g)].copy_(g), unfilled, columns)  # a join later would hold all twice
         unfilled = optree.tree_map(lambda w, g: w[len(g) :], unfilled, columns)
     return whole
+
+
+def given_cotangents(
+    heads: Joint,
+    outputs: Leaves,
+    targets: Leaves,
+    factors: Sequence[Tensor | float],
+    transpose: Callable[[list[Tensor]], Tree],
+) -> Any:
+    """Take back the gradients of the terms of each head at the targets, in one column for each head.
+
+    Args are those of ``exact_cotangents``. Where heads have examples of their own, products across them have no part in
+    the empirical Fisher matrix.
+    """
+    columns = [transpose(column) for column in heads.scores(outputs, targets, factors)]
+    return optree.tree_map(lambda *g: torch.stack(g), *columns)
 
 
 def _multiplied(factors: Sequence[Tensor | float], cotangents: list[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from lrkfac.core.base.arguments import check_choice, check_integer
 from lrkfac.core.base.processes import Processes
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.capture import Captured, LayerRows, ProbeGradients
-from lrkfac.core.evaluation.cotangents import exact_cotangents, random_signs, sampled_cotangents
+from lrkfac.core.evaluation.cotangents import exact_cotangents, given_cotangents, random_signs, sampled_cotangents
 from lrkfac.core.layers.statistics import Statistics, Uses
 from lrkfac.core.likelihoods.joint import Joint, Leaves
 
@@ -49,9 +49,17 @@ def estimate(
         processes: Those that share a joint batch, each of which draws its part.
 
     Raises:
-        ValueError: If there is noise for an estimator that draws nothing, or as ``sampled_cotangents``.
+        ValueError: If there is noise for an estimator that draws nothing, heads that share examples have different
+            numbers of outputs, or as ``sampled_cotangents``.
     """
     layers = captured.layers
+    shapes = [tuple(f.shape) for f in captured.outputs]
+    uneven = len({shape[0] for shape in shapes}) > 1
+    if uneven and not layers.own:
+        raise ValueError(
+            "model: expected outputs of all heads with the same batch axis in front, or heads with examples of their "
+            f"own, as in the inputs of find_layers(), got shapes {shapes}"
+        )
     signed = estimator == "exact" and not (layers.independent and layers.single)
     if noise is not None and estimator != "mc" and not signed:
         raise ValueError(f"noise: expected none for the estimator {estimator!r}, which draws nothing")
@@ -60,7 +68,7 @@ def estimate(
     residuals: Uses = ()
     if estimator == "forward_only":
         gradients = dict.fromkeys(rows, ())
-    elif estimator == "empirical":
+    elif estimator == "empirical" and not uneven:
         gradients = {name: uses for name, (_, uses) in rows.items()}
     else:
 
@@ -72,6 +80,8 @@ def estimate(
             at_probes = exact_cotangents(heads, captured.outputs, targets, factors, to_probes, signs)
             if not signed and processes is None:
                 residuals = heads.residuals(captured.outputs, targets, factors)
+        elif estimator == "empirical":
+            at_probes = given_cotangents(heads, captured.outputs, targets, factors, to_probes)
         else:
             drawn = samples, noise, processes
             at_probes = sampled_cotangents(heads, captured.outputs, targets, factors, to_probes, *drawn)

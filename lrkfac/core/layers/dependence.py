@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import optree
 from torch import Tensor
 
+from lrkfac.core.base.containers import result_leaves
 from lrkfac.core.base.private_torch import is_fake, is_transformed
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.generic import Examples
-from lrkfac.core.layers.independence import independence, takes_copies
+from lrkfac.core.layers.independence import does_not_depend, independence, takes_copies
 from lrkfac.core.layers.movement import Run, Runs, Seen, axis_of, output_axis, placement, single_outputs
 from lrkfac.core.layers.placement import Placement
 from lrkfac.core.layers.uses import Use
@@ -36,12 +39,14 @@ class Batch:
         single: Whether outputs have one entry for each example along their leading axis.
         places: Of each use, by label: its placement, ``None`` if its rows are not known by example, and whether it has
             one value for all examples and no axis for them.
+        own: Whether heads have different numbers of examples, each its own.
     """
 
     axes: Mapping[str, int] | None
     independent: bool | None
     single: bool
     places: Mapping[str, Sequence[tuple[Placement | None, bool]]]
+    own: bool = False
 
     def unknown(self) -> int:
         """Return the number of uses whose rows are not known by example."""
@@ -55,12 +60,69 @@ class Batch:
 UNKNOWN = Batch(None, None, False, {})
 
 
+def find_batches(
+    run: Run,
+    inputs: Tree,
+    uses: Mapping[str, Sequence[Use]],
+    axes: Mapping[str, int] | None,
+    constant: Sequence[str],
+    lengths: Sequence[int],
+) -> Batch:
+    """Find the examples of a model, also where heads have different numbers of examples, each its own.
+
+    Args are those of ``find_batch``, and:
+        lengths: Of the leading axis of each tensor that the model returns.
+    """
+    batch = find_batch(run, inputs, uses, axes, constant)
+    if axes is not None or not batch.unknown() or len(set(lengths)) == 1:
+        return batch
+    groups, found = [], []
+    for length in dict.fromkeys(lengths):
+        of_group = _of_heads(run, [i for i, n in enumerate(lengths) if n == length])
+        one = find_batch(of_group, inputs, uses, None, constant, moving=True)
+        if one.axes:
+            groups.append(of_group)
+            found.append(one)
+    every = [path for one in found for path in one.axes or ()]
+    if len(found) < 2 or len(set(every)) < len(every):
+        return batch
+    pairs = [(of_head, one) for of_head, own in zip(groups, found, strict=True) for one in found if one is not own]
+    apart = all(does_not_depend(of_head, inputs, other.axes or {}) for of_head, other in pairs)
+    known = [one.independent for one in found]
+    return Batch(
+        {path: axis for one in found for path, axis in (one.axes or {}).items()},
+        None if None in known else apart and all(known),
+        all(one.single for one in found),
+        {name: [_only([one.places[name][i] for one in found]) for i in range(len(of))] for name, of in uses.items()},
+        own=True,
+    )
+
+
+def _of_heads(run: Run, chosen: Sequence[int]) -> Run:
+    """Return a run of which some outputs are the result."""
+
+    def run_some(some: Tree, probes: Mapping[tuple[str, int], Tensor] = MappingProxyType({})) -> Any:
+        result, uses = run(some, probes)
+        leaves = result_leaves(result)
+        return [leaves[i] for i in chosen], uses
+
+    return run_some
+
+
+def _only(places: Sequence[tuple[Placement | None, bool]]) -> tuple[Placement | None, bool]:
+    """Return the place of the examples by which alone a use moves, if they stand along an axis of their own."""
+    known = [place for place, _ in places if place is not None]
+    alone = len(known) == 1 and all(x.outer == x.inner == 1 and not x.shared for x in known[0])
+    return ((known[0][0]._replace(own=True), known[0][1]._replace(own=True)) if alone else None), False
+
+
 def find_batch(
     run: Run,
     inputs: Tree,
     uses: Mapping[str, Sequence[Use]],
     axes: Mapping[str, int] | None = None,
     constant: Sequence[str] = (),
+    moving: bool = False,
 ) -> Batch:
     """Find the examples of a model.
 
@@ -70,6 +132,7 @@ def find_batch(
         uses: The uses of its weights, as a run without values saw them.
         axes: The axes of the batch by the path of a leaf of the inputs, where the user gives them.
         constant: Paths of leaves that hold no examples.
+        moving: Whether examples must move with the first output.
 
     Returns:
         What the runs show; unknown where the model cannot take other batches.
@@ -80,7 +143,7 @@ def find_batch(
         return UNKNOWN
     best = UNKNOWN
     for hypothesis in [axes] if axes is not None else _hypotheses(tensors):
-        batch = _batch(run, inputs, hypothesis, uses, may_drop=axes is None)
+        batch = _batch(run, inputs, hypothesis, uses, axes is None, moving)
         if batch is not None and (best is UNKNOWN or batch.rank() > best.rank()):
             best = batch
         if best.independent and not best.unknown():
@@ -89,11 +152,16 @@ def find_batch(
 
 
 def _batch(
-    run: Run, inputs: Tree, axes: Mapping[str, int], uses: Mapping[str, Sequence[Use]], may_drop: bool
+    run: Run,
+    inputs: Tree,
+    axes: Mapping[str, int],
+    uses: Mapping[str, Sequence[Use]],
+    may_drop: bool,
+    moving: bool,
 ) -> Batch | None:
     """Return the examples along some axes; ``None`` if nothing moves with them."""
     seen = _seen(run, inputs, axes, uses)
-    if seen is None:
+    if seen is None or (moving and output_axis(seen.runs) is None):
         return None
     independent, through = independence(run, seen)
     batch = _described(run, seen, independent, uses)

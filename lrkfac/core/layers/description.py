@@ -134,6 +134,7 @@ class Layers:
         independent: Whether the outputs of each example depend on no other example; ``None`` if unknown.
         single: Whether the leading axis of the outputs has one entry for each example; else several terms of one
             example, such as the positions of a sequence, stand along it.
+        own: Whether heads have different numbers of examples, each its own, along the leading axis of its outputs.
         autograd: Whether derivatives are taken by ``torch.autograd``: the model does what ``torch.func`` refuses.
     """
 
@@ -145,6 +146,7 @@ class Layers:
     batch_axes: tuple[tuple[str, int], ...] | None = None
     independent: bool | None = True
     single: bool = True
+    own: bool = False
     autograd: bool = False
 
     def __iter__(self) -> Iterator[Layer]:

@@ -20,7 +20,7 @@ from lrkfac.core.base.private_torch import fake_mode, value_errors, version, wit
 from lrkfac.core.base.tree_checks import check_whole, paths, paths_with_none
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.custom import LayerKind
-from lrkfac.core.layers.dependence import Batch, find_batch
+from lrkfac.core.layers.dependence import Batch, find_batches
 from lrkfac.core.layers.describing import describe
 from lrkfac.core.layers.description import Layers, Parameter
 from lrkfac.core.layers.generic import generic_parameters
@@ -110,13 +110,15 @@ def find_layers(
         recorder.note_unseen(result)
         autograd = recorder.differentiates or _needs_autograd(model, params, inputs)
     with torch.inference_mode(False), torch.enable_grad(), without_checkpoints():
-        batch = _batch(model, params, inputs, recorder, axes, autograd)
+        leading = [x.shape[0] for x in result_leaves(result) if isinstance(x, Tensor) and x.ndim]
+        batch = _batch(model, params, inputs, recorder, axes, autograd, leading)
     layers = replace(
         describe(_with_batch(recorder.uses, batch), recorder.others, parameters, structure, bias == "joint"),
         custom=custom,
         batch_axes=None if batch.axes is None else tuple(batch.axes.items()),
         independent=batch.independent,
         single=batch.single,
+        own=batch.own,
         autograd=autograd,
     )
     if strict and not layers.layers:
@@ -139,6 +141,7 @@ def _batch(
     recorder: UseRecorder,
     axes: Mapping[str, int] | None,
     autograd: bool,
+    lengths: Sequence[int],
 ) -> Batch:
     """Return where the examples are, from runs of a few of them with parameters in general position."""
     parameters = generic_parameters(params)
@@ -161,7 +164,7 @@ def _batch(
     buffers = inner.constant_paths(inputs) if isinstance(inner, ModuleFunction) else ()
     tensors = [x for x in optree.tree_leaves((params, inputs)) if isinstance(x, Tensor)]
     with torch.random.fork_rng({x.device for x in tensors if x.device.type == "cuda"}):
-        return find_batch(run, inputs, recorder.uses, axes, buffers)
+        return find_batches(run, inputs, recorder.uses, axes, buffers, lengths)
 
 
 def _with_batch(uses: dict[str, list[Use]], batch: Batch) -> dict[str, list[Use]]:

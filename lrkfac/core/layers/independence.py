@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.containers import result_leaves
+from lrkfac.core.layers.generic import Examples
 from lrkfac.core.layers.movement import Run, Seen, comparable, first_output, output_axis, rounding
 from lrkfac.core.layers.placement import BatchAxis
 
@@ -50,6 +51,14 @@ def _apart(run: Run, seen: Seen, paths: Sequence[str]) -> bool | None:
             differs_here = differs_here or bool(differs[at])
         any_differs = any_differs or differs_here
     return True if any_differs else None
+
+
+def does_not_depend(run: Run, inputs: Any, axes: Mapping[str, int]) -> bool:
+    """Return whether a run's results are the same when examples along some axes are others."""
+    examples = Examples.of(inputs, axes)
+    before, _ = run(examples.some(4))
+    changed = [run(examples.replaced(4, 0, tuple(axes), 4, scale))[0] for scale in (1.0, OUTLIER)]
+    return all(_equal(before, after) for after in changed)
 
 
 def takes_copies(run: Run, seen: Seen, site: tuple[str, int]) -> bool:

@@ -18,12 +18,15 @@ class BatchAxis(NamedTuple):
         outer: Number of positions in front of the examples; another one is taken where ``inner`` is 1.
         inner: Number of positions behind the examples; another one is taken where ``outer`` is 1.
         shared: Whether the axis, the leading one, has one entry for all examples.
+        own: Whether these are the examples of one head of several that have different numbers of them: as many as the
+            axis has entries.
     """
 
     axis: int = 0
     outer: int = 1
     inner: int = 1
     shared: bool = False
+    own: bool = False
 
     def in_front(self, x: Tensor, examples: int, leading: int = 0) -> Tensor:
         """Return a tensor with the examples as the axis ``leading``, followed by what stood around them.
@@ -39,7 +42,7 @@ class BatchAxis(NamedTuple):
         if self.shared:
             return x
         axis = leading + self.axis
-        outer, inner = self._positions(x.shape[axis], examples)
+        outer, inner = self._positions(x.shape[axis], x.shape[axis] if self.own else examples)
         if outer * inner > 1:
             sizes = [outer] * (outer > 1) + [examples] + [inner] * (inner > 1)
             x, axis = x.unflatten(axis, sizes), axis + (outer > 1)

@@ -10,11 +10,13 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.func import grad
 
 from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.containers import described, main_entry, named_entries, opened
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.leaves import tree_leaves, tree_structure, tree_unflatten
+from lrkfac.core.base.rows import padded
 from lrkfac.core.base.tree_checks import difference
 from lrkfac.core.base.types import Tree
 from lrkfac.core.likelihoods.protocol import Likelihood
@@ -90,11 +92,6 @@ class Joint:
                 )
             if one.numel() == 0 and not (self.part and one.shape[0] == 0):
                 raise ValueError(f"inputs: the batch is empty: outputs have the shape {tuple(one.shape)}")
-            if one.shape[0] != outputs[0].shape[0]:
-                raise ValueError(
-                    "model: expected outputs of all heads with the same batch axis in front, got shapes "
-                    f"{tuple(outputs[0].shape)} and {tuple(one.shape)}"
-                )
         return outputs, aux
 
     def _of_heads(self, outputs: Any) -> Any:
@@ -120,22 +117,31 @@ class Joint:
             total = total + weight * loss
         return total
 
+    def scores(self, outputs: Leaves, targets: Leaves, factors: Sequence[Tensor | float]) -> list[list[Tensor]]:
+        """Return for each head the gradient of its terms at the targets times its factor, and zeros for the others."""
+        columns = []
+        for i, (head, f, y, factor) in enumerate(zip(self.heads, outputs, targets, factors, strict=True)):
+            total = head.total_weight(f, y).clamp(min=torch.finfo(f.dtype).tiny).detach()
+            score = grad(head.loss)(f, y, total) * total * factor
+            columns.append([score.to(g.dtype) if j == i else torch.zeros_like(g) for j, g in enumerate(outputs)])
+        return columns
+
     def head_weights(self, outputs: Leaves, targets: Leaves) -> tuple[Tensor, ...]:
         """Return ``Σ wₙ`` of each head, ``[]`` each, or ``totals`` in their place."""
         each = zip(self.heads, outputs, targets, strict=True)
         return self.totals or tuple([head.total_weight(f, y) for head, f, y in each])
 
     def total_weight(self, outputs: Leaves, targets: Leaves) -> Tensor:
-        """Return ``Σ wₙ`` of a single head, the number of examples for several heads, ``[]``."""
+        """Return ``Σ wₙ`` of a single head, the number of examples of the longest of several heads, ``[]``."""
         if len(self.heads) == 1:
             return self.heads[0].total_weight(outputs[0], targets[0])
-        return torch.full((), outputs[0].shape[0], dtype=wide(outputs[0]).dtype, device=outputs[0].device)
+        return torch.full((), longest(outputs), dtype=wide(outputs[0]).dtype, device=outputs[0].device)
 
     def normalization(self, outputs: Leaves, targets: Leaves) -> tuple[Tensor, list[Tensor | float]]:
         """Return the scale of sums over rows, ``[]``, and for each head the factor of its rows.
 
-        The scale is ``1 / Σ wₙ`` of a single head, and 1 over the number of examples for several, whose rows make up
-        for the difference. Where nothing counts they are finite all the same.
+        The scale is ``1 / Σ wₙ`` of a single head, and 1 over the number of examples (of the longest head) for several,
+        whose rows make up for the difference. Where nothing counts they are finite all the same.
         """
         inverse = [
             weight / total.clamp(min=torch.finfo(total.dtype).tiny)
@@ -143,19 +149,20 @@ class Joint:
         ]
         if len(inverse) == 1:
             return inverse[0], [1.0]
-        examples = max(outputs[0].shape[0], 1)
+        examples = max(longest(outputs), 1)
         return torch.full_like(inverse[0], 1 / examples), [(examples * x).sqrt() for x in inverse]
 
     def residuals(self, outputs: Leaves, targets: Leaves, factors: Sequence[Tensor | float]) -> tuple[Tensor, ...]:
         """Return ``ρ`` ``[columns, N]``, with which the columns times ``factors`` add up to the loss' derivative.
 
         That is ``Σ wₙ`` times the derivative in the outputs of a single head, that times the number of examples for
-        several. Empty where a likelihood has no ``residual``.
+        several. Empty where a likelihood has no ``residual``. Behind those of heads of fewer examples stand zeros.
         """
         if any(head.residual is None for head in self.heads):
             return ()
         each = zip(self.heads, outputs, targets, factors, strict=True)
         rows = [(factor * head.weighted_residual(f, y)).reshape(len(f), -1) for head, f, y, factor in each]
+        rows = [padded(row, longest(outputs)) for row in rows]
         return (torch.cat(rows, dim=1).mT,)
 
     def columns(self, outputs: Leaves) -> int:
@@ -183,12 +190,20 @@ class Joint:
         return [(weight / total * head.weighted_product(f, y, t)).to(f.dtype) for weight, total, head, f, y, t in each]
 
 
+def longest(outputs: Leaves) -> int:
+    """Return the largest number of examples of a head."""
+    return max([f.shape[0] for f in outputs])
+
+
 def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:
     """Return the joint likelihood of several heads: the loss is the weighted sum of the mean losses of all heads.
 
-    The Fisher matrix is the same sum. The model returns a tree (dictionary, tuple, list, NamedTuple) of outputs, and
-    targets are a tree of the same structure. Another mapping or a dataclass counts as the dictionary of its entries; as
-    outputs it may have more of them than heads, which are not used.
+    The Fisher matrix is the same sum. Heads may have different numbers of examples, each its own, such as points within
+    a domain and on its boundary; the inputs are then a tree with one batch for each.
+
+    The model returns a tree (dictionary, tuple, list, NamedTuple) of outputs, and targets are a tree of the same
+    structure. Another mapping or a dataclass counts as the dictionary of its entries; as outputs it may have more of
+    them than heads, which are not used.
 
     Examples:
         >>> import torch
