@@ -173,6 +173,8 @@ GROUPS = {
             of(lambda p, x: vmap(lambda one: head(p, F.linear(one, p["w"])))(x))),
         Row("`laplacian(network)`, `derivatives(network, …)`", "covered", "value and derivatives are rows of one layer",
             of(lrkfac.laplacian(lambda p, x: head(p, F.linear(x, p["w"]))))),
+        Row("such of a function of one point, inside `torch.func.vmap`", "covered", "the same",
+            of(vmap(lrkfac.laplacian(lambda p, x: head(p, F.linear(x, p["w"]))), (None, 0)))),
         Row("`grad`, `jvp`, `hessian` of a network inside the model", "not covered",
             "plain gradients and `fallback=`; Fisher products are exact",
             of(laplacian), "hessian|derivative|jvp|grad"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_model, check_values
@@ -97,7 +98,7 @@ def laplacian(network: Network) -> Network:
         TypeError: If ``network`` is no function; in the function returned, if the points are no floating-point tensor,
             or the network returns something else than a tensor that depends on them.
         ValueError: In that function, if the network applies to what depends on the points a function of which no
-            derivatives are known here; the message names it.
+            derivatives are known here, which the message names, or inside ``torch.compile``.
     """
     return _Laplacian(check_model(network, "network"))
 
@@ -142,6 +143,8 @@ def derivatives(
 
 def _rows(network: Network, params: Tree, points: Tensor, plan: Plan) -> Tensor:
     """Return a network's value and derivatives, ``[K, N, ...]``."""
+    if torch.compiler.is_compiling():
+        raise ValueError("network: its derivatives by jets are not compiled; evaluate outside of torch.compile")
     with Jets():
         result: Any = network(params, Jet.at(points, plan))
     if not isinstance(result, Jet):
