@@ -182,6 +182,29 @@ GROUPS = {
 }  # fmt: skip
 
 
+KINDS = [
+    "## Kinds of layers",
+    "",
+    "Layers are found by what the function does with its parameters, not by the code around it.",
+    "",
+    "| kind | operations |",
+    "|---|---|",
+    "| `linear` | `F.linear`, `x @ w`, `w @ x`, `matmul`, `mm`, `addmm`, `einsum`; through views such as "
+    "`w.T`, `reshape`, `chunk`, slices; a following `+ b` |",
+    "| `conv1d` … `conv3d`, `conv_transpose1d` … | convolutions with stride, padding, dilation and groups |",
+    "| `embedding` | the vocabulary's side is diagonal; also tied to the output layer |",
+    "| `scale`, `shift` | BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm; parameters that are mul"
+    "tiplied, added or expanded over the batch |",
+    '| `bias` | a bias apart from its weight, with `find_layers(..., bias="separate")` |',
+    "| custom | any operation linear in its weight, with `find_layers(..., kinds=[LayerKind(...)])` |",
+    "",
+    "`nn.MultiheadAttention` is seen from inside: its packed projection is three layers, q, k and v. A we"
+    "ight that is used several times in one",
+    "forward pass (recurrence, sharing) is one layer of several uses.",
+]
+"""What the page says of the kinds of layers, before the models."""
+
+
 def page() -> str:
     """Return the page of the documentation."""
     lines = [
@@ -196,6 +219,7 @@ def page() -> str:
         "* *Not covered*: these parameters get plain gradients, or `fallback=`. `print(layers)` has the reason.",
         "* *Refused*: an error says why, before anything runs.",
     ]
+    lines += ["", *KINDS]
     for title, rows in GROUPS.items():
         lines += ["", f"## {title}", "", "| model | outcome | |", "|---|---|---|"]
         lines += [f"| {row.what} | {row.outcome} | {row.why} |" for row in rows]
