@@ -169,7 +169,7 @@ def methods(learning_rates: Mapping[str, tuple[float, tuple[float, ...]]], **kfa
         "rank-1": (low_rank(1), Style("low-rank K-FAC, rank 1", "#56B4E9")),
         "rank-4": (low_rank(4), Style("low-rank K-FAC, rank 4", "#009E73")),
         "rank-16": (low_rank(16), Style("low-rank K-FAC, rank 16", "#D55E00", width=2.2)),
-        "adaptive": (adaptive, Style("the same, nothing tuned", "#CC79A7", width=2.2)),
+        "adaptive": (adaptive, Style("adaptive, nothing tuned", "#CC79A7", width=2.2)),
     }
     table = {}
     for name, (make, style) in {**first_order, **second_order}.items():

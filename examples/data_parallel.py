@@ -28,7 +28,7 @@ from examples.report import positive, progress_bar
 # So that parts are equal on 2, 3, 4, 5, 6, 8, 10 or 12 processes: with parts of a batch that are not, training is as
 # good, but the sampler deals other batches than to one process.
 TRAINING_EXAMPLES, BATCH = 1440, 120
-LEARNING_RATE, DAMPING, KL_CLIP = 0.1, 0.01, 1e-3
+LEARNING_RATE = 0.1
 
 
 class Epoch(NamedTuple):
@@ -59,8 +59,7 @@ def train(options: argparse.Namespace, device: torch.device, console: Console) -
     net = network(options.seed).to(device)
     # The one line that differs from training on one process: the group.
     optimizer = lrkfac.LowRankKFAC(
-        net, lrkfac.categorical(), pixels[:1], lr=LEARNING_RATE, rank=16, damping=DAMPING, kl_clip=KL_CLIP,
-        statistics_every=5, group=group,
+        net, lrkfac.categorical(), pixels[:1], lr=LEARNING_RATE, rank=16, statistics_every=5, group=group,
     )  # fmt: skip
     epochs = []
     with progress_bar(console) as progress:

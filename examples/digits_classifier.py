@@ -26,7 +26,7 @@ LEARNING_RATES = {
     "rank-4": (0.1, KFAC_RATES),
     "rank-16": (0.1, KFAC_RATES),
 }
-DAMPING = 0.01  # of 0.001, 0.01, 0.1 with rank 16; in nats squared
+DAMPING = 0.01  # a third of the default, the best of 0.001, 0.01, 0.1 with rank 16; in nats squared
 KL_CLIP = 1e-3  # of 1e-3, 1e-2, 1e-1, 1
 REFRESH = 5  # steps between statistics
 

@@ -32,8 +32,6 @@ NOISE = 0.1  # standard deviation of the targets
 BATCH = 48  # examples per step and member
 REFRESH = 5  # steps between statistics
 LEARNING_RATE = 0.1
-DAMPING = 1e-2
-KL_CLIP = 1e-2
 
 Params = list[dict[str, Tensor]]
 
@@ -79,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     layers = lrkfac.find_layers(network, optree.tree_map(lambda leaf: leaf[0], params), x)
     evaluate = lrkfac.evaluator(network, lrkfac.gaussian(NOISE**2), layers)
-    tx = lrkfac.low_rank_kfac(layers, LEARNING_RATE, rank=8, damping=DAMPING, kl_clip=KL_CLIP)
+    tx = lrkfac.low_rank_kfac(layers, LEARNING_RATE, rank=8)
 
     def step(refresh: bool, params: Params, state: Any, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Any, ...]:
         """Take one step of one member."""

@@ -31,7 +31,7 @@ LEARNING_RATES = {
     "rank-16": (0.1, (0.01, 0.03, 0.1, 0.3, 1.0)),
 }
 HEAD_RATES = {"adam": 1e-1, "rank-16": 1.0}  # of the same, for the last layer alone
-DAMPING = 1e-2  # of 1e-2, 0.1, 1
+DAMPING = 1e-2  # a third of the default, the best of 1e-2, 0.1, 1
 KL_CLIP = 1e-3  # of 1e-3, 1e-2
 
 

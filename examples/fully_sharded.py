@@ -24,7 +24,7 @@ from examples.processes import group_of_processes
 from examples.report import positive, progress_bar
 
 BATCH = 240
-LEARNING_RATE, DAMPING, KL_CLIP = 0.1, 0.01, 1e-3
+LEARNING_RATE = 0.1
 
 
 def network(seed: int) -> nn.Module:
@@ -47,8 +47,8 @@ def train(
     pixels = pixels.double()
     # Nothing here but the group knows that parameters are sharded.
     optimizer = lrkfac.LowRankKFAC(
-        net, lrkfac.categorical(), pixels[:1], lr=LEARNING_RATE, rank=16, damping=DAMPING, kl_clip=KL_CLIP,
-        statistics_every=5, estimator="exact", group=mesh,
+        net, lrkfac.categorical(), pixels[:1], lr=LEARNING_RATE, rank=16, statistics_every=5,
+        estimator="exact", group=mesh,
     )  # fmt: skip
     rank, size = (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
     generator, losses = torch.Generator().manual_seed(options.seed), []

@@ -23,8 +23,7 @@ SIZE = 16  # pixels, height and width
 NOISE = 0.5  # standard deviation of the noise on a grating of amplitude 1
 
 LEARNING_RATE = 0.1
-DAMPING = 0.01
-KL_CLIP = 0.01  # ten times the default: ten steps want to be long
+KL_CLIP = 0.01  # ten times the default, since ten steps are all there are
 
 
 class Block(nn.Module):
@@ -97,7 +96,7 @@ def main() -> None:
     console.print(str(layers), highlight=False, soft_wrap=True)
 
     evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, has_aux=True)
-    transformation = lrkfac.low_rank_kfac(layers, LEARNING_RATE, rank=arguments.rank, damping=DAMPING, kl_clip=KL_CLIP)
+    transformation = lrkfac.low_rank_kfac(layers, LEARNING_RATE, rank=arguments.rank, kl_clip=KL_CLIP)
     state = transformation.init(params)
 
     table = Table(title=f"low-rank K-FAC, rank {arguments.rank}", title_justify="left", box=SIMPLE)
