@@ -74,7 +74,7 @@ def evaluated(net, inputs, targets, likelihood, estimator, noise=None):
 
 def our_factors(layers, evaluation, treatment="expand"):
     """``{layer name: (A, B)}``."""
-    inputs_of, gradients, scale = evaluation.statistics
+    inputs_of, gradients, scale, _ = evaluation.statistics
     factors = {x.name: factors_of(x, inputs_of[x.name], gradients[x.name], scale, treatment) for x in layers}
     return {name: (both.input.dense(), both.output.dense()) for name, both in factors.items()}
 

@@ -47,7 +47,7 @@ def evaluate(case, estimator="mc", statistics=True, noise=None, **options):
 
 def factors(case, evaluation):
     """``A`` and ``B`` of every layer, each ``[groups, d, d]``."""
-    result, (recorded, gradients, scale) = {}, evaluation.statistics
+    result, (recorded, gradients, scale, _) = {}, evaluation.statistics
     for layer in layers_of(case):
 
         def one(a, g, layer=layer):
@@ -86,7 +86,7 @@ def test_loss_gradients_and_factors_are_those_of_the_reference(case, estimator):
 def test_sampled_gradients_are_those_at_the_labels(case):
     """Factors are the mean over samples. Their expectation: ``tests/core/likelihoods/test_protocol.py``."""
     noise, outputs = noise_for(case, 2), case.model(case.params, case.inputs)
-    _, gradients, scale = evaluate(case, samples=2, noise=noise).statistics
+    _, gradients, scale, _ = evaluate(case, samples=2, noise=noise).statistics
     close(2 * scale, evaluate(case, noise=noise[:1]).statistics.scale)
     for i in range(2):
         labels = likelihood(case).sample(outputs, noise[i])

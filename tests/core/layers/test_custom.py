@@ -113,7 +113,7 @@ def test_gradients_factors_and_blocks_are_those_of_the_explicit_rows(name, estim
     for model, layers in zip((custom, explicit), both, strict=True):
         e = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator)(params, X, Y, **noise)
         close(e.grads, torch.func.grad(lambda p: F.cross_entropy(custom(p, X), Y))(params))
-        inputs, gradients, scale = e.statistics
+        inputs, gradients, scale, _ = e.statistics
         of = lambda t, args=(layers["w"], inputs["w"], gradients["w"], scale): kronecker_factors(*args, t)  # noqa: E731
         factors.append([*of("expand"), *of("reduce")])
         if estimator == "exact":
