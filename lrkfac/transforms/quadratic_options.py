@@ -51,7 +51,7 @@ class QuadraticModelOptions:
     damping_decay: float = 0.95
     max_steps: int = 20
     damping_interval: int = 1
-    start_steps: float = 120.0
+    start_steps: float = 40.0
     start_decay: float = 0.5
     min_damping: float = 1e-10
     max_damping: float = 1e8

@@ -32,7 +32,7 @@ def dampings(shares, **options):
 
 def test_the_defaults_are_those_of_every_figure():
     assert dataclasses.asdict(QuadraticModelOptions()) == {
-        "damping_decay": 0.95, "max_steps": 20, "damping_interval": 1, "start_steps": 120.0, "start_decay": 0.5,
+        "damping_decay": 0.95, "max_steps": 20, "damping_interval": 1, "start_steps": 40.0, "start_decay": 0.5,
         "min_damping": 1e-10, "max_damping": 1e8, "lower_threshold": 0.25, "upper_threshold": 0.75, "reject": True,
         "rejection_factor": 4.0,
     }  # fmt: skip
@@ -115,7 +115,7 @@ def test_without_rejection_a_worse_step_is_taken_but_none_that_is_not_finite():
 
 
 def test_a_run_forgets_where_its_dampings_started():
-    """Over six orders of magnitude; without larger changes at the start, the largest is where it was."""
+    """Over five orders of magnitude; without larger changes at the start, the largest is where it was."""
 
     def trained(damping, start_steps):
         tx, evaluate = make(MLP, options=QuadraticModelOptions(start_steps=start_steps), damping=damping)
@@ -126,11 +126,11 @@ def test_a_run_forgets_where_its_dampings_started():
             params = lrkfac.apply_updates(params, updates)
         return float(state.damping), float(e.loss_at(params))
 
-    for damping in (1e-4, 1e-2, 1.0, 100.0):
+    for damping in (1e-4, 1e-2, 1.0, 10.0):
         after, loss = trained(damping, QuadraticModelOptions().start_steps)
-        assert after < 0.05 and loss < 0.02
-    after, loss = trained(100.0, 0.0)
-    assert after > 30 and loss > 1
+        assert after < 0.1 and loss < 0.02
+    after, loss = trained(10.0, 0.0)
+    assert after > 3 and loss > 0.5
 
 
 def test_the_chain_hands_its_options_on():
