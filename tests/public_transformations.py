@@ -86,7 +86,8 @@ public("precondition_in_sample_space", {"layers": LAYERS}, layers=NOT_LAYERS, da
 public("scale_by_quadratic_model", {"preconditioner": PRECONDITION}, preconditioner=TRANSFORMATION, damping=POSITIVE,
     weight_decay=DECAYS, kl_clip=KL_CLIP, gradient_decay=SHARE_OR_NONE, options=NOT_OPTIONS)
 public("QuadraticModelOptions", damping_decay=number(0, 1, includes_low=False), max_steps=integer(),
-    damping_interval=integer(), start_steps=NONNEGATIVE, start_decay=SHARE, min_damping=POSITIVE,
+    damping_interval=integer(), start_steps=NONNEGATIVE, start_decay=SHARE, damping_share=SHARE,
+    min_damping=POSITIVE,
     max_damping=number(1e-10, includes_low=False), lower_threshold=number(),
     upper_threshold=number(0.25, includes_low=False), reject=FLAG, rejection_factor=number(1, includes_low=False))
 public("scale_by_slope_and_curvature", {}, start=POSITIVE)

@@ -26,6 +26,8 @@ class QuadraticModelOptions:
         start_decay: Factor by which these become fewer with each statistics, in [0, 1). While they are more than
             ``max_steps``, a step with smaller dampings whose reduction ratio is below ``lower_threshold`` is undone,
             and its dampings with it.
+        damping_share: Share of the curvature along a step, damping included, in [0, 1): where ``λ`` makes up less, it
+            does not fall. One that is too small to matter would take hundreds of steps to return.
         min_damping: Lower bound of both dampings, positive.
         max_damping: Upper bound of both dampings, above the lower one. Within the default bounds, no product with a
             float32 curvature underflows or overflows.
@@ -51,8 +53,9 @@ class QuadraticModelOptions:
     damping_decay: float = 0.95
     max_steps: int = 20
     damping_interval: int = 1
-    start_steps: float = 40.0
+    start_steps: float = 120.0
     start_decay: float = 0.5
+    damping_share: float = 0.1
     min_damping: float = 1e-10
     max_damping: float = 1e8
     lower_threshold: float = 0.25
@@ -66,6 +69,7 @@ class QuadraticModelOptions:
         check_integer(self.damping_interval, "damping_interval")
         check_number(self.start_steps, "start_steps", 0)
         check_number(self.start_decay, "start_decay", 0, 1)
+        check_number(self.damping_share, "damping_share", 0, 1)
         check_number(self.min_damping, "min_damping", 0, includes_low=False)
         check_number(self.max_damping, "max_damping", self.min_damping, includes_low=False)
         check_number(self.lower_threshold, "lower_threshold")

@@ -23,7 +23,7 @@ def judged(tx, evaluate, state, share, statistics=True):
 
 def dampings(shares, **options):
     """``λ`` after steps with statistics, beside the first."""
-    tx, evaluate = make(MLP, options=QuadraticModelOptions(**{"start_steps": 0.0, **options}), damping=0.2)
+    tx, evaluate = make(MLP, options=QuadraticModelOptions(**{"start_steps": 0.0, "damping_share": 0.0, **options}), damping=0.2)
     states = [tx.init(MLP.params)]
     for share in shares:
         states.append(judged(tx, evaluate, states[-1], share)[1])
@@ -32,9 +32,9 @@ def dampings(shares, **options):
 
 def test_the_defaults_are_those_of_every_figure():
     assert dataclasses.asdict(QuadraticModelOptions()) == {
-        "damping_decay": 0.95, "max_steps": 20, "damping_interval": 1, "start_steps": 40.0, "start_decay": 0.5,
-        "min_damping": 1e-10, "max_damping": 1e8, "lower_threshold": 0.25, "upper_threshold": 0.75, "reject": True,
-        "rejection_factor": 4.0,
+        "damping_decay": 0.95, "max_steps": 20, "damping_interval": 1, "start_steps": 120.0, "start_decay": 0.5,
+        "damping_share": 0.1, "min_damping": 1e-10, "max_damping": 1e8, "lower_threshold": 0.25,
+        "upper_threshold": 0.75, "reject": True, "rejection_factor": 4.0,
     }  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def test_the_defaults_are_those_of_every_figure():
     ({"max_damping": 0.3}, (-1.0, -1.0), (1.5, 1.5)),
     ({"min_damping": 0.18}, (1.0, 1.0, 1.0, 1.0), (0.95, 0.95**2, 0.9, 0.9)),
     ({"start_steps": 10.0, "start_decay": 0.5}, (-1.0, -1.0), (4, 16)),
+    ({"damping_share": 0.999}, (1.0, 0.2, 1.0), (1, 1 / 0.95, 1 / 0.95)),
 ])  # fmt: skip
 def test_the_damping_follows_the_reduction_ratio(options, shares, expected):
     close(torch.tensor(dampings(shares, **options)[0]), torch.tensor(expected, dtype=torch.float32), rtol=1e-5)
@@ -71,7 +72,7 @@ def test_a_start_outside_the_bounds_is_moved_within():
 
 @pytest.mark.parametrize("max_steps", [2, 20])
 def test_a_change_makes_up_for_so_many_steps(max_steps):
-    tx, evaluate = make(MLP, options=QuadraticModelOptions(start_steps=0.0, max_steps=max_steps), damping=0.2)
+    tx, evaluate = make(MLP, options=QuadraticModelOptions(start_steps=0.0, damping_share=0.0, max_steps=max_steps), damping=0.2)
     state = judged(tx, evaluate, tx.init(MLP.params), 0.5)[1]
     for _ in range(5):
         state = judged(tx, evaluate, state, 0.0, statistics=False)[1]
