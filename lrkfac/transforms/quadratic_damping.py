@@ -33,13 +33,15 @@ def adapted(
     chosen: Chosen,
     ratio: Tensor,
     squares: Tensor,
+    noise: Tensor,
     accepted: Tensor,
     back: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return ``λ`` and ``γ`` after a step ``δ`` with statistics, ``δᵀδ = squares``, by its reduction ratio.
 
     ``λ`` falls while it matters. Where ``λ δᵀδ`` is far below the curvature ``δᵀFδ``, lower values change nothing until
-    the model fails, and ``λ`` would then take hundreds of steps to return.
+    the model fails, and ``λ`` would then take hundreds of steps to return. Without ``noise`` the batch's model is that
+    of the next ones, and does not fail.
 
     Both stay where they were where the step goes ``back`` since the model was misled. Where it was undone for another
     reason, what is raised is the last ``λ``, not the one that the model chose.
@@ -48,7 +50,8 @@ def adapted(
     change, one = options.damping_decay ** steps.to(ratio.dtype), torch.ones_like(ratio)
     due = (state.refreshes + 1) % options.damping_interval == 0
     # The model of a step is its slope and half of its curvature, damping included.
-    matters = chosen.damping * squares >= options.damping_share * 2 * (chosen.value - chosen.slope)
+    curvature = 2 * (chosen.value - chosen.slope)
+    matters = chosen.damping * squares >= options.damping_share * noise * curvature
     falls, rises = due & matters & (ratio > options.upper_threshold), due & (ratio < options.lower_threshold)
     factor = torch.where(falls, change, torch.where(rises, 1 / change, one))
     damping = torch.where(accepted, bounded(options, chosen.damping * factor), raised(options, state.damping))

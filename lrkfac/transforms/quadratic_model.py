@@ -68,7 +68,7 @@ def scale_by_quadratic_model(
     Where ``evaluation`` has statistics, every five steps or so,
 
     * the batch's loss at the new parameters judges the model: where it fell by more than 3/4 of the prediction, the
-      damping ``λ`` falls, unless it is below a tenth of the curvature along the step; by less than 1/4, it rises
+      damping ``λ`` falls, unless it makes up too little of the curvature to matter; by less than 1/4, it rises
       (Levenberg and Marquardt), by as much as for all steps since the last statistics, up to 20. A step after which that loss is higher, or not finite, is undone, and the damping
       rises;
     * the preconditioner runs with three dampings ``γ`` of its factors: its last one, a smaller and a larger. The one
@@ -274,7 +274,7 @@ class ScaleByQuadraticModel:
         # Both are false where the loss is not finite, before or after.
         low = after - before <= rounding if self.options.reject else change.isfinite()
         accepted = accepted & low & ~back
-        damping, factor_damping = adapted(self.options, state, chosen, ratio, squares, accepted, back)
+        damping, factor_damping = adapted(self.options, state, chosen, ratio, squares, noise.share(), accepted, back)
         return accepted, {
             "damping": damping,
             "factor_damping": factor_damping,

@@ -26,8 +26,9 @@ class QuadraticModelOptions:
         start_decay: Factor by which these become fewer with each statistics, in [0, 1). While they are more than
             ``max_steps``, a step with smaller dampings whose reduction ratio is below ``lower_threshold`` is undone,
             and its dampings with it.
-        damping_share: Share of the curvature along a step, damping included, in [0, 1): where ``λ`` makes up less, it
-            does not fall. One that is too small to matter would take hundreds of steps to return.
+        damping_share: Share of the curvature along a step, damping included, in [0, 1). Where ``λ`` makes up less than
+            this times the share of noise in the slope, it does not fall: if too small to matter, it would take hundreds
+            of steps to return.
         min_damping: Lower bound of both dampings, positive.
         max_damping: Upper bound of both dampings, above the lower one. Within the default bounds, no product with a
             float32 curvature underflows or overflows.

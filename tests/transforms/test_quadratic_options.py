@@ -23,7 +23,9 @@ def judged(tx, evaluate, state, share, statistics=True):
 
 def dampings(shares, **options):
     """``λ`` after steps with statistics, beside the first."""
-    tx, evaluate = make(MLP, options=QuadraticModelOptions(**{"start_steps": 0.0, "damping_share": 0.0, **options}), damping=0.2)
+    tx, evaluate = make(
+        MLP, options=QuadraticModelOptions(**{"start_steps": 0.0, "damping_share": 0.0, **options}), damping=0.2
+    )
     states = [tx.init(MLP.params)]
     for share in shares:
         states.append(judged(tx, evaluate, states[-1], share)[1])
@@ -50,10 +52,24 @@ def test_the_defaults_are_those_of_every_figure():
     ({"max_damping": 0.3}, (-1.0, -1.0), (1.5, 1.5)),
     ({"min_damping": 0.18}, (1.0, 1.0, 1.0, 1.0), (0.95, 0.95**2, 0.9, 0.9)),
     ({"start_steps": 10.0, "start_decay": 0.5}, (-1.0, -1.0), (4, 16)),
-    ({"damping_share": 0.999}, (1.0, 0.2, 1.0), (1, 1 / 0.95, 1 / 0.95)),
 ])  # fmt: skip
 def test_the_damping_follows_the_reduction_ratio(options, shares, expected):
     close(torch.tensor(dampings(shares, **options)[0]), torch.tensor(expected, dtype=torch.float32), rtol=1e-5)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.999])
+def test_a_damping_that_hardly_matters_falls_without_noise_alone(noisy, share):
+    """Of 1e-6, beside the curvature of the batch; it rises in any case."""
+    tx, evaluate = make(MLP, options=QuadraticModelOptions(start_steps=0.0, damping_share=share), damping=1e-6)
+    state = tx.init(MLP.params)
+    if noisy:
+        state = state._replace(
+            noise=state.noise._replace(slopes=torch.tensor(-1e6).double(), unseen=torch.tensor(-5e5).double())
+        )
+    for change, factor in ((1.0, 1.0 if noisy and share else 0.95), (0.2, 1 / 0.95)):
+        after = judged(tx, evaluate, state, change)[1]
+        close(after.damping / state.damping, torch.tensor(factor).double(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("option", ["min_damping", "max_damping"])
@@ -72,7 +88,9 @@ def test_a_start_outside_the_bounds_is_moved_within():
 
 @pytest.mark.parametrize("max_steps", [2, 20])
 def test_a_change_makes_up_for_so_many_steps(max_steps):
-    tx, evaluate = make(MLP, options=QuadraticModelOptions(start_steps=0.0, damping_share=0.0, max_steps=max_steps), damping=0.2)
+    tx, evaluate = make(
+        MLP, options=QuadraticModelOptions(start_steps=0.0, damping_share=0.0, max_steps=max_steps), damping=0.2
+    )
     state = judged(tx, evaluate, tx.init(MLP.params), 0.5)[1]
     for _ in range(5):
         state = judged(tx, evaluate, state, 0.0, statistics=False)[1]
