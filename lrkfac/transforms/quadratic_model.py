@@ -69,8 +69,8 @@ def scale_by_quadratic_model(
 
     * the batch's loss at the new parameters judges the model: where it fell by more than 3/4 of the prediction, the
       damping ``λ`` falls, unless it makes up too little of the curvature to matter; by less than 1/4, it rises
-      (Levenberg and Marquardt), by as much as for all steps since the last statistics, up to 20. A step after which that loss is higher, or not finite, is undone, and the damping
-      rises;
+      (Levenberg and Marquardt), by as much as for all steps since the last statistics, up to 20. A step after which
+      that loss is higher, or not finite, is undone, and the damping rises;
     * the preconditioner runs with three dampings ``γ`` of its factors: its last one, a smaller and a larger. The one
       with the smallest ``M`` is kept. In the first of these steps they are orders of magnitude apart, and ``λ`` goes
       with them: dampings that start too large or too small have found their place after a few.
