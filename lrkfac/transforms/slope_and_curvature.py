@@ -215,13 +215,14 @@ def _adapted(state: SlopeAndCurvatureState, first: Tensor) -> SlopeAndCurvatureS
     agreement = (state.slope + state.curvature).clamp(min=0) / state.promised.clamp(min=tiny)
     left = state.slope / state.curvature.clamp(min=tiny) + (OVER_RELAXED * agreement.square()).clamp(max=MOST)
     left = left.clamp(-1, 1)
-    changed = state.rate * torch.exp(FASTEST * left * left.abs().sqrt())
+    # After a step of length 0, the averages say nothing new: the rate would follow the old ones without end.
+    changed = state.rate * torch.where(state.length > 0, torch.exp(FASTEST * left * left.abs().sqrt()), 1)
     return state._replace(rate=torch.where(state.rate > 0, changed, first))
 
 
 def _stepped(state: SlopeAndCurvatureState, promise: Tensor) -> SlopeAndCurvatureState:
     """Return the state after a step along a direction with this slope, not far beyond the batch's own model."""
-    bound = torch.where(state.along_next > 0, BEYOND * promise / state.along_next, torch.inf)
+    bound = torch.where((state.along_next > 0) & (promise > 0), BEYOND * promise / state.along_next, torch.inf)
     rate = torch.minimum(state.rate, torch.maximum(bound, math.exp(-FASTEST) * state.rate))
     length = torch.where(promise > 0, torch.minimum(rate, bound), 0)
     return state._replace(rate=rate, length=length, expected=length * promise)

@@ -229,3 +229,17 @@ def test_what_is_refused():
         tx.update(grads, (), MLP.params, evaluation=evaluate(MLP.params))
     with pytest.raises(ValueError, match="updates beside params: the tree differs"):
         tx.update({}, tx.init(MLP.params), MLP.params, evaluation=evaluate(MLP.params))
+
+
+def test_the_rate_stays_while_there_is_no_step():
+    """Along directions of ascent, as after a batch of another scale, whatever the last averages say."""
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    tx, evaluate = scale_by_slope_and_curvature(start=1e3), quadratic(matrix)
+    *_, (state, params) = steps(tx, evaluate, 3)
+    rates = []
+    for _ in range(40):
+        e = evaluate(params)
+        updates, state = tx.update({"w": -e.grads["w"]}, state, params, evaluation=e)
+        assert state.length == 0 and not updates["w"].any()
+        rates.append(float(state.rate))
+    assert rates[-1] == rates[1] > 1
