@@ -64,8 +64,8 @@ def check_likelihood(
         drawn.shape == (len(many), *targets.shape[1:]), f"sample: targets of the shape of these, got {drawn.shape}"
     )
     _check_terms(likelihood, outputs, likelihood.sample(outputs, noise[0]))
-    _check_residual(likelihood, outputs, likelihood.sample(outputs, noise[0]))
     _check_moments(likelihood, outputs, many, drawn)
+    _check_residual(likelihood, outputs, likelihood.sample(outputs, noise[0]))
 
 
 def _check_targets(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:
