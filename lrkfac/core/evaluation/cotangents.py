@@ -98,7 +98,10 @@ def example_numbers(outputs: Tensor, processes: Processes | None) -> Tensor:
 
 def longest_head(outputs: Leaves) -> Tensor:
     """Return the outputs of the head of most examples."""
-    return max(outputs, key=len)
+    longest = outputs[0]  # without max(key=...), which the compiler does not know, and comparisons of a single head
+    for other in outputs[1:]:
+        longest = other if other.shape[0] > longest.shape[0] else longest
+    return longest
 
 
 def random_signs(heads: Joint, outputs: Leaves, noise: Any, processes: Processes | None = None) -> Tensor:
