@@ -231,7 +231,7 @@ def _reduce(
     layer: Layer, kind: Kind, options: tuple[Options, ...], inputs: Uses, gradients: Uses, scale: Tensor
 ) -> KroneckerFactors:
     lengths = [a.shape[0] for a in inputs]
-    if len(set(lengths)) > 1:
+    if any(n != lengths[0] for n in lengths[1:]):
         return _reduce_each(layer, kind, options, inputs, gradients, scale)
     joint = layer.appends
     d = 1 if kind.one_hot else layer.d_in - joint

@@ -54,7 +54,7 @@ def estimate(
     """
     layers = captured.layers
     shapes = [tuple(f.shape) for f in captured.outputs]
-    uneven = len({shape[0] for shape in shapes}) > 1
+    uneven = any(shape[0] != shapes[0][0] for shape in shapes[1:])
     if uneven and not layers.own:
         raise ValueError(
             "model: expected outputs of all heads with the same batch axis in front, or heads with examples of their "
