@@ -13,7 +13,7 @@ CHAIN = "chain"
 
 
 class Saved(NamedTuple):
-    """What the optimizer adds to torch's own ``state_dict``.
+    """The additions of the optimizer to torch's own ``state_dict``.
 
     Attributes:
         state: The state of the chain.

@@ -19,7 +19,7 @@ With batches of 16 of the digits autoencoder, where the share of noise is 0.9, l
 
 
 class Chosen(NamedTuple):
-    """What a batch's model chose; tensors ``[]``.
+    """The choice of a batch's model; tensors ``[]``.
 
     Attributes:
         rate: ``α``.

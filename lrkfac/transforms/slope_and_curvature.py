@@ -222,9 +222,10 @@ def _adapted(state: SlopeAndCurvatureState, first: Tensor) -> SlopeAndCurvatureS
 
 def _stepped(state: SlopeAndCurvatureState, promise: Tensor) -> SlopeAndCurvatureState:
     """Return the state after a step along a direction with this slope, not far beyond the batch's own model."""
-    bound = torch.where((state.along_next > 0) & (promise > 0), BEYOND * promise / state.along_next, torch.inf)
+    ahead = promise > 0
+    bound = torch.where((state.along_next > 0) & ahead, BEYOND * promise / state.along_next, torch.inf)
     rate = torch.minimum(state.rate, torch.maximum(bound, math.exp(-FASTEST) * state.rate))
-    length = torch.where(promise > 0, torch.minimum(rate, bound), 0)
+    length = torch.where(ahead, torch.minimum(rate, bound), 0)
     return state._replace(rate=rate, length=length, expected=length * promise)
 
 

@@ -111,6 +111,11 @@ def has_rows(layer: Layer) -> bool:
     return all(KINDS[kind].rows is not None for kind in layer.kinds)
 
 
+def has_rows_of_numbers(layer: Layer) -> bool:
+    """Return whether that is so and the rows of its weight are not picked by number, as those of an embedding are."""
+    return has_rows(layer) and not any(KINDS[kind].one_hot for kind in layer.kinds)
+
+
 def rows_by_example(
     layer: Layer, inputs: Uses, gradients: Uses
 ) -> tuple[Float[Tensor, "n t i"], Float[Tensor, "k n t o"]]:

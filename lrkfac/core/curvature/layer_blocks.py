@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from lrkfac.core.base.dtypes import floating_dtype
+from lrkfac.core.base.flat import flattened
 from lrkfac.core.base.leaves import tree_structure, tree_unflatten
 from lrkfac.core.base.static import Static
 from lrkfac.core.base.tree_checks import check_like
@@ -190,7 +191,7 @@ class LayerBlocks(NamedTuple):
         def column(row: Tensor) -> Tensor:
             parts = zip(row.split(sizes), self.layers.parameters, strict=True)
             tree = self.product(tree_unflatten(structure, [part.reshape(p.shape) for part, p in parts]))
-            return torch.cat([x.reshape(-1) for x in optree.tree_leaves(tree)])
+            return flattened(tree)
 
         return vmap(column)(torch.eye(sum(sizes), dtype=dtype, device=device))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from lrkfac.core.base.dtypes import floating
-from lrkfac.core.curvature.examples import example_gradients, has_rows, rows_by_example, with_all_examples
+from lrkfac.core.curvature.examples import example_gradients, has_rows_of_numbers, rows_by_example, with_all_examples
 from lrkfac.core.layers.description import Layer, Layers
 from lrkfac.core.layers.kinds import KINDS
 from lrkfac.core.layers.matrix import LayerMatrix, collect, layer_leaves, layer_matrix, split_groups, weight_gradient
@@ -100,7 +100,7 @@ def layer_kernel(layer: Layer, inputs: Uses, gradients: Uses) -> Float[Tensor, "
     themselves, of so many output units at a time that they hold no more numbers than the kernel.
     """
     kinds = [KINDS[kind] for kind in layer.kinds]
-    if has_rows(layer) and not any(kind.one_hot for kind in kinds):
+    if has_rows_of_numbers(layer):
         a, g = rows_by_example(layer, inputs, gradients)
         positions = a.shape[1]
         if positions**2 * (layer.d_in + layer.d_out) <= layer.d_in * layer.d_out or positions == 1:

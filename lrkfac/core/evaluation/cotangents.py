@@ -16,7 +16,7 @@ from lrkfac.core.base.eager import has_values
 from lrkfac.core.base.hashing import new_seeds, uniform
 from lrkfac.core.base.processes import Processes
 from lrkfac.core.base.types import Tree
-from lrkfac.core.likelihoods.joint import Joint, Leaves
+from lrkfac.core.likelihoods.joint import Joint, Leaves, longest_head
 from lrkfac.core.likelihoods.protocol import Likelihood
 
 COLUMNS_AT_ONCE = 16
@@ -94,14 +94,6 @@ def example_numbers(outputs: Tensor, processes: Processes | None) -> Tensor:
     """
     rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
     return torch.arange(outputs.shape[0], device=outputs.device) * size + rank
-
-
-def longest_head(outputs: Leaves) -> Tensor:
-    """Return the outputs of the head of most examples."""
-    longest = outputs[0]  # without max(key=...), which the compiler does not know, and comparisons of a single head
-    for other in outputs[1:]:
-        longest = other if other.shape[0] > longest.shape[0] else longest
-    return longest
 
 
 def random_signs(heads: Joint, outputs: Leaves, noise: Any, processes: Processes | None = None) -> Tensor:

@@ -151,8 +151,8 @@ class DataCurvature:
             yield inputs, targets
 
 
-def check_batches(batches: Any) -> None:
-    """Raise unless batches are pairs ``(inputs, targets)`` that can be iterated over again.
+def check_batches(batches: Any, passes: int | None = None) -> None:
+    """Raise unless batches are pairs ``(inputs, targets)`` that can be iterated over again, or ``passes`` times.
 
     Raises:
         TypeError: If they cannot be iterated over, or the first of a sequence is no pair.
@@ -163,10 +163,11 @@ def check_batches(batches: Any) -> None:
             "batches: expected an iterable of pairs (inputs, targets), such as a DataLoader or "
             f"[(inputs, targets)] for a single batch, got {type(batches).__name__}"
         )
-    if isinstance(batches, Iterator):
+    if isinstance(batches, Iterator) and passes != 1:
+        often = "that starts anew for each product" if passes is None else f"that can be passed {passes} times"
         raise ValueError(
-            f"batches: expected an iterable that starts anew for each product, got {type(batches).__name__}, which "
-            "runs through once; pass a list or a DataLoader"
+            f"batches: expected an iterable {often}, got {type(batches).__name__}, which runs through once; pass a "
+            "list or a DataLoader"
         )
     if isinstance(batches, Sequence):
         if not batches:

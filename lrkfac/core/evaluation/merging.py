@@ -17,7 +17,7 @@ from lrkfac.core.base.trees import materialize, weighted
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.evaluation.joined import joined
-from lrkfac.core.layers.statistics import Statistics, Uses
+from lrkfac.core.layers.statistics import Statistics
 
 
 def merge_evaluations(evaluations: Sequence[Evaluation], group: Any = None) -> Evaluation:
@@ -188,14 +188,11 @@ def merged_statistics(parts: Sequence[Statistics | None], shares: Sequence[Tenso
         differs = difference(statistics[0][:2], part[:2])
         if differs is not None:
             raise ValueError(f"evaluations[{i}]: expected statistics of the same layers as the first, got {differs}")
-    gradients = [
-        optree.tree_map(lambda g, share=share: torch.where(share > 0, g, 0), part.output_gradients)
+    counted = [
+        optree.tree_map(lambda x, share=share: torch.where(share > 0, x, 0), (part.output_gradients, part.residuals))
         for part, share in zip(statistics, shares, strict=True)
     ]
-    residuals: list[Uses] = [
-        optree.tree_map(lambda x, share=share: torch.where(share > 0, x, 0), part.residuals)
-        for part, share in zip(statistics, shares, strict=True)
-    ]
+    gradients, residuals = (list(each) for each in zip(*counted, strict=True))
     return Statistics(
         concatenated([part.inputs for part in statistics], 0, "statistics: inputs"),
         concatenated(gradients, 1, "statistics: output gradients"),

@@ -17,6 +17,7 @@ from lrkfac.core.curvature.blocks import dtype_of, initial_average
 from lrkfac.core.curvature.layer_blocks import LayerBlocks
 from lrkfac.core.curvature.ranks import AutoRank, resolved
 from lrkfac.core.curvature.refresh import averages
+from lrkfac.core.evaluation.data_curvature import check_batches, check_pair
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.inference.from_state import operator_of
 from lrkfac.core.layers.description import Layers, check_layers
@@ -82,7 +83,7 @@ def estimate(
         check_dtype(dtype)
     if progress is not None:
         check_function(progress, "progress")
-    _check_batches(batches, passes)
+    check_batches(batches, passes)
     leaves = check_like(layers.tree, params, "params")
     assigned = blocks(layers, structure, resolved(layers, structure, rank))
     if not assigned:
@@ -112,9 +113,8 @@ def estimate(
 def _evaluations(
     evaluate: Callable[..., Evaluation], params: Tree, batches: Iterable[tuple[Tree, Tree]]
 ) -> Iterator[Evaluation]:
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(f"batches: expected pairs of inputs and targets, got {type(batch).__name__}")
+    for i, batch in enumerate(batches):
+        check_pair(batch, i)
         evaluation = evaluate(params, *batch)
         if not isinstance(evaluation, Evaluation):
             raise TypeError(
@@ -132,12 +132,3 @@ def _evaluations(
 def _counted(average: Any, more: int) -> Any:
     """Return an average with more steps: of very many, the weight that it keeps is the decay itself."""
     return optree.tree_map(lambda x: x if x.is_floating_point() else x + more, average)
-
-
-def _check_batches(batches: Any, passes: int) -> None:
-    if isinstance(batches, Tensor | dict | str) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches: expected an iterable of pairs of inputs and targets, got {type(batches).__name__}")
-    if passes > 1 and isinstance(batches, Iterator):
-        raise ValueError(
-            f"batches: expected a container that can be passed {passes} times, got an iterator; make a list of it"
-        )

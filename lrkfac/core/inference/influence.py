@@ -11,9 +11,10 @@ from torch import Tensor
 from lrkfac.core.base.arguments import check_flag, check_number
 from lrkfac.core.base.dtypes import floating, floating_dtype
 from lrkfac.core.curvature.block_trees import members, over_stack, stacked_axes
+from lrkfac.core.curvature.examples import has_rows_of_numbers, rows_by_example
 from lrkfac.core.curvature.layer_blocks import LayerBlocks
 from lrkfac.core.evaluation.evaluation import Evaluation
-from lrkfac.core.inference.rows import check_rows, example_columns, rows_of
+from lrkfac.core.inference.rows import check_rows, example_columns
 from lrkfac.core.layers.description import Layer, Layers
 from lrkfac.core.layers.kinds import EMBEDDING
 from lrkfac.core.layers.statistics import Statistics
@@ -100,9 +101,9 @@ def _of_block(name: str, operator: Any, layers: Layers, preconditioned: Tensor, 
     flat = preconditioned.flatten(0, -2)
     if name and layer.groups == 1 and set(layer.kinds) == {EMBEDDING.name}:
         return torch.stack([_along_embedding(layer, h.reshape(layer.d_out, -1), statistics) for h in flat.mT])
-    rows = rows_of(layer, statistics, dtype) if name else None
-    if rows is not None:
-        a, g = rows
+    if name and layer.groups == 1 and has_rows_of_numbers(layer):
+        rows = rows_by_example(layer, statistics.inputs[layer.name], statistics.output_gradients[layer.name])
+        a, g = (x.to(dtype) for x in (rows[0], rows[1][0]))
         return torch.stack([((g @ h.reshape(layer.d_out, -1)) * a).sum(dim=(-2, -1)) for h in flat.mT])
     count, step = statistics.inputs[layer.name][0].shape[0], max(1, LARGEST // flat.shape[0])
     parts = [slice(start, start + step) for start in range(0, count, step)]

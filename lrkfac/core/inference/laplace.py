@@ -16,9 +16,7 @@ from lrkfac.core.base.trees import add_scaled, vdot
 from lrkfac.core.base.types import Tree
 from lrkfac.core.curvature.block_trees import members, on_trees, over_stack, stacked_axes
 from lrkfac.core.curvature.layer_blocks import LayerBlocks, LayerRoots
-from lrkfac.core.evaluation.evaluator import evaluator
-from lrkfac.core.inference.rows import check_rows, example_columns
-from lrkfac.core.likelihoods.gaussian import gaussian
+from lrkfac.core.inference.rows import check_rows, example_columns, output_derivatives
 
 
 class Predictive(NamedTuple):
@@ -102,10 +100,8 @@ class Laplace(NamedTuple):
         outputs = model(self.mean, inputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"model: expected outputs that are a tensor, got {type(outputs).__name__}")
-        evaluate = evaluator(model, gaussian(), layers, estimator="exact")
         names = tuple([layer.name for name in blocks for layer in members(layers, name)])
-        statistics = evaluate(self.mean, inputs, torch.zeros_like(outputs), layers=names).statistics
-        assert statistics is not None
+        statistics = output_derivatives(model, layers, self.mean, inputs, outputs, names)
         check_rows(blocks, layers, statistics, "predictive")
         count = outputs.shape[0]
         covariances = []

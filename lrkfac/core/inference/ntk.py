@@ -18,13 +18,11 @@ from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.leaves import tree_flatten, tree_unflatten
 from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.types import Tree
-from lrkfac.core.curvature.examples import example_gradients, has_rows, rows_by_example
-from lrkfac.core.evaluation.evaluator import evaluator
+from lrkfac.core.curvature.examples import example_gradients, has_rows_of_numbers, rows_by_example
+from lrkfac.core.inference.rows import output_derivatives
 from lrkfac.core.layers.description import Layer, Layers, check_layers
-from lrkfac.core.layers.kinds import KINDS
 from lrkfac.core.layers.matrix import split_groups
 from lrkfac.core.layers.statistics import Statistics, Uses
-from lrkfac.core.likelihoods.gaussian import gaussian
 
 Outputs = Callable[[Tree, Tree], Tensor]
 
@@ -66,7 +64,8 @@ class TangentKernel:
             shape = (*first.shape, *(first if second is None else second).shape)
             kernel = wide(first).new_zeros(first.numel(), (first if second is None else second).numel())
             if self.layers is not None and covered:
-                rows = [self._rows(params, x, y) for x, y in ((x1, first), (x2, second)) if y is not None]
+                batches = [(x, y) for x, y in ((x1, first), (x2, second)) if y is not None]
+                rows = [output_derivatives(self.model, self.layers, params, x, y) for x, y in batches]
                 kernel = kernel + sum(_layer_kernel(layer, rows[0], rows[-1]) for layer in self.layers)
             free = [i for i in range(len(leaves)) if i not in covered]
             if free:
@@ -87,14 +86,6 @@ class TangentKernel:
             got = f"{outputs.dtype} {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
             raise TypeError(f"model: expected outputs as one floating-point tensor with a batch axis, got {got}")
         return outputs
-
-    def _rows(self, params: Tree, inputs: Tree, outputs: Tensor) -> Statistics:
-        """Return inputs of layers, and the derivatives of every output at theirs."""
-        assert self.layers is not None
-        evaluate = evaluator(self.model, gaussian(), self.layers, estimator="exact")
-        statistics = evaluate(params, inputs, torch.zeros_like(outputs)).statistics
-        assert statistics is not None
-        return statistics
 
     def _by_products(self, outputs: Any, leaves: list[Tensor], x1: Tree, x2: Tree) -> Tensor:
         """Return the kernel of some leaves: a column for each output of the second batch."""
@@ -177,7 +168,7 @@ def _group_kernel(layer: Layer, a1: Uses, g1: Uses, a2: Uses, g2: Uses) -> Tenso
 
 def _single_rows(layer: Layer, inputs: Uses, gradients: Uses) -> tuple[Tensor, Tensor] | None:
     """Return ``a`` ``[N, d_in]`` and ``g`` ``[k, N, d_out]`` of a layer with one position, else ``None``."""
-    if len(inputs) > 1 or not has_rows(layer) or KINDS[layer.kinds[0]].one_hot:
+    if len(inputs) > 1 or not has_rows_of_numbers(layer):
         return None
     a, g = rows_by_example(layer, inputs, gradients)
     return (a[:, 0], g[:, :, 0]) if a.shape[1] == 1 else None

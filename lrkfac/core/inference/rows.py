@@ -1,20 +1,22 @@
-"""Gradients of single examples as columns that the operators of blocks act on."""
+"""Gradients of single examples as columns that the operators of blocks act on, and derivatives of outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrkfac.core.base.dtypes import floating, floating_dtype
+from lrkfac.core.base.types import Tree
 from lrkfac.core.curvature.block_trees import members, stacked_axes
 from lrkfac.core.curvature.examples import gradients_of_all_groups
-from lrkfac.core.layers.description import Layer, Layers
-from lrkfac.core.layers.kinds import KINDS
+from lrkfac.core.evaluation.evaluator import evaluator
+from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.matrix import split_groups
 from lrkfac.core.layers.statistics import Statistics
+from lrkfac.core.likelihoods.gaussian import gaussian
 
 
 def check_rows(blocks: Mapping[str, Any], layers: Layers, statistics: Statistics, what: str) -> None:
@@ -55,20 +57,20 @@ def example_columns(
     return matrices.flatten(1 + axes).movedim(0, -1)
 
 
-def rows_of(layer: Layer, statistics: Statistics, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Return inputs and output gradients of each example and position, ``[n, t, d_in]`` and ``[n, t, d_out]``.
+def output_derivatives(
+    model: Callable[[Tree, Tree], Any], layers: Layers, params: Tree, inputs: Tree, outputs: Tensor, names: Any = None
+) -> Statistics:
+    """Return inputs of layers and the derivatives of every output at theirs, a column for each output of an example.
 
-    ``None`` where rows would have to be unfolded, or the layer has several groups.
+    Args:
+        model: Of the layers.
+        layers: From ``find_layers``.
+        params: Where to differentiate.
+        inputs: Of the batch.
+        outputs: What the model returns there.
+        names: Of some layers; all by default.
     """
-    if layer.groups > 1 or any(KINDS[kind].rows is None or KINDS[kind].one_hot for kind in layer.kinds):
-        return None
-    joint, inputs, gradients = layer.appends, [], []
-    uses = zip(statistics.inputs[layer.name], statistics.output_gradients[layer.name], layer.kinds, strict=True)
-    for a, g, kind in uses:
-        of_kind = KINDS[kind].rows
-        assert of_kind is not None
-        g = floating(g[0], dtype).reshape(g.shape[1], -1, g.shape[-1])
-        a = of_kind(floating(a, dtype), layer.d_in - joint).unflatten(0, (g.shape[0], -1)).expand(-1, g.shape[1], -1)
-        inputs.append(torch.cat([a, torch.ones_like(a[..., :1])], dim=-1) if joint else a)
-        gradients.append(g)
-    return torch.cat(inputs, dim=1), torch.cat(gradients, dim=1)
+    evaluate = evaluator(model, gaussian(), layers, estimator="exact")
+    statistics = evaluate(params, inputs, torch.zeros_like(outputs), layers=names).statistics
+    assert statistics is not None
+    return statistics

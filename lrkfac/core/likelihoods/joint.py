@@ -135,7 +135,7 @@ class Joint:
         """Return ``Σ wₙ`` of a single head, the number of examples of the longest of several heads, ``[]``."""
         if len(self.heads) == 1:
             return self.heads[0].total_weight(outputs[0], targets[0])
-        return torch.full((), longest(outputs), dtype=wide(outputs[0]).dtype, device=outputs[0].device)
+        return torch.full((), longest_head(outputs).shape[0], dtype=wide(outputs[0]).dtype, device=outputs[0].device)
 
     def normalization(self, outputs: Leaves, targets: Leaves) -> tuple[Tensor, list[Tensor | float]]:
         """Return the scale of sums over rows, ``[]``, and for each head the factor of its rows.
@@ -149,7 +149,7 @@ class Joint:
         ]
         if len(inverse) == 1:
             return inverse[0], [1.0]
-        examples = max(longest(outputs), 1)
+        examples = max(longest_head(outputs).shape[0], 1)
         return torch.full_like(inverse[0], 1 / examples), [(examples * x).sqrt() for x in inverse]
 
     def residuals(self, outputs: Leaves, targets: Leaves, factors: Sequence[Tensor | float]) -> tuple[Tensor, ...]:
@@ -162,7 +162,7 @@ class Joint:
             return ()
         each = zip(self.heads, outputs, targets, factors, strict=True)
         rows = [(factor * head.weighted_residual(f, y)).reshape(len(f), -1) for head, f, y, factor in each]
-        rows = [padded(row, longest(outputs)) for row in rows]
+        rows = [padded(row, longest_head(outputs).shape[0]) for row in rows]
         return (torch.cat(rows, dim=1).mT,)
 
     def columns(self, outputs: Leaves) -> int:
@@ -190,9 +190,12 @@ class Joint:
         return [(weight / total * head.weighted_product(f, y, t)).to(f.dtype) for weight, total, head, f, y, t in each]
 
 
-def longest(outputs: Leaves) -> int:
-    """Return the largest number of examples of a head."""
-    return max([f.shape[0] for f in outputs])
+def longest_head(outputs: Leaves) -> Tensor:
+    """Return the outputs of the head of most examples."""
+    longest = outputs[0]  # without max(key=...), which the compiler does not know, and comparisons of a single head
+    for other in outputs[1:]:
+        longest = other if other.shape[0] > longest.shape[0] else longest
+    return longest
 
 
 def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:
