@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.processes import Processes
-from lrkfac.core.base.rows import padded
+from lrkfac.core.base.rows import padded, with_ones
 from lrkfac.core.curvature.covariances import kronecker_parts, of_parts
 from lrkfac.core.layers.description import Layer, Treatment
 from lrkfac.core.layers.kinds import KINDS
@@ -129,7 +129,7 @@ def rows_by_example(
         g = wide(g).reshape(*g.shape[:2], -1, g.shape[-1])
         a = rows(wide(a), layer.d_in - joint).unflatten(0, (g.shape[1], -1))
         a = a.expand(-1, g.shape[2], -1)  # the constant input of a bias has no positions
-        of_inputs.append(torch.cat([a, torch.ones_like(a[..., :1])], dim=-1) if joint else a)
+        of_inputs.append(with_ones(a) if joint else a)
         of_gradients.append(g)
     return torch.cat(of_inputs, dim=1), torch.cat(of_gradients, dim=2)
 
