@@ -70,7 +70,7 @@ def main() -> None:
         f"training loss [nats per digit]\nlog scale above the data's entropy, {floor:.2f}",
         "{:.3f}",
         floor=floor,
-        ticks=(14.5, 15, 15.5, 16, 17, 18, 20, 23, 30, 45),
+        ticks=(14.4, 14.6, 15, 15.5, 16, 17, 18, 20, 23, 30, 45),
     )
     compare(
         Problem(
