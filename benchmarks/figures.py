@@ -26,7 +26,7 @@ FIGURES: dict[str, Callable[..., str]] = {**figure_runs.FIGURES, **figure_tables
 
 def pages() -> list[Path]:
     """The files with marked places."""
-    return [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def figure(call: str) -> str:

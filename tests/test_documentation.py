@@ -20,8 +20,12 @@ from benchmarks import figures
 from tests.public import public_names
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def title(page):
+    return page.relative_to(ROOT).as_posix()
 
 
 WITH_CODE = [page for page in PAGES if CODE.search(page.read_text())]
@@ -36,7 +40,7 @@ def without_processes():
 
 
 @pytest.mark.usefixtures("without_processes")
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_CODE, ids=title)
 def test_code_blocks_run_one_after_another(page, tmp_path, monkeypatch):
     """In one namespace and an empty folder. Compiled functions are traced whole, but run without the compiler."""
     monkeypatch.chdir(tmp_path)
@@ -51,21 +55,12 @@ def test_code_blocks_run_one_after_another(page, tmp_path, monkeypatch):
 
 def test_code_is_on_the_pages_that_show_how_and_marked_as_python_or_not_at_all():
     """A block in another spelling would not be run."""
-    showing = {
-        "README",
-        "index",
-        "tutorial",
-        "modules",
-        "structures",
-        "tuning",
-        "recipes",
-        "diagnostics",
-        "reproducibility",
-        "distributed",
-    }
-    assert showing <= {page.stem for page in WITH_CODE}
+    guides = ("index", "tutorial", "modules", "structures", "tuning", "diagnostics", "reproducibility", "distributed")
+    recipes = ("training", "models", "science", "curvature", "extending")
+    showing = {"README.md"} | {f"docs/{name}.md" for name in guides} | {f"docs/recipes/{name}.md" for name in recipes}
+    assert showing <= {title(page) for page in WITH_CODE}
     for page in PAGES:
-        assert set(re.findall(r"^```(\S+)$", page.read_text(), re.MULTILINE)) <= {"python"}, page.name
+        assert set(re.findall(r"^```(\S+)$", page.read_text(), re.MULTILINE)) <= {"python"}, title(page)
 
 
 def test_the_loop_with_adam_and_the_loop_that_replaces_it_train():
@@ -88,7 +83,7 @@ def test_figures_are_as_recorded(capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("page", [page for page in WITH_CODE if page.name != "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in WITH_CODE if page.name != "README.md"], ids=title)
 def test_code_fits_into_the_boxes_of_the_site(page):
     """At most 84 columns, as `ruff format docs` makes them: a laptop's screen shows no more."""
     lines = "".join(CODE.findall(page.read_text())).splitlines()
@@ -105,7 +100,7 @@ def test_every_public_name_page_and_example_is_listed():
     listed = re.findall(r"^::: lrkfac\.([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert {name for name, _ in public_names()} <= set(listed)
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
-    assert set(re.findall(r"(\w+\.md)", navigation)) == {page.name for page in PAGES[1:]}
+    assert set(re.findall(r"([\w/]+\.md)", navigation)) == {title(page).removeprefix("docs/") for page in PAGES[1:]}
     examples = {path.stem for path in (ROOT / "examples").glob("*.py") if "def main(" in path.read_text()}
     assert set(re.findall(r"`python -m examples\.(\w+)`", (ROOT / "docs" / "index.md").read_text())) == examples
 
