@@ -122,10 +122,10 @@ def test_compiled_equals_eager(name, statistics):
     torch.compiler.reset()
     tx, params = COMPILED[name], MLP.params
 
-    def step(params, state):
-        e = EVALUATE(params, statistics=statistics)
+    def step(params, state, e):
         updates, state = tx.update(e.grads, state, params, evaluation=e)
         return lrkfac.apply_updates(params, updates), state
 
-    params, state = step(params, tx.init(params))
-    close(traced(step)(params, state), step(params, state), rtol=1e-8, atol=1e-10)
+    params, state = step(params, tx.init(params), EVALUATE(params, statistics=statistics))
+    e = EVALUATE(params, statistics=statistics)
+    close(traced(step)(params, state, e), step(params, state, e), rtol=1e-8, atol=1e-10)
