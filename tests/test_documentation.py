@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import tomllib
 from functools import cache, partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.public import public_names
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^(?:<!-- needs: (\w+) -->\n\n)?```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def title(page):
@@ -39,24 +41,49 @@ def without_processes():
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.usefixtures("without_processes")
-@pytest.mark.parametrize("page", WITH_CODE, ids=title)
-def test_code_blocks_run_one_after_another(page, tmp_path, monkeypatch):
+def run_blocks(page, folder, monkeypatch, library=None):
     """In one namespace and an empty folder. Compiled functions are traced whole, but run without the compiler."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     names: dict[str, object] = {"__name__": page.stem}
     text = page.read_text()
-    for block in CODE.finditer(text):
-        # Empty lines in front, so that the numbers of lines in a traceback are those of the page.
-        lines = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * lines + block.group(1), str(page), "exec"), names)
+    for block in BLOCK.finditer(text):
+        if block.group(1) in (None, library):
+            # Empty lines in front, so that the numbers of lines in a traceback are those of the page.
+            lines = text.count("\n", 0, block.start(2))
+            exec(compile("\n" * lines + block.group(2), str(page), "exec"), names)
+
+
+@pytest.mark.usefixtures("without_processes")
+@pytest.mark.parametrize("page", WITH_CODE, ids=title)
+def test_code_blocks_run_one_after_another(page, tmp_path, monkeypatch):
+    run_blocks(page, tmp_path, monkeypatch)
+
+
+NEEDS = sorted({(title(page), name) for page in PAGES for name, _ in BLOCK.findall(page.read_text()) if name})
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("page", "library"), NEEDS)
+def test_code_blocks_that_need_another_library_run(page, library, tmp_path, monkeypatch):
+    """They are marked by a comment, ``<!-- needs: name -->``."""
+    pytest.importorskip(library, reason="the extra 'peers' is not installed")
+    run_blocks(ROOT / page, tmp_path, monkeypatch, library)
+
+
+def test_libraries_that_code_blocks_need_are_installed_with_the_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {library for _, library in NEEDS} <= set(extras["peers"])
+    marks = [re.findall("<!-- needs", page.read_text()) for page in PAGES]
+    assert sum(map(len, marks)) == sum(bool(name) for page in PAGES for name, _ in BLOCK.findall(page.read_text()))
 
 
 def test_code_is_on_the_pages_that_show_how_and_marked_as_python_or_not_at_all():
     """A block in another spelling would not be run."""
     guides = ("index", "tutorial", "modules", "structures", "tuning", "diagnostics", "reproducibility", "distributed")
-    recipes = ("training", "models", "science", "curvature", "extending")
+    recipes = ("training", "models", "transformers", "science", "curvature", "extending")
     showing = {"README.md"} | {f"docs/{name}.md" for name in guides} | {f"docs/recipes/{name}.md" for name in recipes}
     assert showing <= {title(page) for page in WITH_CODE}
     for page in PAGES:
