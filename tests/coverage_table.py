@@ -22,7 +22,8 @@ class Row(NamedTuple):
 
     ``make`` returns model, parameters and inputs. ``outcome`` is "covered": all parameters belong to layers whose
     examples are known; "without examples": they belong to layers, but structures made of single examples are refused;
-    "not covered" or "refused", with ``words`` of the reason. ``note`` says what else ``print(layers)`` says.
+    "not covered" or "refused", with ``words`` of the reason. ``note`` says what else ``print(layers)`` says;
+    ``jacobian`` whether ``find_layers`` is called with ``uncovered="jacobian"``.
     """
 
     what: str
@@ -31,6 +32,7 @@ class Row(NamedTuple):
     make: Callable[[], tuple[Any, Any, Any]]
     words: str = ""
     note: str = ""
+    jacobian: bool = False
 
 
 W = {"w": torch.ones(3, 4), "o": torch.ones(2, 3)}
@@ -178,6 +180,9 @@ GROUPS = {
         Row("`grad`, `jvp`, `hessian` of a network inside the model", "not covered",
             "plain gradients and `fallback=`; Fisher products are exact",
             of(laplacian), "hessian|derivative|jvp|grad"),
+        Row('the same, with `find_layers(..., uncovered="jacobian")`', "covered",
+            "each parameter is a layer, by gradients of single examples",
+            of(laplacian), jacobian=True),
     ],
 }  # fmt: skip
 
@@ -196,6 +201,8 @@ KINDS = [
     "| `scale`, `shift` | BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm; parameters that are mul"
     "tiplied, added or expanded over the batch |",
     '| `bias` | a bias apart from its weight, with `find_layers(..., bias="separate")` |',
+    '| `jacobian` | a whole parameter that no operation covers, with `find_layers(..., uncovered="jacobian")`: its '
+    "rows are gradients of single examples |",
     "| custom | any operation linear in its weight, with `find_layers(..., kinds=[LayerKind(...)])` |",
     "",
     "`nn.MultiheadAttention` is seen from inside: its packed projection is three layers, q, k and v. A we"
@@ -216,7 +223,8 @@ def page() -> str:
         "* *Covered*: all parameters belong to layers whose examples are known.",
         '* *Without examples*: `kronecker(...)` with `treatment="expand"` is right. Structures that are made of single',
         "  examples are refused.",
-        "* *Not covered*: these parameters get plain gradients, or `fallback=`. `print(layers)` has the reason.",
+        "* *Not covered*: these parameters get plain gradients, or `fallback=`. `print(layers)` has the reason. With",
+        '  `find_layers(..., uncovered="jacobian")` each is a layer of its own, where examples are independent.',
         "* *Refused*: an error says why, before anything runs.",
     ]
     lines += ["", *KINDS]

@@ -99,6 +99,7 @@ public("from_module", {"module": NET},
     output=among(1.5, True, (), [0], {}, 1j, object()))
 public("find_layers", {"model": MODEL, "params": P, "inputs": X}, model=FUNCTION, params=tree(P, shapes=False),
     inputs=among(X.to("meta"), (X.to("meta"),)), strict=FLAG, bias=one_of("joint", "separate"),
+    uncovered=one_of("plain", "jacobian"),
     kinds=among(1, "x", [1], [torch.sub], lrkfac.LayerKind, *[x for x in NOTHING if x not in ([], ())]),
     batch_axes=among(2, "x", True, 0.5, [0], (0, 1), {"x": 0}, object()))
 NOT_POINTS = among(1, "x", None, X.long(), X.to("meta"), X[0, 0], X[:, :0], (X,), X.tolist())

@@ -78,6 +78,8 @@ def operations() -> dict[str, Operation]:
     found["scale"] = Operation("scale", norm, {"w": normal(3), "b": normal(3)}, normal(4, 2, 3), units)
     shift, units = lambda p, x: x + p["w"], [lambda p: p["w"].reshape(-1, 1)]
     found["shift"] = Operation("shift", shift, {"w": normal(2, 3)}, normal(4, 2, 3), units)
+    copied = lambda p, x: x + p["w"].clone()  # noqa: E731  # which is no layer, but for all it does
+    add("jacobian", "jacobian", copied, {"w": (3,)}, (4, 3), lambda p: p["w"].reshape(1, -1, 1))
     for axes in (1, 2, 3):
         kernel, size, names = (2, 1, 2)[:axes], (3, 2, 2)[:axes], (f"conv{axes}d", f"conv_transpose{axes}d")
         run = lambda p, x, name=names[0]: getattr(F, name)(x, p["w"], p["b"], stride=2, padding=1)  # noqa: E731

@@ -78,12 +78,17 @@ def precondition_in_sample_space(
 
     Each evaluation needs statistics by the estimator ``"exact"`` of all examples.
 
+    A model that takes derivatives of a network itself (``torch.func.hessian``, ``grad``, ``jvp``), or computes with its
+    parameters in another way, has no layers. With ``find_layers(..., uncovered="jacobian")`` the step is exact for it,
+    too, by the gradients of all examples: ``n p`` numbers of the ``p`` parameters that no other layer covers.
+
     Args:
         layers: From ``find_layers``, for a model whose outputs of one example depend on no other.
         damping: ``λ > 0``, in the square of the gradient's unit. Within rounding of the largest eigenvalue, a larger
             one is taken: 4 machine precisions times ``s`` times the trace of ``J Jᵀ``.
         momentum: ``μ``, in [0, 1).
-        fallback: Transformation of the parameters that no layer covers; by default they pass as plain gradients.
+        fallback: Transformation of the parameters that no layer covers, of which there are none with
+            ``uncovered="jacobian"``; by default they pass as plain gradients.
         dtype: Of the kernel and its factor, float32 or float64: by default float64 if the layers' parameters are, else
             float32. In float32, a damping below a millionth of the largest eigenvalue has no effect.
 
@@ -117,7 +122,10 @@ def precondition_in_sample_space(
     if dtype is not None:
         check_dtype(dtype)
     if not layers.layers:
-        raise ValueError("layers: expected at least one layer, whose rows make up the kernel, got none")
+        raise ValueError(
+            "layers: expected at least one layer, whose rows make up the kernel, got none; with "
+            'find_layers(..., uncovered="jacobian") each parameter is one, whatever the model computes'
+        )
     if layers.independent is False or not layers.single:
         raise ValueError(
             "layers: expected a model whose outputs of one example depend on no other and stand in one entry of their "

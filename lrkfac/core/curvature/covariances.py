@@ -13,7 +13,7 @@ from torch.func import vmap
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.layers.description import Layer, Treatment
 from lrkfac.core.layers.kind import Kind, Options
-from lrkfac.core.layers.kinds import BIAS, KINDS, LINEAR, counts
+from lrkfac.core.layers.kinds import BIAS, JACOBIAN, KINDS, LINEAR, counts
 from lrkfac.core.layers.matrix import joined_gradient
 from lrkfac.core.layers.statistics import Uses
 from lrkfac.core.linalg.covariances import (
@@ -188,7 +188,7 @@ def partial_trace_weights(traces: Sequence[tuple[Tensor, Tensor]]) -> list[tuple
     return [(a / total.sqrt(), b / total.sqrt()) for b, a in traces]
 
 
-WITH_PLAIN_ROWS = frozenset({LINEAR.name, BIAS.name})
+WITH_PLAIN_ROWS = frozenset({LINEAR.name, BIAS.name, JACOBIAN.name})
 """Kinds whose rows are a reshape of their inputs and gradients, also of several layers stacked."""
 
 

@@ -162,6 +162,8 @@ def layer_wise() -> ExactStructure:
 def full() -> ExactStructure:
     """Hold the exact Fisher matrix of all covered parameters together: for small models and for comparison.
 
+    With ``find_layers(..., uncovered="jacobian")`` these are all parameters of a model, whatever it computes.
+
     Returns:
         A structure for ``precondition_by_fisher``.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrkfac.core.curvature.kronecker import KroneckerState, KroneckerStructure
 from lrkfac.core.curvature.low_rank import LowRankStructure
 from lrkfac.core.layers.description import Layer, Layers
-from lrkfac.core.layers.kinds import BIAS, KINDS
+from lrkfac.core.layers.kinds import BIAS, JACOBIAN, KINDS
 from lrkfac.core.layers.matrix import LayerMatrix
 from lrkfac.core.linalg.operators import Kronecker
 from lrkfac.core.linalg.polar import ITERATIONS, polar
@@ -80,11 +80,13 @@ def _fitted(structure: Any, dimension: int) -> Any:
 def matrix_layers(layers: Layers) -> Layers:
     """Return the layers whose weights are matrices between inputs and outputs, which may be orthogonalized.
 
-    Left out are embeddings, scales, shifts and separate biases, with all that share a parameter with one of them.
+    Left out are embeddings, scales, shifts, separate biases and whole parameters, with all that share a parameter with
+    one of them.
     """
 
     def is_matrix(layer: Layer) -> bool:
-        return not any(KINDS[kind].one_hot or KINDS[kind].unit_wise or kind == BIAS.name for kind in layer.kinds)
+        vectors = BIAS.name, JACOBIAN.name
+        return not any(KINDS[kind].one_hot or KINDS[kind].unit_wise or kind in vectors for kind in layer.kinds)
 
     def parameters(layer: Layer) -> set[int]:
         return {p.index for p in (layer.weight, layer.bias) if p is not None}

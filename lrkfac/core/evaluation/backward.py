@@ -39,7 +39,9 @@ def loss_rows(objective: Objective, captured: Captured, targets: list[Tensor], s
         divisor = torch.where(scale == 0, 1, scale)  # where no term counts, rows are zero
         cotangent = [(c / divisor).to(c.dtype) for c in cotangent]
     free, probe_gradients = captured.transpose(cotangent)
-    return LossRows(loss, free, captured.single_rows(probe_gradients), scale)
+    # Whole parameters are free leaves here: their examples' gradients matter where those of the loss are statistics.
+    of_examples = captured.by_example(cotangent) if summed else {}
+    return LossRows(loss, free, captured.single_rows({**captured.probes, **probe_gradients, **of_examples}), scale)
 
 
 def leaf_gradients(captured: Captured, backward: LossRows, lazy: Collection[str]) -> dict[int, Any]:
@@ -54,7 +56,7 @@ def leaf_gradients(captured: Captured, backward: LossRows, lazy: Collection[str]
     """
     scale = backward.scale
     gradients: dict[int, Any] = dict(backward.free if scale is None else scaled(scale, backward.free))
-    for layer in captured.layers:
+    for layer in captured.layers.followed:
         inputs, output_gradients = backward.rows[layer.name]
         if layer.name in lazy:
             leaves = lazy_gradients(layer, inputs, output_gradients)

@@ -12,6 +12,7 @@ from lrkfac.core.base.by_autograd import constant
 from lrkfac.core.base.leaves import tree_flatten, tree_unflatten
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.auxiliary import join_tensors, split_tensors
+from lrkfac.core.evaluation.by_example import ProbeGradients, example_transpose
 from lrkfac.core.evaluation.derivatives import transposed
 from lrkfac.core.evaluation.objective import Objective
 from lrkfac.core.evaluation.specs import Specs
@@ -20,10 +21,7 @@ from lrkfac.core.layers.matrix import prepared
 from lrkfac.core.layers.probes import zero_probes
 from lrkfac.core.layers.statistics import Uses
 from lrkfac.core.layers.tracing import run_captured
-
-ProbeGradients = Mapping[str, Sequence[Tensor]]
-"""For each source, the gradient at the probe of each of its uses."""
-
+from lrkfac.core.likelihoods.joint import longest_head
 
 LayerRows = dict[str, tuple[Uses, Uses]]
 """Inputs and output gradients of each layer, in the standard form of ``lrkfac.core.layers``."""
@@ -50,6 +48,7 @@ class Captured:
         probes: The probes, zeros.
         examples: The number of examples.
         transpose: From a cotangent of ``outputs`` to the gradients of the free leaves and at the probes.
+        by_example: From a cotangent to the gradients of single examples in those parameters that are layers as a whole.
     """
 
     layers: Layers
@@ -60,6 +59,12 @@ class Captured:
     probes: ProbeGradients
     examples: int
     transpose: Callable[[list[Tensor]], tuple[dict[int, Tensor], ProbeGradients]]
+    by_example: Callable[[list[Tensor]], ProbeGradients]
+
+    def probe_gradients(self, cotangent: list[Tensor]) -> ProbeGradients:
+        """Return the gradients at the probes of all layers."""
+        of_probes = self.transpose(cotangent)[1] if self.layers.followed.layers else {}
+        return {**of_probes, **self.by_example(cotangent)}
 
     def rows(self, gradients: ProbeGradients) -> LayerRows:
         """Return the rows of all layers, from gradients at the probes with a leading axis ``k``."""
@@ -87,7 +92,7 @@ def capture(
     """Run the model once, with probes at the outputs of ``layers``.
 
     Backward passes compute gradients at the probes and those of the free leaves: parameters that belong to no captured
-    layer. A captured layer's gradient follows from its rows, so that its weight takes no part in them.
+    layer, or are one as a whole. Another layer's gradient follows from its rows, so that its weight takes no part.
 
     Args:
         objective: The model and its likelihood.
@@ -99,20 +104,21 @@ def capture(
         kept: The sources of which outputs are kept.
     """
     leaves, structure = tree_flatten(params)
-    covered = layers.covered
+    followed = layers.followed
+    covered = followed.covered
     if layers.autograd:  # whose model may differentiate by free leaves, and change inputs into such
         leaves, inputs, free = constant(leaves), constant(inputs), True
     variables: Variables = (
         {i: leaf for i, leaf in enumerate(leaves) if i not in covered} if free else {},
-        zero_probes(specs, layers.sources),
+        zero_probes(specs, followed.sources),
     )
     static: list[Any] = []
 
     def run(variables: Variables) -> tuple[list[Tensor], tuple[list[Tensor], OfUses, OfUses]]:
         free_leaves, probes = variables
         merged = tree_unflatten(structure, [free_leaves.get(i, leaf) for i, leaf in enumerate(leaves)])
-        if layers.layers:
-            result, records = run_captured(objective.model, layers, merged, inputs, probes)
+        if followed.layers:
+            result, records = run_captured(objective.model, followed, merged, inputs, probes)
         else:  # without the function mode that follows weights
             result, records = objective.run(merged, inputs), {}
         outputs, aux = objective.split(result)
@@ -123,4 +129,10 @@ def capture(
     outputs, transpose, (tensors, recorded, results) = transposed(run, variables, layers.autograd)
     examples = (layers.examples(inputs) if layers.layers else None) or outputs[0].shape[0]
     aux = join_tensors(tensors, static)
-    return Captured(layers, outputs, aux, recorded, results, variables[1], examples, transpose)
+    probes = dict(variables[1])
+    for layer in layers.jacobians:
+        leaf, ((source, _),) = leaves[layer.weight.index], layer.sites
+        probes[source] = [leaf.new_zeros(()).expand(longest_head(outputs).shape[0], *leaf.shape)]
+        recorded[source] = [leaf.new_ones(())]
+    by_example = example_transpose(objective, layers, params, inputs, outputs)
+    return Captured(layers, outputs, aux, recorded, results, probes, examples, transpose, by_example)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from torch import Tensor
-
 from lrkfac.core.base.arguments import check_choice, check_integer
 from lrkfac.core.base.processes import Processes
 from lrkfac.core.base.types import Tree
-from lrkfac.core.evaluation.capture import Captured, LayerRows, ProbeGradients
+from lrkfac.core.evaluation.by_example import check_memory
+from lrkfac.core.evaluation.capture import Captured, LayerRows
 from lrkfac.core.evaluation.cotangents import exact_cotangents, given_cotangents, random_signs, sampled_cotangents
 from lrkfac.core.layers.statistics import Statistics, Uses
 from lrkfac.core.likelihoods.joint import Joint, Leaves
@@ -71,10 +70,9 @@ def estimate(
     elif estimator == "empirical" and not uneven:
         gradients = {name: uses for name, (_, uses) in rows.items()}
     else:
-
-        def to_probes(cotangent: list[Tensor]) -> ProbeGradients:
-            return captured.transpose(cotangent)[1]
-
+        to_probes = captured.probe_gradients
+        if layers.jacobians:
+            check_memory(layers, captured.outputs, samples if estimator == "mc" else heads.columns(captured.outputs))
         if estimator == "exact":
             signs = random_signs(heads, captured.outputs, noise, processes) if signed else None
             at_probes = exact_cotangents(heads, captured.outputs, targets, factors, to_probes, signs)

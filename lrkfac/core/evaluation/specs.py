@@ -35,13 +35,14 @@ class SpecCache:
         return SpecCache, (self.size,)
 
     def specs(self, objective: Objective, layers: Layers, params: Tree, inputs: Tree) -> Specs:
-        """Return the output shapes of all layers; a forward pass without computation finds those of new inputs.
+        """Return the output shapes of all layers that are operations; a forward pass without computation finds them.
 
         Raises:
             ValueError: If the model has hidden effects, or another path than when the layers were described.
         """
+        layers = layers.followed
         if torch.compiler.is_compiling():
-            return output_specs(objective.model, layers, params, inputs)
+            return output_specs(objective.model, layers, params, inputs) if layers.layers else {}
         key = signature(params, inputs)
         if key is None:
             return output_specs(objective.model, layers, params, inputs)

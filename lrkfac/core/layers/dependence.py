@@ -74,7 +74,7 @@ def find_batches(
         lengths: Of the leading axis of each tensor that the model returns.
     """
     batch = find_batch(run, inputs, uses, axes, constant)
-    if axes is not None or not batch.unknown() or len(set(lengths)) == 1:
+    if axes is not None or len(set(lengths)) == 1:
         return batch
     groups, found = [], []
     for length in dict.fromkeys(lengths):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -136,6 +136,8 @@ class Layers:
             example, such as the positions of a sequence, stand along it.
         own: Whether heads have different numbers of examples, each its own, along the leading axis of its outputs.
         autograd: Whether derivatives are taken by ``torch.autograd``: the model does what ``torch.func`` refuses.
+        alone: Whether outputs of an example are the same in a batch of its own, to which ``vmap`` takes the model; it
+            is known where there are layers of the kind "jacobian".
     """
 
     layers: tuple[Layer, ...]
@@ -148,6 +150,7 @@ class Layers:
     single: bool = True
     own: bool = False
     autograd: bool = False
+    alone: bool = False
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -167,6 +170,17 @@ class Layers:
         """The indices of the parameters that belong to a layer."""
         both = [p for layer in self.layers for p in (layer.weight, layer.bias)]
         return frozenset(p.index for p in both if p is not None)
+
+    @property
+    def jacobians(self) -> tuple[Layer, ...]:
+        """The layers that are whole parameters, known by the gradients of single examples."""
+        return tuple([layer for layer in self.layers if "jacobian" in layer.kinds])
+
+    @property
+    def followed(self) -> Layers:
+        """The others, whose operations are captured."""
+        left = tuple([layer for layer in self.layers if "jacobian" not in layer.kinds])
+        return self if len(left) == len(self.layers) else replace(self, layers=left)
 
     def examples(self, inputs: Tree) -> int | None:
         """Return the number of examples of a batch; ``None`` where it is not known which axis holds them."""
@@ -209,6 +223,8 @@ class Layers:
         if self.uncovered:
             lines += ["", "not covered (plain gradient):"]
             lines += [f"  {p.path} {tuple(p.shape)}: {reason}" for p, reason in self.uncovered]
+            if any("derivative" in reason or "torch.autograd" in reason for _, reason in self.uncovered):
+                lines += ["", 'derivatives: laplacian() and derivatives() keep layers, uncovered="jacobian" covers all']
         else:
             lines += ["", "every parameter is covered"]
         if self.independent is None:

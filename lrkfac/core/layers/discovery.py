@@ -24,6 +24,7 @@ from lrkfac.core.layers.dependence import Batch, find_batches
 from lrkfac.core.layers.describing import describe
 from lrkfac.core.layers.description import Layers, Parameter
 from lrkfac.core.layers.generic import generic_parameters
+from lrkfac.core.layers.jacobians import with_jacobians
 from lrkfac.core.layers.module import ModuleFunction
 from lrkfac.core.layers.probes import batch_size, like_fake
 from lrkfac.core.layers.purity import without_random_numbers
@@ -39,6 +40,7 @@ def find_layers(
     bias: Literal["joint", "separate"] = "joint",
     kinds: Sequence[LayerKind] = (),
     batch_axes: Tree | None = None,
+    uncovered: Literal["plain", "jacobian"] = "plain",
 ) -> Layers:
     """Describe the layers of a model: run it on tensors without values and watch its operations.
 
@@ -72,13 +74,19 @@ def find_layers(
         kinds: Custom layer kinds; they come before the package's.
         batch_axes: Which axis of the inputs holds the examples, as ``in_dims`` of ``vmap``: an integer, or a tree of
             integers and ``None`` (for leaves without one) that is a prefix of ``inputs``. By default it is found.
+        uncovered: What becomes of a parameter that no operation covers. ``"plain"``: it gets plain gradients, or the
+            ``fallback=`` of a transformation. ``"jacobian"``: it is a layer of its own, of the kind "jacobian", whose
+            rows are the gradients of single examples, by the model mapped over them. So a model covers all parameters
+            whatever it computes, derivatives of a network included; statistics then hold an entry of the parameter for
+            each example and column.
 
     Returns:
         The description, which does not depend on the size of the batch; ``print`` shows it as a table. Where no
         parameter is covered, it is empty, with a warning.
 
     Raises:
-        ValueError: If ``strict`` and a parameter is not covered; if a parameter or an input is on
+        ValueError: If ``strict`` and a parameter is not covered; with ``uncovered="jacobian"``, if outputs of one
+            example depend on others; if a parameter or an input is on
             the device "meta"; if the outputs depend on no parameter; if the model changes in place a parameter, an
             input, an internal tensor, or a layer's input after its use; if it draws hidden random numbers for dropout,
             depends on values in its control flow, or uses what depends on parameters under ``no_grad``.
@@ -89,6 +97,7 @@ def find_layers(
     check_model(model)
     check_flag(strict, "strict")
     check_choice(bias, "bias", ("joint", "separate"))
+    check_choice(uncovered, "uncovered", ("plain", "jacobian"))
     model, inputs = with_opened_inputs(model, inputs)
     check_values(inputs=inputs)
     check_whole(params, optree.tree_leaves(params), "params")
@@ -121,11 +130,15 @@ def find_layers(
         own=batch.own,
         autograd=autograd,
     )
+    if uncovered == "jacobian":
+        with torch.inference_mode(False), torch.enable_grad(), without_checkpoints():
+            layers = with_jacobians(layers, model, params, inputs)
     if strict and not layers.layers:
         raise ValueError(f"no layer found; none of the parameters is covered:\n{layers}")
     if not layers.layers:
         warnings.warn(
-            "find_layers: no layer found, so that all parameters get plain gradients; print the layers for the reasons",
+            "find_layers: no layer found, so that all parameters get plain gradients; print the layers for the reasons "
+            '(with uncovered="jacobian" each parameter is a layer of its own)',
             stacklevel=2,
         )
     if strict and layers.uncovered:

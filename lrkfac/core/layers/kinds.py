@@ -141,6 +141,22 @@ BIAS = Kind(
 """A bias as a separate layer: its input is the constant 1; its options are kind and options of the weight's layer."""
 
 
+def _prepare_jacobian(
+    a: Tensor, g: Tensor, n: int, options: Options, placement: Placement | None
+) -> tuple[Tensor, Tensor]:
+    return g.new_ones(g.shape[1], 1), g.flatten(2) if g.ndim > 2 else g[..., None]
+
+
+JACOBIAN = Kind(
+    name="jacobian",
+    prepare=_prepare_jacobian,
+    transpose=lambda a, g, d, options: g.reshape(-1, g.shape[-1]).sum(dim=0)[:, None],
+    operation=lambda a, w, options: a @ w.mT,
+    rows=_linear_rows,
+)
+"""A whole parameter, whatever uses it: the rows are the gradients of single examples, and the input is 1."""
+
+
 def _affine_prepare(
     a: Tensor, g: Tensor, n: int, options: Options, placement: Placement | None
 ) -> tuple[Tensor, Tensor]:
@@ -212,6 +228,7 @@ CUSTOM = Kind(
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        LINEAR, *CONVOLUTIONS.values(), *TRANSPOSED_CONVOLUTIONS.values(), EMBEDDING, BIAS, SCALE, SHIFT, CUSTOM,
+        LINEAR, *CONVOLUTIONS.values(), *TRANSPOSED_CONVOLUTIONS.values(), EMBEDDING, BIAS, SCALE, SHIFT, JACOBIAN,
+        CUSTOM,
     )
 }  # fmt: skip

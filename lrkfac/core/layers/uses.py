@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 
-from lrkfac.core.base.private_torch import forward_level, is_inside_function, transformation_level, version
+from lrkfac.core.base.private_torch import (
+    forward_level,
+    is_inside_function,
+    is_transformed,
+    transformation_level,
+    version,
+)
 from lrkfac.core.layers.calls import Call
 from lrkfac.core.layers.custom import LayerKind
 from lrkfac.core.layers.custom_calls import check_use
@@ -159,8 +165,10 @@ class UseRecorder(Follow):
         Raises:
             ValueError: If the derivative is a constant for the gradient but not for forward derivatives.
         """
-        self.differentiates = True
-        attached = [x for x in optree.tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+        tensors = [x for x in optree.tree_leaves(outputs) if isinstance(x, Tensor)]
+        if not any(is_transformed(x) for x in tensors):  # else torch.func calls, or may refuse to differentiate
+            self.differentiates = True
+        attached = [x for x in tensors if x.requires_grad]
         roots = [(path, leaf) for path, view, leaf in self.tracked if not view and leaf.requires_grad]
         if not attached or not roots or any(kind != "vmap" for kind, _ in self.around()):
             return
