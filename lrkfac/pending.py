@@ -67,8 +67,7 @@ class Pending:
         """Raise ``ValueError`` where one more evaluation cannot be merged, or would replace gradients of others."""
         self._drop_if_cleared()
         if not self.parts:
-            foreign = [name for name in self._changed() if _has_entries(self.parameters[name].grad)]
-            if foreign:
+            if foreign := self._foreign():
                 raise ValueError(
                     f"evaluate: {foreign} have a .grad that is not of evaluate(), which would replace it; call "
                     "zero_grad() first, and add other gradients after evaluate()"
@@ -108,6 +107,12 @@ class Pending:
             ValueError: If a ``.grad`` is missing, or parts do not fit each other.
         """
         if not self.parts:
+            if foreign := self._foreign():
+                raise TypeError(
+                    f"step: expected evaluations, got {foreign} with the .grad of another backward pass; a loss does "
+                    "not tell the curvature: in place of forward pass, loss and backward(), call evaluate(inputs, "
+                    "targets), in Lightning and in the Trainer of transformers within training_step"
+                )
             raise TypeError(
                 "step: nothing to step with; call step(inputs, targets), or evaluate(inputs, targets) first"
             )
@@ -130,7 +135,8 @@ class Pending:
             return self.whole()
         raise TypeError(
             f"step: expected a closure that returns an Evaluation, got {type(result).__name__}; a loss does not tell "
-            "the curvature: call step(inputs, targets), or step(lambda: optimizer.evaluate(inputs, targets))"
+            "the curvature: call step(inputs, targets), or step(lambda: optimizer.evaluate(inputs, targets)); where a "
+            "framework makes the closure, as Lightning, call evaluate(inputs, targets) in its training_step"
         )
 
     def resolved(self, evaluation: Evaluation, is_new: bool) -> Evaluation:
@@ -182,6 +188,10 @@ class Pending:
                 f"{caller}: {absent} have no .grad any more; call zero_grad() before evaluate(), or not at all"
             )
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+    def _foreign(self) -> list[str]:
+        """Return the names of parameters whose ``.grad`` is neither of ``evaluate`` nor zero."""
+        return [name for name in self._changed() if _has_entries(self.parameters[name].grad)]
 
     def _drop_if_cleared(self) -> None:
         """Forget the parts where ``zero_grad`` was called since, in any of its ways."""

@@ -65,7 +65,7 @@ NEEDS = sorted({(title(page), name) for page in PAGES for name, _ in BLOCK.finda
 
 @pytest.mark.peers
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("page", "library"), NEEDS)
 def test_code_blocks_that_need_another_library_run(page, library, tmp_path, monkeypatch):
     """They are marked by a comment, ``<!-- needs: name -->``."""
@@ -82,9 +82,10 @@ def test_libraries_that_code_blocks_need_are_installed_with_the_extra():
 
 def test_code_is_on_the_pages_that_show_how_and_marked_as_python_or_not_at_all():
     """A block in another spelling would not be run."""
-    guides = ("index", "tutorial", "modules", "structures", "tuning", "diagnostics", "reproducibility", "distributed")
+    guides = ("index", "tutorial", "modules", "frameworks", "structures", "tuning", "diagnostics")
     recipes = ("training", "models", "transformers", "science", "curvature", "extending")
-    showing = {"README.md"} | {f"docs/{name}.md" for name in guides} | {f"docs/recipes/{name}.md" for name in recipes}
+    names = (*guides, "reproducibility", "distributed", *(f"recipes/{name}" for name in recipes))
+    showing = {"README.md"} | {f"docs/{name}.md" for name in names}
     assert showing <= {title(page) for page in WITH_CODE}
     for page in PAGES:
         assert set(re.findall(r"^```(\S+)$", page.read_text(), re.MULTILINE)) <= {"python"}, title(page)

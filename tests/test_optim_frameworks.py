@@ -1,6 +1,6 @@
 """``LowRankKFAC`` in the hands of frameworks: ``GradScaler``, wrappers, distributed checkpoints, hooks, state dicts.
 
-Lightning is not installed for tests: ``Wrapper`` and ``CopyingWrapper`` do to an optimizer what its wrappers do.
+``Wrapper`` and ``CopyingWrapper`` do to an optimizer what Lightning's do; Lightning itself trains in ``tests/peers``.
 """
 
 import copy

@@ -40,6 +40,12 @@ def losing(o, x, y):
     o.step(lambda: torch.nn.functional.cross_entropy(o._module(x), y))
 
 
+def backward(o, x, y, scale=1.0):
+    (scale * torch.nn.functional.cross_entropy(o._module(x), y)).backward()
+    o.step()
+
+
+FOREIGN = r"step: expected evaluations, got \['0\.weight', .*in Lightning and in the Trainer of transformers within"
 NOTHING = "step: nothing to step with"
 CLIMBING = (lambda o, x, y: (o.param_groups[0].update(lr=-0.1), o.step(x, y)), ValueError)
 WITHOUT = (lambda o, x, y: (o.evaluate(x, y), o.zero_grad(), o.step()), ValueError)
@@ -47,6 +53,9 @@ OTHER_LAYER = (after(lambda net: net.__setitem__(3, torch.nn.Linear(8, 3).double
 FROZEN = (after(lambda net: net[0].weight.requires_grad_(False)), ValueError)
 REFUSED = {
     "a loss": (losing, TypeError, "step: expected a closure that returns an Evaluation, got Tensor"),
+    "a backward pass": (backward, TypeError, FOREIGN),
+    "a backward pass after a step": (lambda o, x, y: (o.step(x, y), backward(o, x, y)), TypeError, FOREIGN),
+    "a gradient of zeros": (lambda o, x, y: backward(o, x, y, 0.0), TypeError, NOTHING),
     "nothing": (lambda o, x, y: o.step(), TypeError, NOTHING),
     "nothing new": (lambda o, x, y: (o.step(x, y), o.step()), TypeError, NOTHING),
     "nothing newer": (lambda o, x, y: (o.evaluate(x, y), o.step(), o.step()), TypeError, NOTHING),
