@@ -4,8 +4,9 @@ python -m benchmarks.spectra
 python -m benchmarks.spectra --only spectrum
 
 The first solves ``(G + damping I) x = gradient`` on the digits autoencoder after some steps of training, in float64,
-plainly and with the rank-r K-FAC inverse of the same examples as preconditioner. The second takes the density of the
-eigenvalues of the Gauss-Newton matrix of a ResNet-18 on random images by stochastic Lanczos quadrature.
+plainly and with the rank-r K-FAC inverse of the same examples as preconditioner. The second does so with fewer digits
+and the exact blocks of layers, the limit of K-FAC. The third takes the density of the eigenvalues of the Gauss-Newton
+matrix of a ResNet-18 on random images by stochastic Lanczos quadrature.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from benchmarks.common import (
 )
 from benchmarks.networks import resnet18
 from benchmarks.problems import PROBLEMS
+from lrkfac.core.curvature.sample_space import OutputJacobian
 from lrkfac.structures import kronecker, low_rank, low_rank_plus_diagonal
 
 MODULE = "benchmarks.spectra"
 TOLERANCES = [10.0**-k for k in range(1, 7)]
-PARTS = ("systems", "spectrum")
+PARTS = ("systems", "blocks", "spectrum")
 
 
 def trained(steps: int, rank: int) -> tuple[Any, Any, Any]:
@@ -74,26 +76,76 @@ def solved(
     return [x / lengths[0] for x in lengths], time.process_time() - start, int(found.products)
 
 
-def systems(arguments: Any) -> list[dict[str, Any]]:
-    """Products to each tolerance, plainly and preconditioned."""
+def problem_of(arguments: Any, examples: int) -> tuple[Any, Any, Any, Any, Any]:
+    """The Gauss-Newton matrix of some digits, the gradient, and what estimates of the former are made of."""
     problem, params, layers = trained(arguments.steps, arguments.rank)
-    inputs, targets = (x[: arguments.examples].double() for x in (problem.inputs, problem.targets))
+    inputs, targets = (x[:examples].double() for x in (problem.inputs, problem.targets))
     evaluate = lrkfac.evaluator(problem.model, problem.likelihood, layers, estimator="exact")
-    evaluation = evaluate(params, inputs, targets)
     matrix = lrkfac.curvature.ggn(problem.model, problem.likelihood)(params, [(inputs, targets)])
     structure = kronecker(low_rank(arguments.rank), low_rank_plus_diagonal(arguments.rank), exact_damping=True)
-    inverses: dict[str, Callable[[Any], Any]] = {"none": lambda x: x}
     fisher = lrkfac.curvature.estimate(evaluate, params, [(inputs, targets)] * 4, layers, structure)
-    for damping in arguments.dampings:
-        inverses[f"rank {arguments.rank}, damping {damping:g}"] = fisher.inverse(damping, exact=True).product
+    return matrix, evaluate(params, inputs, targets), fisher, layers, params
+
+
+def rows_of(arguments: Any, matrix: Any, b: Any, inverses: dict[str, Callable[[Any], Any]]) -> list[dict[str, Any]]:
+    """Products to each tolerance, plainly and preconditioned."""
     rows: list[dict[str, Any]] = []
-    for name, inverse in inverses.items():
+    for name, inverse in {"none": lambda x: x, **inverses}.items():
         most = arguments.most if not rows else rows[0]["products"]
-        residuals, seconds, products = solved(matrix, evaluation.grads, inverse, arguments.damping, most)
+        residuals, seconds, products = solved(matrix, b, inverse, arguments.damping, most)
         reached = [next((i for i, x in enumerate(residuals) if x <= one), None) for one in TOLERANCES]
         rows.append({"preconditioner": name, "products": products, "reached": reached, "seconds": seconds})
         print(name, products, reached, f"{seconds:.0f} s", flush=True)
     return rows
+
+
+def systems(arguments: Any) -> list[dict[str, Any]]:
+    """With the rank-r K-FAC inverse as preconditioner."""
+    matrix, evaluation, fisher, _, _ = problem_of(arguments, arguments.examples)
+    inverses = {
+        f"rank {arguments.rank}, damping {damping:g}": fisher.inverse(damping, exact=True).product
+        for damping in arguments.dampings
+    }
+    return rows_of(arguments, matrix, evaluation.grads, inverses)
+
+
+def exact_blocks(layers: Any, evaluation: Any, params: Any, damping: float) -> Callable[[Any], Any]:
+    """The inverse of the exact diagonal blocks of layers, ``(s Jᵀ J + λ I)⁻¹`` of each: what K-FAC approximates."""
+    jacobian = OutputJacobian.of(layers, evaluation.statistics, torch.float64)
+    scale, spec = evaluation.statistics.scale, optree.tree_structure(params)
+    blocks: list[tuple[list[int], Tensor, Tensor]] = []
+    for layer in layers:
+        one = OutputJacobian((layer,), jacobian.inputs, jacobian.gradients)  # type: ignore[arg-type]
+        outputs = one.along(optree.tree_leaves(params)).numel()
+        rows = torch.func.vmap(one.transposed)(torch.eye(outputs, dtype=torch.float64))
+        matrix = torch.cat([x.reshape(outputs, -1) for x in rows.values()], dim=1)
+        kernel = matrix @ matrix.T
+        kernel.diagonal().add_(damping / scale)
+        blocks.append((list(rows), matrix, torch.linalg.inv(kernel)))
+
+    def product(tree: Any) -> Any:
+        leaves = optree.tree_leaves(tree)
+        found = [x / damping for x in leaves]
+        for indices, matrix, inverse in blocks:
+            along = matrix @ torch.cat([leaves[i].reshape(-1) for i in indices])
+            parts = ((inverse @ along) @ matrix / damping).split([leaves[i].numel() for i in indices])
+            for i, part in zip(indices, parts, strict=True):
+                found[i] = found[i] - part.reshape(leaves[i].shape)
+        return optree.tree_unflatten(spec, found)
+
+    return product
+
+
+def blocks(arguments: Any) -> list[dict[str, Any]]:
+    """With exact blocks of layers, the limit of every preconditioner of blocks, for so few digits that they fit."""
+    matrix, evaluation, fisher, layers, params = problem_of(arguments, arguments.few)
+    inverses: dict[str, Callable[[Any], Any]] = {}
+    for damping in (arguments.damping, 10 * arguments.damping, 100 * arguments.damping):
+        inverses[f"exact blocks, damping {damping:g}"] = exact_blocks(layers, evaluation, params, damping)
+    inverses[f"rank {arguments.rank}, damping {100 * arguments.damping:g}"] = fisher.inverse(
+        100 * arguments.damping, exact=True
+    ).product
+    return rows_of(arguments, matrix, evaluation.grads, inverses)
 
 
 def spectrum(arguments: Any) -> dict[str, Any]:
@@ -150,12 +202,13 @@ def draw(content: dict[str, Any]) -> Figure:
 def show(content: dict[str, Any], console: Console) -> None:
     """Prints the tables."""
     headings = ["preconditioner", *[f"{x:.0e}" for x in TOLERANCES], "CPU s"]
-    rows = [
-        [row["preconditioner"], *["–" if n is None else str(n) for n in row["reached"]], f"{row['seconds']:.0f}"]
-        for row in content.get("systems", [])
-    ]
-    if rows:
-        console.print(results_table("Products to a relative residual", headings, rows))
+    for part, title in (("systems", "Products to a relative residual"), ("blocks", "The same, of few digits")):
+        rows = [
+            [row["preconditioner"], *["–" if n is None else str(n) for n in row["reached"]], f"{row['seconds']:.0f}"]
+            for row in content.get(part, [])
+        ]
+        if rows:
+            console.print(results_table(title, headings, rows))
     if "spectrum" in content:
         found = content["spectrum"]
         console.print(
@@ -169,9 +222,10 @@ def main() -> None:
     """Runs the benchmark; a part that is left out stays as it was in the file."""
     parser = argument_parser(MODULE, __doc__)
     add = parser.add_argument
-    add("--only", choices=PARTS, default=None, help="one of the two parts")
+    add("--only", choices=PARTS, default=None, help="one of the parts")
     add("--steps", type=int, default=200, metavar="N", help="of training")
     add("--examples", type=int, default=256, metavar="N", help="digits in the matrix")
+    add("--few", type=int, default=16, metavar="N", help="digits in the matrix whose exact blocks are inverted")
     add("--rank", type=int, default=16, metavar="R", help="of the preconditioner and of training")
     add("--damping", type=float, default=1e-3, help="of the system")
     add("--dampings", type=float, nargs="+", default=[1e-3, 1e-1, 1.0], metavar="D", help="of the preconditioner")
@@ -185,7 +239,7 @@ def main() -> None:
         **command_of(MODULE, vars(arguments)),
     }
     measured: dict[str, Any] = {}
-    for part, function in {"systems": systems, "spectrum": spectrum}.items():
+    for part, function in {"systems": systems, "blocks": blocks, "spectrum": spectrum}.items():
         if arguments.only in (None, part):
             measured |= {part: function(arguments), f"{part} run": run}
     path: Path = arguments.output / f"spectra_{arguments.device}.json"
