@@ -205,9 +205,29 @@ def spectrum() -> str:
     return cell(recorded("spectra_cpu")["spectrum"]["processor seconds"], ".0f")
 
 
+def example_table(name: str, *headings: str) -> str:
+    """Columns of the table that an example has written, the first of them and those with the headings."""
+    content = recorded(f"example_{name}")
+    picked = [0, *[content["headings"].index(heading) for heading in headings]]
+    names = [content["headings"][i] for i in picked]
+    return markdown(names, [[row[i].replace("-", "−", row[i][0] == "-") for i in picked] for row in content["rows"]])
+
+
+def example_range(name: str, heading: str) -> str:
+    """The least and the largest number of such a column."""
+    content = recorded(f"example_{name}")
+    cells = sorted((row[content["headings"].index(heading)] for row in content["rows"]), key=float)
+    return f"{cells[0]} to {cells[-1]}"
+
+
+def example_caption(name: str) -> str:
+    return recorded(f"example_{name}")["caption"]
+
+
 FIGURES: dict[str, Callable[..., str]] = {
     "widths": widths, "steps": steps, "refreshes": refreshes, "depth": depth, "compiling": compiling,
     "memory": memory, "structures": structures, "changes": changes, "frameworks": frameworks, "sent": sent,
     "modelled": modelled, "faults": faults, "mean_ratio": mean_ratio, "framework_ratio": framework_ratio,
-    "systems": systems, "spectrum": spectrum,
+    "systems": systems, "spectrum": spectrum, "example_table": example_table, "example_range": example_range,
+    "example_caption": example_caption,
 }  # fmt: skip

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import lrkfac
 from examples.common import TRAINING_EXAMPLES, digits
 from examples.minimum import Params, minimum, squared_length
-from examples.report import positive
+from examples.report import positive, save_table
 from examples.text import init_transformer, text_windows, transformer
 from lrkfac.curvature import estimate, influence
 from lrkfac.structures import dense, full, kronecker, low_rank, low_rank_plus_diagonal
@@ -185,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     picture = options.output / ("influence.png" if options.model == "digits" else f"influence_{options.model}.png")
     _draw(picture, task, influences[names[-1]], predicted, true)
-    console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
+    save_table(table, picture.with_suffix(".json"))
+    console.print(f"wrote {picture} and {picture.with_suffix('.json')}", highlight=False, soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -202,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--structures", nargs="+", metavar="NAME", help="rows of the table, all by default")
     add("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads")
-    add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for the picture")
+    add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for picture and table")
     return parser
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import lrkfac
 from examples.common import TRAINING_EXAMPLES, digits
 from examples.minimum import Params, minimum, squared_length
-from examples.report import positive
+from examples.report import positive, save_table
 from lrkfac.curvature import Laplace, estimate, laplace
 from lrkfac.structures import dense, full, kronecker, low_rank, low_rank_plus_diagonal
 
@@ -186,12 +186,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     table, posteriors = classifier(options.seed, options.prior_precision, options.hidden, options.structures, console)
     console.print(table)
+    options.output.mkdir(parents=True, exist_ok=True)
+    save_table(table, options.output / "laplace.json")
     table, shown = regression(options.seed)
     console.print(table)
-    options.output.mkdir(parents=True, exist_ok=True)
     picture = options.output / "laplace.png"
     _draw(picture, posteriors, shown)
-    console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {picture} and {picture.with_suffix('.json')}", highlight=False, soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -207,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--structures", nargs="+", choices=names, default=names, metavar="NAME", help="rows of the table")
     add("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads")
-    add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for the picture")
+    add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for picture and table")
     return parser
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
@@ -32,6 +34,18 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
     return value
+
+
+def save_table(table: Table, path: Path) -> None:
+    """Writes headings, rows and caption of a table as they are shown, and with which versions, as JSON."""
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    content = {
+        "headings": [str(column.header).replace("\n", " ") for column in table.columns],
+        "rows": [list(row) for row in zip(*columns, strict=True)],
+        "caption": str(table.caption or ""),
+        "versions": {name: version(name) for name in ("lrkfac", "torch")},
+    }
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def progress_bar(console: Console) -> Progress:

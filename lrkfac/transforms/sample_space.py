@@ -18,7 +18,7 @@ from lrkfac.core.base.profiling import profiled
 from lrkfac.core.base.tree_checks import check_like
 from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
-from lrkfac.core.curvature.sample_space import OutputJacobian
+from lrkfac.core.curvature.sample_space import OutputJacobian, residuals
 from lrkfac.core.evaluation.evaluation import Evaluation
 from lrkfac.core.layers.description import Layers, check_layers
 from lrkfac.core.layers.statistics import Statistics
@@ -181,7 +181,7 @@ class _SampleSpace:
         self._check_state(state, covered, leaves)
         statistics = self._checked(evaluation)
         dtype = self.dtype or widest(torch.float32, *[leaves[i].dtype for i in covered])
-        check_memory(statistics.residuals[0].numel(), dtype, statistics.scale.device)
+        check_memory(residuals(statistics).numel(), dtype, statistics.scale.device)
         gradients = check_like(self.layers.tree, evaluation.grads, "evaluation.grads")
         own = [(materialize(leaves[i]), materialize(gradients[i])) for i in covered]
         damping = self.damping if factor_damping is None else factor_damping
@@ -232,8 +232,8 @@ class _SampleSpace:
         jacobian = OutputJacobian.of(self.layers, statistics, dtype)
         by_index = dict(zip(covered, kept, strict=True))
         changes = jacobian.along([by_index.get(p.index) for p in self.layers.parameters])
-        residuals = share * statistics.residuals[0].to(dtype).reshape(-1) - changes
-        solved = solve_damped(jacobian.kernel(), damping / statistics.scale.to(dtype), residuals)
+        wanted = share * residuals(statistics).to(dtype) - changes
+        solved = solve_damped(jacobian.kernel(), damping / statistics.scale.to(dtype), wanted)
         back = jacobian.transposed(solved)
         return [by_index[i] + back[i].reshape(by_index[i].shape) for i in covered]
 

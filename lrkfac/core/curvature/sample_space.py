@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from lrkfac.core.base.dtypes import floating
+from lrkfac.core.base.rows import padded
 from lrkfac.core.curvature.examples import example_gradients, has_rows_of_numbers, rows_by_example, with_all_examples
 from lrkfac.core.layers.description import Layer, Layers
 from lrkfac.core.layers.kinds import KINDS
@@ -91,6 +92,12 @@ class OutputJacobian:
         parts = split_groups(layer, self.inputs[layer.name]), split_groups(layer, tuple(g))
         of_group = partial(weight_gradient, layer, joint=layer.appends)
         return of_group(*parts) if layer.groups == 1 else vmap(of_group)(*parts)
+
+
+def residuals(statistics: Statistics) -> Float[Tensor, "n"]:
+    """Return ``ρ`` of all heads in the order of the rows of ``J``, zeros behind where a head has fewer examples."""
+    examples = max([x.shape[1] for x in statistics.residuals])
+    return torch.cat([padded(x.mT, examples).mT for x in statistics.residuals]).reshape(-1)
 
 
 def layer_kernel(layer: Layer, inputs: Uses, gradients: Uses) -> Float[Tensor, "n n"]:

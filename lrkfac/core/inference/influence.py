@@ -138,6 +138,6 @@ def _statistics(given: Any, name: str, curvature: LayerBlocks) -> Statistics:
             if count != 1:
                 raise ValueError(
                     f"{name}: expected one gradient for each example, got {count}; make them by "
-                    'evaluator(..., estimator="empirical")'
+                    'evaluator(..., estimator="empirical") of a likelihood all of whose heads have the same examples'
                 )
     return statistics

@@ -23,9 +23,10 @@ class Statistics(NamedTuple):
         output_gradients: ``output_gradients[name][use]`` are the gradients ``g`` at its outputs, ``[k, N, ...]``; no
             use at all (``"forward_only"``) stands for ``B = I``.
         scale: Factor of the sum, ``[]``.
-        residuals: With ``"exact"``, one tensor ``ρ`` ``[k, N]``: with the gradient ``G`` of a term in all weights that
-            ``a`` and ``g`` of one column give, the gradient of the loss is ``scale * sum of ρ G``. Empty for other
-            estimators, with random signs, for some of the examples, and for likelihoods without ``residual``.
+        residuals: With ``"exact"``, a tensor ``ρ`` ``[k, N]`` for each head, of its columns: with the gradient ``G`` of
+            a term in all weights that ``a`` and ``g`` of one column give, the gradient of the loss is ``scale * sum of
+            ρ G``. Empty for other estimators, with random signs, for some of the examples, and for likelihoods without
+            ``residual``.
 
     Examples:
         >>> import torch, lrkfac

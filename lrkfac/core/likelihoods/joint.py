@@ -16,7 +16,6 @@ from lrkfac.core.base.arguments import check_number
 from lrkfac.core.base.containers import described, main_entry, named_entries, opened
 from lrkfac.core.base.dtypes import wide
 from lrkfac.core.base.leaves import tree_leaves, tree_structure, tree_unflatten
-from lrkfac.core.base.rows import padded
 from lrkfac.core.base.tree_checks import difference
 from lrkfac.core.base.types import Tree
 from lrkfac.core.likelihoods.protocol import Likelihood
@@ -153,17 +152,15 @@ class Joint:
         return torch.full_like(inverse[0], 1 / examples), [(examples * x).sqrt() for x in inverse]
 
     def residuals(self, outputs: Leaves, targets: Leaves, factors: Sequence[Tensor | float]) -> tuple[Tensor, ...]:
-        """Return ``ρ`` ``[columns, N]``, with which the columns times ``factors`` add up to the loss' derivative.
+        """Return ``ρ`` ``[columns, N]`` of each head: columns times ``factors`` add up with it to the loss' derivative.
 
         That is ``Σ wₙ`` times the derivative in the outputs of a single head, that times the number of examples for
-        several. Empty where a likelihood has no ``residual``. Behind those of heads of fewer examples stand zeros.
+        several. Empty where a likelihood has no ``residual``.
         """
         if any(head.residual is None for head in self.heads):
             return ()
         each = zip(self.heads, outputs, targets, factors, strict=True)
-        rows = [(factor * head.weighted_residual(f, y)).reshape(len(f), -1) for head, f, y, factor in each]
-        rows = [padded(row, longest_head(outputs).shape[0]) for row in rows]
-        return (torch.cat(rows, dim=1).mT,)
+        return tuple([(factor * head.weighted_residual(f, y)).reshape(len(f), -1).mT for head, f, y, factor in each])
 
     def columns(self, outputs: Leaves) -> int:
         """Return the number of columns of the square root of every example's Hessian.

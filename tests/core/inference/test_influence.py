@@ -79,3 +79,19 @@ def test_bad_input(message):
         given["queries"] = others[given["queries"]]
     with pytest.raises((ValueError, TypeError), match=message):
         influence(**given)
+
+
+def test_heads_with_examples_of_their_own_are_refused():
+    """Which example an influence is of would be open."""
+    params, inputs = {"w": torch.ones(1, 2)}, {"a": torch.ones(3, 2), "b": torch.ones(2, 2)}
+
+    def model(p, x):
+        return {name: x[name] @ p["w"].mT for name in ("a", "b")}
+
+    likelihood, targets = lrkfac.joint({"a": lrkfac.gaussian(), "b": lrkfac.gaussian()}), model(params, inputs)
+    layers = lrkfac.find_layers(model, params, inputs)
+    exact, at_targets = (lrkfac.evaluator(model, likelihood, layers, e) for e in ("exact", "empirical"))
+    fisher = estimate(exact, params, [(inputs, targets)], layers, STRUCTURES["dense"])
+    queries = at_targets(params, inputs, targets)
+    with pytest.raises(ValueError, match=r"queries: expected one gradient .* whose heads have the same examples"):
+        influence(fisher, queries, [queries], 0.1)

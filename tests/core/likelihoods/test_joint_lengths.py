@@ -148,3 +148,22 @@ def test_heads_that_share_examples_have_as_many_outputs():
         evaluator(folded, LIKELIHOOD, layers)(PARAMS, x, y)
     with pytest.raises(ValueError, match="examples: expected"):
         evaluator(model, LIKELIHOOD, LAYERS)(PARAMS, X, Y, examples=torch.tensor([0, 1]))
+
+
+UNITED = {
+    "dense": ("exact", lambda: precondition_by_fisher(LAYERS, structure=kronecker(dense(), dense()))),
+    "full": ("exact", lambda: precondition_by_fisher(LAYERS, structure=full())),
+    "empirical": ("empirical", lambda: precondition_by_fisher(LAYERS, structure=layer_wise())),
+    "sample space": ("exact", lambda: precondition_in_sample_space(LAYERS, 0.01)),
+}
+
+
+@pytest.mark.parametrize("estimator, make", UNITED.values(), ids=UNITED)
+def test_micro_batches_of_the_same_proportions_are_one_batch(estimator, make):
+    parts = [(X, Y), batch(14, 10)]
+    whole = [{name: torch.cat([part[i][name] for part in parts]) for name in HEADS} for i in (0, 1)]
+    evaluate = evaluator(model, LIKELIHOOD, LAYERS, estimator)
+    merged = lrkfac.merge_evaluations([evaluate(PARAMS, *part) for part in parts])
+    expected = evaluate(PARAMS, *whole)
+    torch.testing.assert_close(merged.loss, expected.loss)
+    torch.testing.assert_close(stepped(make(), merged), stepped(make(), expected), rtol=1e-9, atol=1e-11)
