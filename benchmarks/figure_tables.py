@@ -193,9 +193,9 @@ def framework_ratio(size: str, framework: str, step: str) -> str:
     return cell(row_of(measured["rows"], framework=framework, step=step)["ratio" + CLOCK], ".1f")
 
 
-def systems() -> str:
+def systems(part: str = "systems") -> str:
     """Products of conjugate gradients to each residual, by preconditioner."""
-    rows = recorded("spectra_cpu")["systems"]
+    rows = recorded("spectra_cpu")[part]
     headings = ["preconditioner", *[f"1e-{k}" for k in range(1, 7)]]
     return markdown(headings, [[row["preconditioner"], *(cell(n, "d") for n in row["reached"])] for row in rows])
 

@@ -16,7 +16,7 @@ from lrkfac.core.base.tree_checks import check_like
 from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.description import Layer, Layers
-from lrkfac.core.layers.matrix import LayerMatrix, collect, layer_leaves, layer_matrix
+from lrkfac.core.layers.matrix import LayerMatrix, collect, flat, layer_leaves, layer_matrix
 
 Blocks = Mapping[str, Any]
 """An operator, or a root of one, for each layer by name; under ``""`` where one holds all layers."""
@@ -102,10 +102,7 @@ def over_stack(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
 def joined_matrices(members: Sequence[Layer], leaves: Sequence[Any]) -> Tensor:
     """Return the matrix of a layer, or those of several in one row."""
     matrices = [layer_matrix(layer, leaves).joined() for layer in members]
-    if len(matrices) == 1:
-        return matrices[0]
-    dtype = widest(*[matrix.dtype for matrix in matrices])
-    return torch.cat([wide(matrix).to(dtype).reshape(-1) for matrix in matrices])
+    return matrices[0] if len(matrices) == 1 else flat([wide(matrix) for matrix in matrices])
 
 
 def separate_matrices(members: Sequence[Layer], rows: Tensor) -> Iterator[Tensor]:

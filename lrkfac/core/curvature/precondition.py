@@ -15,7 +15,7 @@ from lrkfac.core.base.lazy import LazyMatrix
 from lrkfac.core.curvature.assignment import Block
 from lrkfac.core.curvature.blocks import BlockState, packed
 from lrkfac.core.curvature.joining import APART
-from lrkfac.core.layers.matrix import LayerMatrix, collect, layer_leaves, layer_matrix
+from lrkfac.core.layers.matrix import LayerMatrix, collect, flat, layer_leaves, layer_matrix
 from lrkfac.core.linalg.damping import EXACT
 from lrkfac.core.linalg.products import STACKABLE
 
@@ -77,7 +77,7 @@ def apply(block: Block, inverses: list[Any], gradients: list[LayerMatrix]) -> li
     """
     structure = block.structure
     if structure.joins_layers:
-        inverse, row = _widened(inverses[0], _flat(gradients))
+        inverse, row = _widened(inverses[0], LayerMatrix(flat([x.joined() for x in gradients])[None]))
         return _unflat(structure.apply(inverse, row).weight, gradients)
     joining = structure.joining
     inverse, gradient = _widened(joining.inverses(inverses), joining.gradient(gradients))
@@ -121,13 +121,6 @@ def _by_group(block: Block, inverse: Any, gradient: LayerMatrix) -> LayerMatrix:
 
     natural = vmap(one)(inverse, *[x for x in gradient if x is not None])
     return LayerMatrix(*[x.contiguous() for x in natural])
-
-
-def _flat(gradients: list[LayerMatrix]) -> LayerMatrix:
-    """Return the gradients of all layers in one row."""
-    matrices = [gradient.joined() for gradient in gradients]
-    dtype = widest(*[matrix.dtype for matrix in matrices])
-    return LayerMatrix(torch.cat([matrix.reshape(-1).to(dtype) for matrix in matrices])[None])
 
 
 def _unflat(row: Tensor, like: list[LayerMatrix]) -> list[LayerMatrix]:

@@ -86,6 +86,12 @@ def layer_matrix(layer: Layer, leaves: Sequence[Any]) -> LayerMatrix:
     return LayerMatrix(weight, apply_view(layer.bias.view, leaves[layer.bias.index]).reshape(shape))
 
 
+def flat(matrices: Sequence[Tensor]) -> Tensor:
+    """Return the entries of all matrices one after another, in the widest of their dtypes."""
+    dtype = widest(*[matrix.dtype for matrix in matrices])
+    return torch.cat([matrix.to(dtype).reshape(-1) for matrix in matrices])
+
+
 def layer_leaves(layer: Layer, matrix: LayerMatrix) -> dict[int, Any]:
     """Return the leaves that a layer's matrix makes up, by the parameter's index: the inverse of ``layer_matrix``."""
     weight, bias = matrix
