@@ -164,9 +164,10 @@ class _Categorical:
             return  # after few operations: under torch.func each is dear
         outside = self._counts(targets) & ((targets.long() < 0) | (targets.long() >= classes))
         if outside.any():
+            value = targets[outside][0].item()
             raise ValueError(
-                f"categorical: expected targets that are class numbers from 0 to {classes - 1}, got "
-                f"{targets[outside][0].item()}; ignore_index names the one that counts for nothing"
+                f"categorical: expected targets that are class numbers from 0 to {classes - 1}, got {value}; where "
+                f"that marks padding, leave it out by categorical(ignore_index={value})"
             )
 
     def _log_probabilities(self, outputs: Tensor) -> Tensor:
