@@ -11,6 +11,7 @@ import lrkfac
 from lrkfac.curvature import from_state
 from lrkfac.structures import dense, diagonal, full, kronecker, layer_wise, low_rank, low_rank_plus_diagonal, unit_wise
 from tests import cases, reference_networks
+from tests.compiling import traced
 from tests.core.curvature.test_custom_structure import Halves, TwoBlocks
 from tests.tensors import close
 from tests.transforms.test_precondition import layers_and_evaluate
@@ -116,6 +117,31 @@ def test_it_is_a_tree_of_tensors_that_vmap_takes_and_returns():
     one = from_state(state, layers)
     close(optree.tree_map(lambda x: x[1], found), optree.tree_map(lambda x: 2 * x, one.product(MLP.params)))
     assert optree.tree_map(torch.clone, one).layers is layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mapped", [False, True], ids=["one", "vmap"])
+@pytest.mark.parametrize("name", ["low rank", "corrected", "full"])
+def test_its_uses_compile_as_one_graph(name, mapped):
+    """From the state to a product, an inverse, a draw and a determinant; also of an ensemble of states."""
+    torch.compiler.reset()
+    layers, (*_, e) = evaluations(MLP)
+    _, state = last_step(lrkfac.precondition_by_fisher(layers, STRUCTURES[name], damping=0.1), MLP)
+
+    def uses(state, tree):
+        operator = from_state(state, layers)
+        damped = operator.damped(0.1, exact=name != "full")
+        product, inverse = operator.matvec(tree), operator.inverse(0.2).product(tree)
+        return product, inverse, damped.sample(tree), damped.solve(tree), damped.logdet(), operator.trace()
+
+    expected = uses(state, e.grads)
+    if not mapped:
+        close(traced(uses)(state, e.grads), expected, rtol=1e-9, atol=1e-12)
+        return
+    states, trees = optree.tree_map(lambda x: torch.stack([x, x]), (state, e.grads))
+    found = traced(vmap(uses))(states, trees)
+    for i in range(2):
+        close(optree.tree_map(lambda x, i=i: x[i], found), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_blocks_of_some_layers():
