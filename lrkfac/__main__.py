@@ -1,4 +1,4 @@
-"""``python -m lrkfac``: show versions and devices, and check the inverses on them, in about two seconds."""
+"""``python -m lrkfac``: check this installation in about two seconds, and say what to do next."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ from lrkfac.version import __version__
 
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-11}
 """Bound of the largest entry of ``M M⁻¹ - I``; the condition numbers are about 1e2."""
+
+
+NEXT = {
+    "read": "README.md, docs/tutorial.md and docs/modules.md of the repository, or help(lrkfac.LowRankKFAC)",
+    "train": "optimizer = lrkfac.LowRankKFAC(net, lrkfac.categorical(), x, lr=0.1); optimizer.step(x, labels)",
+    "example": "python -m pip install -c constraints.txt -e '.[examples]' && python -m examples.digits_autoencoder",
+}
+"""What comes after the installation."""
 
 
 def devices() -> list[torch.device]:
@@ -54,7 +62,7 @@ def errors(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def main() -> int:
-    """Print versions, devices and errors, and return 1 if an inverse is wrong, else 0."""
+    """Print versions, devices and errors; return 1 if an inverse is wrong, else say what is next and return 0."""
     start = time.perf_counter()
     print(f"lrkfac {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}")
     wrong = 0
@@ -70,7 +78,12 @@ def main() -> int:
                 print(f"  {kind:<18}{str(dtype)[6:]:<9}|M M^-1 - I| = {error:.1e}  {'right' if right else 'WRONG'}")
     summary = f"{wrong} inverses are wrong" if wrong else "all inverses are right"
     print(f"{summary}, {time.perf_counter() - start:.1f} s")
-    return int(wrong > 0)
+    if wrong:
+        print("report these lines as an issue, and do not train on this device until it is closed")
+        return 1
+    for name, words in NEXT.items():
+        print(f"{name:<8}{words}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,36 @@ def test_self_check():
     out = subprocess.check_output([sys.executable, "-m", "lrkfac"], cwd=folder, text=True)
     assert out.startswith(f"lrkfac {lrkfac.__version__}, torch {torch.__version__}")
     assert "cpu: " in out and out.count("right\n") == 8 * len(check.devices())
-    assert re.search(r"all inverses are right, \d+\.\d s\n$", out)
+    assert re.search(r"all inverses are right, \d+\.\d s\n", out)
+    assert out.splitlines()[-3:] == [f"{name:<8}{words}" for name, words in check.NEXT.items()]
+
+
+def test_what_comes_after_the_installation_is_there():
+    """Pages, a loop that trains, and an example with the extra that it needs."""
+    folder = Path(__file__).parents[1]
+    pages = re.findall(r"[\w/]+\.md", check.NEXT["read"])
+    assert len(pages) == 3 and all((folder / page).exists() for page in pages)
+    (name,) = re.findall(r"help\(lrkfac\.(\w+)\)", check.NEXT["read"])
+    assert "step(inputs, targets)" in getattr(lrkfac, name).__doc__
+
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    names = {"lrkfac": lrkfac, "net": net, "x": torch.randn(12, 4), "labels": torch.arange(12) % 3}
+    before = torch.nn.functional.cross_entropy(net(names["x"]), names["labels"])
+    exec(check.NEXT["train"], names)
+    assert torch.nn.functional.cross_entropy(net(names["x"]), names["labels"]) < before
+
+    install, run = check.NEXT["example"].split(" && ")
+    (extra,) = re.findall(r"\.\[(\w+)\]", install)
+    assert extra in tomllib.loads((folder / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert (folder / "examples" / f"{run.rpartition('.')[2]}.py").exists()
 
 
 def test_a_wrong_inverse_is_told(monkeypatch, capsys):
     monkeypatch.setattr(check, "sherman_morrison", lambda operator: operator)
     assert check.main() == 1
-    assert "2 inverses are wrong" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 inverses are wrong" in out and out.splitlines()[-1].startswith("report these lines")
+    assert not any(words in out for words in check.NEXT.values())
 
 
 def test_typed_code_runs():
