@@ -91,6 +91,14 @@ def test_code_is_on_the_pages_that_show_how_and_marked_as_python_or_not_at_all()
         assert set(re.findall(r"^```(\S+)$", page.read_text(), re.MULTILINE)) <= {"python"}, title(page)
 
 
+def test_the_index_of_recipes_leads_to_each_of_them():
+    index = (ROOT / "docs" / "recipes.md").read_text()
+    for page in (ROOT / "docs" / "recipes").glob("*.md"):
+        for heading in re.findall(r"^## (.+)$", page.read_text(), re.MULTILINE):
+            anchor = re.sub(r"\s+", "-", re.sub(r"[^a-z0-9\s-]", "", heading.lower()))
+            assert f"(recipes/{page.name}#{anchor})" in index, heading
+
+
 def test_the_loop_with_adam_and_the_loop_that_replaces_it_train():
     """The README's block of changes, as it was and as it becomes."""
     (block,) = re.findall(r"^```\n(- .*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
