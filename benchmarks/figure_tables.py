@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from benchmarks.common import RESULTS
-from benchmarks.figure_runs import NOTHING, markdown, number
+from benchmarks.figure_runs import NOTHING, loss, markdown, number
 from benchmarks.settings import CHANGES, STEPS
 
 CLOCK = ", processors"
@@ -43,6 +43,22 @@ def widths() -> str:
     ratios = [row_of(refreshes, width=size).get("ratios", {}).get("dense, Cholesky") for size in sizes]
     rows.append(["refresh of a layer, dense / rank 32", *(cell(ratio and 1 / ratio, ".0f") for ratio in ratios)])
     return markdown(["width of the three layers, batch 128", *map(str, sizes)], rows)
+
+
+def costs() -> str:
+    """What a step costs and brings, of four methods: time by width, state, and loss of the digits autoencoder."""
+    titles = {"SGD, momentum": ("SGD, momentum", "sgd"), "Adam": ("Adam", "adam"),
+              "rank 32": ("low-rank K-FAC", "low_rank_kfac"), "dense K-FAC": ("dense K-FAC", "kfac")}  # fmt: skip
+    rows = []
+    for one in recorded("step_eager_cpu")["measured"][::2]:
+        of_each = [row_of(one["rows"], step=step) for step in titles]
+        ratios = [row.get("mean ratio") or row.get("ratio") for row in of_each]
+        rows.append([f"mean step at width {one['width']} / SGD step", *[cell(ratio) for ratio in ratios]])
+    states = [row_of(recorded("memory_steps_cpu")["steps"], method=name, width=2048) for name, _ in titles.values()]
+    rows.append(["numbers kept for each parameter, width 2048", *[cell(x["state"] / x["parameters"]) for x in states]])
+    losses = [loss("digits_autoencoder", method) for _, method in titles.values()]
+    rows.append(["loss of the autoencoder below after 1000 steps, tuned", *losses])
+    return markdown(["", "SGD, momentum", "Adam", "low-rank K-FAC", "dense K-FAC"], rows)
 
 
 def steps(*names: str) -> str:
@@ -225,7 +241,7 @@ def example_caption(name: str) -> str:
 
 
 FIGURES: dict[str, Callable[..., str]] = {
-    "widths": widths, "steps": steps, "refreshes": refreshes, "depth": depth, "compiling": compiling,
+    "widths": widths, "costs": costs, "steps": steps, "refreshes": refreshes, "depth": depth, "compiling": compiling,
     "memory": memory, "structures": structures, "changes": changes, "frameworks": frameworks, "sent": sent,
     "modelled": modelled, "faults": faults, "mean_ratio": mean_ratio, "framework_ratio": framework_ratio,
     "systems": systems, "spectrum": spectrum, "example_table": example_table, "example_range": example_range,

@@ -48,8 +48,8 @@ def low_rank_kfac(
         decay: Decay of the factors' running averages, in [0, 1).
         momentum: Decay of the sum of updates, in [0, 1), see ``trace``.
         weight_decay: Share of the parameters that is added to the updates, see ``add_decayed_weights``.
-        kl_clip: Bound on the squared length of a step in the Fisher metric, see ``clip_by_kl``. While it binds, it
-            sets the length of a step and the learning rate cancels.
+        kl_clip: Bound on the squared length of a step in the Fisher metric, before momentum, see ``clip_by_kl``. While
+            it binds, it sets the length of a step and the learning rate cancels.
         dtype: Of the factors, see ``precondition_by_fisher``.
         differentiable: Whether derivatives through an update go through the statistics, see ``precondition_by_fisher``.
         owners: Processes among which layers are divided, see ``precondition_by_fisher``.
@@ -104,7 +104,7 @@ def kfac(
         decay: Decay of the factors' running averages, in [0, 1).
         momentum: Decay of the sum of updates, in [0, 1), or a tree of numbers; see ``trace``.
         weight_decay: A number ≥ 0, or a tree of numbers; see ``add_decayed_weights``.
-        kl_clip: Bound on the squared length of a step in the Fisher metric, see ``clip_by_kl``.
+        kl_clip: Bound on the squared length of a step in the Fisher metric, before momentum, see ``clip_by_kl``.
         dtype: Of the factors, see ``precondition_by_fisher``.
         differentiable: Whether derivatives through an update go through the statistics, see ``precondition_by_fisher``.
         owners: Processes among which layers are divided, see ``precondition_by_fisher``.

@@ -79,6 +79,9 @@ def clip_by_kl(kl_clip: float, learning_rate: PerParameter) -> GradientTransform
     Stands right after ``precondition_by_fisher``. Parameters that no layer covers count with ``u = ∇L``. While the
     clip binds, the length of a step depends on ``kl_clip`` alone and the learning rate cancels.
 
+    The bound is that of ``u`` alone, measured by the averages that ``F⁻¹`` is made of. Momentum behind it makes steps
+    longer, by up to ``1 / (1 - momentum)``, and averages that have become stale underestimate the change.
+
     Args:
         kl_clip: Bound on the squared length, in nats.
         learning_rate: Factor by which the chain multiplies later on: a number, a tensor ``[]`` or a schedule; or a
