@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_model, check_values
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.jet_functions import Jets
-from lrkfac.core.layers.jets import Jet, Pairs, Plan
+from lrkfac.core.layers.jets import Jet, Pairs, Plan, Traced, is_jet, lifted, lowered
 
 Network = Callable[[Tree, Tensor], Tensor]
 """From parameters and points ``[N, d]`` to ``[N, ...]``."""
@@ -69,6 +68,9 @@ def laplacian(network: Network) -> Network:
     The network stays as it is: linear layers, elementwise functions, arithmetic, rearrangements, normalisations by
     example, products. ``derivatives`` has the value and single derivatives, too.
 
+    Inside ``torch.compile`` write ``x.t()`` for ``x.T``: the compiler shows attributes to no function mode, and what
+    depends on the points through one alone becomes NaN.
+
     Source: Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603, section 3; Li et al. 2024, arXiv 2307.08214.
 
     Examples:
@@ -98,7 +100,7 @@ def laplacian(network: Network) -> Network:
         TypeError: If ``network`` is no function; in the function returned, if the points are no floating-point tensor,
             or the network returns something else than a tensor that depends on them.
         ValueError: In that function, if the network applies to what depends on the points a function of which no
-            derivatives are known here, which the message names, or inside ``torch.compile``.
+            derivatives are known here, which the message names.
     """
     return _Laplacian(check_model(network, "network"))
 
@@ -143,18 +145,19 @@ def derivatives(
 
 def _rows(network: Network, params: Tree, points: Tensor, plan: Plan) -> Tensor:
     """Return a network's value and derivatives, ``[K, N, ...]``."""
-    if torch.compiler.is_compiling():
-        raise ValueError("network: its derivatives by jets are not compiled; evaluate outside of torch.compile")
-    with Jets():
-        result: Any = network(params, Jet.at(points, plan))
-    if not isinstance(result, Jet):
+    traced: Traced = []
+    argument = lowered(traced, Jet.at(points, plan))
+    with Jets(traced):
+        result: Any = network(params, argument)
+    result = lifted(traced, result)
+    if not is_jet(result):
         raise TypeError(f"network: expected a tensor that depends on the points, got {type(result).__name__}")
     return result.rows
 
 
 def _coordinates(points: Any) -> int:
     """Return the number of coordinates of points."""
-    if isinstance(points, Jet):
+    if is_jet(points):
         raise TypeError("points: expected a tensor, got derivatives: those of derivatives are not taken this way")
     if not isinstance(points, Tensor) or not points.is_floating_point():
         got = points.dtype if isinstance(points, Tensor) else type(points).__name__

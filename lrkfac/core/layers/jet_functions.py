@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from lrkfac.core.base.private_torch import is_inside_function
 from lrkfac.core.layers import jet_rules as rules
-from lrkfac.core.layers.jets import holds_jet
+from lrkfac.core.layers.jets import Traced, holds_jet, lifted, lowered
 
 WITHOUT_DERIVATIVES = (
     "size", "dim", "ndimension", "numel", "nelement", "__len__", "is_floating_point", "is_complex", "element_size",
@@ -93,30 +93,48 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.rms_norm: rules.rms_normalized,
 }
 
+RULES_BY_NAME = {func.__name__: rule for func, rule in RULES.items() if hasattr(func, "__name__")}
+"""The rules as the compiler finds them, to which a function that is written in Python is another than the same one
+among the keys."""
+
 
 class Jets(TorchFunctionMode):
     """Applies functions to jets before any other mode sees their calls; such a mode sees those on the rows.
 
     Without it, a mode around the network would be handed the jets, and not be active for the rows.
+
+    Args:
+        traced: The jets inside the compiler, where it grows: a list from outside, since the compiler follows no change
+            of the mode's own attributes.
     """
+
+    def __init__(self, traced: Traced) -> None:
+        super().__init__()
+        self.traced = traced
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            args = tuple([lifted(self.traced, x) for x in args])
+            kwargs = {name: lifted(self.traced, x) for name, x in kwargs.items()}
         if not holds_jet((*args, *kwargs.values())):
             return func(*args, **kwargs)
         # There, no gradient by parameters would be recorded.
-        if not torch.compiler.is_compiling() and is_inside_function():
+        if not compiling and is_inside_function():
             raise ValueError(
                 "network: it applies a custom torch.autograd.Function to what depends on the points, of which no "
                 "derivatives are known here; write it by torch's functions"
             )
-        rule = RULES.get(func)
+        rule = RULES_BY_NAME.get(func.__name__) if compiling else RULES.get(func)
         if rule is None:
+            name = func.__name__ if compiling else resolve_name(func) or func
             raise ValueError(
-                f"network: it applies {resolve_name(func) or func} to what depends on the points, of which no "
+                f"network: it applies {name} to what depends on the points, of which no "
                 "derivatives are known here; write it by elementwise functions, products and rearrangements, or take "
                 "the derivatives by torch.func, which leaves parameters uncovered"
             )
-        return rule(func, *args, **kwargs)
+        result = rule(func, *args, **kwargs)
+        return lowered(self.traced, result) if compiling else result

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from lrkfac.core.layers.jet_calls import added_to_values, linear_of_jets
-from lrkfac.core.layers.jets import Jet, Plan, holds_jet, jets_of, replaced, rows_at
+from lrkfac.core.layers.jets import Jet, Plan, holds_jet, is_jet, jets_of, replaced, rows_at
 
 Function = Callable[..., Any]
 
@@ -44,7 +44,7 @@ def of_rows(func: Function, *args: Any, **kwargs: Any) -> Any:
 def joined(func: Function, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Jet:
     """Return jets and constants side by side."""
     (first, *_) = jets_of(tensors, {})
-    lifted = [x if isinstance(x, Jet) else Jet.constant(x, first.plan) for x in tensors]
+    lifted = [x if is_jet(x) else Jet.constant(x, first.plan) for x in tensors]
     jet: Jet = of_rows(func, lifted, *args, **kwargs)
     return jet
 
@@ -53,15 +53,13 @@ def chosen(func: Function, *args: Any) -> Any:
     """Return entries of jets or constants where a condition says so, as ``torch.where`` or ``Tensor.where``."""
     (first, *_) = jets_of(args, {})
     like = first.rows[0]
-    args = tuple(
-        [x.rows[0] if isinstance(x, Jet) and func is torch.where and i == 0 else x for i, x in enumerate(args)]
-    )
+    args = tuple([x.rows[0] if is_jet(x) and func is torch.where and i == 0 else x for i, x in enumerate(args)])
     tensors = [like.new_full((), x) if isinstance(x, int | float) else x for x in args]
     return of_rows(func, *[Jet.constant(x, first.plan) if _is_constant(x) else x for x in tensors])
 
 
 def _is_constant(x: Any) -> bool:
-    return isinstance(x, Tensor) and not isinstance(x, Jet) and x.is_floating_point()
+    return isinstance(x, Tensor) and not is_jet(x) and x.is_floating_point()
 
 
 def elementwise(func: Function, *args: Any, **kwargs: Any) -> Jet:
@@ -172,10 +170,10 @@ def _pair(x: Jet, other: Jet) -> tuple[Tensor, Tensor]:
 def added(func: Function, input: Any, other: Any, *, alpha: float = 1) -> Jet:
     """Return ``input + alpha * other``."""
     other = other if alpha == 1 else _times(other, alpha)
-    if isinstance(input, Jet) and isinstance(other, Jet):
+    if is_jet(input) and is_jet(other):
         left, right = _pair(input, other)
         return Jet.of(left + right, input.plan)
-    jet, constant = (input, other) if isinstance(input, Jet) else (other, input)
+    jet, constant = (input, other) if is_jet(input) else (other, input)
     if not isinstance(constant, Tensor):
         constant = jet.rows.new_full((), constant)
     return Jet.of(added_to_values(_aligned(jet.rows, constant.ndim), constant), jet.plan)
@@ -192,20 +190,20 @@ def subtracted_from(func: Function, other: Any, input: Any) -> Jet:
 
 
 def _times(x: Any, factor: float) -> Any:
-    return Jet.of(x.rows * factor, x.plan) if isinstance(x, Jet) else x * factor
+    return Jet.of(x.rows * factor, x.plan) if is_jet(x) else x * factor
 
 
 def multiplied(func: Function, input: Any, other: Any) -> Jet:
     """Return ``input * other``."""
-    if isinstance(input, Jet) and isinstance(other, Jet):
+    if is_jet(input) and is_jet(other):
         return bilinear(torch.mul, *[Jet.of(rows, input.plan) for rows in _pair(input, other)])
-    jet, factor = (input, other) if isinstance(input, Jet) else (other, input)
+    jet, factor = (input, other) if is_jet(input) else (other, input)
     return Jet.of(torch.mul(_aligned(jet.rows, getattr(factor, "ndim", 0)), factor), jet.plan)
 
 
 def divided(func: Function, input: Any, other: Any) -> Jet:
     """Return ``input / other``."""
-    if isinstance(other, Jet):
+    if is_jet(other):
         return multiplied(torch.mul, input, elementwise(torch.reciprocal, other))
     return Jet.of(torch.div(_aligned(input.rows, getattr(other, "ndim", 0)), other), input.plan)
 
@@ -243,9 +241,9 @@ def linear(func: Function, input: Any, weight: Tensor, bias: Tensor | None = Non
 
 def matrix_product(func: Function, input: Any, other: Any) -> Any:
     """Return ``input @ other``."""
-    if isinstance(input, Jet) and isinstance(other, Jet):
+    if is_jet(input) and is_jet(other):
         return bilinear(torch.matmul, input, other)
-    if isinstance(input, Jet):
+    if is_jet(input):
         if other.ndim <= 2:
             return Jet.of(torch.matmul(input.rows, other), input.plan)
     elif input.ndim == 2:

@@ -59,6 +59,8 @@ class Jet(Tensor):
     @staticmethod
     def of(rows: Tensor, plan: Plan) -> Jet:
         """Return the jet with these rows."""
+        if torch.compiler.is_compiling():
+            return TracedJet(rows, plan)  # type: ignore[return-value]
         jet: Jet = tensor_without_values(Jet, rows.shape[1:], rows.dtype, rows.device)
         jet.rows, jet.plan = rows, plan
         return jet
@@ -102,6 +104,59 @@ class Jet(Tensor):
         )
 
 
+class TracedJet:
+    """A jet inside the compiler, which follows no tensor of a class of its own.
+
+    The network sees a tensor of NaN in its place (``stand_in``), which the mode knows by identity. A function that the
+    mode does not see so returns NaN.
+
+    Attributes:
+        rows: As of a ``Jet``.
+        plan: Likewise.
+    """
+
+    def __init__(self, rows: Tensor, plan: Plan) -> None:
+        self.rows, self.plan = rows, plan
+
+    def stand_in(self) -> Tensor:
+        """Return the tensor that the network sees."""
+        return self.rows.new_full(self.rows.shape[1:], torch.nan)
+
+
+def is_jet(x: Any) -> bool:
+    """Return whether something is a jet, of either kind."""
+    return isinstance(x, Jet | TracedJet)
+
+
+Traced = list[tuple[Tensor, TracedJet]]
+"""The jets inside the compiler, by the tensors in their places."""
+
+
+def lifted(traced: Traced, x: Any) -> Any:
+    """Return an argument with jets in the place of the tensors that stand for them."""
+
+    def lift(one: Any) -> Any:
+        for tensor, jet in traced:  # identities, which are no numbers to the compiler
+            if tensor is one:
+                return jet
+        return one
+
+    return _each(x, lift)
+
+
+def lowered(traced: Traced, x: Any) -> Any:
+    """Return a result with tensors in the place of its jets, which ``traced`` takes up."""
+
+    def lower(one: Any) -> Any:
+        if not isinstance(one, TracedJet):
+            return one
+        tensor = one.stand_in()
+        traced.append((tensor, one))
+        return tensor
+
+    return _each(x, lower)
+
+
 def rows_at(first: Tensor, numbers: Sequence[int]) -> Tensor:
     """Return first derivatives by number, ``[numbers, ...]``; static ones, where an index would be a tensor."""
     if tuple(numbers) == tuple(range(first.shape[0])):
@@ -112,7 +167,7 @@ def rows_at(first: Tensor, numbers: Sequence[int]) -> Tensor:
 
 def holds_jet(x: Any) -> bool:
     """Return whether there is a jet among arguments."""
-    return any(holds_jet(one) for one in x) if isinstance(x, tuple | list) else isinstance(x, Jet)
+    return any(holds_jet(one) for one in x) if isinstance(x, tuple | list) else is_jet(x)
 
 
 def jets_of(args: Any, kwargs: dict[str, Any]) -> list[Jet]:
@@ -120,7 +175,7 @@ def jets_of(args: Any, kwargs: dict[str, Any]) -> list[Jet]:
     jets: list[Jet] = []
 
     def see(x: Any) -> Any:
-        if isinstance(x, Jet):
+        if is_jet(x):
             jets.append(x)
         return x
 
@@ -134,7 +189,7 @@ def replaced(args: Any, kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> tu
     left = iter(tensors)
 
     def replace(x: Any) -> Any:
-        return next(left) if isinstance(x, Jet) else x
+        return next(left) if is_jet(x) else x
 
     changed = [_each(x, replace) for x in args]
     return changed, {name: _each(x, replace) for name, x in kwargs.items()}
