@@ -48,6 +48,7 @@ class ModuleEvaluator:
         likelihood: Meaning of the module's outputs.
         inputs: A batch, to find the layers.
         options: Of ``evaluator``, and ``output`` of ``from_module``.
+        finding: Options of ``find_layers``.
         parameters: Trained parameters of the module, by name.
     """
 
@@ -59,6 +60,7 @@ class ModuleEvaluator:
         likelihood: Likelihood | Joint,
         inputs: Tree,
         options: Mapping[str, Any],
+        finding: Mapping[str, Any],
         parameters: Mapping[str, nn.Parameter],
     ) -> None:
         self.module, self.parameters = module, dict(parameters)
@@ -71,8 +73,10 @@ class ModuleEvaluator:
         model = self._model()
         if self.options.get("group") is not None:
             check_replicas(self.whole, self.options["group"], "module")
+        if self.has_buffers and finding["batch_axes"] is not None:
+            finding = {**finding, "batch_axes": (None, finding["batch_axes"])}
         with self._naming_normalisations():
-            self.layers = find_layers(model, self.whole, self._with_buffers(inputs))
+            self.layers = find_layers(model, self.whole, self._with_buffers(inputs), **finding)
         self._function: Callable[..., Evaluation] | None = self._evaluator_of(model)
 
     @property

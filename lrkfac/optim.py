@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lrkfac.core.base.trees import materialize
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.estimators import Estimator
 from lrkfac.core.evaluation.evaluation import Evaluation
+from lrkfac.core.layers.custom import LayerKind
 from lrkfac.core.layers.description import Layers
 from lrkfac.core.layers.module import from_module
 from lrkfac.core.likelihoods.joint import Joint
@@ -44,9 +45,7 @@ class LowRankKFAC(torch.optim.Optimizer):
 
     Each step reads ``lr`` from ``param_groups``, so ``torch.optim.lr_scheduler`` works; also ``momentum`` and
     ``weight_decay`` where the transformation takes them, as a tree where groups differ.
-
-    ``copy.deepcopy``, ``pickle`` and ``torch.save`` work; copy ``(module, optimizer)`` together. A pending ``evaluate``
-    and hooks do not travel.
+    ``copy.deepcopy((module, optimizer))``, ``pickle`` and ``torch.save`` work; pending evaluations and hooks are lost.
 
     Args:
         module: In the mode (``train`` or ``eval``) in which it is trained; see ``from_module``. Of a
@@ -65,6 +64,9 @@ class LowRankKFAC(torch.optim.Optimizer):
         thin: See ``evaluator``; by default on for lrkfac's own chains on one process. It concerns ``step`` alone:
             ``evaluate`` materializes all gradients.
         output: See ``from_module``.
+        kinds: Custom layer kinds, see ``find_layers``.
+        batch_axes: Of ``inputs``, see ``find_layers``.
+        uncovered: See ``find_layers``.
         statistics_every: Number of steps from one evaluation with statistics to the next.
         group: Processes that each evaluate a part of every batch; see ``evaluator``.
         **options: For the transformation, such as ``rank=16, damping=1e-3``.
@@ -105,6 +107,9 @@ class LowRankKFAC(torch.optim.Optimizer):
         samples: int = 1,
         thin: bool | None = None,
         output: str | int | None = None,
+        kinds: Sequence[LayerKind] = (),
+        batch_axes: Tree | None = None,
+        uncovered: Literal["plain", "jacobian"] = "plain",
         statistics_every: int = 10,
         group: Any = None,
         **options: Any,
@@ -117,7 +122,8 @@ class LowRankKFAC(torch.optim.Optimizer):
         evaluation = {"estimator": estimator, "samples": samples, "output": output, "group": group}
         evaluation |= chain_gradients(transformation, thin, group, options)
         self._module, self._pending = module, Pending()
-        self._make_evaluator = partial(ModuleEvaluator, module, likelihood, inputs, evaluation)
+        finding = {"kinds": kinds, "batch_axes": batch_axes, "uncovered": uncovered}
+        self._make_evaluator = partial(ModuleEvaluator, module, likelihood, inputs, evaluation, finding)
         fixed = fixed_options(transformation, options, defaults)
         self._make_chain = ChainFactory(self, partial(transformation, **fixed), known)
         everything = [p for name, p in module.named_parameters() if name in trainable]
@@ -200,7 +206,11 @@ class LowRankKFAC(torch.optim.Optimizer):
                 unscaled ``.grad``; or as ``evaluate`` and the transformation.
         """
         with told_by_scaler(vars(self), evaluates=closure is not None) as overflow:
-            evaluation = self._evaluation_for_step(closure, targets, statistics, selection)
+            if targets is None:
+                evaluation = self._pending.of_closure(closure, bool(selection) or statistics is not None)
+            else:
+                self._pending.check_free()
+                evaluation = self._evaluate(closure, targets, statistics, selection)
             if overflow:
                 self._pending.restart(self._evaluator.parameters)
                 return evaluation.loss
@@ -275,16 +285,6 @@ class LowRankKFAC(torch.optim.Optimizer):
         if not hasattr(self, "_pending"):
             self._pending = Pending()
             self._pending.restart(self._evaluator.parameters)
-
-    def _evaluation_for_step(
-        self, closure: Any, targets: Any, statistics: bool | None, selection: dict[str, Any]
-    ) -> Evaluation:
-        if targets is None and (selection or statistics is not None):
-            raise TypeError("step: statistics are chosen by evaluate(), or by step(inputs, targets, statistics)")
-        if targets is not None:
-            self._pending.check_free()
-            return self._evaluate(closure, targets, statistics, selection)
-        return self._pending.of_closure(closure)
 
     def _evaluate(self, inputs: Tree, targets: Tree, statistics: bool | None, selection: dict[str, Any]) -> Evaluation:
         if statistics is None:

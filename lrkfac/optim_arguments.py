@@ -154,7 +154,7 @@ def _check_options(
         if option not in allowed:
             near = get_close_matches(option, [*allowed, *arguments], n=1)
             hint = f"; did you mean {near[0]!r}" if near else ""
-            if option in ("kinds", "bias", "strict", "uncovered"):
+            if option in ("bias", "strict"):
                 hint = "; it is of find_layers, so of the functional loop: from_module, find_layers, evaluator"
             raise TypeError(
                 f"{option}: LowRankKFAC takes no such argument, and {name} no such option{hint}; the options of {name} "

@@ -119,13 +119,19 @@ class Pending:
         parts, grads = [part.evaluation for part in self.parts], unshard(self.gradients("step"))
         return (parts[0] if len(parts) == 1 else merge_evaluations(parts))._replace(grads=grads)
 
-    def of_closure(self, closure: Any) -> Evaluation:
+    def of_closure(self, closure: Any, chooses: bool) -> Evaluation:
         """Return the evaluation to step with: of a closure, as it is passed, or ``whole`` where there is neither.
 
+        Args:
+            closure: As ``step`` takes it.
+            chooses: Whether the step chooses statistics, which have been taken or not already.
+
         Raises:
-            TypeError: If the closure returns anything else and does not call ``evaluate``.
+            TypeError: If it does, or if the closure returns anything else and does not call ``evaluate``.
             ValueError: As ``whole`` and ``resolved``.
         """
+        if chooses:
+            raise TypeError("step: statistics are chosen by evaluate(), or by step(inputs, targets, statistics)")
         number = self.number
         result = closure() if callable(closure) else closure
         is_new = self.number > number

@@ -29,6 +29,7 @@ public(
         *[[{"params": [X]}], [{"params": [NET[0].weight], "rank": 1}], [NET[0].weight, "x"]],
     ),
     transformation=st.one_of(FUNCTION, st.just(lambda *_: 1)),
+    **{name: VALID["find_layers"].bad[name] for name in ("kinds", "batch_axes", "uncovered")},
     statistics_every=integer(),
     thin=FLAG.filter(lambda x: x is not None),
     output=among(1.5, True, (), [0], {}, 1j, object(), "logits", 0),

@@ -26,7 +26,7 @@ REFUSED = {
     "misspelt": (lambda net: optimizer_of(net, {**KFAC, "dampng": 1}), "dampng: .*did you mean 'damping'"),
     "all names": (lambda net: optimizer_of(net, {**KFAC, "x": 1}), f"x: .* {OPTIONS_OF_KFAC}"),
     "the optimizer's misspelt": (lambda net: optimizer_of(net, {**KFAC, "sample": 2}), "did you mean 'samples'"),
-    "of find_layers": (lambda net: optimizer_of(net, {**KFAC, "kinds": ()}), "kinds: .* it is of find_layers"),
+    "of find_layers": (lambda net: optimizer_of(net, {**KFAC, "bias": "separate"}), "bias: .* it is of find_layers"),
     "of another chain": (lambda net: optimizer_of(net, {**ADAPTIVE, "momentum": 0.5}), "momentum: .*adaptive_low_rank"),
     "of a custom chain": (
         lambda net: optimizer_of(net, {"transformation": lambda layers, factor: lrkfac.scale(-factor), "facter": 1}),

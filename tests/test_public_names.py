@@ -62,6 +62,7 @@ SIGNATURES = {
     "evaluator": "model likelihood layers estimator='mc' samples=1 has_aux=False",
     "low_rank_kfac": "layers learning_rate rank=32 damping=0.03 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
     "kfac": "layers learning_rate damping=0.03 decay=0.95 momentum=0.9 weight_decay=0.0 kl_clip=0.001",
+    "LowRankKFAC": "module likelihood inputs lr=None params=None",
     "precondition_by_fisher": "layers structure=None rank=None damping=0.03 decay=0.95 fallback=None",
     "precondition_in_sample_space": "layers damping=0.001 momentum=0.0 fallback=None dtype=None",
     "orthogonalize_by_fisher": "layers rank=16 power=0.25 momentum=0.95 decay=0.8 damping=0.001 fallback=None",

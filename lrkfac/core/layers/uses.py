@@ -21,6 +21,7 @@ from lrkfac.core.base.private_torch import (
 from lrkfac.core.layers.calls import Call
 from lrkfac.core.layers.custom import LayerKind
 from lrkfac.core.layers.custom_calls import check_use
+from lrkfac.core.layers.hints import hint
 from lrkfac.core.layers.kinds import CUSTOM, LINEAR, SHIFT, LinearOptions
 from lrkfac.core.layers.placement import Placement
 from lrkfac.core.layers.tracing import Follow, label, with_batch_in_front
@@ -125,8 +126,9 @@ class UseRecorder(Follow):
                 as_input = self.place(call.input)
                 covered = [place for place in (weight, use.bias) if place != as_input]
                 places = [place for place in places if place not in covered]
+        more = hint(func, self.custom) if call is None and not where else where
         for path, _ in places:
-            self.others.setdefault(path, []).append(name + where)
+            self.others.setdefault(path, []).append(name + more)
         return result
 
     def _where(self) -> str:

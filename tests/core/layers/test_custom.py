@@ -172,3 +172,13 @@ def test_an_input_without_the_batch_in_front_is_not_covered():
     assert ["used by turned where it is not known which rows belong to which example"] == [
         reason for _, reason in layers.uncovered
     ]
+
+
+def test_a_kind_that_find_layers_was_not_given_is_named_with_the_remedy():
+    kind = KINDS["pairs"]
+    model = lambda params, x: kind(x, x.cos(), params["w"], params["b"])  # noqa: E731
+    params = {"w": torch.randn(4, 6, 6, dtype=DOUBLE), "b": torch.randn(4, dtype=DOUBLE)}
+    other = replace(kind, name="another")
+    with pytest.raises(ValueError, match=r"LayerKind\('pairs'\) \(pass kinds=\[...\] with it to find_layers\)"):
+        lrkfac.find_layers(model, params, X, strict=True, kinds=[other])
+    assert lrkfac.find_layers(model, params, X, strict=True, kinds=[other, kind])["w"].kind == "pairs"

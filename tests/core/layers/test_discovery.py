@@ -90,6 +90,18 @@ NOT_COVERED = {
     "another operation": (
         lambda p, x: linear(p, x) * F.bilinear(x, x, p["v"][None]), {"v": V}, {"v": "functional.bilinear"},
     ),
+    "a batch of weights": (
+        lambda p, x: linear(p, torch.einsum("nhi,hio->nho", x[:, None], p["v"][None])[:, 0]), {"v": V},
+        {"v": "einsum (covered for one weight and one input"},
+    ),
+    "three factors": (
+        lambda p, x: linear(p, torch.einsum("ni,nj,oij->no", x, x, p["v"])), {"v": normal(4, 4, 4)},
+        {"v": "einsum (covered for one weight and one input"},
+    ),
+    "a vector in a product": (
+        lambda p, x: linear(p, x) + (x[:, [0, 2]] @ p["v"])[:, None], {"v": normal(2)},
+        {"v": "matmul (covered for a weight with two axes"},
+    ),
     "as it is and turned": (
         lambda p, x: linear(p, (x @ p["v"]).tanh() @ p["v"].mT), {"v": V}, {"v": "arranged differently"},
     ),
