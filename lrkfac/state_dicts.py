@@ -9,13 +9,17 @@ import optree
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_values
+from lrkfac.core.base.text import few
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 
 Plain = bool | int | float | str
 """Types of a leaf that is no tensor."""
 
-REMEDY = "pass a tree like the one that was saved, made by the same transformation for the same layers"
+REMEDY = (
+    "pass a tree like the one that was saved, made by the same transformation, with the same structure and rank, for "
+    "the same layers"
+)
 
 
 def state_dict(tree: Tree) -> dict[str, Any]:
@@ -69,7 +73,10 @@ def from_state_dict(like: Tree, state_dict: Mapping[str, Any]) -> Tree:
     missing = [name for name in expected if name not in state_dict]
     unexpected = [name for name in state_dict if name not in expected]
     if missing or unexpected:
-        raise ValueError(f"state_dict: it differs from like: missing {missing}, unexpected {unexpected}; {REMEDY}")
+        raise ValueError(
+            "state_dict: it is of another transformation, structure or rank than like: missing "
+            f"{few(missing)}, unexpected {few(unexpected)}; {REMEDY}"
+        )
     leaves = []
     for name, leaf in expected.items():
         value = state_dict[name]

@@ -108,6 +108,13 @@ GROUPS = {
             of(lambda p, n: F.embedding(n, p) @ p.T, torch.ones(6, 3), NUMBERS)),
         Row("attention", "covered", "packed projections are three layers",
             module(lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), SEQUENCE)),
+        Row("a batch of weights, as in `einsum(\"nhi,hio->nho\", x, w)`", "not covered",
+            "an index in common is in the result, too",
+            of(lambda p, x: torch.einsum("nhi,hio->nho", x[:, None], p["w"][None].mT)[:, 0] @ p["o"].T),
+            "only summed indices in common"),
+        Row("the same, one product after another: `x[:, h] @ w[h]`", "covered", "each part of the weight is a layer",
+            of(lambda p, x: torch.cat([x @ p["w"][h].T for h in range(2)], 1) @ p["o"].T,
+                {"w": torch.ones(2, 3, 4), "o": torch.ones(2, 6)})),
         Row("a weight that is computed from parameters", "not covered",
             "the block of `w` is another than that of its exponential",
             of(lambda p, x: head(p, F.linear(x, p["w"].exp()))), "used by torch.Tensor.exp"),
@@ -194,8 +201,9 @@ KINDS = [
     "",
     "| kind | operations |",
     "|---|---|",
-    "| `linear` | `F.linear`, `x @ w`, `w @ x`, `matmul`, `mm`, `addmm`, `einsum`; through views such as "
-    "`w.T`, `reshape`, `chunk`, slices; a following `+ b` |",
+    "| `linear` | `F.linear`, `x @ w`, `w @ x`, `matmul`, `mm`, `addmm`, with a matrix `w`; `einsum` of one weight "
+    "and one input that have only summed indices in common; through views such as `w.T`, `reshape`, "
+    "`chunk`, slices; a following `+ b` |",
     "| `conv1d` … `conv3d`, `conv_transpose1d` … | convolutions with stride, padding, dilation and groups |",
     "| `embedding` | the vocabulary's side is diagonal; also tied to the output layer |",
     "| `scale`, `shift` | BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm; parameters that are mul"

@@ -88,6 +88,33 @@ CALLS = {
         )
         for name, (state, words) in STATES.items()
     },
+    "a state of another chain": (
+        lambda: lrkfac.checkpoint.from_state_dict(STATE, lrkfac.checkpoint.state_dict(TX.init(PARAMS)[0])),
+        ValueError,
+        r"of another transformation, structure or rank than like: missing \['0.*\] and \d+ more, unexpected",
+    ),
+    "a state of another rank": (
+        lambda: lrkfac.checkpoint.from_state_dict(
+            STATE, lrkfac.checkpoint.state_dict(low_rank_kfac(LAYERS, 0.1, rank=1).init(PARAMS))
+        ),
+        ValueError,
+        "state_dict: .*with the same structure and rank",
+    ),
+    "a function in place of the likelihood that it makes": (
+        lambda: evaluator(CASE.model, lrkfac.categorical, LAYERS),
+        TypeError,
+        r"likelihood: .* got <function categorical.*>; call it: categorical\(\)$",
+    ),
+    "one in place of a head": (
+        lambda: lrkfac.joint({"x": lrkfac.gaussian}),
+        TypeError,
+        r"likelihoods: .* in it; call it: gaussian\(\)$",
+    ),
+    "another function as likelihood": (
+        lambda: evaluator(CASE.model, torch.nn.functional.cross_entropy, LAYERS),
+        TypeError,
+        r"got <function [^;]*>$",
+    ),
     "a pattern of no layer": (structure({"conv*": DENSE}), ValueError, r"pattern 'conv\*' matches none of the layers"),
     "a pattern behind one that matches the same layers": (
         structure({"[02]": DENSE, "*": DENSE, "0": DENSE, "4": DENSE}),

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lrkfac import LayerKind
 from lrkfac.testing import check_layer_kind
 from tests.core.layers.test_custom import DOUBLE, KINDS, X, each, pairs, patches
 
@@ -41,6 +42,7 @@ WRONG = [
     ("patches", SCALED, "does not depend on the weight"),
     ("patches", TANH, "linear in W"),
     ("patches", {"parts": lambda x, w: (x, w * 1)}, "one of the arguments"),
+    ("pairs", {"channel": -2}, r"channel: the axis -2 of the output, \(5, 4\), holds the 4 rows"),
 ]
 
 
@@ -49,3 +51,17 @@ def test_the_checker_names_what_is_wrong(name, changes, match):
     args, kwargs = ARGUMENTS[name]
     with pytest.raises(AssertionError, match=match):
         check_layer_kind(replace(KINDS[name], **changes), *args, **kwargs)
+
+
+def test_a_wrong_channel_is_named_where_lengths_agree():
+    kind = LayerKind("square", lambda x, w: x @ w.mT, lambda x, w: x @ w.mT, channel=-2)
+    x, w = torch.randn(2, 3, 6, dtype=DOUBLE), torch.randn(3, 6, dtype=DOUBLE)
+    check_layer_kind(replace(kind, channel=-1), x, w)
+    with pytest.raises(AssertionError, match=r"channel: three times as many .* the axis -2 .*, got \(2, 3, 9\)"):
+        check_layer_kind(kind, x, w)
+
+
+def test_float32_is_refused_rather_than_called_wrong():
+    args, kwargs = ARGUMENTS["pairs"]
+    with pytest.raises(TypeError, match=r"args: expected float64, .* got torch.float32; call .double\(\)"):
+        check_layer_kind(KINDS["pairs"], *args, **{**kwargs, "b": kwargs["b"].float()})

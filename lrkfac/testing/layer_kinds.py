@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, finfo
 
 from lrkfac.core.layers.custom import CustomOptions, LayerKind
 from lrkfac.core.layers.custom_calls import custom_call
@@ -34,7 +34,11 @@ def check_layer_kind(kind: LayerKind, *args: Any, **kwargs: Any) -> None:
 
     Raises:
         AssertionError: Says which law is broken, and by how much.
+        TypeError: If an argument is a floating-point tensor of another dtype.
     """
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) and finfo(x.dtype).bits < 64:
+            raise TypeError(f"args: expected float64, as the tolerances need, got {x.dtype}; call .double() on it")
     call = custom_call((kind,), kind, lambda x: isinstance(x, Tensor), args, kwargs)
     check_law(call is not None, "parts: the weight is a tensor")
     assert call is not None
@@ -48,6 +52,10 @@ def check_layer_kind(kind: LayerKind, *args: Any, **kwargs: Any) -> None:
     check_law(
         result.shape == s.shape, f"operation: the shape of the output, {tuple(s.shape)}, got {tuple(result.shape)}"
     )
+    check_law(
+        s.ndim >= -kind.channel and s.shape[kind.channel] == len(matrix),
+        f"channel: the axis {kind.channel} of the output, {tuple(s.shape)}, holds the {len(matrix)} rows of the weight",
+    )
     if call.bias is not None:
         check_law(
             call.bias.numel() == matrix.shape[0], f"bias: one number for each output, got {tuple(call.bias.shape)}"
@@ -58,7 +66,13 @@ def check_layer_kind(kind: LayerKind, *args: Any, **kwargs: Any) -> None:
     others = gradients(torch.stack([matrix, matrix]), seed=1)
     many = options.apply(a, torch.cat([matrix, *others]))
     parts = [options.apply(a, x) for x in (matrix, *others)]
-    check_close(many, torch.cat(parts, dim=kind.channel), 1e-9, "operation: each output by its own row of W")
+    together = torch.cat(parts, dim=kind.channel)
+    check_law(
+        many.shape == together.shape,
+        f"channel: three times as many rows make the axis {kind.channel} of the output three times as long, "
+        f"{tuple(together.shape)}, got {tuple(many.shape)}",
+    )
+    check_close(many, together, 1e-9, "operation: each output by its own row of W")
     same = options.apply(a, matrix[:1].expand(3, -1)).movedim(kind.channel, 0)
     check_close(same, same[:1].expand_as(same), 1e-9, "operation: equal rows of W give equal outputs")
     mixed = options.apply(a, 2 * others[0] - 3 * others[1])

@@ -154,8 +154,8 @@ def _check_moments(likelihood: Likelihood, outputs: Tensor, many: Tensor, drawn:
     excess = (mean.abs() - STANDARD_ERRORS * error - rare).max()
     check_law(
         excess <= 0,
-        "sample: the gradient of negative_log_likelihood at drawn targets has mean 0, got one of "
-        f"{mean.abs().max():.2e} ({excess:.2e} more than chance explains)",
+        "sample: the gradient of negative_log_likelihood at drawn targets should have mean 0, but has "
+        f"{mean.abs().max():.3g} ({excess:.2g} more than chance explains)",
     )
     S = _blocks(likelihood, outputs)
     root = torch.einsum("nij,nkj->nik", S, S)

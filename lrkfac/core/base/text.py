@@ -17,6 +17,12 @@ def table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
     return "\n".join(lines)
 
 
+def few(names: Sequence[str], most: int = 4) -> str:
+    """Return the first names as a list, and the number of the others."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{list(names[:most])}{rest}"
+
+
 def short(number: float) -> str:
     """Return a number with three digits and a unit prefix, such as ``1.23 M``."""
     powers = min(int(math.log10(number) / 3 + 1e-4), 5) if number >= 1 else 0

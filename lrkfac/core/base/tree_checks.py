@@ -63,9 +63,11 @@ def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:
     for i, (leaf, like) in enumerate(zip(leaves, likes, strict=True)):
         if not isinstance(leaf, Tensor | LazyMatrix) or leaf.shape != like.shape:
             actual = tuple(leaf.shape) if isinstance(leaf, Tensor | LazyMatrix) else type(leaf).__name__
+            has_members = isinstance(leaf, Tensor) and leaf.shape[1:] == like.shape
+            members = "; for a leading axis of members, map the call, as in vmap(tx.init)(params)"
             raise ValueError(
                 f"{what}: expected {paths(expected)[i]!r} of shape {tuple(like.shape)}, got {actual}; pass a "
-                "tree like the parameters, or call find_layers() and init() again for others"
+                f"tree like the parameters, or call find_layers() and init() again for others{members * has_members}"
             )
         device = like.device if isinstance(like, Tensor) else leaf.device
         if not leaf.dtype.is_floating_point or leaf.device != device:

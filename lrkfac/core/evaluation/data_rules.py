@@ -17,7 +17,7 @@ from lrkfac.core.evaluation.data_curvature import Batches, DataCurvature, Rule, 
 from lrkfac.core.evaluation.derivatives import change, transposed
 from lrkfac.core.evaluation.objective import Objective
 from lrkfac.core.layers.padding import ConstantPadding
-from lrkfac.core.likelihoods.joint import Joint, joint
+from lrkfac.core.likelihoods.joint import Joint, check_likelihood, joint
 from lrkfac.core.likelihoods.protocol import Likelihood
 
 
@@ -163,8 +163,7 @@ def hessian(
 
 def _at(rule: Rule, model: Any, likelihood: Any, has_aux: Any, chunk: Any) -> AtParameters:
     check_model(model)
-    if not isinstance(likelihood, Likelihood | Joint):
-        raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")
+    check_likelihood(likelihood)
     check_flag(has_aux, "has_aux")
     check_integer(chunk, "chunk")
     heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)

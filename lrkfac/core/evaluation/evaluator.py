@@ -15,7 +15,7 @@ from lrkfac.core.evaluation.evaluate import Evaluator
 from lrkfac.core.evaluation.objective import Objective
 from lrkfac.core.evaluation.parts import Parts
 from lrkfac.core.layers.description import Layers, check_layers
-from lrkfac.core.likelihoods.joint import Joint, joint
+from lrkfac.core.likelihoods.joint import Joint, check_likelihood, joint
 from lrkfac.core.likelihoods.protocol import Likelihood
 
 
@@ -112,8 +112,7 @@ def evaluator(
             "setup_context); use torch.func.grad and setup_context in the model"
         )
     check_estimator(estimator, samples)
-    if not isinstance(likelihood, Likelihood | Joint):
-        raise TypeError(f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}")
+    check_likelihood(likelihood)
     heads = likelihood if isinstance(likelihood, Joint) else joint(likelihood)
     parts = None
     if group is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import optree
@@ -230,7 +231,9 @@ def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:
     heads = tuple(tree_leaves(likelihoods))
     for head in heads:
         if not isinstance(head, Likelihood):
-            raise TypeError(f"likelihoods: expected a tree of likelihoods such as categorical(), got {head!r} in it")
+            raise TypeError(
+                f"likelihoods: expected a tree of likelihoods such as categorical(), got {head!r} in it{_remedy(head)}"
+            )
     if not heads:
         raise ValueError("likelihoods: expected at least one head")
     numbers = tuple(tree_leaves(weights)) if weights is not None else (1.0,) * len(heads)
@@ -242,6 +245,21 @@ def joint(likelihoods: Tree, weights: Tree | None = None) -> Joint:
             raise TypeError("weights: expected numbers, got a tensor")
         check_number(number, "weights", 0)
     return Joint(likelihoods, heads, numbers)
+
+
+def check_likelihood(likelihood: Any) -> None:
+    """Raise ``TypeError`` unless it is a likelihood, of one head or several."""
+    if not isinstance(likelihood, Likelihood | Joint):
+        raise TypeError(
+            f"likelihood: expected a Likelihood such as categorical(), or joint(...), got {likelihood!r}"
+            f"{_remedy(likelihood)}"
+        )
+
+
+def _remedy(likelihood: Any) -> str:
+    """Return what to do about a function of the package that makes a likelihood, empty for other objects."""
+    is_ours = isinstance(likelihood, FunctionType) and likelihood.__module__.startswith("lrkfac.core.likelihoods")
+    return f"; call it: {likelihood.__name__}()" if is_ours else ""
 
 
 def _times(weight: float, x: Tensor) -> Tensor:
