@@ -53,9 +53,10 @@ class Weights(NamedTuple):
 class Likelihood:
     """A distribution of targets given outputs, by the functions that natural gradient needs.
 
-    A custom likelihood needs the first five; ``lrkfac.testing.check_likelihood`` checks that they fit together. ``S``
-    is any square root ``H = S Sᵀ`` of the Hessian ``H`` of one term's negative log-likelihood in its outputs (of the
-    Fisher matrix where they differ). A likelihood copies and pickles where its functions do.
+    A custom likelihood needs the first four, and ``lrkfac.testing.check_likelihood`` checks that they fit together.
+    ``S`` is any square root ``H = S Sᵀ`` of the Fisher matrix ``H`` of one term in its outputs: the Hessian of its
+    negative log-likelihood where that does not depend on targets, else its expectation over targets that are drawn. A
+    likelihood copies and pickles where its functions do.
 
     Examples:
         >>> import torch
