@@ -21,6 +21,7 @@ from lrkfac.core.curvature.diagnosis import LayerDiagnosis, is_before, needed_ra
 from lrkfac.core.curvature.spectra import SIDES, WHOLE
 from lrkfac.core.layers.description import Layer, Layers, check_layers
 from lrkfac.core.layers.matrix import layer_matrix
+from lrkfac.transforms.clip import ClipByKLState
 from lrkfac.transforms.hyperparameters import HyperparametersState
 from lrkfac.transforms.precondition_state import PreconditionState
 from lrkfac.transforms.quadratic_state import QuadraticModelState
@@ -109,7 +110,8 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
 
     Of the chain: ``since_statistics``, the largest of these numbers; ``learning_rate``, ``momentum``, ``damping``,
     ``factor_damping``, ``gradient_decay``, ``predicted``, ``reduction_ratio``, ``rejected`` (steps) of the quadratic
-    model; ``left_out`` (steps) of ``apply_if_finite``; ``hyperparameters/…`` of ``inject_hyperparams``.
+    model; ``clip_factor`` of ``clip_by_kl``, below 1 where the last step was clipped; ``left_out`` (steps) of
+    ``apply_if_finite``; ``hyperparameters/…`` of ``inject_hyperparams``.
 
     Where processes divide the layers (``owners``), those of this process. Eigenvalues of dense factors are computed, in
     O(d³). Nothing leaves the device, so that it can be mapped over an ensemble:
@@ -215,11 +217,13 @@ def _updates(state: Any, layers: Layers, updates: Tree) -> list[Any] | None:
 
 def _of_chain(state: Any) -> dict[str, Tensor]:
     numbers: list[tuple[str, str, Tensor]] = []
-    for path, one in nested(state, PreconditionState | QuadraticModelState | HyperparametersState | ApplyIfFiniteState):
+    for path, one in nested(state, REPORTED):
         if isinstance(one, PreconditionState):
             numbers.append((path, "since_statistics", one.since.amax()))
         elif isinstance(one, QuadraticModelState):
             numbers += [(path, name, getattr(one, name)) for name in QUADRATIC]
+        elif isinstance(one, ClipByKLState):
+            numbers.append((path, "clip_factor", one.factor))
         elif isinstance(one, HyperparametersState):
             numbers += [(path, f"hyperparameters/{name}", x) for name, x in one.hyperparameters.items()]
         else:
@@ -230,6 +234,7 @@ def _of_chain(state: Any) -> dict[str, Tensor]:
 
 CHOSEN = "learning_rate", "momentum", "damping", "factor_damping", "gradient_decay"
 QUADRATIC = (*CHOSEN, "predicted", "reduction_ratio", "rejected")
+REPORTED = PreconditionState | QuadraticModelState | ClipByKLState | HyperparametersState | ApplyIfFiniteState
 
 
 def _cell(layer: LayerDiagnosis, what: str, parts: tuple[str, ...], pattern: str) -> str:

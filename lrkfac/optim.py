@@ -50,8 +50,8 @@ class LowRankKFAC(torch.optim.Optimizer):
     Args:
         module: In the mode (``train`` or ``eval``) in which it is trained; see ``from_module``. Of a
             ``DistributedDataParallel``, the module inside and its group are taken.
-        likelihood: Meaning of the module's outputs.
-        inputs: A batch, to find the layers; a tuple is spread as positional, a mapping as keyword arguments.
+        likelihood: Required: the meaning of the module's outputs.
+        inputs: Required: a batch, to find the layers; a tuple is spread as positional, a mapping as keyword arguments.
         lr: Learning rate, for a transformation that takes one.
         params: Parameters, or groups as optimizers of torch take them, ``[{"params": net.head.parameters(), "lr":
             0.1, "weight_decay": 0.0}, ...]``. Parameters in no group are constant. By default all that require a
@@ -97,8 +97,8 @@ class LowRankKFAC(torch.optim.Optimizer):
     def __init__(
         self,
         module: nn.Module,
-        likelihood: Likelihood | Joint,
-        inputs: Tree,
+        likelihood: Likelihood | Joint = None,  # type: ignore[assignment]
+        inputs: Tree = None,
         lr: float | Tensor | None = None,
         *,
         params: Iterable[Any] | None = None,
@@ -114,7 +114,7 @@ class LowRankKFAC(torch.optim.Optimizer):
         group: Any = None,
         **options: Any,
     ) -> None:
-        module, group = unwrapped(module, group)
+        module, group = unwrapped(module, group, likelihood=likelihood, inputs=inputs)
         groups = None if params is None else list_params(params)
         defaults, known = settings_of_groups(transformation, lr, groups, options, LowRankKFAC)
         check_integer(statistics_every, "statistics_every")

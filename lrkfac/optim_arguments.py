@@ -77,17 +77,30 @@ def fixed_options(
     return fixed
 
 
-def unwrapped(module: nn.Module, group: Any) -> tuple[nn.Module, Processes | None]:
+def unwrapped(module: nn.Module, group: Any, **required: Any) -> tuple[nn.Module, Processes | None]:
     """Return the module inside of a ``DistributedDataParallel``, and its processes unless others are given.
 
     Its own sums over processes, in hooks of ``backward()``, are not run: evaluations bring theirs. A module under
     ``fully_shard`` stays, and its processes are those of its mesh.
 
+    Args:
+        module: Of the optimizer.
+        group: Of the optimizer.
+        **required: Arguments that must not be ``None``.
+
     Raises:
         ValueError: If ``fully_shard`` has a mesh with several axes and no group is given, or processes that are not in
             the group; or as ``from_module``.
-        TypeError: If ``group`` is none.
+        TypeError: If ``group`` is none, ``module`` is an iterable of parameters, or a required argument is missing.
     """
+    call = "LowRankKFAC(net, lrkfac.categorical(), inputs, lr=0.1), with a batch of inputs"
+    if isinstance(module, Iterable) and not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module: expected an nn.Module, got {type(module).__name__}; pass the module, not its parameters: {call}"
+        )
+    for name, value in required.items():
+        if value is None:
+            raise TypeError(f"{name}: missing; the curvature needs the likelihood and a batch of inputs: {call}")
     if isinstance(module, nn.parallel.DistributedDataParallel):
         module, group = module.module, module.process_group if group is None else group
     elif isinstance(module, nn.Module):

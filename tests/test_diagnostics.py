@@ -130,6 +130,16 @@ def test_exact_and_corrected_blocks(structure, case):
         assert numbers["captured"] <= 1 + 1e-9
 
 
+@pytest.mark.parametrize("kl_clip", [1e-8, 1e8])
+def test_a_clip_that_is_active_is_seen(kl_clip):
+    """The factor is the same number as in the state, below 1 with the small bound alone."""
+    states, _ = trained(low_rank_kfac(LAYERS, 0.1, rank=2, kl_clip=kl_clip), MLP)
+    found = diagnose(states[-1], LAYERS)
+    factor = found.metrics()["lrkfac/clip_factor"]
+    assert (factor < 1) == (kl_clip < 1) and factor > 0
+    assert f"clip_factor: {float(factor):.4g}" in str(found).splitlines()
+
+
 def test_layers_in_turns_are_of_different_age():
     tx, asked = precondition_by_fisher(LAYERS, rank=2), lrkfac.round_robin_refresh(LAYERS, 4)
     state = tx.init(MLP.params)

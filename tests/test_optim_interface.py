@@ -88,3 +88,24 @@ def test_wrong_arguments():
     }.items():
         with pytest.raises((TypeError, ValueError), match=match):
             LowRankKFAC(net, lrkfac.categorical(), x, **options)
+
+
+FORGOTTEN = {
+    "module: expected an nn.Module, got generator; pass the module, not its parameters": lambda net, x: (
+        net.parameters(),
+    ),
+    "module: expected an nn.Module, got list; pass the module": lambda net, x: (
+        [{"params": list(net.parameters())}],
+        lrkfac.categorical(),
+        x,
+    ),
+    "likelihood: missing; .*LowRankKFAC": lambda net, x: (net,),
+    "inputs: missing; .*LowRankKFAC": lambda net, x: (net, lrkfac.categorical()),
+}
+
+
+@pytest.mark.parametrize("match", FORGOTTEN)
+def test_a_call_as_of_another_optimizer_says_what_is_missing(match):
+    net, ((x, _),) = plain(torch.float64), batches(1)
+    with pytest.raises(TypeError, match=match):
+        LowRankKFAC(*FORGOTTEN[match](net, x), lr=0.1)

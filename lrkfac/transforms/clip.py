@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.arguments import check_number
+from lrkfac.core.base.dtypes import in_dtype, widest
 from lrkfac.core.base.per_parameter import at_step, check_numbers, is_number, of_leaves
 from lrkfac.core.base.tree_checks import check_like, check_tree
 from lrkfac.core.base.trees import counter, materialize, scaled, vdot
@@ -19,9 +20,15 @@ from lrkfac.transforms.base import GradientTransformation, Stateless, check_eval
 
 
 class ClipByKLState(NamedTuple):
-    """``steps``: number of updates so far, int64 ``[]``."""
+    """The state of ``clip_by_kl``.
+
+    Attributes:
+        steps: Number of updates so far, int64 ``[]``.
+        factor: By which the last updates were multiplied, ``[]``: below 1 where the clip was active, else 1.
+    """
 
     steps: Tensor
+    factor: Tensor
 
 
 def clip(max_delta: float | Tensor) -> GradientTransformation:
@@ -77,7 +84,8 @@ def clip_by_kl(kl_clip: float, learning_rate: PerParameter) -> GradientTransform
     ``min(1, √(kl_clip / (learning_rate² uᵀ∇L)))`` (Ba, Grosse & Martens 2017, section 5).
 
     Stands right after ``precondition_by_fisher``. Parameters that no layer covers count with ``u = ∇L``. While the
-    clip binds, the length of a step depends on ``kl_clip`` alone and the learning rate cancels.
+    clip binds, the length of a step depends on ``kl_clip`` alone and the learning rate cancels. The last factor is in
+    the state, and ``diagnose`` reports it.
 
     The bound is that of ``u`` alone, measured by the averages that ``F⁻¹`` is made of. Momentum behind it makes steps
     longer, by up to ``1 / (1 - momentum)``, and averages that have become stale underestimate the change.
@@ -149,9 +157,9 @@ class ClipByKL:
         check_numbers(self.learning_rate, "learning_rate", 0, schedules=True)
 
     def init(self, params: Tree) -> ClipByKLState:
-        """Return step 0."""
-        check_tree(params, "params")
-        return ClipByKLState(counter(params))
+        """Return step 0 and factor 1."""
+        leaves, steps = check_tree(params, "params"), counter(params)
+        return ClipByKLState(steps, (steps + 1).to(widest(torch.float32, *[leaf.dtype for leaf in leaves])))
 
     def update(
         self,
@@ -171,7 +179,9 @@ class ClipByKL:
             squared_length = rate**2 * vdot(updates, gradients)
         else:
             squared_length = vdot(updates, gradients, optree.tree_map(lambda one: one**2, rate))
-        return scaled(_at_most_one(self.kl_clip, squared_length).sqrt(), updates), ClipByKLState(state.steps + 1)
+        factor = _at_most_one(self.kl_clip, squared_length).sqrt()
+        new_state = ClipByKLState(state.steps + 1, in_dtype(factor.detach(), state.factor.dtype))
+        return scaled(factor, updates), new_state
 
 
 def _at_most_one(bound: float, size: Tensor) -> Tensor:

@@ -69,6 +69,25 @@ def test_a_step_clipped_by_kl_has_the_bound_as_its_length_at_every_rate(rate):
     assert float(e.quadratic(updates, updates)) == pytest.approx(1e-9, rel=1e-4)
 
 
+@given(bounds, seeds, st.booleans())
+def test_kl_keeps_its_last_factor_also_of_an_ensemble(kl_clip, seed, tree):
+    """``factor * u`` is the update: 1 where the clip is inactive, and of any rate."""
+    grads = nested(seed=seed)
+    rate = optree.tree_map(lambda g: 0.1, grads) if tree else 0.1
+    evaluation, tx = Evaluation(*[None] * len(Evaluation._fields))._replace(grads=grads), clip_by_kl(kl_clip, rate)
+    start = tx.init(grads)
+    found, state = tx.update(grads, start, grads, evaluation=evaluation)
+    assert start.factor == 1 and start.factor.dtype == state.factor.dtype and not state.factor.requires_grad
+    squared_length = 0.1**2 * norm(grads) ** 2
+    assert float(state.factor) == pytest.approx(min(1, math.sqrt(kl_clip / squared_length)), rel=1e-6)
+    close(found, optree.tree_map(lambda g: state.factor * g, grads))
+
+    both = optree.tree_map(lambda g: torch.stack([g, 1e3 * g]), grads)
+    step = lambda g: tx.update(g, tx.init(g), g, evaluation=evaluation._replace(grads=g))[1].factor  # noqa: E731
+    expected = torch.stack([step(optree.tree_map(lambda g, i=i: g[i], both)) for i in (0, 1)])
+    torch.testing.assert_close(torch.func.vmap(step)(both), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
     """The sum of many small squares, which bfloat16 would lose, and of squares that overflow in float16."""

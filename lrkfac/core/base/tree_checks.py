@@ -32,15 +32,26 @@ def _key(entry: optree.PyTreeEntry) -> Any:
 
 
 def difference(expected: Tree, got: Tree) -> str | None:
-    """Describe in words how the structure of ``got`` differs from that of ``expected``; ``None`` if it does not."""
+    """Describe in words how the structure of ``got`` differs from that of ``expected``; ``None`` if it does not.
+
+    For messages such as ``f"expected ..., got {difference(expected, got)}"``.
+    """
     if same_structure(tree_structure(expected), tree_structure(got)):
         return None
     expected_paths, got_paths = paths(expected), paths(got)
     if torch.compiler.is_compiling() and expected_paths == got_paths:  # the compiler cannot compare all structures
         return None
+    if "" in (*expected_paths, *got_paths):  # the path of a single leaf
+        return f"{_entries(got, got_paths)} in place of {_entries(expected, expected_paths)}"
     missing = [path for path in expected_paths if path not in got_paths]
     unexpected = [path for path in got_paths if path not in expected_paths]
     return f"missing {missing}, unexpected {unexpected}" if missing or unexpected else f"{optree.tree_structure(got)}"
+
+
+def _entries(tree: Tree, leaf_paths: tuple[str, ...]) -> str:
+    if leaf_paths != ("",):
+        return f"the entries {list(leaf_paths)}"
+    return "one tensor" if isinstance(tree, Tensor | LazyMatrix) else "one value"
 
 
 def check_like(expected: Tree, got: Tree, what: str) -> list[Tensor]:

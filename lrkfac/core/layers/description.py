@@ -228,12 +228,15 @@ class Layers:
         else:
             lines += ["", "every parameter is covered"]
         if self.independent is None:
-            lines += ["", "it is not known whether outputs of one example depend on others"]
+            lines += ["", "it is not known whether outputs of one example depend on others", REFUSED]
         elif not self.independent:
-            lines += ["", "outputs of one example depend on others"]
+            lines += ["", "outputs of one example depend on others, as with BatchNorm in training mode", REFUSED]
         elif not self.single:
             lines += ["", "outputs of one example stand at several places of the leading axis"]
         return "\n".join(lines)
+
+
+REFUSED = 'training needs no change; uncovered="jacobian", full() and layer_wise() need single examples and are refused'
 
 
 def check_layers(value: Any) -> Layers:

@@ -113,6 +113,8 @@ OTHERS = [
     ({**TREE, "a": torch.ones(5, 2, 2)}, r"got \(5, 2, 2\); .*; for a leading axis of members, map .*vmap\(tx.init\)"),
     ({**TREE, "a": 1.0}, "expected 'a' of shape .*, got float"),
     ({**TREE, "b": tuple(TREE["b"])}, "the tree differs"),
+    (torch.ones(3), r"thing: .*one tensor in place of the entries \['a', 'b.0', 'b.1.left', 'b.1.right.0'\]"),
+    (1.0, r"one value in place of the entries \['a', "),
 ]
 
 
@@ -120,6 +122,11 @@ OTHERS = [
 def test_check_like_names_what_differs(other, words):
     with pytest.raises(ValueError, match=words):
         check_like(TREE, other, "thing")
+
+
+def test_check_like_names_entries_in_place_of_a_tensor():
+    with pytest.raises(ValueError, match=r"the entries \['c'\] in place of one tensor"):
+        check_like(torch.ones(3), {"c": torch.ones(3)}, "thing")
 
 
 @given(st.lists(st.sampled_from([(), (3,), (2, 3)]), min_size=1, max_size=3), st.floats(-2, 2), st.booleans())

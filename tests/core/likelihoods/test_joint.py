@@ -112,6 +112,7 @@ def test_compiled_the_same_as_eager(estimator):
 
 ARGUMENTS = [
     ({"targets": {"mask": MASK}}, TypeError, r"targets: .*joint.*missing \['class'\]"),
+    ({"targets": MASK}, TypeError, r"targets: .*joint.*got one tensor in place of the entries \['class', 'mask'\]"),
     ({"targets": {**dictionary(MASK, CLASS), "x": X}}, TypeError, r"unexpected \['x'\]"),
     ({"targets": dictionary(MASK, 1)}, TypeError, "targets: expected a tree of tensors, got int"),
     ({"targets": dictionary(MASK, MASK)}, TypeError, "categorical: expected targets"),
