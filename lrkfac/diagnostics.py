@@ -257,7 +257,8 @@ def ranks_by_trace(state: Any, layers: Layers, share: float = 0.95) -> dict[str,
         share: Of the trace, in (0, 1).
 
     Returns:
-        From names to ranks. Where all eigenpairs together hold less, their number: make it larger and look again.
+        From names to ranks, at most the present ones. Where all eigenpairs together hold less than the share, their
+        number: make the rank larger and look again.
 
     Raises:
         ValueError: If ``share`` is out of range, if there were no statistics yet, or as ``diagnose``.
