@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad
 
-from lrkfac import evaluator, find_layers, gaussian
+from lrkfac import categorical, evaluator, find_layers, gaussian
 from lrkfac.core.layers.probes import output_specs, zero_probes
+from tests.compiling import traced
 from tests.tensors import close, normal
 
 PARAMS, X, Y = {"w": normal(3, 3, seed=1), "b": normal(3, seed=2)}, normal(4, 3, 3, seed=3), normal(4, 3, seed=4)
@@ -54,3 +55,20 @@ def test_dtype_and_outputs_are_kept(dtype):
     e = evaluator(model, gaussian(), find_layers(model, params, x))(params, x, torch.zeros(5, 3, dtype=dtype))
     assert torch.equal(e.outputs, net(x)) and e.statistics.inputs["0"][0].data_ptr() == x.data_ptr()
     assert {x.dtype for x in optree.tree_leaves((e.outputs, e.statistics[:2]))} == {dtype}
+
+
+@pytest.mark.slow
+def test_an_attribute_that_the_compiler_hides_is_named():
+    """``w.T`` reaches no function mode inside ``torch.compile``, ``w.t()`` does."""
+    torch.compiler.reset()
+    params, x, y = {"w": torch.randn(2, 3)}, torch.randn(5, 3), torch.arange(5) % 2
+
+    def compiled(model):
+        layers = find_layers(model, params, x)
+        evaluate = evaluator(model, categorical(), layers, "empirical")
+        return traced(evaluate)(params, x, y).grads["w"], evaluate(params, x, y).grads["w"]
+
+    found, expected = compiled(lambda p, x: x @ p["w"].t())
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"does not show the attributes \.T and \.mT: write"):
+        compiled(lambda p, x: x @ p["w"].T)
