@@ -216,6 +216,27 @@ def systems(part: str = "systems") -> str:
     return markdown(headings, [[row["preconditioner"], *(cell(n, "d") for n in row["reached"])] for row in rows])
 
 
+PHYSICS = {"flow": "sample space, flow", "line-search": "sample space, line search",
+           "lbfgs": "L-BFGS, strong Wolfe", "adam": "Adam, rate {rate:g}"}  # fmt: skip
+
+
+def physics() -> str:
+    """Of each network and method the best run: errors after 40 seconds and at the end, and seconds to two bounds."""
+    runs, rows = recorded("physics_cpu")["runs"], []
+    for network in sorted({run["network"] for run in runs}, key=len):
+        for method, label in PHYSICS.items():
+            some = [run for run in runs if (run["network"], run["method"]) == (network, method)]
+            run = min(some, key=lambda one: one["error"][-1])
+            pairs = list(zip(run["error"], run["seconds"], strict=True))
+            early = [error for error, seconds in pairs if seconds <= 41]
+            first = [next((s for e, s in pairs if e <= bound), None) for bound in (1e-5, 1e-7)]
+            rows.append([network, label.format(**run), f"{early[-1]:.1e}", f"{run['error'][-1]:.1e}",
+                         cell(run["seconds"][-1], ".0f"), *(cell(x, ".0f") for x in first)])  # fmt: skip
+    return markdown(
+        ["network", "method", "error after 40 s", "at the end", "after [s]", "s to 1e-5", "s to 1e-7"], rows
+    )
+
+
 def spectrum() -> str:
     """Seconds of the processor for the spectrum of a ResNet-18."""
     return cell(recorded("spectra_cpu")["spectrum"]["processor seconds"], ".0f")
@@ -244,6 +265,6 @@ FIGURES: dict[str, Callable[..., str]] = {
     "widths": widths, "costs": costs, "steps": steps, "refreshes": refreshes, "depth": depth, "compiling": compiling,
     "memory": memory, "structures": structures, "changes": changes, "frameworks": frameworks, "sent": sent,
     "modelled": modelled, "faults": faults, "mean_ratio": mean_ratio, "framework_ratio": framework_ratio,
-    "systems": systems, "spectrum": spectrum, "example_table": example_table, "example_range": example_range,
-    "example_caption": example_caption,
+    "systems": systems, "physics": physics, "spectrum": spectrum, "example_table": example_table,
+    "example_range": example_range, "example_caption": example_caption,
 }  # fmt: skip
