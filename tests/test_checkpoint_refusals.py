@@ -33,7 +33,7 @@ class Trap:
 NO_FILE = r"path: expected a file that.* damaged"
 REFUSED = {
     "without layers": (lambda path: lrkfac.checkpoint.save(path, {}, ()), "layers: the file has none"),
-    "older": (partial(rewritten, version="0.2.0"), "got one of lrkfac 0.2.0 in format 2"),
+    "older": (partial(rewritten, version="0.1.0"), "got one of lrkfac 0.1.0 in format 2"),
     "newer": (partial(rewritten, version="1.1.0"), "got one of lrkfac 1.1.0 in format 2"),
     "another format": (partial(rewritten, format=1), "in format 1"),
     "no version": (partial(rewritten, version=None), "got one of lrkfac None"),
