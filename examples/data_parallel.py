@@ -1,4 +1,4 @@
-"""A classifier of handwritten digits on several processes, which ends with the numbers of one.
+"""A classifier of handwritten digits on several processes, with the same results as on one.
 
 torchrun --nproc-per-node=2 -m examples.data_parallel
 python -m examples.data_parallel

@@ -1,4 +1,4 @@
-"""Eight networks in one call: parameters, state and data of an ensemble are mapped over by ``torch.func.vmap``.
+"""Eight networks in one call: ``torch.func.vmap`` maps a step over parameters, state and data of an ensemble.
 
 python -m examples.ensemble
 """

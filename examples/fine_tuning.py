@@ -1,6 +1,6 @@
 """A network that knows the digits 0 to 4 learns 5 to 9 from few examples, its weights frozen.
 
-It trains either the last layer alone, or low-rank adapters beside all layers (LoRA, Hu et al. 2021, arXiv 2106.09685).
+It trains either only the last layer, or low-rank adapters beside all layers (LoRA, Hu et al. 2021, arXiv 2106.09685).
 A parameter that requires no gradient is a constant of the function: only trained parameters have curvature and state.
 
 python -m examples.fine_tuning

@@ -1,4 +1,4 @@
-"""A classifier of handwritten digits whose parameters lie in parts on several processes, beside one process alone.
+"""A classifier of handwritten digits with parameters sharded over several processes, compared with one process.
 
 torchrun --nproc-per-node=2 -m examples.fully_sharded
 python -m examples.fully_sharded

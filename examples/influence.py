@@ -1,4 +1,4 @@
-"""Influence functions: which training examples act on a prediction, checked by training without a quarter of them.
+"""Influence functions: which training examples affect a prediction, checked by training without a quarter of them.
 
 python -m examples.influence
 python -m examples.influence --model gpt
@@ -197,13 +197,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", choices=list(TASKS), default="digits", help="what is trained")
-    add("--decay", type=float, default=1e-2, metavar="D", help="half of it times the squared length is in the loss")
-    add("--retrainings", type=positive, default=24, metavar="N", help="each without a quarter of the examples")
-    add("--examples", type=positive, default=TRAINING_EXAMPLES, metavar="N", help="training examples, at most")
-    add("--structures", nargs="+", metavar="NAME", help="rows of the table, all by default")
-    add("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
+    add("--decay", type=float, default=1e-2, metavar="D", help="weight decay: D / 2 times the squared norm in the loss")
+    add("--retrainings", type=positive, default=24, metavar="N", help="runs, each without a quarter of the examples")
+    add("--examples", type=positive, default=TRAINING_EXAMPLES, metavar="N", help="maximum number of training examples")
+    add("--structures", nargs="+", metavar="NAME", help="rows of the table (all by default)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of all random numbers")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads")
-    add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for picture and table")
+    add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for the results")
     return parser
 
 

@@ -202,13 +202,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--prior-precision", type=float, default=1.0, metavar="D", help="of the digits classifier's parameters")
-    add("--hidden", type=positive, default=16, metavar="N", help="units of the digits classifier")
+    add("--prior-precision", type=float, default=1.0, metavar="D", help="prior precision of the digits classifier")
+    add("--hidden", type=positive, default=16, metavar="N", help="hidden units of the digits classifier")
     names = list(STRUCTURES)
     add("--structures", nargs="+", choices=names, default=names, metavar="NAME", help="rows of the table")
-    add("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
+    add("--seed", type=int, default=0, metavar="S", help="seed of all random numbers")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads")
-    add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for picture and table")
+    add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for the results")
     return parser
 
 

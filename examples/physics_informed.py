@@ -1,4 +1,4 @@
-"""Networks that solve differential equations, by three methods: Adam, low-rank K-FAC, and in the space of samples.
+"""Networks that solve differential equations, by three methods: Adam, low-rank K-FAC, and in sample space.
 
 By ``lrkfac.derivatives``, u, its gradient and its second derivatives are rows that go through the same weights together
 (Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603). So each weight is one linear layer with a row for each derivative
@@ -232,9 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--equations", nargs="+", default=list(EQUATIONS), choices=list(EQUATIONS))
     add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     add("--seconds", type=float, default=10.0, help="CPU seconds of each run")
-    add("--steps", type=int, default=10**9, help="steps of each run at most")
-    add("--seed", type=int, default=0, help="of the first parameters")
-    add("--output", type=Path, default=Path(), help="folder of the picture")
+    add("--steps", type=int, default=10**9, help="maximum number of steps of each run")
+    add("--seed", type=int, default=0, help="seed of the initial parameters")
+    add("--output", type=Path, default=Path(), help="folder for the picture")
     options = parser.parse_args(arguments)
     console = Console()
     table = Table("equation", "method", "steps", "CPU seconds", "relative error of u", box=SIMPLE)

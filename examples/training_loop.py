@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=positive, default=16, metavar="N", help="passes through the training set")
     add("--seed", type=int, default=0, metavar="S", help="seed of weights, batches and sampled labels")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads")
-    add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for picture and checkpoint")
+    add("--output", type=Path, default=Path("examples/output"), metavar="DIR", help="folder for the results")
     return parser
 
 
