@@ -49,7 +49,7 @@ def low_rank_kfac(
         momentum: Decay of the sum of updates, in [0, 1), see ``trace``.
         weight_decay: Share of the parameters that is added to the updates, see ``add_decayed_weights``.
         kl_clip: Bound on the squared length of a step in the Fisher metric, before momentum, see ``clip_by_kl``. While
-            it binds, it sets the length of a step and the learning rate cancels.
+            it is active, changing the learning rate has no effect.
         dtype: Of the factors, see ``precondition_by_fisher``.
         differentiable: Whether derivatives through an update go through the statistics, see ``precondition_by_fisher``.
         owners: Processes among which layers are divided, see ``precondition_by_fisher``.

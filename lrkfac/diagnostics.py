@@ -92,7 +92,7 @@ COLUMNS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 
 
 def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree = None) -> Diagnosis:
-    """Describe the preconditioner in the state of a transformation, wherever it stands within, by numbers.
+    """Describe the preconditioner, anywhere in the state of a transformation, by numbers.
 
     For each layer, and each factor ``A``, ``B`` or block ``F`` of it:
 
@@ -114,7 +114,7 @@ def diagnose(state: Any, layers: Layers, *, previous: Any = None, updates: Tree 
     ``apply_if_finite``; ``hyperparameters/…`` of ``inject_hyperparams``.
 
     Where processes divide the layers (``owners``), those of this process. Eigenvalues of dense factors are computed, in
-    O(d³). Nothing leaves the device, so that it can be mapped over an ensemble:
+    O(d³). Nothing leaves the device, so it can be mapped over an ensemble:
     ``vmap(lambda s: diagnose(s, layers).metrics())(states)``.
 
     Args:
@@ -248,7 +248,7 @@ def ranks_by_trace(state: Any, layers: Layers, share: float = 0.95) -> dict[str,
 
     From the eigenvalues in the state, after some batches of statistics. A rank is a shape, fixed when a transformation
     is made: make another, ``low_rank_kfac(layers, 0.1, rank=ranks_by_trace(state, layers))``, and begin with its
-    ``init(params)``; its first statistics find the averages anew. To drop the other eigenpairs within a state of fixed
+    ``init(params)``; its first statistics compute new averages. To drop the other eigenpairs within a state of fixed
     shape would save neither memory nor operations, and know less.
 
     Args:

@@ -34,13 +34,13 @@ from lrkfac.transforms.base import GradientTransformation, apply_updates
 class LowRankKFAC(torch.optim.Optimizer):
     """Train an ``nn.Module`` by ``low_rank_kfac`` or another chain, with the numbers of the functional loop.
 
-    A loss alone does not tell the curvature, which needs the model and the likelihood. So ``step(inputs, targets)``
-    takes the place of ``zero_grad``, forward pass, backward pass and ``step``. To change ``.grad`` before the step, as
+    A loss does not determine the curvature, which needs the model and the likelihood. So ``step(inputs, targets)``
+    replaces ``zero_grad``, forward pass, backward pass and ``step``. To change ``.grad`` before the step, as
     ``clip_grad_norm_`` does, or to accumulate micro-batches, call ``evaluate(inputs, targets)`` first, once or several
     times, and ``step()`` afterwards.
 
-    The evaluation runs under the ``torch.autocast`` around it, the linear algebra never does. bfloat16 needs no
-    ``GradScaler``; with one, ``.grad`` is not scaled, and a step with infinity or NaN is left out. Each evaluation
+    The evaluation runs under the ``torch.autocast`` around it, but the linear algebra does not. bfloat16 needs no
+    ``GradScaler``; with one, ``.grad`` is not scaled, and a step with infinity or NaN is skipped. Each evaluation
     updates buffers, such as BatchNorm's, as a forward pass does.
 
     Each step reads ``lr`` from ``param_groups``, so ``torch.optim.lr_scheduler`` works; also ``momentum`` and
@@ -48,10 +48,10 @@ class LowRankKFAC(torch.optim.Optimizer):
     ``copy.deepcopy((module, optimizer))``, ``pickle`` and ``torch.save`` work; pending evaluations and hooks are lost.
 
     Args:
-        module: In the mode (``train`` or ``eval``) in which it is trained; see ``from_module``. Of a
-            ``DistributedDataParallel``, the module inside and its group are taken.
+        module: In the mode (``train`` or ``eval``) in which it is trained; see ``from_module``. For
+            ``DistributedDataParallel``, the wrapped module and its group are used.
         likelihood: Required: the meaning of the module's outputs.
-        inputs: Required: a batch, to find the layers; a tuple is spread as positional, a mapping as keyword arguments.
+        inputs: Required: a batch, to find the layers; a tuple is passed as positional, a mapping as keyword arguments.
         lr: Learning rate, for a transformation that takes one.
         params: Parameters, or groups as optimizers of torch take them, ``[{"params": net.head.parameters(), "lr":
             0.1, "weight_decay": 0.0}, ...]``. Parameters in no group are constant. By default all that require a
@@ -61,7 +61,7 @@ class LowRankKFAC(torch.optim.Optimizer):
             in ``param_groups``, or a tree of schedules.
         estimator: See ``evaluator``.
         samples: See ``evaluator``.
-        thin: See ``evaluator``; by default on for lrkfac's own chains on one process. It concerns ``step`` alone:
+        thin: See ``evaluator``; by default on for lrkfac's own chains on one process. It affects only ``step``:
             ``evaluate`` materializes all gradients.
         output: See ``from_module``.
         kinds: Custom layer kinds, see ``find_layers``.

@@ -63,7 +63,7 @@ def adaptive_low_rank_kfac(
     ``scale_by_quadratic_model``. The preconditioned direction is that of ``Σ_k gradient_decay^k ∇_{t-k}``, the sum of
     the last gradients, which is less noisy than one: the model of the batch then says how far to go along a direction
     that several batches have chosen. How far back the sum reaches follows from the noise, so that the same chain is
-    for small batches and for the full one. Updates are added to the parameters as they are. ``state[-1].average`` is
+    for small batches and for the full one. Updates are added to the parameters unchanged. ``state[-1].average`` is
     the running average of the parameters, which is often better than the last ones, see ``ema_params``.
 
     Args:

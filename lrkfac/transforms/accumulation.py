@@ -44,10 +44,10 @@ class AccumulateState(NamedTuple):
 def accumulate(inner: GradientTransformation, every: int) -> GradientTransformation:
     """Apply ``inner`` once in ``every`` steps to the mean of the updates since then; return zeros in between.
 
-    For transformations of gradients alone, such as Adam. K-FAC, which needs ``evaluation``, takes one update with
+    For transformations that need only gradients, such as Adam. K-FAC, which needs ``evaluation``, takes one update with
     ``merge_evaluations`` of the micro-batches instead: its statistics have shapes that no state can hold in advance.
 
-    Where ``evaluation`` is passed, each micro-batch counts with its ``weight``, so that the mean is over all their
+    If ``evaluation`` is passed, each micro-batch counts with its ``weight``, so the mean is over all their
     terms; else all count equally. ``inner`` does not get it.
 
     Args:

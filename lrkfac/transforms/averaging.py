@@ -25,13 +25,13 @@ class EmaParamsState(NamedTuple):
 
 
 def ema_params(decay: float = 0.98, power: float = 8.0) -> GradientTransformation:
-    """Average the parameters as they are after each update; updates pass unchanged.
+    """Average the parameters after each update; updates pass unchanged.
 
     After step ``t`` the average is ``ξ average + (1 - ξ) parameters`` with ``ξ = min((t - 1)/(t + power), decay)``. At
     first the parameters of step ``k`` weigh in proportion to ``k^power``, so that the average forgets the start and
     reaches over about the last ``t/(power + 1)`` steps (Shamir & Zhang 2013, arXiv 1212.1824, section 4). Once ``ξ``
     is ``decay``, it is a running average of about ``1/(1 - decay)`` steps. It is the last link of a chain, in whose
-    state it stands as ``state[-1].average``.
+    state it is ``state[-1].average``.
 
     Args:
         decay: Largest weight of the last average, in [0, 1). Where training converges without noise, an average lags

@@ -96,7 +96,7 @@ class Identity(Stateless):
 
 
 def identity() -> GradientTransformation:
-    """Return updates as they are.
+    """Return updates unchanged.
 
     Returns:
         A transformation without state.

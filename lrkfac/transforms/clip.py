@@ -83,12 +83,12 @@ def clip_by_kl(kl_clip: float, learning_rate: PerParameter) -> GradientTransform
     wherever the package has an argument of this name. The factor is
     ``min(1, √(kl_clip / (learning_rate² uᵀ∇L)))`` (Ba, Grosse & Martens 2017, section 5).
 
-    Stands right after ``precondition_by_fisher``. Parameters that no layer covers count with ``u = ∇L``. While the
-    clip binds, the length of a step depends on ``kl_clip`` alone and the learning rate cancels. The last factor is in
-    the state, and ``diagnose`` reports it.
+    Place it directly after ``precondition_by_fisher``. Parameters that no layer covers count with ``u = ∇L``. While the
+    clip is active, ``kl_clip`` determines the length of a step, and changing the learning rate has no effect. The
+    state contains the last factor, and ``diagnose`` reports it.
 
-    The bound is that of ``u`` alone, measured by the averages that ``F⁻¹`` is made of. Momentum behind it makes steps
-    longer, by up to ``1 / (1 - momentum)``, and averages that have become stale underestimate the change.
+    The bound applies only to ``u``, measured by the averages in ``F⁻¹``. Momentum after the clip makes steps longer, by
+    up to ``1 / (1 - momentum)``. Outdated averages underestimate the change.
 
     Args:
         kl_clip: Bound on the squared length, in nats.

@@ -17,7 +17,7 @@ from lrkfac.transforms.base import GradientTransformation, Stateless, check_para
 def add_decayed_weights(weight_decay: PerParameter) -> GradientTransformation:
     """Return ``u + weight_decay * params``.
 
-    It is decoupled from the gradient where it stands after the preconditioner (Loshchilov & Hutter 2019, arXiv
+    After the preconditioner, weight decay is decoupled from the gradient (Loshchilov & Hutter 2019, arXiv
     1711.05101).
 
     Args:

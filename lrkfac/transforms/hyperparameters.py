@@ -45,7 +45,7 @@ def inject_hyperparams(
 
     or differ in each model of an ensemble, without a new transformation or compilation. One with a schedule is set
     anew in each step. ``rank``, which fixes the shapes of the state, cannot change: an integer is fixed. Damping and
-    decay take effect at the next statistics. A value that a transformation reads in ``init`` alone, such as the
+    decay take effect at the next statistics. A value that a transformation reads only in ``init``, such as the
     damping where ``scale_by_quadratic_model`` starts, is not read again.
 
     The factory is called when it is injected; each step then puts the values in the place of the first ones. It is

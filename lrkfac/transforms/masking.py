@@ -74,7 +74,7 @@ def partition(
     "adam": chain(scale_by_adam(), scale(-1e-3))}, optree.tree_map(lambda p: "kfac" if p.index in layers.covered else
     "adam", layers.tree))``.
 
-    Each transformation sees the loss as a function of its own parameters, all others held fixed, in a tree of the
+    Each transformation sees the loss as a function of its own parameters, with all others fixed, in a tree of the
     whole structure: there ``params``, ``updates`` and ``evaluation.grads`` of the others are zero (so that norms and
     ``clip_by_kl`` count its own alone), ``evaluation.product``, ``quadratic`` and ``gram`` are the Fisher matrix of its
     own, and ``evaluation.loss_at`` keeps the others where they are. A weight and its joint bias, which

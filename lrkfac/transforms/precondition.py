@@ -51,7 +51,7 @@ def precondition_by_fisher(
 ) -> GradientTransformation:
     """Precondition each layer's gradient, ``(B + δ_B I)⁻¹ ∇W (A + δ_A I)⁻¹``: natural gradient by K-FAC.
 
-    Where ``evaluation`` has statistics, the running averages are updated and inverted anew; elsewhere the last
+    If ``evaluation`` has statistics, the running averages are updated and inverted again. Otherwise the last
     inverses are applied. Before the first statistics gradients pass unchanged.
 
     Args:

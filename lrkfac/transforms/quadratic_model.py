@@ -79,7 +79,7 @@ def scale_by_quadratic_model(
     next evaluations are not, either. The first of them may have a bad batch, and changes nothing; the second takes the
     last step back, to where a batch had a finite loss and gradient, and the damping rises.
 
-    The result is an update, to be added to the parameters as it is.
+    The result is an update: add it to the parameters unchanged.
 
     Args:
         preconditioner: Such as ``precondition_by_fisher(layers)``, or a chain with one. It receives the damping

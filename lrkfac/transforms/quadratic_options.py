@@ -19,10 +19,10 @@ class QuadraticModelOptions:
             as much as for the steps since the last ones, ``n``: by ``damping_decay^n`` (Martens & Grosse 2015, arXiv
             1503.05671, section 6.5, where it is ``19/20``).
         max_steps: Most steps ``n`` for which one change of ``λ`` makes up, at least 1.
-        damping_interval: ``λ`` changes with each so-manieth statistics, by as much as for all of them; at least 1. A
-            step that is undone raises it at once.
-        start_steps: Steps that the first change of both dampings makes up for beside its own, at least 0: where they
-            start is a guess, and may be wrong by orders of magnitude.
+        damping_interval: ``λ`` changes once in this number of statistics, by as much as for all of them; at least 1. A
+            step that is undone raises it immediately.
+        start_steps: Additional steps for which the first change of both dampings makes up, at least 0. Initial dampings
+            are a guess, and may be wrong by orders of magnitude.
         start_decay: Factor by which these become fewer with each statistics, in [0, 1). While they are more than
             ``max_steps``, a step with smaller dampings whose reduction ratio is below ``lower_threshold`` is undone,
             and its dampings with it.

@@ -38,9 +38,9 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
 
     Finite must be what goes in (updates, and of ``evaluation`` the loss and the statistics) and what comes out
     (updates). After ``max_consecutive_errors`` skipped steps in a row, the next one that is not finite goes to
-    ``inner`` as it is, so that its result shows (or ``precondition_by_fisher`` refuses it), until a finite one comes.
+    ``inner`` unchanged, and its result shows (or ``precondition_by_fisher`` raises), until a finite one comes.
     A step with statistics that are not finite on one process is skipped on all.
-    Momentum and weight decay rest in a skipped step if they stand within ``inner``.
+    Momentum and weight decay do not change in a skipped step if they are part of ``inner``.
 
     Args:
         inner: The transformation, such as a whole chain.

@@ -78,7 +78,7 @@ NUMBERS = SlopeAndCurvatureState._fields[1:-2]
 def scale_by_slope_and_curvature(start: float | Tensor = 0.008) -> GradientTransformation:
     """Return ``-rate * u`` with a rate that follows from what the next batch finds along each step.
 
-    A batch is no judge of the step that was made of it: its own gradient confirms it. The next one is. With its
+    A batch cannot test the step computed from it, since its own gradient confirms it. The next batch can. With its
     gradient ``g`` and Fisher matrix ``F`` at the new parameters, the last step ``δ`` leaves a slope ``s = -gᵀδ``, which
     is positive where a longer step had been better for this batch and negative where a shorter one, and a curvature
     ``c = δᵀFδ``. With averages over some ten steps,
@@ -95,7 +95,7 @@ def scale_by_slope_and_curvature(start: float | Tensor = 0.008) -> GradientTrans
     Curvatures are measured where ``evaluation`` has statistics, by two forward derivatives, and kept until the next
     ones. So evaluations need statistics every few steps, also after a direction that does not use them.
 
-    The result is an update, to be added to the parameters as it is. It does not depend on the unit of ``u``, nor on
+    The result is an update: add it to the parameters unchanged. It does not depend on the unit of ``u``, nor on
     that of the loss. A batch whose loss, gradient or direction is not finite changes nothing. The second of them in a
     row takes the last step back, to where a batch had a finite loss, and the rate falls to a quarter. What comes before
     in a chain keeps its own state finite: wrap it in ``apply_if_finite``.

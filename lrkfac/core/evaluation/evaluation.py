@@ -16,7 +16,7 @@ class Evaluation(NamedTuple):
     """Loss, gradient, statistics and Fisher products of a batch at one point in parameter space.
 
     ``evaluator`` makes the function that returns it; transformations take it as ``evaluation=``. It can be copied and
-    pickled where the model and the likelihood can.
+    pickled if the model and the likelihood can.
 
     Attributes:
         loss: Mean negative log-likelihood, ``[]``.

@@ -42,8 +42,8 @@ def evaluator(
     * ``"empirical"``: those at the true targets, at no extra cost, but not the Fisher (Kunstner, Balles &
       Hennig 2019, arXiv 1905.12558); where an example has several terms, they add up before they are squared,
       weights of terms and heads included;
-    * ``"forward_only"``: none, ``B = I``, at no extra cost either (Benzing 2022, arXiv 2201.12250); for Kronecker
-      structures alone. Scales and shifts, which have no ``A``, then pass as plain gradients.
+    * ``"forward_only"``: none, ``B = I``, also at no extra cost (Benzing 2022, arXiv 2201.12250); only for Kronecker
+      structures. Scales and shifts, which have no ``A``, then pass as plain gradients.
 
     Args:
         model: Pure function ``model(params, inputs)``.

@@ -65,11 +65,11 @@ def laplacian(network: Network) -> Network:
 
     Value, first derivatives and Laplacian go through the network together, as ``d + 2`` rows for each point. So each
     weight is one layer, which ``find_layers`` sees, and a bias belongs to it with the constant input ``(1, 0, …, 0)``.
-    The network stays as it is: linear layers, elementwise functions, arithmetic, rearrangements, normalisations by
+    The network needs no change: linear layers, elementwise functions, arithmetic, rearrangements, normalisations by
     example, products. ``derivatives`` has the value and single derivatives, too.
 
-    Inside ``torch.compile`` write ``x.t()`` for ``x.T``: the compiler shows attributes to no function mode, and what
-    depends on the points through one alone becomes NaN.
+    Inside ``torch.compile`` write ``x.t()`` for ``x.T``: function modes do not see attributes there, and values that
+    depend on the points only through one become NaN.
 
     Source: Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603, section 3; Li et al. 2024, arXiv 2307.08214.
 

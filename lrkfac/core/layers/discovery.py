@@ -44,13 +44,13 @@ def find_layers(
 ) -> Layers:
     """Describe the layers of a model: run it on tensors without values and watch its operations.
 
-    A parameter is covered where every use of it is the weight (or the bias) of an operation that the
-    package knows; each other parameter is listed with the operation that used it.
+    A parameter is covered if every use of it is the weight (or the bias) of an operation that the
+    package knows. Each other parameter is listed with the operation that used it.
 
-    Where the examples are in a layer's rows is seen from runs with values: of four and of six examples, in their order
-    and moved on by one place, and with one of them replaced. They take the memory of one more copy of the parameters.
-    Where the model cannot take such batches it is not known, and structures that are made of single examples are
-    refused.
+    The positions of examples in a layer's rows are found by runs with values: with four and with six examples, in order
+    and moved by one place, and with one of them replaced. They take the memory of one more copy of the parameters.
+    If the model cannot take such batches, the positions are unknown, and structures that need gradients of single
+    examples are errors.
 
     Examples:
         >>> import torch
@@ -75,7 +75,7 @@ def find_layers(
         batch_axes: Which axis of the inputs holds the examples, as ``in_dims`` of ``vmap``: an integer, or a tree of
             integers and ``None`` (for leaves without one) that is a prefix of ``inputs``. By default it is found.
         uncovered: What becomes of a parameter that no operation covers. ``"plain"``: it gets plain gradients, or the
-            ``fallback=`` of a transformation. ``"jacobian"``: it is a layer of its own, of the kind "jacobian", whose
+            ``fallback=`` of a transformation. ``"jacobian"``: it is a separate layer of the kind "jacobian", whose
             rows are the gradients of single examples, by the model mapped over them. So a model covers all parameters
             whatever it computes, derivatives of a network included; statistics then hold an entry of the parameter for
             each example and column.

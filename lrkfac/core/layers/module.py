@@ -26,11 +26,11 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 def from_module(module: nn.Module, buffers: bool = False, output: str | int | None = None) -> tuple[Any, ...]:
     """Return a module as a pure function ``model(params, inputs)``, and its parameters.
 
-    The function keeps the module's mode (``train`` or ``eval``) of this moment and copies of its buffers. Every call
-    works on fresh copies of them, so that BatchNorm in training mode, which changes its buffers in place, is pure too.
-    Parameters share memory with the module's, which nothing here changes. Those that do not require a gradient are
-    frozen: constants of the function, not among ``params``. Gradients of embeddings are dense, whatever their
-    ``sparse``. The function copies, pickles and saves where the module does.
+    The function keeps the module's present mode (``train`` or ``eval``) and copies of its buffers. Every call works
+    on fresh copies of them, so BatchNorm in training mode, which changes its buffers in place, is also pure.
+    Parameters share memory with those of the module, which are never changed here. Parameters that do not require a
+    gradient are frozen: they are constants of the function, not entries of ``params``. Gradients of embeddings are
+    dense, whatever their ``sparse``. The function can be copied, pickled and saved if the module can.
 
     A module under ``fully_shard`` gives the function of the module inside, on whole tensors, and its parameters as
     sharded: ``model(unshard(params), inputs)``. Frozen parameters and buffers are whole in every process.
