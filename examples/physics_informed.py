@@ -1,4 +1,4 @@
-"""Networks that solve differential equations, by three methods: Adam, low-rank K-FAC, and in sample space.
+"""Networks that solve differential equations, with Adam, low-rank K-FAC, and exact steps in sample space.
 
 By ``lrkfac.derivatives``, u, its gradient and its second derivatives are rows that go through the same weights together
 (Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603). So each weight is one linear layer with a row for each derivative
@@ -229,8 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m examples.physics_informed", description=(__doc__ or "").split("\n")[0]
     )
     add = parser.add_argument
-    add("--equations", nargs="+", default=list(EQUATIONS), choices=list(EQUATIONS))
-    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    add("--equations", nargs="+", default=list(EQUATIONS), choices=list(EQUATIONS), help="equations to solve")
+    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods to compare")
     add("--seconds", type=float, default=10.0, help="CPU seconds of each run")
     add("--steps", type=int, default=10**9, help="maximum number of steps of each run")
     add("--seed", type=int, default=0, help="seed of the initial parameters")

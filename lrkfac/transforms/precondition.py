@@ -66,7 +66,7 @@ def precondition_by_fisher(
             ``"auto"``: the largest common to all layers with which the state takes no more memory than the averages of
             Adam, if both are of one dtype, and at most 64. It is fixed when the transformation is made. See ``explain``
             for a budget in bytes and ``ranks_by_trace`` for ranks by what eigenpairs hold.
-        damping: Tikhonov damping ``λ > 0``, in the square of the gradient's unit, split between the factors.
+        damping: Tikhonov damping ``λ > 0``, in the gradient's unit squared, split between the factors.
         decay: Decay of the running averages per batch of statistics, in [0, 1).
         fallback: Transformation of the parameters that no layer covers; by default they pass as plain
             gradients.
@@ -81,7 +81,7 @@ def precondition_by_fisher(
             start with millionths of the curvature of other layers: what is a small damping to these leaves those with
             plain gradients.
         owners: A process group, or a ``DeviceMesh`` with one axis, among whose processes layers are divided: each has
-            one owner, which alone has its state and preconditions its gradient; updates are then gathered. The group is
+            one owner, and only it has the state and preconditions the gradient; updates are then gathered. The group is
             that of ``evaluator(..., group=)``, best with ``scatter=True``. It pays for dense factors of some hundred
             rows on; low-rank ones are applied about as fast as updates are gathered. By default all have all states.
 

@@ -150,7 +150,7 @@ class DiagonalStructure(FactorStructure):
 
 
 def dense() -> DenseStructure:
-    """Hold the whole factor, ``[d, d]``, as plain K-FAC does, in O(d²) memory and O(d³) time.
+    """Hold the whole factor, ``[d, d]``, as in plain K-FAC, in O(d²) memory and O(d³) time.
 
     Returns:
         A factor structure for ``kronecker``.
@@ -165,7 +165,7 @@ def dense() -> DenseStructure:
 
 
 def diagonal() -> DiagonalStructure:
-    """Hold the diagonal of a factor alone, ``[d]``; outside of ``kronecker``, the diagonal of a layer's exact block.
+    """Hold only the diagonal of a factor, ``[d]``; outside of ``kronecker``, the diagonal of a layer's exact block.
 
     Returns:
         A factor structure for ``kronecker``, and a structure for ``precondition_by_fisher``.

@@ -50,7 +50,7 @@ class FactorState(Protocol):
 
 
 class FactorStructure(Solving, ABC):
-    """How one factor is represented, averaged over time and inverted.
+    """Define how one factor is represented, averaged over time and inverted.
 
     Subclass it, as a frozen dataclass, for a custom structure, and give it to ``kronecker``. Required are ``init``,
     ``update`` and ``operator``; ``inverse``, too, where the operator is none of ``lrkfac.linalg``. States are
@@ -65,7 +65,7 @@ class FactorStructure(Solving, ABC):
     Attributes:
         stackable: Whether all methods also take states of several factors, stacked along leading axes; where they do
             not, several are mapped over by ``vmap``.
-        stands_alone: Whether it may hold the whole block of a layer outside of ``kronecker``.
+        stands_alone: Whether it may represent the whole block of a layer outside ``kronecker``.
 
     Examples:
         >>> import lrkfac

@@ -57,7 +57,7 @@ def evaluator(
             as many numbers, ``2 n (d_in + d_out) <= d_in d_out`` for ``n`` rows. Off by default because
             ``evaluation.grads`` reach the user, and torch's functions take no ``LazyMatrix``; ``LowRankKFAC``, which
             hands none out, has it on. ``lrkfac.materialize`` makes tensors of them, as does the end of a chain.
-        differentiable: Whether autograd follows an evaluation, so that ``backward()`` goes through a step to parameters
+        differentiable: Whether autograd records an evaluation, so ``backward()`` goes through a step to parameters
             that require gradients. By default it does not: a loop over such parameters, as ``named_parameters()`` and
             ``torch.func.stack_module_state`` give them, keeps no graph of its past steps. The transformations of
             ``torch.func`` differentiate either way.

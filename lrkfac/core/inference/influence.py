@@ -41,7 +41,7 @@ def influence(
     Gradients of queries are formed, one layer after the other. Other kinds form gradients of a few examples at a time.
 
     Args:
-        curvature: From ``estimate`` or ``from_state``; ``curvature.of_layers(names)`` for some layers alone.
+        curvature: From ``estimate`` or ``from_state``; ``curvature.of_layers(names)`` for only some layers.
         queries: Evaluation of the queries, or its statistics, by an evaluator with ``estimator="empirical"``: gradients
             at true targets. Few at a time.
         examples: The same of the training examples; or an iterable of such, for a data set batch by batch.

@@ -164,7 +164,7 @@ def laplace(
     """Return the Laplace approximation of the posterior of trained parameters (MacKay 1992).
 
     Under the prior ``N(0, I / δ)`` the posterior is about ``N(params, (N F + δ I)⁻¹)``, where ``params`` minimise
-    ``N loss + δ ‖params‖² / 2``. Every block is damped exactly. For the last layer alone, give
+    ``N loss + δ ‖params‖² / 2``. Every block is damped exactly. For only the last layer, pass
     ``curvature.of_layers([name])``: all other parameters are then constants.
 
     Args:

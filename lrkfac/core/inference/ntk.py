@@ -105,7 +105,7 @@ def ntk(model: Callable[[Tree, Tree], Any], layers: Layers | None = None, chunk:
     ``J`` is the derivative of the outputs in the parameters (Jacot, Gabriel & Hongler 2018, arXiv 1806.07572), ``K``
     the number of outputs of an example.
 
-    With ``layers``, a layer that is used once for each example is known by its rows: an entry is
+    With ``layers``, rows suffice for a layer that is used once for each example: an entry is
     ``(g₁ᵀ g₂) (a₁ᵀ a₂)``, and all take ``N² d_in + N² K² d_out`` operations and ``K`` backward passes, no gradient
     formed. Layers with several positions take the gradients of single examples, ``N K d_in d_out`` numbers. Parameters
     that no layer covers, and all without ``layers`` or where outputs depend on other examples, take ``N2 K`` backward

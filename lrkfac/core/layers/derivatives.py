@@ -66,7 +66,7 @@ def laplacian(network: Network) -> Network:
     Value, first derivatives and Laplacian go through the network together, as ``d + 2`` rows for each point. So each
     weight is one layer, which ``find_layers`` sees, and a bias belongs to it with the constant input ``(1, 0, …, 0)``.
     The network needs no change: linear layers, elementwise functions, arithmetic, rearrangements, normalisations by
-    example, products. ``derivatives`` has the value and single derivatives, too.
+    example, products. ``derivatives`` also returns the value and single derivatives.
 
     Inside ``torch.compile`` write ``x.t()`` for ``x.T``: function modes do not see attributes there, and values that
     depend on the points only through one become NaN.

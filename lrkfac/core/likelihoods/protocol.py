@@ -83,7 +83,7 @@ class Likelihood:
         weighted_loss: ``(outputs, targets) -> `` one number per term, which the loss sums up; by default the
             negative log-likelihood times ``weights(...).mean``.
         residual: ``(outputs, score) -> `` coefficients with ``S coefficients = score``, term by term, where ``score``
-            is the derivative of a term in its outputs, times any number; for ``precondition_in_sample_space`` alone.
+            is the derivative of a term in its outputs, times any number; only for ``precondition_in_sample_space``.
 
     Raises:
         TypeError: If ``name`` is no string, or one of the functions is none.

@@ -55,17 +55,17 @@ def conjugate_gradient(
     (2003), algorithm 9.1. Each iteration takes one product with ``M`` and one with the preconditioner, an approximate
     inverse of ``M + damping I``. It ends when the relative residual is at most ``tolerance``, or where
     ``M + damping I`` or the preconditioner turns out not to be positive definite. Inside ``torch.func`` and
-    ``torch.compile`` it always takes ``max_iterations``, and what is done stands still.
+    ``torch.compile`` it always takes ``max_iterations``, and a converged solution no longer changes.
 
     Args:
         operator: ``M``, symmetric and positive semidefinite: a function, or an operator with ``matvec`` (where ``b`` is
             a vector) or ``product`` (where ``b`` is a tree).
         b: The right-hand side: a vector ``[d]`` or a tree.
         preconditioner: A function or operator like ``operator``, symmetric and positive definite; by default none.
-        damping: What is added to all eigenvalues, at least 0.
-        tolerance: Largest ``‖b - (M + damping I) x‖ / ‖b‖`` to be content with.
-        max_iterations: Most products, but for one more with ``start``.
-        start: First guess, like ``b``; by default zero.
+        damping: Added to all eigenvalues, at least 0.
+        tolerance: Largest accepted ``‖b - (M + damping I) x‖ / ‖b‖``.
+        max_iterations: Maximum number of products, plus one with ``start``.
+        start: Initial guess, like ``b``; by default zero.
 
     Returns:
         A ``Solution``: ``solution``, ``relative_residual`` and the number of ``products``.

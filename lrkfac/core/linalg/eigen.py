@@ -23,13 +23,13 @@ def power_iteration(
 ) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
     """Return dominant eigenpairs, one vector after another: ``v ← M v / ‖M v‖``, orthogonal to the earlier ones.
 
-    A vector stands still once a step turns it by less than ``tolerance``; the number of steps does not
-    depend on values, so that the function can be compiled and mapped over batches. At the end the
+    A vector no longer changes once a step turns it by less than ``tolerance``. The number of steps does not
+    depend on values, so the function can be compiled and mapped over batches. At the end the
     basis is rotated to the Ritz vectors, which also separates eigenvalues of equal magnitude.
 
     Args:
         matvec: ``V ↦ M V`` for ``V`` of shape ``[d, j]``, with ``M`` symmetric, definite or not.
-        start: First guess of each vector, ``[d, k]`` with ``k ≥ rank``; any columns, zeros included.
+        start: Initial guess of each vector, ``[d, k]`` with ``k ≥ rank``; any columns, zeros included.
         rank: Number of eigenpairs ``r``, at most ``d``; by default the columns of ``start``.
         max_iterations: Steps for each vector.
         tolerance: Sine of the angle between a vector and its image below which it has converged.
@@ -84,7 +84,7 @@ def subspace_iteration(
 
     Args:
         matvec: ``V ↦ M V`` for ``V`` of shape ``[d, j]``, with ``M`` symmetric, definite or not.
-        start: First guess of the space, ``[d, k]`` with ``rank ≤ k ≤ d``.
+        start: Initial guess of the space, ``[d, k]`` with ``rank ≤ k ≤ d``.
         rank: Number of eigenpairs ``r``; by default the columns of ``start``.
         iterations: Products with ``M`` before the Rayleigh–Ritz step, which needs one more.
 

@@ -47,17 +47,17 @@ def eigenvalues(
     A basis begins with ``start`` and grows by the residuals of the Ritz vectors that have not converged: a block Krylov
     space (Musco & Musco 2015, arXiv 1504.05477), restarted from the best Ritz vectors where it has ``max_vectors`` (the
     method of Davidson without a preconditioner, which equals thick-restart Lanczos: Wu & Simon 2000). All vectors are
-    kept orthonormal. ``torch.lobpcg`` takes tensors alone, no products; ``scipy.sparse.linalg.eigsh`` works on
+    kept orthonormal. ``torch.lobpcg`` takes only tensors, no products; ``scipy.sparse.linalg.eigsh`` works on
     ``as_scipy()``, on the host, and finds an eigenvalue of higher multiplicity once for each restart.
 
     Args:
         operator: The matrix: a function, or an operator with ``matvec`` or ``product``.
-        start: First guess, such as random vectors: ``[d, k]``, or a tree of leaves ``[k, ...]``, with ``k >= rank``.
+        start: Initial guess, such as random vectors: ``[d, k]``, or a tree of leaves ``[k, ...]``, with ``k >= rank``.
             Eigenvalues of multiplicity up to ``k`` are found.
         rank: Number of eigenpairs ``r``; by default ``k``.
         which: ``"magnitude"`` (largest first), ``"largest"`` or ``"smallest"``, as real numbers.
-        tolerance: Largest residual to be content with, as a share of the largest Ritz value in magnitude.
-        max_iterations: Most blocks of products; inside ``torch.func`` and ``torch.compile`` all are taken.
+        tolerance: Largest accepted residual, as a share of the largest Ritz value in magnitude.
+        max_iterations: Maximum number of blocks of products; all are taken inside ``torch.func`` and ``torch.compile``.
         max_vectors: Vectors of the basis before a restart; twice as many are held. By default the larger of 30 and
             ``4 k``.
 

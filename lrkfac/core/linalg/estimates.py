@@ -39,9 +39,9 @@ def trace_estimate(
 ) -> Estimate:
     """Return an unbiased estimate of the trace of a symmetric matrix.
 
-    * ``"xtrace"``: ``2 * samples`` products. Each vector in turn tells of the rest that the image of the others leaves
-      out; such a rest has its length scaled to the mean (Epperly, Tropp & Webber 2024, arXiv 2301.07825). Best where
-      eigenvalues decay.
+    * ``"xtrace"``: ``2 * samples`` products. Each vector in turn samples the part outside the image of the
+      others; the length of this part is scaled to the mean (Epperly, Tropp & Webber 2024, arXiv 2301.07825). It is best
+      where eigenvalues decay.
     * ``"hutch++"``: ``3 * samples`` products: a third for the image, a third within it, a third for the rest (Meyer,
       Musco, Musco & Woodruff 2021, arXiv 2010.09649); ``2 * samples`` vectors.
     * ``"hutchinson"``: ``samples`` products, the mean of ``vᵀ M v`` (Hutchinson 1989).

@@ -106,8 +106,8 @@ def woodbury(operator: LowRankPlusDiagonal) -> LowRankPlusDiagonal:
     definiteness only asks that ``μ / (1 + μ) < 1``, which is enforced with a margin of a few ulps; a
     Cholesky factor of ``I + UᵀU`` gives no such guarantee in float32.
 
-    Directions beyond the precision (in float32, of less than 4e-6 times the largest eigenvalue) are noise: there
-    ``D`` is raised to that floor, so that the inverse is too small along them rather than too large along others.
+    Directions beyond the precision (in float32, of less than 4e-6 times the largest eigenvalue) are noise. There
+    ``D`` is raised to that floor: the inverse is then too small along them rather than too large along others.
 
     Args:
         operator: Positive definite, with ``D > 0``; values of either sign.
