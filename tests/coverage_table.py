@@ -201,9 +201,9 @@ KINDS = [
     "",
     "| kind | operations |",
     "|---|---|",
-    "| `linear` | `F.linear`, `x @ w`, `w @ x`, `matmul`, `mm`, `addmm`, with a matrix `w`; `einsum` of one weight "
-    "and one input that have only summed indices in common; also with views such as `w.T`, `reshape`, "
-    "`chunk`, slices; also with a following `+ b` |",
+    "| `linear` | `F.linear`, `x @ w`, `w @ x`, `matmul`, `mm`, `addmm`, with a matrix `w`. `einsum` of one weight "
+    "and one input that have only summed indices in common. Views such as `w.T`, `reshape`, `chunk` and "
+    "slices are allowed, and so is a following `+ b` |",
     "| `conv1d` … `conv3d`, `conv_transpose1d` … | convolutions with stride, padding, dilation and groups |",
     "| `embedding` | embeddings, also tied to the output layer; the factor of the vocabulary is diagonal |",
     "| `scale`, `shift` | BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm; parameters that are mul"
