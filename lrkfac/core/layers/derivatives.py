@@ -68,8 +68,9 @@ def laplacian(network: Network) -> Network:
     The network needs no change: linear layers, elementwise functions, arithmetic, rearrangements, normalisations by
     example, products. ``derivatives`` also returns the value and single derivatives.
 
-    Inside ``torch.compile`` write ``x.t()`` for ``x.T``: function modes do not see attributes there, and values that
-    depend on the points only through one become NaN.
+    Inside ``torch.compile`` write ``x.t()`` for ``x.T``, and ``x.new_zeros(n)`` for ``device=x.device``: function modes
+    do not see attributes there, and tensors made by them are refused. A custom ``torch.autograd.Function`` is refused
+    outside the compiler. Inside, its ``forward`` can be differentiated and its ``backward`` ignored without an error.
 
     Source: Dangel, Müller & Zeinhofer 2024, arXiv 2405.15603, section 3; Li et al. 2024, arXiv 2307.08214.
 

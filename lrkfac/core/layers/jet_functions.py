@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from lrkfac.core.base.private_torch import is_inside_function
 from lrkfac.core.layers import jet_rules as rules
-from lrkfac.core.layers.jets import Traced, holds_jet, lifted, lowered
+from lrkfac.core.layers.jets import Traced, holds_hidden, holds_jet, lifted, lowered
 
 WITHOUT_DERIVATIVES = (
     "size", "dim", "ndimension", "numel", "nelement", "__len__", "is_floating_point", "is_complex", "element_size",
@@ -93,9 +93,11 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.rms_norm: rules.rms_normalized,
 }
 
-RULES_BY_NAME = {func.__name__: rule for func, rule in RULES.items() if hasattr(func, "__name__")}
+RULES_BY_NAME = {
+    func.__name__: rule for func, rule in RULES.items() if getattr(func, "__name__", "__get__") != "__get__"
+}
 """The rules as the compiler finds them, to which a function that is written in Python is another than the same one
-among the keys."""
+among the keys. Attributes all have the name ``__get__``; the compiler shows none of them."""
 
 
 class Jets(TorchFunctionMode):
@@ -117,9 +119,14 @@ class Jets(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         compiling = torch.compiler.is_compiling()
-        if compiling:
+        if compiling or self.traced:  # the latter: the network has a compiled part
             args = tuple([lifted(self.traced, x) for x in args])
             kwargs = {name: lifted(self.traced, x) for name, x in kwargs.items()}
+            if func.__name__ != "__get__" and holds_hidden((*args, *kwargs.values())):  # the compiler reads shapes
+                raise ValueError(
+                    f"network: expected functions that torch.compile shows, got {func.__name__} of a tensor that it "
+                    "made of the points unseen; write x.t() for x.T, x.new_zeros(n) for device=x.device"
+                )
         if not holds_jet((*args, *kwargs.values())):
             return func(*args, **kwargs)
         # There, no gradient by parameters would be recorded.
@@ -136,5 +143,4 @@ class Jets(TorchFunctionMode):
                 "derivatives are known here; write it by elementwise functions, products and rearrangements, or take "
                 "the derivatives by torch.func, which leaves parameters uncovered"
             )
-        result = rule(func, *args, **kwargs)
-        return lowered(self.traced, result) if compiling else result
+        return lowered(self.traced, rule(func, *args, **kwargs))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from lrkfac.core.layers.jet_calls import added_to_values, linear_of_jets
-from lrkfac.core.layers.jets import Jet, Plan, holds_jet, is_jet, jets_of, replaced, rows_at
+from lrkfac.core.layers.jets import AnyJet, Jet, Plan, holds_jet, is_jet, jets_of, replaced, rows_at
 
 Function = Callable[..., Any]
 
@@ -41,11 +41,11 @@ def of_rows(func: Function, *args: Any, **kwargs: Any) -> Any:
     return Jet.of(result, jets[0].plan)
 
 
-def joined(func: Function, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Jet:
+def joined(func: Function, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> AnyJet:
     """Return jets and constants side by side."""
     (first, *_) = jets_of(tensors, {})
     lifted = [x if is_jet(x) else Jet.constant(x, first.plan) for x in tensors]
-    jet: Jet = of_rows(func, lifted, *args, **kwargs)
+    jet: AnyJet = of_rows(func, lifted, *args, **kwargs)
     return jet
 
 
@@ -62,7 +62,7 @@ def _is_constant(x: Any) -> bool:
     return isinstance(x, Tensor) and not is_jet(x) and x.is_floating_point()
 
 
-def elementwise(func: Function, *args: Any, **kwargs: Any) -> Jet:
+def elementwise(func: Function, *args: Any, **kwargs: Any) -> AnyJet:
     """Return an elementwise function of one jet; of several, ``smooth``."""
     if kwargs.get("inplace") or any(x is True for x in args):
         raise ValueError("network: a function with inplace=True changes what depends on the points; pass inplace=False")
@@ -86,7 +86,7 @@ def _products(rows: Tensor, left: Sequence[int], right: Sequence[int]) -> Tensor
     return rows_at(rows, left) * rows_at(rows, right)
 
 
-def _of_parts(plan: Plan, value: Tensor, linear: Tensor, terms: Callable[[Any, Any], Tensor]) -> Jet:
+def _of_parts(plan: Plan, value: Tensor, linear: Tensor, terms: Callable[[Any, Any], Tensor]) -> AnyJet:
     """Return a jet of its value, the linear part ``[d + m, ...]`` of its derivatives, and terms of second ones."""
     if not plan.seconds:
         return Jet.of(torch.cat([value[None], linear]), plan)
@@ -127,7 +127,7 @@ DERIVATIVES: dict[Function, Callable[[Tensor, bool], tuple[Tensor, Tensor, Tenso
 """Value, first and second derivative of the functions that networks of points use most, with fewer operations."""
 
 
-def smooth(func: Function, *args: Any, **kwargs: Any) -> Jet:
+def smooth(func: Function, *args: Any, **kwargs: Any) -> AnyJet:
     """Return any differentiable function of one jet or several, by forward derivatives along all rows."""
     jets = jets_of(args, kwargs)
     plan, values = jets[0].plan, tuple([x.rows[0].clone() for x in jets])  # as in _derivatives
@@ -162,12 +162,12 @@ def _aligned(rows: Tensor, ndim: int) -> Tensor:
     return rows.reshape(rows.shape[0], *[1] * missing, *rows.shape[1:]) if missing > 0 else rows
 
 
-def _pair(x: Jet, other: Jet) -> tuple[Tensor, Tensor]:
+def _pair(x: AnyJet, other: AnyJet) -> tuple[Tensor, Tensor]:
     ndim = max(x.rows.ndim, other.rows.ndim) - 1
     return _aligned(x.rows, ndim), _aligned(other.rows, ndim)
 
 
-def added(func: Function, input: Any, other: Any, *, alpha: float = 1) -> Jet:
+def added(func: Function, input: Any, other: Any, *, alpha: float = 1) -> AnyJet:
     """Return ``input + alpha * other``."""
     other = other if alpha == 1 else _times(other, alpha)
     if is_jet(input) and is_jet(other):
@@ -179,12 +179,12 @@ def added(func: Function, input: Any, other: Any, *, alpha: float = 1) -> Jet:
     return Jet.of(added_to_values(_aligned(jet.rows, constant.ndim), constant), jet.plan)
 
 
-def subtracted(func: Function, input: Any, other: Any, *, alpha: float = 1) -> Jet:
+def subtracted(func: Function, input: Any, other: Any, *, alpha: float = 1) -> AnyJet:
     """Return ``input - alpha * other``."""
     return added(func, input, _times(other, -alpha))
 
 
-def subtracted_from(func: Function, other: Any, input: Any) -> Jet:
+def subtracted_from(func: Function, other: Any, input: Any) -> AnyJet:
     """Return ``input - other``, the function being of ``other``."""
     return subtracted(func, input, other)
 
@@ -193,7 +193,7 @@ def _times(x: Any, factor: float) -> Any:
     return Jet.of(x.rows * factor, x.plan) if is_jet(x) else x * factor
 
 
-def multiplied(func: Function, input: Any, other: Any) -> Jet:
+def multiplied(func: Function, input: Any, other: Any) -> AnyJet:
     """Return ``input * other``."""
     if is_jet(input) and is_jet(other):
         return bilinear(torch.mul, *[Jet.of(rows, input.plan) for rows in _pair(input, other)])
@@ -201,19 +201,19 @@ def multiplied(func: Function, input: Any, other: Any) -> Jet:
     return Jet.of(torch.mul(_aligned(jet.rows, getattr(factor, "ndim", 0)), factor), jet.plan)
 
 
-def divided(func: Function, input: Any, other: Any) -> Jet:
+def divided(func: Function, input: Any, other: Any) -> AnyJet:
     """Return ``input / other``."""
     if is_jet(other):
         return multiplied(torch.mul, input, elementwise(torch.reciprocal, other))
     return Jet.of(torch.div(_aligned(input.rows, getattr(other, "ndim", 0)), other), input.plan)
 
 
-def divided_from(func: Function, other: Any, input: Any) -> Jet:
+def divided_from(func: Function, other: Any, input: Any) -> AnyJet:
     """Return ``input / other``, the function being of ``other``."""
     return divided(func, input, other)
 
 
-def bilinear(product: Function, x: Jet, other: Jet) -> Jet:
+def bilinear(product: Function, x: AnyJet, other: AnyJet) -> AnyJet:
     """Return a product of two jets."""
     a, b, plan = x.rows, other.rows, x.plan
     value = product(a[0], b[0])
@@ -230,7 +230,7 @@ def bilinear(product: Function, x: Jet, other: Jet) -> Jet:
     return _of_parts(plan, value, linear, terms)
 
 
-def linear(func: Function, input: Any, weight: Tensor, bias: Tensor | None = None) -> Jet:
+def linear(func: Function, input: Any, weight: Tensor, bias: Tensor | None = None) -> AnyJet:
     """Return ``F.linear`` of a jet: one operation on the rows of all points."""
     if holds_jet((weight, bias)):
         raise ValueError("network: F.linear with a weight or bias that depends on the points; use torch.matmul")
@@ -263,13 +263,15 @@ def affine_product(func: Function, input: Any, mat1: Any, mat2: Any, *, beta: fl
     return added(torch.add, product, input if beta == 1 else _times(input, beta))
 
 
-def einsum(func: Function, equation: str, *operands: Any) -> Jet:
+def einsum(func: Function, equation: str, *operands: Any) -> AnyJet:
     """Return ``torch.einsum``."""
-    jet: Jet = (of_rows if len(jets_of(operands, {})) == 1 else smooth)(func, equation, *operands)
+    jet: AnyJet = (of_rows if len(jets_of(operands, {})) == 1 else smooth)(func, equation, *operands)
     return jet
 
 
-def normalized(func: Function, input: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Jet:
+def normalized(
+    func: Function, input: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> AnyJet:
     """Return ``F.layer_norm``: a normalisation without scale and shift, then a product and a sum."""
     # Not by F.layer_norm itself, whose nested forward derivatives are wrong (torch 2.13).
     axes = tuple(range(-len(shape), 0))
@@ -282,10 +284,10 @@ def normalized(func: Function, input: Any, shape: Any, weight: Any = None, bias:
     return jet if bias is None else added(torch.add, jet, bias)
 
 
-def rms_normalized(func: Function, input: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Jet:
+def rms_normalized(func: Function, input: Any, shape: Any, weight: Any = None, eps: float | None = None) -> AnyJet:
     """Return ``F.rms_norm``, likewise."""
     return _scaled(smooth(func, input, shape, None, eps), weight)
 
 
-def _scaled(jet: Jet, weight: Tensor | None) -> Jet:
+def _scaled(jet: AnyJet, weight: Tensor | None) -> AnyJet:
     return jet if weight is None else multiplied(torch.mul, jet, weight)

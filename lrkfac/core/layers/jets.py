@@ -57,22 +57,22 @@ class Jet(Tensor):
     plan: Plan
 
     @staticmethod
-    def of(rows: Tensor, plan: Plan) -> Jet:
+    def of(rows: Tensor, plan: Plan) -> Jet | TracedJet:
         """Return the jet with these rows."""
         if torch.compiler.is_compiling():
-            return TracedJet(rows, plan)  # type: ignore[return-value]
+            return TracedJet(rows, plan)
         jet: Jet = tensor_without_values(Jet, rows.shape[1:], rows.dtype, rows.device)
         jet.rows, jet.plan = rows, plan
         return jet
 
     @staticmethod
-    def constant(x: Tensor, plan: Plan) -> Jet:
+    def constant(x: Tensor, plan: Plan) -> Jet | TracedJet:
         """Return a tensor as a jet whose derivatives are 0."""
         further = plan.coordinates + len(plan.seconds)
         return Jet.of(torch.cat([x[None], x.new_zeros(further, *x.shape)]), plan)
 
     @staticmethod
-    def at(points: Tensor, plan: Plan) -> Jet:
+    def at(points: Tensor, plan: Plan) -> Jet | TracedJet:
         """Return the coordinates of points ``[..., d]``, whose first derivatives are the unit vectors."""
         ones = torch.eye(plan.coordinates, dtype=points.dtype, device=points.device)
         ones = ones.reshape(plan.coordinates, *[1] * (points.ndim - 1), plan.coordinates)
@@ -107,8 +107,8 @@ class Jet(Tensor):
 class TracedJet:
     """A jet inside the compiler, which follows no tensor of a class of its own.
 
-    The network sees a tensor of NaN in its place (``stand_in``), which the mode knows by identity. A function that the
-    mode does not see so returns NaN.
+    The network sees a tensor without values in its place (``stand_in``), which the mode knows by identity. What a
+    function returns that the mode does not see is on the same device ``meta``, by which the mode refuses it.
 
     Attributes:
         rows: As of a ``Jet``.
@@ -120,12 +120,16 @@ class TracedJet:
 
     def stand_in(self) -> Tensor:
         """Return the tensor that the network sees."""
-        return self.rows.new_full(self.rows.shape[1:], torch.nan)
+        return torch.empty(self.rows.shape[1:], dtype=self.rows.dtype, device="meta")
+
+
+AnyJet = Jet | TracedJet
+"""A jet of either kind."""
 
 
 def is_jet(x: Any) -> bool:
     """Return whether something is a jet, of either kind."""
-    return isinstance(x, Jet | TracedJet)
+    return isinstance(x, AnyJet)
 
 
 Traced = list[tuple[Tensor, TracedJet]]
@@ -165,14 +169,21 @@ def rows_at(first: Tensor, numbers: Sequence[int]) -> Tensor:
     return torch.stack([rows[i] for i in numbers])
 
 
+def holds_hidden(x: Any) -> bool:
+    """Return whether there is a tensor among arguments that the network made of a stand-in, where no mode saw it."""
+    if isinstance(x, tuple | list):
+        return any(holds_hidden(one) for one in x)
+    return isinstance(x, Tensor) and not is_jet(x) and x.device.type == "meta"
+
+
 def holds_jet(x: Any) -> bool:
     """Return whether there is a jet among arguments."""
     return any(holds_jet(one) for one in x) if isinstance(x, tuple | list) else is_jet(x)
 
 
-def jets_of(args: Any, kwargs: dict[str, Any]) -> list[Jet]:
+def jets_of(args: Any, kwargs: dict[str, Any]) -> list[AnyJet]:
     """Return the jets among arguments, in the order in which ``replaced`` takes them."""
-    jets: list[Jet] = []
+    jets: list[AnyJet] = []
 
     def see(x: Any) -> Any:
         if is_jet(x):

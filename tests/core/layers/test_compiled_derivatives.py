@@ -49,13 +49,55 @@ def test_a_step_by_the_rows_of_layers(name):
     close(traced(step)(P), step(P))
 
 
+UNSEEN = {
+    "a product": lambda _, x: x.T.T * x,
+    "a sum": lambda _, x: x**2 + x.T.t() ** 3,
+    "where": lambda _, x: torch.where(x.T.T > 0, x**3, x),
+    "cat": lambda _, x: torch.cat([x**2, x.T.T], 1),
+    "a keyword": lambda _, x: torch.add(x**2, other=x.mT.mT),
+    "an index": lambda _, x: x**2 * torch.ones(len(x), x.shape[1], dtype=x.dtype)[x.T.argmax(0)],
+    "vmap": lambda _, x: x**2 + torch.func.vmap(lambda one: one**3)(x),
+    "a device": lambda _, x: x**2 * torch.arange(x.shape[1], device=x.device),
+}
+
+
 @pytest.mark.slow
-def test_what_the_mode_does_not_see_is_no_number():
-    """Not a wrong one; alone, without anything else that depends on the points, it is an error."""
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_the_mode_does_not_see_is_refused(name):
     torch.compiler.reset()
-    assert traced(laplacian(lambda _, x: x.T.T * x))((), X).isnan().all()
+    with pytest.raises(Exception, match=r"network: expected functions that torch\.compile shows, got"):
+        traced(laplacian(UNSEEN[name]))((), X)
+
+
+@pytest.mark.slow
+def test_alone_it_does_not_depend_on_the_points():
+    torch.compiler.reset()
     with pytest.raises(Exception, match="expected a tensor that depends on the points, got Tensor"):
         traced(laplacian(lambda _, x: x.T.T))((), X)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a sum", "cat", "a device"])
+def test_what_is_refused_falls_back_to_eager_code(name):
+    """Where a graph may break, the derivatives are right all the same."""
+    torch.compiler.reset()
+    function = laplacian(UNSEEN[name])
+    close(torch.compile(function, backend="eager")((), X), function((), X))
+
+
+@pytest.mark.slow
+def test_a_compiled_part_of_a_network():
+    torch.compiler.reset()
+    part = torch.compile(lambda x: (x**3).sin(), backend="eager")
+    expected = laplacian(lambda _, x: (x**3).sin() + x**2 * (x**6).sin())((), X)
+    close(laplacian(lambda _, x: part(x) + x**2 * part(x * x))((), X), expected)
+
+
+@pytest.mark.slow
+def test_new_tensors_are_on_the_device_of_the_points():
+    torch.compiler.reset()
+    function = laplacian(lambda _, x: x**3 * x.new_full((x.shape[1],), 2) + torch.ones_like(x))
+    close(traced(function)((), X), 12 * X)
 
 
 @pytest.mark.slow
