@@ -27,7 +27,45 @@ EXAMPLES_AT_ONCE = 32
 """Examples whose cotangents go back through the whole batch at once, where the model is not mapped over examples."""
 
 
+def examples_of_uses(layers: Layers, outputs: Sequence[Tensor], uses: int) -> list[int]:
+    """Return how many examples each use of a whole parameter has: all, or those of each head with its own.
+
+    Outputs beside the likelihood's heads count as uses when layers are found, and have no example here.
+    """
+    if not layers.own:
+        return [outputs[0].shape[0]]
+    return [*[f.shape[0] for f in outputs], *[0] * (uses - len(outputs))]
+
+
 def example_transpose(
+    objective: Objective, layers: Layers, params: Tree, inputs: Tree, outputs: Sequence[Tensor]
+) -> Callable[[list[Tensor]], ProbeGradients]:
+    """Return the function from a cotangent of the outputs to the gradients of single examples, ``[N, *shape]`` each.
+
+    Heads with examples of their own are uses of their own, with the gradients of as many examples as they have.
+    Other arguments and errors are those of ``_example_transpose``.
+    """
+    whole = _example_transpose(objective, layers, params, inputs, outputs)
+    if not layers.own:
+        return whole
+    uses = {layer.sites[0][0]: len(layer.sites) for layer in layers.jacobians}
+
+    def of_heads(cotangent: list[Tensor]) -> ProbeGradients:
+        every: dict[str, list[Tensor]] = {name: [] for name in uses}
+        for head in range(len(outputs)):
+            of_head = whole([c if i == head else torch.zeros_like(c) for i, c in enumerate(cotangent)])
+            for name, (g,) in of_head.items():
+                every[name].append(g)
+        lengths = {name: examples_of_uses(layers, outputs, number) for name, number in uses.items()}
+        return {
+            name: [g[:length] for g, length in zip([*gs, *gs[:1] * (uses[name] - len(gs))], lengths[name], strict=True)]
+            for name, gs in every.items()
+        }
+
+    return of_heads
+
+
+def _example_transpose(
     objective: Objective, layers: Layers, params: Tree, inputs: Tree, outputs: Sequence[Tensor]
 ) -> Callable[[list[Tensor]], ProbeGradients]:
     """Return the function from a cotangent of the outputs to the gradients of single examples, ``[N, *shape]`` each.

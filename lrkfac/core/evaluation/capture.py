@@ -12,7 +12,7 @@ from lrkfac.core.base.by_autograd import constant
 from lrkfac.core.base.leaves import tree_flatten, tree_unflatten
 from lrkfac.core.base.types import Tree
 from lrkfac.core.evaluation.auxiliary import join_tensors, split_tensors
-from lrkfac.core.evaluation.by_example import ProbeGradients, example_transpose
+from lrkfac.core.evaluation.by_example import ProbeGradients, example_transpose, examples_of_uses
 from lrkfac.core.evaluation.derivatives import transposed
 from lrkfac.core.evaluation.objective import Objective
 from lrkfac.core.evaluation.specs import Specs
@@ -21,7 +21,6 @@ from lrkfac.core.layers.matrix import prepared
 from lrkfac.core.layers.probes import zero_probes
 from lrkfac.core.layers.statistics import Uses
 from lrkfac.core.layers.tracing import run_captured
-from lrkfac.core.likelihoods.joint import longest_head
 
 LayerRows = dict[str, tuple[Uses, Uses]]
 """Inputs and output gradients of each layer, in the standard form of ``lrkfac.core.layers``."""
@@ -131,8 +130,9 @@ def capture(
     aux = join_tensors(tensors, static)
     probes = dict(variables[1])
     for layer in layers.jacobians:
-        leaf, ((source, _),) = leaves[layer.weight.index], layer.sites
-        probes[source] = [leaf.new_zeros(()).expand(longest_head(outputs).shape[0], *leaf.shape)]
-        recorded[source] = [leaf.new_ones(())]
+        leaf, source = leaves[layer.weight.index], layer.sites[0][0]
+        lengths = examples_of_uses(layers, outputs, len(layer.sites))
+        probes[source] = [leaf.new_zeros(()).expand(length, *leaf.shape) for length in lengths]
+        recorded[source] = [leaf.new_ones(())] * len(lengths)
     by_example = example_transpose(objective, layers, params, inputs, outputs)
     return Captured(layers, outputs, aux, recorded, results, probes, examples, transpose, by_example)

@@ -38,9 +38,10 @@ def with_jacobians(layers: Layers, model: Callable[[Tree, Tree], Any], params: T
             'entries of the leading axis, or are not known to do neither, got "jacobian", for which each example has a '
             "derivative of its own; print(find_layers(...)) says which of them it is"
         )
+    uses = len(result_leaves(model(params, inputs))) if layers.own else 1
     return replace(
         layers,
-        layers=(*layers.layers, *[_layer(p) for p in used]),
+        layers=(*layers.layers, *[_layer(p, uses) for p in used]),
         uncovered=tuple([(p, reason) for p, reason in layers.uncovered if reason in UNUSED]),
         alone=_runs_alone(model, params, inputs, layers.batch_axes),
     )
@@ -129,16 +130,17 @@ def _leaves(inputs: Tree) -> dict[str, Any]:
     return dict(zip(paths(inputs), optree.tree_leaves(inputs), strict=True))
 
 
-def _layer(parameter: Parameter) -> Layer:
+def _layer(parameter: Parameter, uses: int) -> Layer:
+    """Return the layer of a whole parameter; heads with examples of their own are a use each."""
     return Layer(
         name=parameter.path,
-        kinds=(JACOBIAN.name,),
+        kinds=(JACOBIAN.name,) * uses,
         weight=parameter,
         bias=None,
         d_in=1,
         d_out=math.prod(parameter.shape),
         groups=1,
-        options=((),),
-        sites=((parameter.path, 0),),
-        placements=(IN_FRONT,),
+        options=((),) * uses,
+        sites=tuple([(parameter.path, use) for use in range(uses)]),
+        placements=(IN_FRONT,) * uses,
     )
