@@ -52,7 +52,9 @@ def evaluated(name, estimator, samples=2):
     model = partial(reference.network, operation)
     targets = torch.tensor([2, 0, 1, 1])
     options = {"bias": "separate" if name == "bias" else "joint", "kinds": complex_operations.KINDS}
-    layers = lrkfac.find_layers(model, params, inputs, strict=True, uncovered="jacobian", **options)
+    layers = lrkfac.find_layers(
+        model, params, inputs, strict=True, uncovered="jacobian" if name == "jacobian" else "plain", **options
+    )
     noise = torch.rand(samples, 4, reference.CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     options = {"samples": samples} if estimator == "mc" else {}
     evaluate = lrkfac.evaluator(model, lrkfac.categorical(), layers, estimator, **options)

@@ -233,6 +233,11 @@ class Layers:
             lines += ["", "outputs of one example depend on others, as with BatchNorm in training mode", REFUSED]
         elif not self.single:
             lines += ["", "outputs of one example stand at several places of the leading axis"]
+        if self.jacobians and not self.alone:
+            lines += [
+                "",
+                "jacobian: examples go back through the whole batch one by one, since the model cannot be mapped",
+            ]
         return "\n".join(lines)
 
 

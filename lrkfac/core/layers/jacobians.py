@@ -14,6 +14,7 @@ from torch.func import vmap
 
 from lrkfac.core.base.by_autograd import attached, constant
 from lrkfac.core.base.containers import result_leaves
+from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
 from lrkfac.core.layers.description import Layer, Layers, Parameter
@@ -32,18 +33,24 @@ def with_jacobians(layers: Layers, model: Callable[[Tree, Tree], Any], params: T
     used = [p for p, reason in layers.uncovered if reason not in UNUSED]
     if not used:
         return layers
-    if not (layers.independent and layers.single and layers.batch_axes):
+    reasons = {
+        "depend on others": layers.independent is False,
+        "may depend on others": layers.independent is None,
+        "are several entries of the leading axis": not layers.single,
+        "have no known axis in the inputs": not layers.batch_axes,
+    }
+    if any(reasons.values()):
+        reason = next(reason for reason, holds in reasons.items() if holds)
         raise ValueError(
-            'uncovered: expected "plain" for a model whose outputs of one example depend on others, are several '
-            'entries of the leading axis, or are not known to do neither, got "jacobian", for which each example has a '
-            "derivative of its own; print(find_layers(...)) says which of them it is"
+            f'uncovered: expected "plain" for a model whose outputs of one example {reason}, got "jacobian", for which '
+            "each example has a derivative of its own"
         )
     uses = len(result_leaves(model(params, inputs))) if layers.own else 1
     return replace(
         layers,
         layers=(*layers.layers, *[_layer(p, uses) for p in used]),
         uncovered=tuple([(p, reason) for p, reason in layers.uncovered if reason in UNUSED]),
-        alone=_runs_alone(model, params, inputs, layers.batch_axes),
+        alone=_runs_alone(model, params, inputs, layers.batch_axes or ()),
     )
 
 
@@ -103,18 +110,36 @@ def _runs_alone(
     try:
         whole = tensors(parameters, inputs)
         each = each_example(tensors, [p.expand(number, *p.shape) for p in parameters], inputs, axes, number)
-        differentiable = [x.sum() for x in each if x.requires_grad]
-        torch.autograd.grad(differentiable, parameters, allow_unused=True)
+        pairs = [(x, y.flatten(0, 1)[: len(x)]) for x, y in zip(whole, each, strict=True) if y.ndim > 1]
+        alike = len(pairs) == len(whole) and all(
+            x.shape == y.shape and x.requires_grad == y.requires_grad and _close(x, y, (0,)) for x, y in pairs
+        )
+        pairs = [(x, y) for x, y in pairs if x.requires_grad]
+        gradients = [
+            torch.autograd.grad(_spread(side), parameters, allow_unused=True) for side in zip(*pairs, strict=True)
+        ]
     except Exception:
         return False  # such as an operation in place on a tensor that vmap does not know
-    pairs = [(x, y.flatten(0, 1)[: len(x)]) for x, y in zip(whole, each, strict=True) if y.ndim > 1]
-    return len(pairs) == len(whole) and all(
-        x.shape == y.shape
-        and x.requires_grad == y.requires_grad
-        and bool((comparable(x) - comparable(y)).abs().max() <= 1e-3 * comparable(x).abs().max())
-        for x, y in pairs
-        if x.numel()
+    return alike and all(
+        (x is None) == (y is None) and (x is None or y is None or _close(x, y, tuple(range(x.ndim))))
+        for x, y in zip(*gradients, strict=True)
     )
+
+
+def _spread(outputs: Sequence[Tensor]) -> Tensor:
+    """Return a sum of outputs with a weight of its own for each, which no symmetry of the model cancels."""
+    real = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in outputs]
+    weights = [torch.arange(x.numel(), device=x.device).to(torch.float32).cos().reshape(x.shape) for x in real]
+    return torch.stack([(x.to(most_precise(x.device)) * w).sum() for x, w in zip(real, weights, strict=True)]).sum()
+
+
+def _close(x: Tensor, y: Tensor, axes: tuple[int, ...]) -> bool:
+    """Return whether two results of the same numbers agree to rounding, relative to the largest along axes."""
+    if not x.numel():
+        return True
+    bound = torch.finfo(x.dtype if x.is_floating_point() or x.is_complex() else torch.float32).eps ** 0.6
+    x, y = comparable(x), comparable(y)
+    return bool(((x - y).abs() <= bound * x.abs().amax(axes, keepdim=True)).all())
 
 
 def _lengthened(inputs: Tree, axes: Mapping[str, int]) -> Tree:

@@ -249,3 +249,19 @@ def test_under_vmap_over_an_ensemble():
     found = vmap(step)(optree.tree_map(lambda *x: torch.stack(x), *members))
     for i, one in enumerate(members):
         close(flat({k: v[i] for k, v in found.items()}), flat(step(one)))
+
+
+DIFFERENT_ALONE = {
+    "a small output beside a large one": lambda p, x: torch.cat(
+        [1e5 * x @ p["w"].exp().mT, x @ p["w"].sin().mT / len(x)], 1
+    ),
+    "a small term": lambda p, x: (x @ p["w"].exp().mT) * (1 + 1e-4 * len(x)),
+}
+
+
+@pytest.mark.parametrize("model", DIFFERENT_ALONE.values(), ids=DIFFERENT_ALONE)
+def test_a_model_whose_examples_differ_alone_is_not_mapped(model):
+    params, x = {"w": normal(2, 3)}, normal(6, 3)
+    layers = find_layers(model, params, x, uncovered="jacobian")
+    assert not layers.alone and "the model cannot be mapped" in str(layers)
+    assert find_layers(lambda p, x: x @ p["w"].exp().mT, params, x, uncovered="jacobian").alone

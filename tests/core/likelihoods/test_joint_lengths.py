@@ -150,6 +150,15 @@ def test_heads_that_share_examples_have_as_many_outputs():
         evaluator(model, LIKELIHOOD, LAYERS)(PARAMS, X, Y, examples=torch.tensor([0, 1]))
 
 
+WHOLE = {"w": normal(4, 2), "b": normal(4), "v": normal(1, 4), "c": normal(1), "only": normal(1, 4), "s": normal(1)}
+
+
+def scaled(p, x):
+    """A head that no operation covers in one parameter, beside a plain one."""
+    outputs = model(p, x)
+    return {"inside": outputs["inside"] * p["s"].exp(), "border": outputs["border"] + p["s"].sin()}
+
+
 UNITED = {
     "dense": ("exact", lambda: precondition_by_fisher(LAYERS, structure=kronecker(dense(), dense()))),
     "full": ("exact", lambda: precondition_by_fisher(LAYERS, structure=full())),
@@ -167,3 +176,22 @@ def test_micro_batches_of_the_same_proportions_are_one_batch(estimator, make):
     expected = evaluate(PARAMS, *whole)
     torch.testing.assert_close(merged.loss, expected.loss)
     torch.testing.assert_close(stepped(make(), merged), stepped(make(), expected), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("sizes", [((3, 5), (3, 5)), ((5, 3), (10, 6))], ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda x: precondition_in_sample_space(x, 0.1), lambda x: precondition_by_fisher(x, full())]
+)
+def test_whole_parameters_are_merged_by_head(make, sizes):
+    layers = find_layers(scaled, WHOLE, batch(7, 5)[0], uncovered="jacobian")
+    assert [layer.name for layer in layers.jacobians] == ["s"]
+    parts = [batch(*size) for size in sizes]
+    whole = [{name: torch.cat([part[i][name] for part in parts]) for name in HEADS} for i in (0, 1)]
+    evaluate, tx = evaluator(scaled, LIKELIHOOD, layers, "exact"), make(layers)
+
+    def step(evaluation):
+        updates, _ = tx.update(evaluation.grads, tx.init(WHOLE), WHOLE, evaluation=evaluation)
+        return torch.cat([updates[name].flatten() for name in WHOLE])
+
+    merged = lrkfac.merge_evaluations([evaluate(WHOLE, *part) for part in parts])
+    torch.testing.assert_close(step(merged), step(evaluate(WHOLE, *whole)), rtol=1e-8, atol=1e-10)
