@@ -28,7 +28,9 @@ def of_operation(name, device, dtype):
     operation = operation._replace(**moved({"params": operation.params, "inputs": operation.inputs}, device, dtype))
     params = moved(reference_kinds.with_head(operation._replace(params=operation.params)), device, dtype)
     model = partial(reference_kinds.network, operation)
-    return model, lrkfac.find_layers(model, params, operation.inputs, strict=True), params, operation.inputs
+    uncovered = "jacobian" if name == "jacobian" else "plain"
+    layers = lrkfac.find_layers(model, params, operation.inputs, strict=True, uncovered=uncovered)
+    return model, layers, params, operation.inputs
 
 
 def evaluated(name, device, dtype, estimator):
