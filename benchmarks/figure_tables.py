@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 from benchmarks.figure_runs import NOTHING, loss, markdown, number
+from benchmarks.physics import best
 from benchmarks.settings import CHANGES, STEPS
 
 CLOCK = ", processors"
@@ -222,16 +223,14 @@ PHYSICS = {"flow": "sample space, flow", "line-search": "sample space, line sear
 
 def physics() -> str:
     """Of each network and method the best run: errors after 40 seconds and at the end, and seconds to two bounds."""
-    runs, rows = recorded("physics_cpu")["runs"], []
-    for network in sorted({run["network"] for run in runs}, key=len):
-        for method, label in PHYSICS.items():
-            some = [run for run in runs if (run["network"], run["method"]) == (network, method)]
-            run = min(some, key=lambda one: one["error"][-1])
-            pairs = list(zip(run["error"], run["seconds"], strict=True))
-            early = [error for error, seconds in pairs if seconds <= 41]
-            first = [next((s for e, s in pairs if e <= bound), None) for bound in (1e-5, 1e-7)]
-            rows.append([network, label.format(**run), f"{early[-1]:.1e}", f"{run['error'][-1]:.1e}",
-                         cell(run["seconds"][-1], ".0f"), *(cell(x, ".0f") for x in first)])  # fmt: skip
+    rows = []
+    for run in best(recorded("physics_cpu")["runs"]):
+        pairs = list(zip(run["error"], run["seconds"], strict=True))
+        early = [error for error, second in pairs if second <= 41]
+        first = [next((s for e, s in pairs if e <= bound), None) for bound in (1e-5, 1e-7)]
+        errors, seconds = (early[-1], run["error"][-1]), (run["seconds"][-1], *first)
+        rows.append([run["network"], PHYSICS[run["method"]].format(**run), *[cell(x, ".1e") for x in errors],
+                     *[cell(x, ".0f") for x in seconds]])  # fmt: skip
     return markdown(
         ["network", "method", "error after 40 s", "at the end", "after [s]", "s to 1e-5", "s to 1e-7"], rows
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def exact_blocks(layers: Any, evaluation: Any, params: Any, damping: float) -> C
     scale, spec = evaluation.statistics.scale, optree.tree_structure(params)
     blocks: list[tuple[list[int], Tensor, Tensor]] = []
     for layer in layers:
-        one = OutputJacobian((layer,), jacobian.inputs, jacobian.gradients)  # type: ignore[arg-type]
+        one = replace(jacobian, layers=replace(layers, layers=(layer,)))
         outputs = one.along(optree.tree_leaves(params)).numel()
         rows = torch.func.vmap(one.transposed)(torch.eye(outputs, dtype=torch.float64))
         matrix = torch.cat([x.reshape(outputs, -1) for x in rows.values()], dim=1)

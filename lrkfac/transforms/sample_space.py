@@ -181,12 +181,13 @@ class _SampleSpace:
         self._check_state(state, covered, leaves)
         statistics = self._checked(evaluation)
         dtype = self.dtype or widest(torch.float32, *[leaves[i].dtype for i in covered])
-        check_memory(residuals(statistics).numel(), dtype, statistics.scale.device)
+        rho = residuals(statistics).detach()
+        check_memory(rho.numel(), dtype, rho.device)
         gradients = check_like(self.layers.tree, evaluation.grads, "evaluation.grads")
         own = [(materialize(leaves[i]), materialize(gradients[i])) for i in covered]
         damping = self.damping if factor_damping is None else factor_damping
         with profiled("sample space"), full_precision(statistics.scale):
-            found = self._direction(statistics, own, state.direction, damping, dtype)
+            found = self._direction(statistics, rho, own, state.direction, damping, dtype)
         for i, direction in zip(covered, found, strict=True):
             leaves[i] = with_layout_of(direction.to(leaves[i].dtype), leaves[i])
         other = state.fallback
@@ -203,6 +204,7 @@ class _SampleSpace:
     def _direction(
         self,
         statistics: Statistics,
+        rho: Tensor,
         own: list[tuple[Tensor, Tensor]],
         last: tuple[Tensor, ...],
         damping: float | Tensor,
@@ -215,6 +217,7 @@ class _SampleSpace:
 
         Args:
             statistics: Of the batch.
+            rho: Their residuals ``ρ`` ``[n]``.
             own: Of each covered parameter the update, and the gradient of the batch's loss.
             last: The last direction, or nothing.
             damping: ``λ``.
@@ -232,7 +235,7 @@ class _SampleSpace:
         jacobian = OutputJacobian.of(self.layers, statistics, dtype)
         by_index = dict(zip(covered, kept, strict=True))
         changes = jacobian.along([by_index.get(p.index) for p in self.layers.parameters])
-        wanted = share * residuals(statistics).to(dtype) - changes
+        wanted = share * rho.to(dtype) - changes
         solved = solve_damped(jacobian.kernel(), damping / statistics.scale.to(dtype), wanted)
         back = jacobian.transposed(solved)
         return [by_index[i] + back[i].reshape(by_index[i].shape) for i in covered]

@@ -8,14 +8,14 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LinearLR
-from torch.utils.data import DataLoader, TensorDataset
 
 import lrkfac
+from tests.peers.batches import BATCHES, SIZE, data, loader_for
 from tests.test_optim_loops import LIKELIHOOD, NORM, each_chain, network, optimizer_of
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-EPOCHS, SIZE, BATCHES = 2, 4, 6
+EPOCHS = 2
 STEPS = EPOCHS * BATCHES
 
 
@@ -37,17 +37,6 @@ def forget_settings():
 def trainers():
     pytest.importorskip("transformers", reason="the extra 'peers' is not installed")
     return importlib.import_module("tests.peers.trainers")
-
-
-def data(dtype=torch.float64):
-    torch.manual_seed(1)
-    labels = torch.randint(3, (SIZE * BATCHES,))
-    labels[::5] = -100
-    return TensorDataset(torch.randn(len(labels), 6).to(dtype), labels)
-
-
-def loader_for(net):
-    return DataLoader(data(net[0].weight.dtype), SIZE)
 
 
 def scheduler_of(optimizer, accumulate=1):

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import ExponentialLR
-from torch.utils.data import DataLoader, TensorDataset
 
+from tests.peers.batches import BATCHES, loader_for
 from tests.test_optim_loops import NORM, each_chain, network, optimizer_of
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-EPOCHS, SIZE, BATCHES = 3, 4, 6
+EPOCHS = 3
 
 
 @pytest.fixture
@@ -24,20 +24,13 @@ def modules():
     return importlib.import_module("tests.peers.lightning_modules")
 
 
-def data(dtype=torch.float64):
-    torch.manual_seed(1)
-    labels = torch.randint(3, (SIZE * BATCHES,))
-    labels[::5] = -100
-    return TensorDataset(torch.randn(len(labels), 6).to(dtype), labels)
-
-
 def fit(module, path, epochs=EPOCHS, checkpoint=None, **options):
     lightning = importlib.import_module("lightning.pytorch")
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(
         max_epochs=epochs, accelerator="cpu", default_root_dir=path, enable_checkpointing=False, **quiet, **options
     )
-    loader = DataLoader(data(module.net[0].weight.dtype), SIZE)
+    loader = loader_for(module.net)
     trainer.fit(module, loader, loader, ckpt_path=checkpoint)
     return trainer
 
@@ -47,7 +40,7 @@ def plain_loop(net, options, accumulate=1, rate=None, autocast=False, epochs=EPO
     optimizer = optimizer_of(net, options)
     scheduler = None if rate is None else ExponentialLR(optimizer, rate)
     for _ in range(epochs):
-        for i, (inputs, labels) in enumerate(DataLoader(data(net[0].weight.dtype), SIZE)):
+        for i, (inputs, labels) in enumerate(loader_for(net)):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 optimizer.evaluate(inputs, labels)
             if (i + 1) % accumulate == 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrkfac.core.base.trees import scaled
-from lrkfac.core.evaluation.by_example import check_memory
+from lrkfac.core.evaluation.by_example import ProbeGradients, check_memory
 from lrkfac.core.evaluation.capture import Captured, LayerRows
 from lrkfac.core.evaluation.gradients import layer_gradients, lazy_gradients
 from lrkfac.core.evaluation.objective import Objective
@@ -41,9 +41,10 @@ def loss_rows(objective: Objective, captured: Captured, targets: list[Tensor], s
         cotangent = [(c / divisor).to(c.dtype) for c in cotangent]
     free, probe_gradients = captured.transpose(cotangent)
     # Whole parameters are free leaves here: their examples' gradients matter where those of the loss are statistics.
-    if summed and captured.layers.jacobians:
+    of_examples: ProbeGradients = {}
+    if summed and captured.layers.jacobians and not captured.uneven:
         check_memory(captured.layers, captured.outputs, 1)
-    of_examples = captured.by_example(cotangent) if summed else {}
+        of_examples = captured.by_example(cotangent)
     return LossRows(loss, free, captured.single_rows({**captured.probes, **probe_gradients, **of_examples}), scale)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -46,19 +47,18 @@ def example_transpose(
     Other arguments and errors are those of ``_example_transpose``.
     """
     whole = _example_transpose(objective, layers, params, inputs, outputs)
-    if not layers.own:
+    if not (layers.own and layers.jacobians):
         return whole
-    uses = {layer.sites[0][0]: len(layer.sites) for layer in layers.jacobians}
+    lengths = {layer.sites[0][0]: examples_of_uses(layers, outputs, len(layer.sites)) for layer in layers.jacobians}
 
     def of_heads(cotangent: list[Tensor]) -> ProbeGradients:
-        every: dict[str, list[Tensor]] = {name: [] for name in uses}
+        every: dict[str, list[Tensor]] = {name: [] for name in lengths}
         for head in range(len(outputs)):
             of_head = whole([c if i == head else torch.zeros_like(c) for i, c in enumerate(cotangent)])
             for name, (g,) in of_head.items():
                 every[name].append(g)
-        lengths = {name: examples_of_uses(layers, outputs, number) for name, number in uses.items()}
         return {
-            name: [g[:length] for g, length in zip([*gs, *gs[:1] * (uses[name] - len(gs))], lengths[name], strict=True)]
+            name: [g[:length] for g, length in zip_longest(gs, lengths[name], fillvalue=gs[0])]
             for name, gs in every.items()
         }
 

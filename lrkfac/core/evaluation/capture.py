@@ -60,6 +60,11 @@ class Captured:
     transpose: Callable[[list[Tensor]], tuple[dict[int, Tensor], ProbeGradients]]
     by_example: Callable[[list[Tensor]], ProbeGradients]
 
+    @property
+    def uneven(self) -> bool:
+        """Whether heads have different numbers of examples."""
+        return any(f.shape[0] != self.outputs[0].shape[0] for f in self.outputs[1:])
+
     def probe_gradients(self, cotangent: list[Tensor]) -> ProbeGradients:
         """Return the gradients at the probes of all layers."""
         of_probes = self.transpose(cotangent)[1] if self.layers.followed.layers else {}

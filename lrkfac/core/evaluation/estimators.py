@@ -52,9 +52,8 @@ def estimate(
             numbers of outputs, or as ``sampled_cotangents``.
     """
     layers = captured.layers
-    shapes = [tuple(f.shape) for f in captured.outputs]
-    uneven = any(shape[0] != shapes[0][0] for shape in shapes[1:])
-    if uneven and not layers.own:
+    if captured.uneven and not layers.own:
+        shapes = [tuple(f.shape) for f in captured.outputs]
         raise ValueError(
             "model: expected outputs of all heads with the same batch axis in front, or heads with examples of their "
             f"own, as in the inputs of find_layers(), got shapes {shapes}"
@@ -67,7 +66,7 @@ def estimate(
     residuals: Uses = ()
     if estimator == "forward_only":
         gradients = dict.fromkeys(rows, ())
-    elif estimator == "empirical" and not uneven:
+    elif estimator == "empirical" and not captured.uneven:
         gradients = {name: uses for name, (_, uses) in rows.items()}
     else:
         to_probes = captured.probe_gradients

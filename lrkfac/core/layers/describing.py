@@ -19,6 +19,10 @@ from lrkfac.core.layers.tracing import label
 from lrkfac.core.layers.uses import Use
 from lrkfac.core.layers.views import View, apply_view
 
+NOT_USED, NO_ENTRIES = "not used by the model", "it has no entries"
+WITHOUT_DERIVATIVE = NOT_USED, NO_ENTRIES
+"""Reasons why a parameter is uncovered and has no derivative."""
+
 
 @dataclass
 class _Group:
@@ -52,7 +56,7 @@ def describe(
     _check_inputs_unchanged(uses)
     by_path = {p.path: p for p in parameters}
     reasons = {path: f"used by {', '.join(dict.fromkeys(names))}" for path, names in others.items()}
-    reasons |= {p.path: "it has no entries" for p in parameters if 0 in p.shape}
+    reasons |= {p.path: NO_ENTRIES for p in parameters if 0 in p.shape}
     groups = _groups(uses, by_path)
     for path in {group.path for group in groups}:
         reason = _obstacle([g for g in groups if g.path == path], by_path[path])
@@ -84,7 +88,7 @@ def describe(
         if parameter.path not in covered:
             partly = "the bias of an operation whose weight is not covered, or in parts of several"
             is_bias = any(path == parameter.path for path, _ in biases)
-            reasons.setdefault(parameter.path, partly if is_bias else "not used by the model")
+            reasons.setdefault(parameter.path, partly if is_bias else NOT_USED)
     uncovered = tuple((p, reasons[p.path]) for p in parameters if p.path not in covered)
     return Layers(tuple(layers), uncovered, parameters, optree.tree_unflatten(structure, parameters))
 

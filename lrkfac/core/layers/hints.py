@@ -6,20 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lrkfac.core.layers.custom import LayerKind
-
-PRODUCTS = (
-    torch.matmul,
-    Tensor.matmul,
-    Tensor.__matmul__,
-    Tensor.__rmatmul__,
-    torch.mm,
-    Tensor.mm,
-    torch.mv,
-    Tensor.mv,
-)
+from lrkfac.core.layers.parsers import PRODUCTS
 
 
 def hint(func: Callable[..., Any], custom: tuple[LayerKind, ...]) -> str:

@@ -17,6 +17,7 @@ from lrkfac.core.base.containers import result_leaves
 from lrkfac.core.base.dtypes import most_precise
 from lrkfac.core.base.tree_checks import paths
 from lrkfac.core.base.types import Tree
+from lrkfac.core.layers.describing import WITHOUT_DERIVATIVE
 from lrkfac.core.layers.description import Layer, Layers, Parameter
 from lrkfac.core.layers.generic import generic_parameters
 from lrkfac.core.layers.kinds import JACOBIAN
@@ -30,7 +31,7 @@ def with_jacobians(layers: Layers, model: Callable[[Tree, Tree], Any], params: T
     Raises:
         ValueError: If an example has no outputs of its own, which depend on no other one.
     """
-    used = [p for p, reason in layers.uncovered if reason not in UNUSED]
+    used = [p for p, reason in layers.uncovered if reason not in WITHOUT_DERIVATIVE]
     if not used:
         return layers
     reasons = {
@@ -49,13 +50,9 @@ def with_jacobians(layers: Layers, model: Callable[[Tree, Tree], Any], params: T
     return replace(
         layers,
         layers=(*layers.layers, *[_layer(p, uses) for p in used]),
-        uncovered=tuple([(p, reason) for p, reason in layers.uncovered if reason in UNUSED]),
+        uncovered=tuple([(p, reason) for p, reason in layers.uncovered if reason in WITHOUT_DERIVATIVE]),
         alone=_runs_alone(model, params, inputs, layers.batch_axes or ()),
     )
-
-
-UNUSED = ("not used by the model", "it has no entries")
-"""Reasons why a parameter has no derivative."""
 
 
 def each_example(

@@ -190,11 +190,15 @@ def _embedding(
     return Call(EMBEDDING, input, weight, None, (weight.shape[0], padding))
 
 
+PRODUCTS: dict[Callable[..., Any], Parser] = {
+    torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, Tensor.__rmatmul__: _reversed_matmul,
+    torch.mm: _mm, Tensor.mm: _mm, torch.mv: _mv, Tensor.mv: _mv,
+}  # fmt: skip
+"""Those of matrices and vectors."""
+
 PARSERS: dict[Callable[..., Any], Parser] = {
     F.linear: _linear, linear_of_jets: _linear_of_jets,
-    torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, Tensor.__rmatmul__: _reversed_matmul,
-    torch.mm: _mm, Tensor.mm: _mm, torch.mv: _mv, Tensor.mv: _mv, torch.addmm: _addmm, Tensor.addmm: _addmm,
-    torch.einsum: _einsum,
+    **PRODUCTS, torch.addmm: _addmm, Tensor.addmm: _addmm, torch.einsum: _einsum,
     F.conv1d: _convolution, F.conv2d: _convolution, F.conv3d: _convolution,
     F.conv_transpose1d: _transposed_convolution, F.conv_transpose2d: _transposed_convolution,
     F.conv_transpose3d: _transposed_convolution,

@@ -223,11 +223,10 @@ def run_captured(
         for site in {site for site, _ in layer.sites}:
             expected, used = numbers[site], len(records.get(site, ()))
             if used != expected:
-                reason = (
-                    "torch.compile does not show the attributes .T and .mT: write .t() or .transpose(-2, -1)"
-                    if torch.compiler.is_compiling()
-                    else "the model takes another path than in find_layers(): "
+                hidden = "torch.compile does not show the attributes .T and .mT: write .t() or .transpose(-2, -1); or "
+                raise ValueError(
+                    f"layer {layer.name!r}: expected {expected} uses of {site!r}, saw {used}; "
+                    f"{hidden * torch.compiler.is_compiling()}the model takes another path than in find_layers(): "
                     "describe the layers again for these inputs"
                 )
-                raise ValueError(f"layer {layer.name!r}: expected {expected} uses of {site!r}, saw {used}; {reason}")
     return result, records
